@@ -1,0 +1,53 @@
+"""Packaging of larp_jax. The run-time requirements are those of requirements.txt."""
+
+import pathlib
+import runpy
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    """Lines of requirements.txt without comments."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def long_description() -> str:
+    """The README, or nothing in a source tree stripped of it."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="larp_jax",
+    version=runpy.run_path(str(ROOT / "larp_jax" / "version.py"))["__version__"],
+    description="LARP in JAX: video tokenization with a learned autoregressive generative prior",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["larp_jax", "larp_jax.*"]),
+    include_package_data=True,  # what MANIFEST.in names inside the package
+    python_requires=">=3.11,<3.14",
+    install_requires=requirements(),
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "tensorboard": [
+            # The CPU build: TensorFlow only writes summaries here. It is published for x86 alone.
+            'tensorflow-cpu; platform_machine == "x86_64"',
+            'tensorflow; platform_machine != "x86_64"',
+            "tensorboard",
+        ],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["larp-jax = larp_jax.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
