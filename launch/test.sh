@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs with the test extras into .venv, lints, runs the tests. Arguments go to pytest:
+#   bash launch/test.sh -k metrics
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+
+install_into_venv '.[dev]'
+ruff check .
+pytest -q "$@"

@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it, from the repository root.
+#
+# install_into_venv WHAT: makes .venv with $PYTHON (default: python3) unless it is there, installs WHAT ('.' or
+# '.[extras]') into it unless that was done for the same requirements, and puts its commands first on PATH.
+
+install_into_venv() {
+  local what="$1" python="${PYTHON:-python3}" stamp fingerprint
+  if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+    echo "larp_jax needs Python 3.11 to 3.13, but $python is $("$python" -V 2>&1 || true): set PYTHON to another." >&2
+    return 2
+  fi
+
+  # pip is missing where an earlier attempt failed half-way, as it does on Debian without python3-venv.
+  if [[ ! -x .venv/bin/pip || "$(.venv/bin/python -VV 2>/dev/null)" != "$("$python" -VV)" ]]; then
+    echo "Making .venv with $("$python" -V)"
+    "$python" -m venv --clear .venv
+  fi
+
+  stamp=".venv/installed-${what//[^a-z]/}"
+  fingerprint="$(cat requirements.txt setup.py pyproject.toml larp_jax/version.py | cksum) $PWD"
+  if [[ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]]; then
+    echo "Installing larp_jax into .venv (a minute or two, the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
+    echo "$fingerprint" >"$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
+}
