@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent
 
 def requirements() -> list[str]:
     """Lines of requirements.txt without comments."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 

@@ -1,0 +1,31 @@
+"""What every test shares: eight emulated CPU devices, a compilation cache, and where reference data lies."""
+
+import os
+import pathlib
+
+# Set before jax is imported, so that the command lines that tests start compile nothing twice either.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> pathlib.Path:
+    """Numbers computed by the authors' implementation, one folder a subject."""
+    return pathlib.Path(__file__).parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def videos_dir() -> pathlib.Path:
+    """Real footage, which is not part of the repository: $LARP_TEST_VIDEOS, or ../shared/videos."""
+    default = pathlib.Path(__file__).parents[2] / "shared" / "videos"
+    folder = pathlib.Path(os.environ.get("LARP_TEST_VIDEOS", default))
+    if not folder.is_dir():
+        pytest.skip(f"no test videos in {folder}: set LARP_TEST_VIDEOS")
+    return folder
