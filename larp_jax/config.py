@@ -1,0 +1,370 @@
+"""Every setting there is: frozen dataclasses, the tables of sizes, and the way from a recipe to them.
+
+A recipe (a file in `configs/`) is an `ml_collections.ConfigDict` made by `default_recipe` and changed; `parse_recipe`
+turns it into the frozen dataclasses that the code uses and refuses what does not fit, in one line.
+The defaults are the published recipe (LARP-L-Long).
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+
+from larp_jax.errors import InputError
+
+# width, depth, heads. `larp_l` is the published LARP-L-Long: 172.18 M parameters at 1024 tokens and 8,192 codes.
+TOKENIZER_SIZES = {
+    "larp_s": (384, 12, 6),
+    "larp_b": (768, 6, 12),
+    "larp_l": (768, 12, 12),
+}
+PRIOR_SIZES = {
+    "L": (1024, 24, 16),
+    "M": (512, 12, 8),
+    "S": (384, 12, 6),
+    "XS": (384, 6, 6),
+    "XXS": (256, 6, 4),
+}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
+    _require(value in allowed, f"{name}={value!r} is not known; choose one of {', '.join(allowed)}")
+
+
+def _from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:
+    """The size's numbers, each replaced where one is given (not 0)."""
+    _one_of(name, size, table)
+    width, depth, heads = (given or named for given, named in zip((width, depth, heads), table[size], strict=True))
+    return width, depth, heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size of a stack; 0 takes the number of the model's `size`."""
+
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+
+    def check(self, name: str) -> None:
+        for field in ("width", "depth", "heads"):
+            _require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
+        _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {self.heads} heads")
+        _require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """The bottleneck (METHOD 1).
+
+    `kind`: `svq` (stochastic draw in training), `vq` (always the nearest code), `kl` (continuous Gaussian latents).
+    `temperature_start` above 0 anneals the draw's temperature linearly from it to `temperature` over the first
+    `temperature_ramp` of training. `input_norm`: `none` or `layer`, a layer norm before in_linear.
+    """
+
+    kind: str = "svq"
+    codebook_size: int = 8192
+    code_dim: int = 16
+    temperature: float = 0.03
+    temperature_start: float = 0.0
+    temperature_ramp: float = 0.0
+    commitment_weight: float = 0.25
+    codebook_weight: float = 1.0
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    kl_weight: float = 1e-6
+    input_norm: str = "none"
+
+    def __post_init__(self):
+        _one_of("quantizer.kind", self.kind, ("svq", "vq", "kl"))
+        _one_of("quantizer.input_norm", self.input_norm, ("none", "layer"))
+        _require(self.codebook_size > 1, f"quantizer.codebook_size must be above 1, got {self.codebook_size}")
+        _require(self.code_dim > 0, f"quantizer.code_dim must be positive, got {self.code_dim}")
+        _require(self.temperature > 0, f"quantizer.temperature must be positive, got {self.temperature}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer. `size` names widths and depths; `encoder` and `decoder` may override them one by one.
+
+    `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
+    may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
+    the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.
+    """
+
+    size: str = "larp_l"
+    frames: int = 16
+    resolution: int = 128
+    channels: int = 3
+    patch_frames: int = 4
+    patch_size: int = 8
+    decoder_patch_frames: int = 0
+    decoder_patch_size: int = 0
+    num_tokens: int = 1024
+    encoder: TransformerConfig = TransformerConfig()
+    decoder: TransformerConfig = TransformerConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    learned_encoder_patch_pe: bool = False
+    learned_encoder_latent_query_embed: bool = True
+    learned_decoder_latent_pe: bool = False
+    learned_decoder_patch_query_embed: bool = False
+    use_encoder_patch_token_type_embed: bool = False
+    use_encoder_latent_query_token_type_embed: bool = False
+    use_decoder_latent_token_type_embed: bool = False
+    use_decoder_patch_query_token_type_embed: bool = True
+    encoder_query_gaussian_init: bool = True
+    query_init_std: float = 0.02
+    latent_position_base: float = 10000.0
+
+    def __post_init__(self):
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for name in ("encoder", "decoder"):
+            part = getattr(self, name)
+            width, depth, heads = _from_size(
+                "model.size", self.size, TOKENIZER_SIZES, part.width, part.depth, part.heads
+            )
+            set_field(name, TransformerConfig(width=width, depth=depth, heads=heads))
+            getattr(self, name).check(f"model.{name}")
+        set_field("decoder_patch_frames", self.decoder_patch_frames or self.patch_frames)
+        set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
+        for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        for whole, part in (
+            ("frames", "patch_frames"),
+            ("resolution", "patch_size"),
+            ("frames", "decoder_patch_frames"),
+            ("resolution", "decoder_patch_size"),
+        ):
+            size, patch = getattr(self, whole), getattr(self, part)
+            _require(
+                size % patch == 0,
+                f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
+            )
+
+    @property
+    def encoder_patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width) of the encoder."""
+        return self.patch_frames, self.patch_size, self.patch_size
+
+    @property
+    def decoder_patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width) of the decoder."""
+        return self.decoder_patch_frames, self.decoder_patch_size, self.decoder_patch_size
+
+    @property
+    def encoder_grid(self) -> tuple[int, int, int]:
+        """Patches along time, height, width in the encoder."""
+        return self._grid(self.encoder_patch)
+
+    @property
+    def decoder_grid(self) -> tuple[int, int, int]:
+        """Patches along time, height, width in the decoder."""
+        return self._grid(self.decoder_patch)
+
+    def _grid(self, patch):
+        pt, ph, pw = patch
+        return self.frames // pt, self.resolution // ph, self.resolution // pw
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """[T, H, W, C] of a clip."""
+        return self.frames, self.resolution, self.resolution, self.channels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training."""
+
+    size: str = "S"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    dropout: float = 0.1
+    temperature: float = 1.0
+    rounds: int = 2
+    mix_max: float = 0.5
+    mix_ramp: float = 0.3
+
+    def __post_init__(self):
+        numbers = _from_size("prior.size", self.size, PRIOR_SIZES, self.width, self.depth, self.heads)
+        for name, value in zip(("width", "depth", "heads"), numbers, strict=True):
+            object.__setattr__(self, name, value)
+        TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
+        _require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
+        _require(0 <= self.dropout < 1, f"prior.dropout must lie in [0, 1), got {self.dropout}")
+        _require(0 <= self.mix_max <= 1, f"prior.mix_max must lie in [0, 1], got {self.mix_max}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior."""
+
+    reconstruction: str = "l1"
+    quantizer_weight: float = 0.1
+    prior_weight: float = 0.06
+
+    def __post_init__(self):
+        _one_of("loss.reconstruction", self.reconstruction, ("l1", "l2"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam with linear warm-up and cosine decay per step (METHOD 3).
+
+    The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
+    `prior_multiplier` scales the prior's rate. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
+    """
+
+    learning_rate: float = 1e-4
+    prior_multiplier: float = 50.0
+    b1: float = 0.5
+    b2: float = 0.9
+    warmup_steps: int = 0
+    floor: float = 0.01
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
+        _require(0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from. `batch_size` counts clips over all hosts; `workers` 0 reads in threads."""
+
+    train: str = ""
+    eval: str = ""
+    batch_size: int = 128
+    eval_clips: int = 256
+    workers: int = 0
+    flip: bool = True
+
+    def __post_init__(self):
+        _require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
+        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.model)
+        _require(sizes.count(-1) <= 1, f"mesh={sizes}: only one axis may be -1")
+        _require(all(n > 0 or n == -1 for n in sizes), f"mesh={sizes}: sizes must be positive, or -1 for the rest")
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """The mesh's (data, fsdp, model) over a number of devices."""
+        sizes = [self.data, self.fsdp, self.model]
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = devices // max(1, -math.prod(sizes))
+        _require(
+            math.prod(sizes) == devices,
+            f"mesh data={self.data} fsdp={self.fsdp} model={self.model} does not fill {devices} device(s)",
+        )
+        return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """A stage-1 run."""
+
+    stage: str = "tokenizer"
+    seed: int = 0
+    steps: int = 500_000
+    precision: str = "float32"
+    remat: str = "none"
+    model: TokenizerConfig = TokenizerConfig()
+    prior: PriorConfig = PriorConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    log_every: int = 50
+    eval_every: int = 5000
+    save_every: int = 1000
+    keep: int = 3
+    best_metric: str = "psnr"
+
+    def __post_init__(self):
+        _one_of("precision", self.precision, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("none", "block", "dots"))
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            not (self.loss.prior_weight and self.model.quantizer.kind == "kl"),
+            "loss.prior_weight needs codes, which model.quantizer.kind='kl' has none of; set it to 0",
+        )
+
+
+STAGES = {"tokenizer": TokenizerRecipe}
+
+
+def default_recipe(stage: str = "tokenizer"):
+    """The published recipe of a stage as a locked, typed `ConfigDict` to change in a configuration file.
+
+    Sizes left at 0 (widths, depths, heads, decoder patch) are filled from `size` when the recipe is parsed.
+    """
+    from ml_collections import ConfigDict
+
+    _one_of("stage", stage, STAGES)
+    return ConfigDict(_defaults(STAGES[stage]))
+
+
+def _defaults(cls) -> dict:
+    """Field defaults as declared, before `__post_init__` fills sizes."""
+    return {
+        field.name: _defaults(field.type) if dataclasses.is_dataclass(field.type) else field.default
+        for field in dataclasses.fields(cls)
+    }
+
+
+def parse_recipe(values: typing.Mapping):
+    """A recipe (ConfigDict or what `config.json` holds) as the stage's frozen dataclass; `InputError` if it is wrong."""
+    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    stage = values.get("stage", "tokenizer")
+    _one_of("config.stage", stage, STAGES)
+    return from_dict(STAGES[stage], values, "config")
+
+
+def from_dict(cls, values: typing.Mapping, name: str):
+    """Builds a configuration dataclass from a mapping, checking every key and type."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(unknown_key(f"{name}.{key}", key, fields))
+        arguments[key] = _checked(fields[key].type, value, f"{name}.{key}")
+    return cls(**arguments)
+
+
+def unknown_key(path: str, key: str, known: typing.Iterable[str]) -> str:
+    """The message for a key that does not exist, naming the nearest that does."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"{path} is not a setting; did you mean {path.rpartition('.')[0]}.{near[0]}?"
+
+
+def _checked(kind, value, name: str):
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, typing.Mapping), f"{name} holds settings of its own, got {value!r}")
+        return from_dict(kind, value, name)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def to_dict(config) -> dict:
+    """A configuration dataclass as plain nested dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,134 @@
+"""The terms of the stage-1 objective (METHOD 2 and 3), in float32."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from larp_jax.config import PriorConfig
+from larp_jax.models.chunks import map_token_chunks
+from larp_jax.models.quantizer import similarities
+
+
+def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) -> jax.Array:
+    """Mean absolute (`l1`) or squared (`l2`) difference over everything, a scalar."""
+    difference = video.astype(jnp.float32) - reconstruction.astype(jnp.float32)
+    return jnp.mean(jnp.abs(difference) if kind == "l1" else jnp.square(difference))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NextCode:
+    """How a prior's outputs stand to the codes that came, one value a token.
+
+    Attributes:
+      cross_entropy: [B, n] float32, in nats.
+      rank: [B, n] int32, how many codes were thought likelier than the one that came (0: top-1 correct).
+      sampled: [B, n] int32, a draw from the predicted distribution; None without a key.
+    """
+
+    cross_entropy: jax.Array
+    rank: jax.Array
+    sampled: jax.Array | None
+
+
+def next_code(
+    predicted: jax.Array,
+    targets: jax.Array,
+    codebook: jax.Array,
+    *,
+    temperature: float = 1.0,
+    key: jax.Array | None = None,
+) -> NextCode:
+    """Scores unit vectors [B, n, d] against the codes [B, n] that came; logits are never held whole.
+
+    Args:
+      predicted: the prior's outputs.
+      targets: int32 codes.
+      codebook: [K, d] unit vectors; no gradient reaches it.
+      temperature: divides the cosine logits.
+      key: draws one code a token as well.
+    """
+    codebook = jax.lax.stop_gradient(codebook)
+
+    def score(i, predicted, targets):
+        logits = similarities(predicted, codebook) / temperature
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+        cross_entropy = jax.nn.logsumexp(logits, axis=-1) - target[..., 0]
+        rank = jnp.sum(logits > target, axis=-1, dtype=jnp.int32)
+        sampled = None
+        if key is not None:
+            noise = jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
+            sampled = jnp.argmax(jax.lax.stop_gradient(logits) + noise, axis=-1).astype(jnp.int32)
+        return NextCode(cross_entropy, rank, sampled)
+
+    return map_token_chunks(score, predicted, targets)
+
+
+def prior_loss(
+    prior: Callable,
+    config: PriorConfig,
+    z_q: jax.Array,
+    indices: jax.Array,
+    codebook: jax.Array,
+    *,
+    key: jax.Array | None,
+    mix_ratio: jax.Array | float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The prior's cross-entropy over its rounds (METHOD 2): round 1 reads the latents, later rounds a mixture.
+
+    In a later round each position but the first is, with probability `mix_ratio`, the code vector of a token drawn
+    from the round before (scheduled sampling), else the latent with its gradient.
+
+    Args:
+      prior: `prior(latents [B, N-1, d], key=...)` -> unit vectors [B, N-1, d].
+      config: rounds and temperature.
+      z_q: [B, N, d] straight-through latents: the loss reaches the encoder through them.
+      indices: [B, N] int32 codes, the targets.
+      codebook: [K, d] unit vectors.
+      key: of dropout and draws; None for evaluation (no dropout; one round, since there is nothing to mix).
+      mix_ratio: scalar in [0, 1].
+
+    Returns:
+      The mean cross-entropy over rounds and positions 1..N-1, and round 1's `prior_top1` and `prior_top5` accuracy.
+    """
+    inputs, targets = z_q[:, :-1], indices[:, 1:]
+    rounds = config.rounds if key is not None else 1
+    losses, first = [], None
+    for i in range(rounds):
+        dropout_key = sample_key = None
+        if key is not None:
+            dropout_key, sample_key, mix_key = jax.random.split(jax.random.fold_in(key, i), 3)
+        predicted = prior(inputs, key=dropout_key)
+        draw_key = sample_key if i + 1 < rounds else None
+        scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=draw_key)
+        losses.append(scored.cross_entropy.mean())
+        first = first or scored
+        if i + 1 < rounds:
+            inputs = mix_sampled(z_q[:, :-1], scored.sampled, codebook, key=mix_key, ratio=mix_ratio)
+    metrics = {"prior_top1": jnp.mean(first.rank < 1), "prior_top5": jnp.mean(first.rank < 5)}
+    return sum(losses) / len(losses), metrics
+
+
+def mix_sampled(
+    latents: jax.Array, sampled: jax.Array, codebook: jax.Array, *, key: jax.Array, ratio: jax.Array | float
+) -> jax.Array:
+    """Replaces latents [B, n, d] at random by the code vectors of sampled tokens; position 0 never is.
+
+    Args:
+      latents: positions 0..n-1 of the sequence.
+      sampled: [B, n] int32; column j was drawn for token j + 1.
+      codebook: [K, d]; no gradient reaches it.
+      key: of the choice.
+      ratio: probability of a replacement.
+    """
+    mask = jax.random.bernoulli(key, ratio, sampled.shape)
+    return replace_next(latents, mask, sampled, codebook)
+
+
+def replace_next(latents: jax.Array, mask: jax.Array, sampled: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Where mask[:, j], position j + 1 of latents [B, n, d] becomes the code vector of sampled[:, j]."""
+    vectors = jax.lax.stop_gradient(codebook)[sampled[:, :-1]]
+    later = jnp.where(mask[:, :-1, None], vectors, latents[:, 1:])
+    return jnp.concatenate([latents[:, :1], later], axis=1)

@@ -1,0 +1,1 @@
+"""The networks. They take and give arrays; losses, meshes, files and loops live elsewhere."""

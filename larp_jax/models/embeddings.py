@@ -1,0 +1,123 @@
+"""Patches and position tables (METHOD 1)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from larp_jax.models.layers import Dtype, Linear
+
+
+def patchify(video: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """[B, T, H, W, C] -> [B, (T/pt)(H/ph)(W/pw), pt*ph*pw*C]: patches in (time, height, width) order."""
+    pt, ph, pw = patch
+    return rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+    """The inverse of `patchify`: the last axis is (time-in-patch, row, column, channel). `grid` counts patches."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    return rearrange(
+        patches, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """A 3-D convolution whose stride is its kernel, as the one matrix product it is (METHOD 1)."""
+
+    def __init__(self, patch: tuple[int, int, int], channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
+        pt, ph, pw = patch
+        self.proj = Linear(pt * ph * pw * channels, width, rngs=rngs, dtype=dtype)
+        self.patch = patch
+
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, patches, D]."""
+        return self.proj(patchify(video, self.patch))
+
+
+def sincos_1d(positions: np.ndarray, width: int, base: float = 10000.0) -> np.ndarray:
+    """Sine-cosine table [len(positions), width], float64: concat(sin(p*w), cos(p*w)), w_i = base^(-i/(width/2))."""
+    if width % 2:
+        raise ValueError(f"a sine-cosine table needs an even width, got {width}")
+    frequencies = base ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angles = np.asarray(positions, np.float64)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
+    """Sine-cosine table [t*h*w, width], float64: a 2-D spatial table plus a 1-D temporal one, summed.
+
+    The *width* coordinate fills the first half of the spatial table, the height coordinate the second.
+    """
+    t, h, w = grid
+    columns = sincos_1d(np.arange(w), width // 2)[None, None]
+    rows = sincos_1d(np.arange(h), width // 2)[None, :, None]
+    shape = (t, h, w, width // 2)
+    spatial = np.concatenate([np.broadcast_to(columns, shape), np.broadcast_to(rows, shape)], axis=-1)
+    return (spatial + sincos_1d(np.arange(t), width)[:, None, None]).reshape(-1, width)
+
+
+class Positions1d(nnx.Module):
+    """A table [N, D] for a sequence: fixed sine-cosine or learned, optionally with a token-type vector on every row.
+
+    Learned tables start Gaussian (`init_std`) or, with `init_std` None, as the sine-cosine table.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        learned: bool,
+        token_type: bool,
+        base: float = 10000.0,
+        init_std: float | None = None,
+    ):
+        if learned and init_std is not None:
+            self.table = nnx.Param(init_std * jax.random.normal(rngs.params(), (length, width), jnp.float32))
+        elif learned:
+            self.table = nnx.Param(jnp.asarray(sincos_1d(np.arange(length), width, base), jnp.float32))
+        else:
+            self.table = None
+        self.token_type = _token_type(width, rngs) if token_type else None
+        self.length, self.width, self.base = length, width, base
+
+    def __call__(self) -> jax.Array:
+        """The table, [N, D] float32."""
+        if self.table is None:
+            table = jnp.asarray(sincos_1d(np.arange(self.length), self.width, self.base), jnp.float32)
+        else:
+            table = self.table[...]
+        return table if self.token_type is None else table + self.token_type[...]
+
+
+class Positions3d(nnx.Module):
+    """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
+
+    Each learned table starts as the 1-D sine-cosine table of width D (METHOD 1).
+    """
+
+    def __init__(
+        self, grid: tuple[int, int, int], width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool
+    ):
+        def axis(n):
+            return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
+
+        self.time, self.height, self.columns = (axis(n) for n in grid)
+        self.token_type = _token_type(width, rngs) if token_type else None
+        self.grid, self.width = grid, width
+
+    def __call__(self) -> jax.Array:
+        """The table, [t*h*w, D] float32."""
+        if self.time is None:
+            table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
+        else:
+            t, h, w = self.time[...], self.height[...], self.columns[...]
+            table = (t[:, None, None] + h[None, :, None] + w[None, None, :]).reshape(-1, self.width)
+        return table if self.token_type is None else table + self.token_type[...]
+
+
+def _token_type(width: int, rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,), jnp.float32))

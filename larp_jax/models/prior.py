@@ -1,0 +1,67 @@
+"""The autoregressive prior: a small GPT on continuous latents, used in training only (METHOD 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from larp_jax.config import PriorConfig
+from larp_jax.models.layers import Block, Dtype, LayerNorm, Linear, dropout, run_stack, stack
+from larp_jax.models.quantizer import normalize
+
+
+class Prior(nnx.Module):
+    """Predicts the next latent's direction from those before it.
+
+    Args:
+      config: size, dropout.
+      num_tokens: N, rows of the position table.
+      code_dim: d.
+      rngs: `params` stream for the initial weights.
+      remat: see `larp_jax.models.layers.run_stack`.
+      dtype: of the computation; the output is float32.
+    """
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        num_tokens: int,
+        code_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        dtype: Dtype = jnp.float32,
+    ):
+        init = nnx.initializers.normal(0.02)
+        self.config = config
+        self.in_linear = Linear(code_dim, config.width, rngs=rngs, kernel_init=init, dtype=dtype)
+        self.positions = nnx.Param(init(rngs.params(), (num_tokens, config.width), jnp.float32))
+        self.blocks = stack(
+            config.depth,
+            lambda r: Block(
+                config.width,
+                config.heads,
+                rngs=r,
+                causal=True,
+                qkv_bias=True,
+                attention_dropout=config.dropout,
+                residual_dropout=config.dropout,
+                kernel_init=init,
+                dtype=dtype,
+            ),
+            rngs,
+        )
+        self.norm = LayerNorm(config.width, epsilon=1e-5, dtype=dtype)
+        self.head = Linear(config.width, code_dim, rngs=rngs, kernel_init=init, dtype=dtype)
+        self.remat = remat
+
+    def __call__(self, latents: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Latents [B, n <= N, d] -> unit vectors [B, n, d] float32: output i predicts token i + 1.
+
+        `key` turns on dropout.
+        """
+        embed_key, block_key = (None, None) if key is None else jax.random.split(key)
+        x = self.in_linear(latents)
+        x = x + self.positions[: x.shape[1]].astype(x.dtype)
+        x = dropout(x, self.config.dropout, embed_key)
+        x = run_stack(self.blocks, x, remat=self.remat, key=block_key)
+        return normalize(self.head(self.norm(x)).astype(jnp.float32))

@@ -1,0 +1,156 @@
+"""The bottleneck: stochastic vector quantisation (SVQ), plain VQ, or a KL-regularised Gaussian (METHOD 1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from larp_jax.config import QuantizerConfig
+from larp_jax.models.chunks import map_token_chunks
+from larp_jax.models.layers import LayerNorm, Linear
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What the bottleneck gives. Everything is float32 but the indices.
+
+    Attributes:
+      z: [B, N, d], the latents before quantisation: unit vectors (the means for the KL bottleneck).
+      z_q: [B, N, d], the latents handed on, straight-through: their values are code vectors, their gradient goes to z.
+      indices: [B, N] int32 codes; None for the KL bottleneck.
+      loss: scalar, the weighted bottleneck loss (`loss_q` of METHOD 1).
+      terms: its parts by name, unweighted scalars.
+    """
+
+    z: jax.Array
+    z_q: jax.Array
+    indices: jax.Array | None
+    loss: jax.Array
+    terms: dict[str, jax.Array]
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """x / max(||x||, 1e-12) over the last axis, with a zero (not NaN) gradient at x = 0."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def similarities(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Inner products [..., d] x [K, d] -> [..., K] in full float32 on every device (TPUs would round to bfloat16)."""
+    return jnp.einsum("...d,kd->...k", z, codebook, precision=jax.lax.Precision.HIGHEST)
+
+
+class Quantizer(nnx.Module):
+    """in_linear -> latents -> codes -> out_linear. Float32 throughout, whatever the rest of the model computes in."""
+
+    def __init__(self, config: QuantizerConfig, encoder_width: int, decoder_width: int, *, rngs: nnx.Rngs):
+        self.config = config
+        projected = 2 * config.code_dim if config.kind == "kl" else config.code_dim
+        self.in_norm = LayerNorm(encoder_width, epsilon=1e-5) if config.input_norm == "layer" else None
+        self.in_linear = Linear(encoder_width, projected, rngs=rngs)
+        self.out_linear = Linear(config.code_dim, decoder_width, rngs=rngs)
+        if config.kind == "kl":
+            self.embedding = None
+        else:
+            bound = (6.0 / config.code_dim) ** 0.5  # Kaiming-uniform with fan-in d
+            shape = (config.codebook_size, config.code_dim)
+            self.embedding = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+
+    @property
+    def codebook(self) -> jax.Array:
+        """The code vectors as they are used: [K, d] float32, rows of unit length."""
+        return normalize(self.embedding[...])
+
+    def project(self, h: jax.Array) -> jax.Array:
+        """Encoder outputs [B, N, D] -> in_linear's output [B, N, d] (2 d for KL), before normalisation."""
+        h = h.astype(jnp.float32)
+        return self.in_linear(h if self.in_norm is None else self.in_norm(h))
+
+    def __call__(
+        self, projected: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
+    ) -> Quantized:
+        """Quantises [B, N, d].
+
+        Args:
+          projected: what `project` returned.
+          key: for the stochastic draw (`svq`, `kl`); None for deterministic codes (evaluation).
+          temperature: tau of the draw; the configuration's by default.
+        """
+        if self.config.kind == "kl":
+            return self._gaussian(projected, key)
+        z = normalize(projected)
+        codebook = self.codebook
+        if self.config.kind == "vq":
+            key = None
+        temperature = self.config.temperature if temperature is None else temperature
+        indices = nearest_codes(z, codebook, key=key, temperature=temperature)
+        codes = codebook[indices]
+        commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
+        codebook_loss = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+        loss = self.config.commitment_weight * commitment + self.config.codebook_weight * codebook_loss
+        terms = {"commitment": commitment, "codebook": codebook_loss}
+        if self.config.entropy_weight:
+            terms["entropy"] = entropy_loss(z, codebook, self.config.entropy_temperature)
+            loss = loss + self.config.entropy_weight * terms["entropy"]
+        z_q = z + jax.lax.stop_gradient(codes - z)
+        return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms)
+
+    def _gaussian(self, projected, key):
+        mean, log_variance = jnp.split(projected, 2, axis=-1)
+        log_variance = jnp.clip(log_variance, -30.0, 20.0)
+        kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=-1))
+        z_q = mean
+        if key is not None:
+            z_q = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl})
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codes [B, N] int32 -> unit code vectors [B, N, d]."""
+        return self.codebook[indices]
+
+    def expand(self, z_q: jax.Array) -> jax.Array:
+        """Latents [B, N, d] -> [B, N, decoder width], before positions."""
+        return self.out_linear(z_q)
+
+
+def nearest_codes(
+    z: jax.Array, codebook: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float = 1.0
+) -> jax.Array:
+    """The nearest code of each unit latent or, with a key, a draw from softmax(z . E^T / temperature).
+
+    Args:
+      z: [B, N, d] unit vectors.
+      codebook: [K, d] unit vectors.
+      key: for the draw, made as argmax of logits plus Gumbel noise: no normalised softmax is needed.
+      temperature: tau.
+
+    Returns:
+      [B, N] int32.
+    """
+    z, codebook = jax.lax.stop_gradient((z, codebook))
+
+    def pick(i, z):
+        logits = similarities(z, codebook)
+        if key is not None:
+            logits = logits / temperature + jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return map_token_chunks(pick, z)
+
+
+def entropy_loss(z: jax.Array, codebook: jax.Array, temperature: float) -> jax.Array:
+    """Mean entropy of each token's softmax(z . E^T / temperature) minus the entropy of their mean (METHOD 1).
+
+    Small when tokens are certain of their code and all codes are used: between -log K and log K.
+    """
+
+    def entropies(_, z):
+        log_probs = jax.nn.log_softmax(similarities(z, codebook) / temperature, axis=-1)
+        probs = jnp.exp(log_probs)
+        return -jnp.sum(probs * log_probs, axis=-1), probs.mean(axis=0, keepdims=True)
+
+    sample_entropy, mean_probs = map_token_chunks(entropies, z)
+    mean_probs = mean_probs.mean(axis=(0, 1))
+    return sample_entropy.mean() + jnp.sum(mean_probs * jnp.log(mean_probs + 1e-12))

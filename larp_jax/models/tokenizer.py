@@ -1,0 +1,131 @@
+"""The LARP tokenizer: holistic-query encoder, quantiser, decoder (METHOD 1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from larp_jax.config import TokenizerConfig
+from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
+from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
+from larp_jax.models.quantizer import Quantized, Quantizer
+
+
+class Encoder(nnx.Module):
+    """[patches; queries] through a transformer; the outputs at the queries are kept."""
+
+    def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
+        c = config
+        self.patch_embed = PatchEmbed(c.encoder_patch, c.channels, c.encoder.width, rngs=rngs, dtype=dtype)
+        self.patch_positions = Positions3d(
+            c.encoder_grid,
+            c.encoder.width,
+            rngs=rngs,
+            learned=c.learned_encoder_patch_pe,
+            token_type=c.use_encoder_patch_token_type_embed,
+        )
+        self.queries = Positions1d(
+            c.num_tokens,
+            c.encoder.width,
+            rngs=rngs,
+            learned=c.learned_encoder_latent_query_embed,
+            token_type=c.use_encoder_latent_query_token_type_embed,
+            init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
+        )
+        self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
+        self.dtype = dtype
+
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D]."""
+        patches = self.patch_embed(video) + self.patch_positions().astype(self.dtype)
+        queries = self.queries().astype(self.dtype)
+        queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
+        x = self.transformer(jnp.concatenate([patches, queries], axis=1))
+        return x[:, patches.shape[1] :]
+
+
+class Decoder(nnx.Module):
+    """[latents; patch queries] through a transformer; the outputs at the patch queries become pixels."""
+
+    def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
+        c = config
+        width = c.decoder.width
+        self.latent_positions = Positions1d(
+            c.num_tokens,
+            width,
+            rngs=rngs,
+            learned=c.learned_decoder_latent_pe,
+            token_type=c.use_decoder_latent_token_type_embed,
+            base=c.latent_position_base,
+        )
+        self.patch_queries = Positions3d(
+            c.decoder_grid,
+            width,
+            rngs=rngs,
+            learned=c.learned_decoder_patch_query_embed,
+            token_type=c.use_decoder_patch_query_token_type_embed,
+        )
+        self.transformer = Transformer(c.decoder, rngs=rngs, remat=remat, dtype=dtype)
+        self.norm = LayerNorm(width, epsilon=1e-6, dtype=dtype)
+        pt, ph, pw = c.decoder_patch
+        self.head = Linear(
+            width, pt * ph * pw * c.channels, rngs=rngs, kernel_init=nnx.initializers.zeros, dtype=dtype
+        )
+        self.grid, self.patch, self.dtype = c.decoder_grid, c.decoder_patch, dtype
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped."""
+        latents = latents.astype(self.dtype) + self.latent_positions().astype(self.dtype)
+        queries = self.patch_queries().astype(self.dtype)
+        queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
+        x = self.transformer(jnp.concatenate([latents, queries], axis=1))[:, latents.shape[1] :]
+        patches = self.head(self.norm(x)).astype(jnp.float32)
+        return unpatchify(patches, self.grid, self.patch)
+
+
+class Tokenizer(nnx.Module):
+    """Video to N discrete codes and back.
+
+    Args:
+      config: sizes and options.
+      rngs: `params` stream for the initial weights.
+      remat: what the backward pass recomputes, see `larp_jax.models.layers.run_stack`.
+      dtype: of the computation; parameters, quantiser and output are float32.
+    """
+
+    def __init__(
+        self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32
+    ):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs, remat=remat, dtype=dtype)
+        self.quantizer = Quantizer(config.quantizer, config.encoder.width, config.decoder.width, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs, remat=remat, dtype=dtype)
+
+    def __call__(
+        self, video: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
+    ) -> tuple[jax.Array, Quantized]:
+        """Reconstructs a video.
+
+        Args:
+          video: [B, T, H, W, C] float in [0, 1].
+          key: of the stochastic draw of codes; None for deterministic codes.
+          temperature: of the draw; the configuration's by default.
+
+        Returns:
+          The reconstruction [B, T, H, W, C] float32 (not clamped) and what the quantiser gave.
+        """
+        quantized = self.quantize(video, key=key, temperature=temperature)
+        return self.decode_latents(quantized.z_q), quantized
+
+    def quantize(
+        self, video: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
+    ) -> Quantized:
+        """The first half of `__call__`."""
+        return self.quantizer(self.quantizer.project(self.encoder(video)), key=key, temperature=temperature)
+
+    def decode_latents(self, z_q: jax.Array) -> jax.Array:
+        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped."""
+        return self.decoder(self.quantizer.expand(z_q))
+
+    def decode(self, indices: jax.Array) -> jax.Array:
+        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped."""
+        return self.decode_latents(self.quantizer.lookup(indices))
