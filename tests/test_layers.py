@@ -1,0 +1,118 @@
+"""Imports point down only, and the core needs none of the packages for data and logs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
+
+# From the top down, by module or sub-package of larp_jax. A module imports from layers below its own, and within its
+# own sub-package; neighbours of one layer know nothing of each other. "larp_jax" is the package's own __init__.
+LAYERS = (
+    {"__main__"},
+    {"cli"},
+    {"benchmark", "plan", "doctor"},
+    {"train"},
+    {"larp_jax"},
+    {"api", "export"},
+    {"importing"},
+    {"evaluators", "writers"},
+    {"steps", "data", "checkpoint"},
+    {"sharding"},
+    {"losses", "optim", "state", "metrics"},
+    {"models"},
+    {"config"},
+    {"errors", "version"},
+)
+HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
+
+# Importable where only JAX and its like are installed.
+CORE = {"larp_jax", "api", "export", "importing", "losses", "optim", "state", "metrics", "models", "config", "errors"}
+NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
+
+
+def dotted(path: pathlib.Path) -> str:
+    """`larp_jax.models.prior` for its file; a package for its __init__."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def group(module: str) -> str:
+    """The name of LAYERS that a module belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def imports(name: str, source: str) -> set[str]:
+    """Modules of larp_jax that the source of a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: write imports from larp_jax in full"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in MODULES else node.module)
+    return {module for module in found if module.split(".")[0] == "larp_jax"}
+
+
+def points_up(importer: str, imported: str) -> bool:
+    importer, imported = group(importer), group(imported)
+    return importer != imported and HEIGHT[imported] >= HEIGHT[importer]
+
+
+def test_every_module_has_its_layer():
+    unplaced = sorted({group(module) for module in MODULES} - HEIGHT.keys())
+    assert not unplaced, f"place {unplaced} in LAYERS of {__file__}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    wrong = [name for name in imports(module, MODULES[module].read_text("utf-8")) if points_up(module, name)]
+    assert not wrong, f"{module} imports {wrong}, which do not lie below it"
+
+
+def test_the_rule_sees_every_way_to_import():
+    source = """
+import larp_jax.cli
+def f():
+    from larp_jax import metrics, errors
+    from larp_jax.models import prior
+"""
+    found = imports("larp_jax.losses", source)
+    assert found == {"larp_jax.cli", "larp_jax.metrics", "larp_jax.errors", "larp_jax.models.prior"}
+    assert {name for name in found if points_up("larp_jax.losses", name)} == {"larp_jax.cli", "larp_jax.metrics"}
+
+
+def import_without(blocked: list[str], modules: list[str]) -> subprocess.CompletedProcess:
+    """Imports modules in a fresh interpreter in which the blocked packages seem not to be installed."""
+    code = f"""
+import importlib, sys
+class Blocker:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocker)
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+
+
+def test_the_core_imports_without_the_packages_for_data_and_logs():
+    modules = [module for module in MODULES if group(module) in CORE]
+    assert {"larp_jax", "larp_jax.losses", "larp_jax.models.tokenizer"} <= set(modules)
+    result = import_without(NOT_CORE, modules)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_doctor_imports_where_jax_and_flax_are_broken():
+    result = import_without([*NOT_CORE, "jax", "flax"], ["larp_jax.doctor"])
+    assert result.returncode == 0, result.stderr
