@@ -1,0 +1,263 @@
+"""What a run writes beside its checkpoints: scalars by step, pictures by step, and a progress bar."""
+
+import errno
+import importlib.util
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TextIO
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from larp_jax.data import video
+
+logger = logging.getLogger(__name__)
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class MetricWriter:
+    """Writes the scalars and media of a run into its workdir; only the process with index 0 writes anything.
+
+    `metrics.jsonl` holds one strict JSON object a line: `step`, `wall_time` (seconds since the epoch) and every scalar
+    of that step; null stands for NaN and infinities. Steps rise from line to line, and a line is on disk when
+    `write_scalars` returns. `media/` holds `STEP_name.png` and `STEP_name.mp4`. `tensorboard/` gets the scalars and
+    pictures too where TensorFlow and TensorBoard are installed.
+
+    A full disk does not stop a run: it is logged once, and writing goes on when there is room again.
+
+    Args:
+      workdir: folder of the run, made if missing.
+      restored_step: the step the run continues from. Lines of later steps, which the run is about to repeat, are
+        removed, and so is a last line that a crash cut short.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, restored_step: int = 0):
+        self._enabled = jax.process_index() == 0
+        self._warned_full = False
+        self._tensorboard = None
+        if not self._enabled:
+            return
+        self._workdir = pathlib.Path(workdir)
+        self._media = self._workdir / "media"
+        self._media.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / "metrics.jsonl"
+        rows = [row for row in _read_rows(path) if row["step"] <= restored_step]
+        self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
+        lines = [_encode(row) for row in rows]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_bytes(b"".join(lines))
+        os.replace(replacement, path)
+        # Unbuffered: a failed write leaves nothing behind to fail again, or to be written twice.
+        self._file = path.open("r+b", buffering=0)
+        self._end = sum(map(len, lines))
+        self._row_start = self._end - (len(lines[-1]) if lines else 0)
+        self._tensorboard = _open_tensorboard(self._workdir / "tensorboard")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._enabled:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes scalars (numbers, or arrays of one element) of a step.
+
+        Several calls for one step make one line; of a name given twice the later value stays.
+
+        Raises:
+          ValueError: the step lies before the last one written.
+        """
+        if not self._enabled:
+            return
+        if step < self._row["step"]:
+            raise ValueError(f"metrics of step {step} come after those of step {self._row['step']}")
+        values = {name: np.asarray(value).item() for name, value in scalars.items()}
+        same_step = step == self._row["step"]
+        start = self._row_start if same_step else self._end
+        row = {**(self._row if same_step else {}), "step": int(step), "wall_time": time.time(), **values}
+        data = _encode(row)
+
+        def write():
+            self._file.seek(start)
+            self._file.truncate()
+            rest = data
+            while rest:  # an unbuffered write may take only a part
+                rest = rest[self._file.write(rest) :]
+
+        if self._unless_disk_full("metrics.jsonl", write):
+            self._row, self._row_start, self._end = row, start, start + len(data)
+        if self._tensorboard:
+            self._unless_disk_full("tensorboard", lambda: self._tensorboard.write_scalars(step, values))
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes uint8 [H, W, 3] to `media/STEP_name.png`."""
+        if not self._enabled:
+            return
+        path = self._media_path(step, name, ".png")
+        self._unless_disk_full(path, lambda: video.write_png(path, image))
+        if self._tensorboard:
+            self._unless_disk_full("tensorboard", lambda: self._tensorboard.write_images(step, {name: image}))
+
+    def write_video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """Writes uint8 [T, H, W, 3] at `fps` frames a second to `media/STEP_name.mp4`."""
+        if self._enabled:
+            path = self._media_path(step, name, ".mp4")
+            self._unless_disk_full(path, lambda: video.write_video(path, frames, fps))
+
+    def _media_path(self, step: int, name: str, suffix: str) -> pathlib.Path:
+        return self._media / f"{step:08d}_{name.replace('/', '_')}{suffix}"
+
+    def _unless_disk_full(self, what: str | os.PathLike, write: Callable[[], None]) -> bool:
+        """Calls write; whether it was done. Raises what is not a full disk."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if not self._warned_full:
+                logger.warning("no room to write %s in %s (%s); the run goes on", what, self._workdir, error)
+            self._warned_full = True
+            return False
+        return True
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+
+
+def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl that are whole; none without the file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short by a crash
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _open_tensorboard(path: pathlib.Path):
+    """A clu SummaryWriter, or None where its requirements are missing or broken."""
+    if any(importlib.util.find_spec(name) is None for name in ("clu", "tensorflow", "tensorboard")):
+        return None
+    try:
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")  # or it would take the memory that JAX needs
+        from clu.metric_writers import SummaryWriter
+
+        return SummaryWriter(str(path))
+    except Exception as error:  # a TensorFlow at odds with its protobuf or NumPy raises errors of many kinds
+        logger.warning("no TensorBoard summaries: %s: %s", type(error).__name__, error)
+        return None
+
+
+class Progress:
+    """A progress bar with rates, time left and chosen values; in logs, a plain line every few seconds.
+
+    Only the process with index 0 shows anything.
+
+    Args:
+      total: units of work in all.
+      description: stands at the left.
+      unit: what is counted.
+      initial: units done in an earlier run.
+      clips_per_unit: also shows clips a second, if given.
+      interval: seconds between lines when the stream is no terminal.
+      stream: standard error unless given.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        description: str = "",
+        unit: str = "step",
+        initial: int = 0,
+        clips_per_unit: float | None = None,
+        interval: float = 10.0,
+        stream: TextIO | None = None,
+    ):
+        stream = stream or sys.stderr
+        # A terminal of no width, as some containers give, is as good as none.
+        terminal = stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+        # A width of 0 is tqdm's way to say: the numbers without the bar.
+        look = {"dynamic_ncols": True} if terminal else {"ncols": 0, "mininterval": interval}
+        self._bar = _Bar(
+            clips_per_unit=clips_per_unit,
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=initial,
+            miniters=1,
+            file=stream if terminal else _Lines(stream),
+            disable=jax.process_index() != 0,
+            **look,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def update(self, units: int = 1, **values: float) -> None:
+        """Counts units as done; values replace those shown so far."""
+        if values:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self._bar.update(units)
+
+    def close(self) -> None:
+        """Shows the last state and leaves it standing."""
+        self._bar.close()
+
+
+class _Bar(tqdm):
+    """tqdm that shows clips a second beside steps a second."""
+
+    def __init__(self, *args, clips_per_unit: float | None, **kwargs):
+        self._clips_per_unit = clips_per_unit
+        super().__init__(*args, **kwargs)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        fields = super().format_dict
+        elapsed = fields.get("elapsed")
+        if self._clips_per_unit and elapsed:
+            rate = fields["rate"] or (fields["n"] - fields["initial"]) / elapsed
+            clips = f"{self._clips_per_unit * rate:.3g} clips/s"
+            fields["postfix"] = f"{clips}, {fields['postfix']}" if fields["postfix"] else clips
+        return fields
+
+
+class _Lines:
+    """A stream for tqdm that turns each redrawing of the bar into a line of its own."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text:
+            self._stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
