@@ -7,6 +7,7 @@ workdir="${1:-runs/quickstart}"
 [[ "$workdir" = /* ]] || workdir="$PWD/$workdir"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 workdir="${workdir#"$PWD"/}"
+# shellcheck source-path=SCRIPTDIR source=venv.sh
 source launch/venv.sh
 
 # Shows the command as one would type it, then runs it.

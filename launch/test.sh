@@ -3,6 +3,7 @@
 #   bash launch/test.sh -k metrics
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR source=venv.sh
 source launch/venv.sh
 
 install_into_venv '.[dev]'
