@@ -1,0 +1,64 @@
+"""The rules that make a clip of a video (METHOD 5), as arithmetic on sizes and frame numbers."""
+
+import dataclasses
+
+import numpy as np
+
+from larp_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSpec:
+    """What a clip is.
+
+    Attributes:
+      frames: T, consecutive frames at the video's own rate.
+      resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the centre is cut out.
+      flip: whether half of the training clips, drawn at random, are mirrored left to right. Evaluation never flips.
+    """
+
+    frames: int = 16
+    resolution: int = 128
+    flip: bool = True
+
+    def __post_init__(self):
+        for name in ("frames", "resolution"):
+            if getattr(self, name) < 1:
+                raise InputError(f"a clip's {name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[T, H, W, 3]."""
+        return self.frames, self.resolution, self.resolution, 3
+
+
+def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """(width, height) of a frame whose shorter side became `resolution`, the other one rounded down."""
+    if width < height:
+        return resolution, resolution * height // width
+    return resolution * width // height, resolution
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """A view of the central size x size pixels of [..., H, W, C]."""
+    top, left = (round((side - size) / 2) for side in image.shape[-3:-1])
+    return image[..., top : top + size, left : left + size, :]
+
+
+def last_start(video_frames: int, clip_frames: int) -> int:
+    """The last frame that a clip may start at: 0 for a video that is no longer than the clip."""
+    return max(0, video_frames - clip_frames)
+
+
+def window_starts(video_frames: int, clip_frames: int) -> range:
+    """First frames of the consecutive windows that do not overlap.
+
+    The tail that does not fill a window is dropped, but a video shorter than a clip is one window.
+    """
+    return range(0, last_start(video_frames, clip_frames) + 1, clip_frames)
+
+
+def repeat_last(frames: np.ndarray, count: int) -> np.ndarray:
+    """[n, H, W, 3] with n >= 1 filled up to `count` frames by repeating the last one."""
+    missing = count - len(frames)
+    return frames if missing <= 0 else np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])

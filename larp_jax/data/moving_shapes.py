@@ -1,0 +1,189 @@
+"""The embedded data set: one textured shape that moves over a textured background, made on first use through TFDS.
+
+The 16 classes are 4 shapes x 4 motions, so a label can be read off neither a single frame nor the path alone. A clip
+is a function of (split, number): the same scene on every machine, and at every resolution.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import pathlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from larp_jax.data.sources import tfds_root
+from larp_jax.errors import InputError
+
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
+LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES, MOTIONS))
+RESOLUTIONS = (32, 64, 128)
+FRAMES = 24  # half as long again as the usual clip, so that where a clip starts matters
+SPLITS = {"train": 2048, "test": 256}
+
+
+def prepare(config: str, resolution: int) -> str:
+    """Makes the data set unless it is there, which takes seconds (a minute at 128), in $TFDS_DATA_DIR.
+
+    Several processes may do so at once.
+
+    Args:
+      config: "32", "64" or "128"; empty for the smallest that is no smaller than `resolution`.
+      resolution: of the clips wanted.
+
+    Returns:
+      NAME/CONFIG/VERSION, as `TfdsSource` takes it.
+
+    Raises:
+      InputError: there is no such config, or the folder cannot be written.
+    """
+    config = config or str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
+    if config not in map(str, RESOLUTIONS):
+        raise InputError(f"moving_shapes/{config} does not exist; choose one of {', '.join(map(str, RESOLUTIONS))}")
+    root = tfds_root()
+    name = f"moving_shapes/{config}/{MovingShapes.VERSION}"
+    prepared = root / name / "features.json"
+    if not prepared.exists():
+        try:
+            _make(config, root)
+        except (OSError, RuntimeError, tfds.core.DatasetCollectionNotFoundError) as error:
+            # Another process may have been faster: its folder is in the way of ours, and as good.
+            if not prepared.exists():
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise InputError(
+                    f"moving_shapes cannot be made in {root} ({reason}); set TFDS_DATA_DIR to a folder with room"
+                ) from error
+    return name
+
+
+def _make(config: str, root: pathlib.Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    # TFDS announces a download on standard output, and shows two bars a split.
+    with contextlib.redirect_stdout(io.StringIO()):
+        tfds.disable_progress_bar()
+        try:
+            MovingShapes(config=config, data_dir=os.fspath(root), file_format="array_record").download_and_prepare()
+        finally:
+            tfds.enable_progress_bar()
+
+
+class MovingShapes(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; S is the config."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=str(size)) for size in RESOLUTIONS]
+
+    def _info(self):
+        size = int(self.builder_config.name)
+        # Bytes: TFDS keeps uint8 tensors as a list of varints otherwise, four milliseconds to parse.
+        video = tfds.features.Tensor(shape=(FRAMES, size, size, 3), dtype=np.uint8, encoding="bytes")
+        features = {"video": video, "label": tfds.features.ClassLabel(names=LABELS)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        size = int(self.builder_config.name)
+        for number in tqdm(range(SPLITS[split]), desc=f"making moving_shapes/{size} {split}", unit="clip"):
+            video, label = render(split, number, size)
+            yield number, {"video": video, "label": label}
+
+
+def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
+    """Draws a clip.
+
+    Args:
+      split: "train" or "test".
+      number: of the clip; its label is number % 16.
+      size: H = W.
+
+    Returns:
+      uint8 [24, size, size, 3] and the label.
+    """
+    rng = np.random.default_rng([list(SPLITS).index(split), number])
+    label = number % len(LABELS)
+    shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
+    # Lengths are fractions of the frame, so that the scene is the same at every size.
+    hue = rng.random()
+    background = _background(rng, hue, size)
+    radius = rng.uniform(0.15, 0.19)
+    centre_x, centre_y = _path(rng, motion)
+
+    # Only a box around the shape is drawn: [T, 2 * half, 2 * half] pixels, by their distance from its centre in radii.
+    half = int(np.ceil(1.3 * radius * size)) + 1
+    left, top = (np.floor(centre * size).astype(int) for centre in (centre_x, centre_y))
+    offsets = np.arange(-half, half) + 0.5
+    dx = (((left[:, None] + offsets) / size - centre_x[:, None]) / radius).astype(np.float32)[:, None, :]
+    dy = (((top[:, None] + offsets) / size - centre_y[:, None]) / radius).astype(np.float32)[:, :, None]
+    cos, sin = _direction(rng.uniform(-0.2, 0.2))
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    # One pixel of ramp across the edge is what antialiasing needs.
+    alpha = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius * size), 0, 1)[..., None]
+
+    opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
+    light, dark = _colour(opposite, 0.45, 1.0), _colour(opposite + 0.08, 0.9, 0.75)
+    cos, sin = _direction(rng.uniform(0, np.pi))
+    stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
+    box = dark + stripes * (light - dark)
+
+    # A border holds what of the box lies outside of the frame.
+    video = np.repeat(np.pad(background, ((half, half), (half, half), (0, 0)))[None], FRAMES, axis=0)
+    for frame, y, x, pixels, opacity in zip(video, top, left, box, alpha, strict=True):
+        under = frame[y : y + 2 * half, x : x + 2 * half]
+        under += opacity * (pixels - under)
+    return (video[:, half:-half, half:-half] * 255 + 0.5).astype(np.uint8), label
+
+
+def _direction(angle: float) -> tuple[np.float32, np.float32]:
+    return np.float32(np.cos(angle)), np.float32(np.sin(angle))
+
+
+def _background(rng: np.random.Generator, hue: float, size: int) -> np.ndarray:
+    """A gradient between four muted colours near one hue, with waves of brightness: float32 [S, S, 3] in [0, 0.71]."""
+    corners = [_colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.5, 0.9), rng.uniform(0.2, 0.5)) for _ in range(4)]
+    x = ((np.arange(size) + 0.5) / size)[:, None]
+    y = x[:, None]
+    image = (1 - y) * ((1 - x) * corners[0] + x * corners[1]) + y * ((1 - x) * corners[2] + x * corners[3])
+    for _ in range(3):
+        angle, waves, phase = rng.uniform(0, np.pi), rng.uniform(1, 4), rng.uniform(0, 2 * np.pi)
+        image *= 1 + 0.12 * np.sin(2 * np.pi * waves * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+    return image.astype(np.float32)
+
+
+def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray]:
+    """Centres (x, y) of the shape, [T] each: a swing or a circle whose period about fills a clip of 16 frames."""
+    angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(14, 20) * rng.choice([-1, 1]) + rng.random())
+    reach = rng.uniform(0.2, 0.26)
+    middle_x, middle_y = rng.uniform(0.45, 0.55, size=2)
+    along_x, along_y = {
+        "horizontal": (np.sin(angle), np.zeros(FRAMES)),
+        "vertical": (np.zeros(FRAMES), np.sin(angle)),
+        "diagonal": (np.sin(angle), np.sin(angle) * rng.choice([-1, 1])),
+        "orbit": (np.sin(angle), np.cos(angle)),
+    }[motion]
+    return middle_x + reach * along_x, middle_y + reach * along_y
+
+
+def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to the edge of the shape, about 1 in size, negative inside."""
+    if shape == "circle":
+        return np.hypot(u, v) - 1
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.85
+    if shape == "triangle":  # point up, in a circle of radius 1.2
+        return np.maximum(np.abs(u) * np.sqrt(np.float32(0.75)) - v / 2, v) - 0.6
+    narrow, wide = 0.38, 1.05
+    u, v = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(u - wide, v - narrow), np.maximum(u - narrow, v - wide))
+
+
+def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    """HSV, each in [0, 1] (the hue in turns), as float32 [3] RGB."""
+    turn = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
+    return (value * (1 - saturation + saturation * np.clip(turn, 0, 1))).astype(np.float32)

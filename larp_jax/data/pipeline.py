@@ -1,0 +1,247 @@
+"""Batches of clips, by Grain: training data as a function of (seed, step), evaluation data in a fixed order."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+
+from larp_jax.data.clips import ClipSpec, window_starts
+from larp_jax.data.sources import NO_LABEL, Source, cores, open_source
+from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Draws before a data set counts as unreadable.
+MAX_DRAWS = 100
+
+
+class Batches:
+    """An iterator over batches that owns threads or processes: close it, or use it in a `with` statement.
+
+    Attributes:
+      source: the data set behind it.
+    """
+
+    def __init__(self, source: Source, iterator: Iterator[dict[str, Any]]):
+        self.source = source
+        self._iterator = iterator
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._iterator)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops reading ahead and ends the workers."""
+        self._iterator.close()
+
+
+def train_batches(
+    spec: str,
+    clip: ClipSpec,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Training batches without end, drawn epoch by epoch without replacement, each with a random start and flip.
+
+    The batch of a step is a function of (seed, step): neither `start_step` nor the number of workers changes
+    it, and the batches of all processes, put together in the order of their index, are the batch of one.
+
+    A video that fails to be read is named in the log, once, and another is drawn in its place.
+
+    Args:
+      spec: the data set, as `parse_spec` reads it; the split is `train` if it names none.
+      clip: what a clip is.
+      batch_size: clips a step over all processes.
+      seed: of order, starts and flips.
+      start_step: step to begin at.
+      workers: processes that read; 0 reads in threads of this process, one per core.
+      process_index: this host.
+      process_count: of so many; divides `batch_size`.
+
+    Returns:
+      Iterator over {"video": uint8 [batch_size / process_count, T, H, W, 3], "label": int32 of as many (-1: none)}.
+
+    Raises:
+      InputError: the data set cannot be opened, or the batch cannot be split. The iterator raises it when
+        100 videos in a row cannot be read.
+    """
+    import grain
+
+    rows = _LocalRows(batch_size, process_index, process_count, start_step)
+    source = open_source(spec, clip)
+    clips = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_DrawClip(source, clip))
+    clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
+    return Batches(source, _iterate(clips, rows.local, workers))
+
+
+def eval_batches(
+    spec: str,
+    clip: ClipSpec,
+    *,
+    batch_size: int,
+    max_clips: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Every window of every video in a fixed order, unflipped: consecutive windows that do not overlap.
+
+    A video shorter than a clip repeats its last frame; the tail of a longer one that fills no window is dropped. Every
+    process gets the same number of batches. A window that cannot be read is logged and counts as padding.
+
+    Args:
+      spec: the data set, as `parse_spec` reads it; the split is `test` if it names none.
+      clip: what a clip is; its `flip` is ignored.
+      batch_size: clips a step over all processes.
+      max_clips: at most so many, spread evenly over the videos; 0 takes all.
+      process_index: this host.
+      process_count: of so many; divides `batch_size`.
+
+    Returns:
+      Iterator over batches of batch_size / process_count rows: "video" uint8 [B, T, H, W, 3], "label" int32 [B] (-1:
+      none), "mask" float32 [B] (1: real, 0: padding), "index" int32 [B] (number of the video), "start" int32 [B] (its
+      first frame), "fps" float32 [B] (0: unknown) and "name", a list of B strings.
+
+    Raises:
+      InputError: the data set cannot be opened, or the batch cannot be split.
+    """
+    import grain
+
+    rows = _LocalRows(batch_size, process_index, process_count)
+    source = open_source(spec, clip, default_split="test")
+    windows = choose_windows(source, clip, max_clips)
+    batches = -(-len(windows) // batch_size)
+    clips = grain.MapDataset.range(batches * rows.local).map(_ReadWindow(source, clip, windows, rows))
+    return Batches(source, _iterate(clips, rows.local, workers=0))
+
+
+def choose_windows(source: Source, clip: ClipSpec, max_clips: int = 0) -> list[tuple[int, int]]:
+    """The (video, first frame) of the windows that evaluation reads, in their order.
+
+    With fewer clips than videos, each comes from another video, out of its middle, and only those videos are looked at.
+    """
+    if 0 < max_clips <= len(source):
+        chosen = [number * len(source) // max_clips for number in range(max_clips)]
+        starts = [window_starts(source.frames(index), clip.frames) for index in chosen]
+        return [(index, start[len(start) // 2]) for index, start in zip(chosen, starts, strict=True)]
+    windows = [
+        (index, start) for index in range(len(source)) for start in window_starts(source.frames(index), clip.frames)
+    ]
+    if 0 < max_clips < len(windows):
+        windows = [windows[number * len(windows) // max_clips] for number in range(max_clips)]
+    return windows
+
+
+class _LocalRows:
+    """Which clips of the global order are this process's: of each batch, the rows that lie together at its index."""
+
+    def __init__(self, batch_size: int, process_index: int, process_count: int, start_step: int = 0):
+        if batch_size < 1 or batch_size % process_count:
+            raise InputError(f"data.batch_size={batch_size} does not split evenly over {process_count} process(es)")
+        self.local = batch_size // process_count
+        self.count = 2**62 // process_count
+        self._batch_size = batch_size
+        self._first = start_step * batch_size + process_index * self.local
+
+    def __call__(self, number: int) -> int:
+        step, row = divmod(number, self.local)
+        return self._first + step * self._batch_size + row
+
+
+class _Lookup:
+    """Clips of the global order by the number of this process's."""
+
+    def __init__(self, clips, rows: _LocalRows):
+        self._clips, self._rows = clips, rows
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        return self._clips[self._rows(number)]
+
+
+class _DrawClip:
+    """Reads a training clip; all chance comes from the generator that Grain makes for its place in the order."""
+
+    def __init__(self, source: Source, clip: ClipSpec):
+        self._source, self._clip = source, clip
+        self._failed: set[int] = set()
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        for _ in range(MAX_DRAWS):
+            try:
+                video, label = self._source.read_clip(index, rng, self._clip)
+            except InputError as error:
+                if index not in self._failed:
+                    self._failed.add(index)
+                    logger.warning("another video is drawn in place of %s: %s", self._source.name(index), error)
+                index = int(rng.integers(len(self._source)))
+                continue
+            if self._clip.flip and rng.random() < 0.5:
+                video = video[:, :, ::-1]
+            return {"video": video, "label": np.int32(label)}
+        raise InputError(f"{MAX_DRAWS} videos drawn in a row cannot be read, the last one {self._source.name(index)}")
+
+
+class _ReadWindow:
+    """Reads an evaluation clip, or a padding row after the last one."""
+
+    def __init__(self, source: Source, clip: ClipSpec, windows: list[tuple[int, int]], rows: _LocalRows):
+        self._source, self._clip, self._windows, self._rows = source, clip, windows, rows
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        number = self._rows(number)
+        index, start = self._windows[min(number, len(self._windows) - 1)]
+        video, label, mask = np.zeros(self._clip.shape, np.uint8), NO_LABEL, 0
+        if number < len(self._windows):
+            try:
+                (video, label), mask = self._source.read_clip(index, start, self._clip), 1
+            except InputError as error:
+                logger.warning("left out of the evaluation: frame %d of %s: %s", start, self._source.name(index), error)
+        return {
+            "video": video,
+            "label": np.int32(label),
+            "mask": np.float32(mask),
+            "index": np.int32(index),
+            "start": np.int32(start),
+            "fps": np.float32(self._source.fps(index)),
+            "name": self._source.name(index),
+        }
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as a batch: arrays stacked, strings listed."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: column if isinstance(column[0], str) else np.stack(column) for name, column in columns.items()}
+
+
+def _iterate(clips, batch_size: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Reads ahead, clip by clip, so that all threads or workers share the next batch, and stacks batches."""
+    import grain
+
+    if workers:
+        from absl import flags
+
+        # Grain hands the flags of absl to its workers, and insists that someone has parsed them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        threads = 1
+    else:
+        threads = cores()
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads if workers else batch_size + threads)
+    clips = clips.to_iter_dataset(read)
+    if workers:
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(2, -(-batch_size // workers)))
+        clips = clips.mp_prefetch(options)
+    return iter(clips.batch(batch_size, batch_fn=_stack))

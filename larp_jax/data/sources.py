@@ -1,0 +1,356 @@
+"""Videos by number: those of a folder, and those of a TFDS data set in array_record format."""
+
+import concurrent.futures
+import json
+import logging
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from larp_jax.data import video
+from larp_jax.data.clips import ClipSpec, last_start, repeat_last
+from larp_jax.data.spec import DataSpec, parse_spec
+from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = -1
+# The fewest files that probing shows a progress bar for: about two seconds' worth.
+MANY_FILES = 500
+
+
+class Source(Protocol):
+    """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
+
+    Attributes:
+      label_names: names of the classes in the order of their labels; empty without classes.
+      skipped: (path, reason) of each file that could not be read when the source was opened.
+    """
+
+    label_names: tuple[str, ...]
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        """How many videos there are, 1 at least."""
+
+    def name(self, index: int) -> str:
+        """What a video is called: the path of its file within the folder, or its number in the data set."""
+
+    def fps(self, index: int) -> float:
+        """Frames a second; 0.0 where the data set does not say."""
+
+    def frames(self, index: int) -> int:
+        """How many frames a video has, by its header: a damaged file may decode to fewer."""
+
+    def read_clip(self, index: int, start: int | np.random.Generator, clip: ClipSpec) -> tuple[np.ndarray, int]:
+        """Reads one clip.
+
+        Args:
+          index: the video.
+          start: number of the first frame; a Generator draws one uniformly from all that leave a full clip.
+          clip: length and size.
+
+        Returns:
+          uint8 [T, H, W, 3], its last frame repeated if the video is shorter, and the video's label (-1: none).
+
+        Raises:
+          InputError: the video cannot be read, or does not reach a full clip from the start that was given.
+        """
+
+
+def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_split: str = "train") -> Source:
+    """Opens a data set.
+
+    Args:
+      spec: what `parse_spec` reads, or its result.
+      clip: its resolution picks the size of moving_shapes where the spec names none.
+      default_split: the TFDS split where the spec names none.
+
+    Raises:
+      InputError: the data set does not exist, holds no readable video, or is not prepared.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    split = spec.split or default_split
+    if spec.kind == "folder":
+        return FolderSource(spec.name)
+    try:
+        import tensorflow_datasets  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"data {spec} needs TensorFlow Datasets, which cannot be imported ({error}); "
+            "run: pip install tensorflow-datasets"
+        ) from error
+    if spec.kind == "moving_shapes":
+        from larp_jax.data import moving_shapes
+
+        return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
+    return TfdsSource(spec.name, split)
+
+
+class FolderSource:
+    """The video files below a folder, sorted by path; see `Source`.
+
+    The first level of sub-folders gives the labels, in alphabetical order, if no video lies outside of them. Opening it
+    reads the header of every file and decodes its first frame; those that fail are skipped, and named in one warning.
+
+    Raises:
+      InputError: there is no such folder, or no readable video in it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = pathlib.Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"folder {self.folder} does not exist (or is no folder); give one that holds videos")
+        paths = _video_files(self.folder)
+        if not paths:
+            raise InputError(f"folder {self.folder} holds no video file ({' '.join(sorted(video.EXTENSIONS))})")
+        self._videos, self.skipped = _open_all(paths)
+        if not self._videos:
+            reason = self.skipped[0][1]
+            raise InputError(
+                f"folder {self.folder}: none of its {len(paths)} video files can be read; the first says: {reason}"
+            )
+        if self.skipped:
+            names = ", ".join(os.path.relpath(path, self.folder) for path, _ in self.skipped)
+            logger.warning(
+                "%s: skipped %d of %d files that cannot be read: %s", self.folder, len(self.skipped), len(paths), names
+            )
+        parts = [file.path.relative_to(self.folder).parts for file in self._videos]
+        classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
+        self.label_names = tuple(classes)
+        self._labels = [classes.index(part[0]) if classes else NO_LABEL for part in parts]
+
+    def __len__(self):
+        return len(self._videos)
+
+    def name(self, index):
+        """Path within the folder."""
+        return str(self._videos[index].path.relative_to(self.folder))
+
+    def fps(self, index):
+        """See `Source`."""
+        return self._videos[index].info.fps
+
+    def frames(self, index):
+        """See `Source`."""
+        return self._videos[index].info.frames
+
+    def read_clip(self, index, start, clip):
+        """See `Source`. A file that holds fewer frames than it claims gives a drawn start its last full clip."""
+        drawn = isinstance(start, np.random.Generator)
+        if drawn:
+            start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
+        frames = self._videos[index].read(start, clip.frames, clip.resolution, exact=not drawn)
+        return repeat_last(frames, clip.frames), self._labels[index]
+
+
+def _video_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in video.EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _open_all(paths):
+    """([VideoFile of each readable path], [(path, reason) of each other])."""
+    from tqdm import tqdm
+
+    def attempt(path):
+        try:
+            return video.VideoFile(path)
+        except InputError as error:
+            return str(path), str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        found = pool.map(attempt, paths)
+        bar = tqdm(found, total=len(paths), desc="checking videos", unit="file", disable=len(paths) < MANY_FILES)
+        results = list(bar)
+    return ([r for r in results if isinstance(r, video.VideoFile)], [r for r in results if isinstance(r, tuple)])
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TfdsSource:
+    """A split of a TFDS data set that lies prepared on disk in array_record format; see `Source`.
+
+    Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
+    TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
+
+    The video is the feature of type Video, Sequence of Image (PNG or JPEG) or uint8 Tensor [T, H, W, 1 or 3] of any
+    encoding, the label the one of type ClassLabel; where there are several, the ones called `video` and `label`.
+
+    Args:
+      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
+      split: as TFDS writes splits, such as `train` or `train[:10%]`.
+
+    Raises:
+      InputError: the data set is not there, of another format, without such a split or without a video feature.
+    """
+
+    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
+        self.skipped = []
+        self._data_set, self._split = str(data_set), split
+        folder = _find_data_set(self._data_set)
+        features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
+        self._video, self._shape, self._encoding = _video_feature(self._data_set, features)
+        labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
+        self._label = _preferred(labels, "label")
+        self.label_names = ()
+        if self._label:
+            names = folder / f"{self._label}.labels.txt"
+            count = int(labels[self._label].get("numClasses", 0))
+            self.label_names = tuple(
+                names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
+            )
+        self._records = _open_records(self._data_set, folder, split)
+
+    def __len__(self):
+        return len(self._records)
+
+    def name(self, index):
+        """The data set, the split and the number of the record in it."""
+        return f"{self._data_set}:{self._split}#{index}"
+
+    def fps(self, index):
+        """0.0: TFDS data sets do not say."""
+        return 0.0
+
+    def frames(self, index):
+        """See `Source`; reads the record where the data set's features leave the number open."""
+        return self._shape[0] or len(self._stored_frames(self._read(index)))
+
+    def read_clip(self, index, start, clip):
+        """See `Source`."""
+        try:
+            record = self._read(index)
+            stored = self._stored_frames(record)
+            if isinstance(start, np.random.Generator):
+                start = int(start.integers(last_start(len(stored), clip.frames) + 1))
+            elif start and start + clip.frames > len(stored):
+                raise InputError(f"it ends after {len(stored)} frames, before frame {start + clip.frames}")
+            frames = _decoded(stored[start : start + clip.frames], clip.resolution)
+        except (ValueError, zlib.error) as error:
+            raise InputError(f"{self.name(index)} cannot be read ({error}); prepare the data set again") from error
+        label = record[self._label].int64_list.value[0] if self._label else NO_LABEL
+        return repeat_last(frames, clip.frames), label
+
+    def _read(self, index):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example.FromString(self._records[index]).features.feature
+
+    def _stored_frames(self, record) -> Sequence[bytes] | np.ndarray:
+        """PNG or JPEG files, or uint8 [T, H, W, C]."""
+        values = record[self._video].bytes_list.value
+        if self._encoding == "image":
+            return values
+        if self._encoding == "none":
+            pixels = np.array(record[self._video].int64_list.value, np.uint8)
+        else:
+            pixels = np.frombuffer(zlib.decompress(values[0]) if self._encoding == "zlib" else values[0], np.uint8)
+        return pixels.reshape(-1, *self._shape[1:])
+
+
+def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
+    if not len(frames):
+        raise InputError("it holds no frames")
+    if not isinstance(frames, np.ndarray):
+        return video.decode_images(frames, resolution)
+    frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
+    return frames if frames.shape[1:3] == (resolution, resolution) else video.resize_frames(frames, resolution)
+
+
+def tfds_root() -> pathlib.Path:
+    """The folder of TFDS data sets: $TFDS_DATA_DIR, or TFDS's own default."""
+    from tensorflow_datasets.core import constants
+
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR).expanduser()
+
+
+def _find_data_set(data_set: str) -> pathlib.Path:
+    """The folder of a prepared data set: that of the newest version, and of the only config if none is named."""
+    root = tfds_root()
+    folder = root / pathlib.Path(data_set).expanduser()
+    command = f"tfds build {data_set} --file_format=array_record --data_dir={root}"
+    if not folder.is_dir():
+        raise InputError(f"TFDS data set {data_set} is not prepared in {root}; run: {command}")
+    if (found := _newest_version(folder)) is not None:
+        return found
+    configs = {path.name: found for path in sorted(folder.iterdir()) if (found := _newest_version(path)) is not None}
+    if len(configs) > 1:
+        raise InputError(
+            f"TFDS data set {data_set} has configs {', '.join(configs)}; name one, as in {data_set}/CONFIG"
+        )
+    if not configs:
+        raise InputError(f"{folder} holds no prepared TFDS data set; run: {command}")
+    return next(iter(configs.values()))
+
+
+def _newest_version(folder: pathlib.Path) -> pathlib.Path | None:
+    from tensorflow_datasets.core.utils import version
+
+    for candidate in [folder, *(folder / str(v) for v in reversed(version.list_all_versions(folder)))]:
+        if (candidate / "features.json").exists():
+            return candidate
+    return None
+
+
+def _video_feature(data_set: str, features: dict) -> tuple[str, tuple[int, ...], str]:
+    """(name, [T, H, W, C] with 0 for what is open, encoding) of the feature that holds the video."""
+    videos = {}
+    for name, feature in features.items():
+        if "video" in feature:
+            videos[name] = _shape(feature["video"]), "image"
+        elif "image" in feature.get("sequence", {}).get("feature", {}):
+            length = max(0, int(feature["sequence"].get("length", 0)))
+            videos[name] = (length, *_shape(feature["sequence"]["feature"]["image"])), "image"
+        elif feature.get("tensor", {}).get("dtype") == "uint8":
+            shape = _shape(feature["tensor"])
+            if len(shape) == 4 and all(shape[1:]) and shape[3] in (1, 3):
+                videos[name] = shape, feature["tensor"].get("encoding", "none")
+    chosen = _preferred(videos, "video")
+    if not chosen:
+        raise InputError(
+            f"TFDS data set {data_set} has no video: none of {', '.join(features)} is a Video, a Sequence of Image "
+            "or a uint8 Tensor [T, H, W, 1 or 3]"
+        )
+    return chosen, *videos[chosen]
+
+
+def _shape(feature: dict) -> tuple[int, ...]:
+    return tuple(max(0, int(side)) for side in feature.get("shape", {}).get("dimensions", ()))
+
+
+def _preferred(names: Iterable[str], name: str) -> str:
+    """`name` if it is among the names, else the first, or an empty string."""
+    return name if name in names else next(iter(sorted(names)), "")
+
+
+def _open_records(data_set: str, folder: pathlib.Path, split: str):
+    """Random access to the records of a split, as bytes."""
+    from array_record.python import array_record_data_source
+    from tensorflow_datasets.core import dataset_info, naming, splits
+
+    info = dataset_info.read_proto_from_builder_dir(folder)
+    if info.file_format != "array_record":
+        raise InputError(
+            f"TFDS data set {data_set} lies in {folder} as {info.file_format or 'tfrecord'}, without "
+            f"random access; run: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
+        )
+    template = naming.ShardedFileTemplate(data_dir=folder, dataset_name=info.name, filetype_suffix=info.file_format)
+    known = splits.SplitDict.from_proto(info.splits, template)
+    try:
+        instructions = known[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise InputError(f"TFDS data set {data_set} has no split {split!r}; it has {', '.join(known)}") from error
+    if not instructions:
+        raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
+    return array_record_data_source.ArrayRecordDataSource(instructions)

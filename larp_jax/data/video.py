@@ -1,0 +1,421 @@
+"""Video files and pictures, read and written with PyAV, which is imported when first needed.
+
+Frames are uint8 RGB. They are upright (the container's rotation is honoured), pixels are taken as square, and of
+several video streams the one that FFmpeg deems best counts.
+"""
+
+import array
+import bisect
+import collections
+import contextlib
+import dataclasses
+import fractions
+import itertools
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
+from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = frozenset(
+    ".3g2 .3gp .asf .avi .divx .flv .gif .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm "
+    ".wmv".split()
+)
+
+# One packet is one frame in these, and what the decoder emits after a seek is exact or missing, never approximate.
+# VP8 is not here because its hidden reference frames have packets, and times, of their own.
+SEEKABLE_CODECS = frozenset("av1 ffv1 h264 hevc libdav1d mjpeg mpeg4 vp9".split())
+# AVI stores no presentation times: those that FFmpeg makes up are out of order wherever there are B-frames.
+TIMELESS_FORMATS = frozenset(["avi"])
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What the header of a video says. `frames` is 1 at least, but a damaged file may hold fewer than it claims."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Reads the header and decodes the first frame; counts packets where the header does not count frames.
+
+    Raises:
+      InputError: there is no such file, or no frame of it can be decoded.
+    """
+    with _open(path) as (container, stream):
+        first = next(_decode(container, stream), None)
+        if first is None:
+            raise InputError(f"{path}: no frame of it can be decoded; replace the file or leave it out")
+        width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
+        rate = stream.average_rate or stream.base_rate
+        frames, codec = stream.frames, stream.codec_context.name
+    if frames <= 0:
+        # Opened anew: where times are missing, a seek to the beginning may end up anywhere.
+        with _open(path) as (container, stream):
+            frames = sum(1 for _ in _packets(container, stream))
+    return VideoInfo(max(1, frames), float(rate or 25), width, height, codec)
+
+
+class VideoFile:
+    """Frames of a video file by number, without decoding what lies before the nearest keyframe.
+
+    The first read makes an index of the times of all frames by walking over the packets, which is kept. A later
+    read opens the file, seeks to the last keyframe before its window and decodes from there. What it returns is
+    what decoding from the beginning and slicing gives; if the times of the decoded frames are not exactly those of the
+    index (damage, or times that cannot be trusted), it does decode from the beginning.
+
+    Safe to use from several threads, and can be pickled.
+
+    Attributes:
+      path: the file.
+      info: what `probe` says of it.
+
+    Raises:
+      InputError: no frame of the file can be decoded.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.info = probe(path)
+        self._times: Sequence[int] | None = None  # of the frames in order of presentation; empty: do not seek
+        self._key_times: Sequence[int] = ()
+
+    def read(self, start: int, count: int, resolution: int, *, exact: bool = False) -> np.ndarray:
+        """Reads consecutive frames, resized and cropped to squares.
+
+        Args:
+          start: number of the first frame.
+          count: how many, 1 at least.
+          resolution: side of the squares.
+          exact: whether to raise where the file decodes to fewer than start + count frames. Otherwise its last frames
+            are returned, all of them if it has fewer than `count`.
+
+        Returns:
+          uint8 [n, resolution, resolution, 3], 1 <= n <= count.
+
+        Raises:
+          InputError: the file cannot be read, or `exact` is not met although it has more than `count` frames.
+        """
+        with _open(self.path) as (container, stream):
+            frames = None
+            if self._times is None:
+                self._make_index(container, stream)
+            if self._times:
+                frames = self._seek_and_decode(container, stream, start, count)
+        if frames is None:
+            with _open(self.path) as (container, stream):
+                frames = collections.deque(maxlen=count)
+                for number, frame in enumerate(_decode(container, stream), start=1):
+                    frames.append(frame)
+                    if number == start + count:
+                        break
+                else:
+                    if not frames:
+                        raise InputError(
+                            f"{self.path}: no frame of it can be decoded; replace the file or leave it out"
+                        )
+                    if exact and start > 0:
+                        raise InputError(f"{self.path}: ends after {number} frames, before frame {start + count}")
+        return _to_rgb(frames, resolution)
+
+    def _make_index(self, container, stream) -> None:
+        times, key_times = [], []
+        for packet in _packets(container, stream):
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                key_times.append(packet.pts)
+        container.seek(0)
+        trusted = (
+            stream.codec_context.name in SEEKABLE_CODECS
+            and container.format.name not in TIMELESS_FORMATS
+            and None not in times
+            and len(set(times)) == len(times)
+        )
+        if not trusted:
+            self._times = ()
+            return
+        self._key_times = array.array("q", sorted(key_times))
+        times = array.array("q", sorted(times))
+        # A constant rate, which is the rule, takes no memory: data sets have hundreds of thousands of files.
+        step = times[1] - times[0] if len(times) > 1 else 1
+        constant = range(times[0], times[0] + step * len(times), step) if times else ()
+        self._times = constant if all(map(int.__eq__, constant, times)) else times
+
+    def _seek_and_decode(self, container, stream, start, count) -> list | None:
+        """The frames, or None if their times are not those of the index."""
+        # A file that holds fewer frames than its header claims gives its last ones.
+        if start + count > len(self._times):
+            return None
+        wanted = self._times[start : start + count]
+        keyframe = bisect.bisect_right(self._key_times, wanted[0]) - 1
+        if keyframe > 0:
+            container.seek(self._key_times[keyframe], stream=stream)
+        frames = []
+        for frame in _decode(container, stream, skip_before=wanted[0]):
+            if frame.pts is None:
+                return None
+            if frame.pts < wanted[0]:
+                continue
+            if frame.pts != wanted[len(frames)]:
+                return None
+            frames.append(frame)
+            if len(frames) == count:
+                return frames
+        return None
+
+
+def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Reads a whole video of any length, window by window, holding no more than one window.
+
+    Yields:
+      (number of the first frame, uint8 [T, H, W, 3], how many of the T frames are the video's). Only the last window
+      may have fewer than T of the video's frames; its last one is repeated.
+
+    Raises:
+      InputError: no frame of the file can be decoded. Damage further on ends the video there and is logged.
+    """
+    with _open(path) as (container, stream):
+        frames = _decode(container, stream)
+        start = 0
+        while window := list(itertools.islice(frames, clip.frames)):
+            yield start, repeat_last(_to_rgb(window, clip.resolution), clip.frames), len(window)
+            start += len(window)
+        if start == 0:
+            raise InputError(f"{path}: no frame of it can be decoded; replace the file or leave it out")
+        if start < stream.frames:
+            logger.warning("%s: %d of %d frames can be decoded", path, start, stream.frames)
+
+
+def resize_frames(frames: Iterable[np.ndarray], resolution: int) -> np.ndarray:
+    """Resizes and crops uint8 [h, w, 3] frames to uint8 [n, resolution, resolution, 3]."""
+    av = _av()
+    return _to_rgb([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in frames], resolution)
+
+
+def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
+    """Decodes PNG or JPEG files held in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
+
+    Raises:
+      InputError: one of them is neither, or damaged.
+    """
+    av = _av()
+    frames = []
+    decoders = {}
+    for data in images:
+        codec = "png" if data[:4] == b"\x89PNG" else "mjpeg"
+        try:
+            if codec not in decoders:
+                decoders[codec] = av.CodecContext.create(codec, "r")
+                decoders[codec].thread_count = 1
+            frames.extend(decoders[codec].decode(av.Packet(data)))
+        except av.FFmpegError as error:
+            raise InputError(f"an encoded frame is no readable PNG or JPEG ({_reason(error)})") from error
+    if not frames:
+        raise InputError("there are no PNG or JPEG frames to decode")
+    return _to_rgb(frames, resolution)
+
+
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Writes an H.264 MP4 that browsers play.
+
+    The file appears under its name when it is complete. Odd sides get one more row or column, a copy of the last,
+    because the 4:2:0 chroma of browsers' H.264 has half the picture's size.
+
+    Args:
+      path: file to write, in an existing folder.
+      frames: uint8 [T, H, W, 3], or any iterable of uint8 [H, W, 3] frames of one size, 1 at least.
+      fps: frames a second.
+
+    Raises:
+      ValueError: no frames, or of another shape or dtype.
+      OSError: the file cannot be written.
+    """
+    av = _av()
+    frames = iter(frames)
+    first = _checked_image(next(frames, None), "write_video")
+    height, width = (side + side % 2 for side in first.shape[:2])
+    with _replacing(path) as file, av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(60_000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "18", "preset": "veryfast"}
+        for image in itertools.chain([first], frames):
+            if _checked_image(image, "write_video").shape != first.shape:
+                raise ValueError(f"write_video takes frames of one size, got {first.shape} and {image.shape}")
+            image = np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(stream.encode())
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as PNG; the file appears under its name when it is complete.
+
+    Raises:
+      ValueError: the shape or the dtype differs.
+      OSError: the file cannot be written.
+    """
+    with _replacing(path) as file:
+        file.write(encode_png(image))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as the bytes of a PNG file."""
+    av = _av()
+    image = _checked_image(image, "write_png")
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = image.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", fractions.Fraction(1)
+    packets = encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image))) + encoder.encode(None)
+    return b"".join(map(bytes, packets))
+
+
+def frame_grid(videos: Sequence[np.ndarray], *, columns: int = 8, gap: int = 2) -> np.ndarray:
+    """Puts videos below each other, one a row, as frames evenly chosen from first to last, on white.
+
+    Args:
+      videos: uint8 [T, H, W, 3] each, of any lengths, all frames of one size.
+      columns: frames a row at most.
+      gap: pixels between frames.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    columns = min(columns, max(len(video) for video in videos))
+    height, width = videos[0].shape[1:3]
+    grid = np.full((len(videos) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for row, video in enumerate(videos):
+        for column, number in enumerate(np.linspace(0, len(video) - 1, columns).round().astype(int)):
+            top, left = row * (height + gap), column * (width + gap)
+            grid[top : top + height, left : left + width] = video[number]
+    return grid
+
+
+def _av():
+    try:
+        import av
+    except ImportError as error:
+        raise InputError("videos need PyAV, which is not installed; run: pip install av") from error
+    return av
+
+
+@contextlib.contextmanager
+def _open(path):
+    """(container, best video stream) with every failure to read the file as one line of InputError."""
+    av = _av()
+    try:
+        # `file:` keeps a colon in a name from being taken for a protocol, and names with odd bytes are fine in tags.
+        with av.open(f"file:{os.fspath(path)}", metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise InputError(f"{path}: has no video stream; replace the file or leave it out")
+            # Clips are read in parallel already.
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{path}: cannot be read as video ({_reason(error)}); replace the file or leave it out"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def _packets(container, stream) -> Iterator:
+    """Packets that hold a frame to be shown, up to damage in the container."""
+    av = _av()
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                yield packet
+
+
+def _decode(container, stream, skip_before: int | None = None) -> Iterator:
+    """Frames in order of presentation.
+
+    Errors before the first frame are passed over (recordings may start between keyframes); the first one after
+    it ends the video. Of frames before the time `skip_before` those that no other frame needs are left out.
+    """
+    av = _av()
+    decoder = stream.codec_context
+    packets = container.demux(stream)
+    started = ended = False
+    while not ended:
+        try:
+            packet = next(packets, None)
+            if packet is not None and skip_before is not None and packet.size:
+                shown = packet.pts is None or packet.pts >= skip_before
+                decoder.skip_frame = "DEFAULT" if shown else "NONREF"
+        except av.FFmpegError:
+            packet = None
+        try:
+            ended = packet is None
+            if ended and not started:
+                return
+            decoded = decoder.decode(packet)
+        except av.EOFError:
+            return
+        except av.FFmpegError:
+            if started:
+                return
+            continue
+        for frame in decoded:
+            started = True
+            yield frame
+
+
+def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
+    """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
+
+    libswscale scales and converts in one pass, and its bilinear filter widens when shrinking, so it is antialiased.
+    Against RGB at full size put through Pillow's antialiased bilinear filter it differs by 1.2 levels of 255 on
+    average (root mean square 1.6) over real footage shrunk to 64 and 128: Pillow's input has its chroma enlarged
+    first, which is the less exact way. Chroma at full width costs a tenth of the time and removes the coloured edges.
+    """
+    from av.video.reformatter import Interpolation, VideoReformatter
+
+    interpolation = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+    reformatter = VideoReformatter()
+    out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
+    for target, frame in zip(out, frames, strict=True):
+        width, height = scaled_size(frame.width, frame.height, resolution)
+        scaled = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
+        plane = scaled.planes[0]
+        image = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        image = image.reshape(height, width, 3)
+        target[:] = centre_crop(np.rot90(image, frame.rotation // 90), resolution)
+    return out
+
+
+def _checked_image(image: np.ndarray | None, what: str) -> np.ndarray:
+    if image is None:
+        raise ValueError(f"{what} takes at least one frame")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"{what} takes uint8 [H, W, 3] images, got {image.dtype} {list(image.shape)}")
+    return image
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A binary file to write that becomes `path` when all went well, and is gone otherwise."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
