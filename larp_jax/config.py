@@ -20,10 +20,21 @@ TOKENIZER_SIZES = {
 }
 PRIOR_SIZES = {
     "L": (1024, 24, 16),
+    "B": (768, 12, 12),
     "M": (512, 12, 8),
     "S": (384, 12, 6),
     "XS": (384, 6, 6),
     "XXS": (256, 6, 4),
+}
+# `LP` is the published 632 M generator.
+GENERATOR_SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "LP": (1280, 30, 20),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+    "XXXL": (2560, 48, 40),
 }
 
 
@@ -37,7 +48,9 @@ def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
 
 
 def _from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:
-    """The size's numbers, each replaced where one is given (not 0)."""
+    """The size's numbers, each replaced where one is given (not 0); where all are given, any size is a mere label."""
+    if width and depth and heads:
+        return width, depth, heads
     _one_of(name, size, table)
     width, depth, heads = (given or named for given, named in zip((width, depth, heads), table[size], strict=True))
     return width, depth, heads
@@ -178,12 +191,16 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training."""
+    """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.
+
+    `positions` are the rows of the position table, as many as tokens where 0 (released priors keep 1024 for fewer).
+    """
 
     size: str = "S"
     width: int = 0
     depth: int = 0
     heads: int = 0
+    positions: int = 0
     dropout: float = 0.1
     temperature: float = 1.0
     rounds: int = 2
@@ -198,6 +215,66 @@ class PriorConfig:
         _require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
         _require(0 <= self.dropout < 1, f"prior.dropout must lie in [0, 1), got {self.dropout}")
         _require(0 <= self.mix_max <= 1, f"prior.mix_max must lie in [0, 1], got {self.mix_max}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The stage-2 generator (METHOD 4). `size` names width, depth and heads, which may be overridden one by one.
+
+    `kv_heads` of 0 takes as many key/value heads as query heads; `mlp_multiplier` of 0 leaves the hidden width alone.
+    With `frame_prediction` the condition is the codes of the frames before and a separator, otherwise a class.
+    `class_dropout` of 0 leaves out the null class, and with it guidance.
+    """
+
+    size: str = "LP"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    codebook_size: int = 8192
+    num_tokens: int = 1024
+    frame_prediction: bool = False
+    num_classes: int = 101
+    class_dropout: float = 0.1
+    token_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.1
+    mlp_dropout: float = 0.1
+    path_dropout: float = 0.0
+    mlp_multiplier: float = 0.0
+    mlp_multiple: int = 256
+    norm_epsilon: float = 1e-5
+    fixed_positions: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        numbers = _from_size("model.size", self.size, GENERATOR_SIZES, self.width, self.depth, self.heads)
+        for name, value in zip(("width", "depth", "heads"), numbers, strict=True):
+            object.__setattr__(self, name, value)
+        TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        for name in ("kv_heads", "num_tokens", "num_classes", "mlp_multiple"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        _require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        _require(self.codebook_size > 1, f"model.codebook_size must be above 1, got {self.codebook_size}")
+        _require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
+        _require(self.mlp_multiplier >= 0, f"model.mlp_multiplier must not be negative, got {self.mlp_multiplier}")
+        for part in ("class", "token", "attention", "residual", "mlp", "path"):
+            rate = getattr(self, f"{part}_dropout")
+            _require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
+
+    @property
+    def condition_tokens(self) -> int:
+        """Positions before the first token: the class, or the condition's codes and the separator."""
+        return self.num_tokens + 1 if self.frame_prediction else 1
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the SwiGLU (METHOD 4)."""
+        hidden = int(2 * 4 * self.width / 3)
+        if self.mlp_multiplier:
+            hidden = int(self.mlp_multiplier * hidden)
+        return -(-hidden // self.mlp_multiple) * self.mlp_multiple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
