@@ -186,11 +186,11 @@ class SelfAttention(nnx.Module):
         if key is None or self.dropout_rate == 0.0:
             y = attention(q, k, v, causal=self.causal)
         else:
-            y = _attention_with_dropout(q, k, v, causal=self.causal, rate=self.dropout_rate, key=key)
+            y = attention_with_dropout(q, k, v, causal=self.causal, rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
 
-def _attention_with_dropout(q, k, v, *, causal: bool, rate: float, key: jax.Array) -> jax.Array:
+def attention_with_dropout(q, k, v, *, causal: bool, rate: float, key: jax.Array) -> jax.Array:
     """The plain form of `attention`, with dropout on the probabilities (fused kernels offer none that is portable)."""
     n = q.shape[1]
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
@@ -252,12 +252,15 @@ class Block(nnx.Module):
 REMAT = ("none", "block", "dots")
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, *, remat: str = "none", key: jax.Array | None = None) -> jax.Array:
+def run_stack(
+    blocks: nnx.Module, x: jax.Array, *per_layer: jax.Array, remat: str = "none", key: jax.Array | None = None
+) -> jax.Array:
     """Runs stacked blocks (leaves [depth, ...], see `stack`) over x with `lax.scan`: one block is compiled.
 
     Args:
       blocks: what `stack` returned.
       x: [B, N, D].
+      *per_layer: [depth, ...] each; a block is called with x, its key and its slice of each.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: dropout key, split over the layers; None for none.
     """
@@ -266,14 +269,14 @@ def run_stack(blocks: nnx.Module, x: jax.Array, *, remat: str = "none", key: jax
     keys = None if key is None else jax.random.split(key, depth)
 
     def body(x, layer):
-        params, key = layer
-        return nnx.merge(graphdef, params)(x, key), None
+        params, key, *rest = layer
+        return nnx.merge(graphdef, params)(x, key, *rest), None
 
     if remat == "block":
         body = jax.checkpoint(body)
     elif remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x, (layers, keys))[0]
+    return jax.lax.scan(body, x, (layers, keys, *per_layer))[0]
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

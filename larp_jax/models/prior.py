@@ -14,7 +14,7 @@ class Prior(nnx.Module):
 
     Args:
       config: size, dropout.
-      num_tokens: N, rows of the position table.
+      num_tokens: N, rows of the position table unless the configuration gives another number.
       code_dim: d.
       rngs: `params` stream for the initial weights.
       remat: see `larp_jax.models.layers.run_stack`.
@@ -34,7 +34,8 @@ class Prior(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.config = config
         self.in_linear = Linear(code_dim, config.width, rngs=rngs, kernel_init=init, dtype=dtype)
-        self.positions = nnx.Param(init(rngs.params(), (num_tokens, config.width), jnp.float32))
+        rows = config.positions or num_tokens
+        self.positions = nnx.Param(init(rngs.params(), (rows, config.width), jnp.float32))
         self.blocks = stack(
             config.depth,
             lambda r: Block(

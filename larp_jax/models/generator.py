@@ -1,0 +1,179 @@
+"""The stage-2 generator: a Llama-like decoder over codes, given a class or the frames before (METHOD 4)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from larp_jax.config import GeneratorConfig
+from larp_jax.models.embeddings import sincos_1d
+from larp_jax.models.layers import Dtype, Linear, attention, attention_with_dropout, dropout, run_stack, stack
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the compute dtype."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape in `dtype`."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...]).astype(self.dtype)
+
+
+class GroupedAttention(nnx.Module):
+    """Causal attention in which query head h reads key/value head h // (heads / kv heads); columns [q; k; v]."""
+
+    def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs, dtype: Dtype):
+        c = config
+        head_width = c.width // c.heads
+        init = nnx.initializers.normal(c.init_std)
+        columns = (c.heads + 2 * c.kv_heads) * head_width
+        self.qkv = Linear(c.width, columns, rngs=rngs, bias=False, kernel_init=init, dtype=dtype)
+        self.out = Linear(c.width, c.width, rngs=rngs, bias=False, kernel_init=init, dtype=dtype)
+        self.heads, self.kv_heads, self.dropout_rate = c.heads, c.kv_heads, c.attention_dropout
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, N, D] -> queries [B, N, heads, d], keys and values [B, N, kv heads, d]."""
+        qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=self.heads + 2 * self.kv_heads)
+        return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
+        q, k, v = self.project(x)
+        k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
+        if key is None or self.dropout_rate == 0.0:
+            y = attention(q, k, v, causal=True)
+        else:
+            y = attention_with_dropout(q, k, v, causal=True, rate=self.dropout_rate, key=key)
+        return self.out(rearrange(y, "b n h d -> b n (h d)"))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs, dtype: Dtype):
+        def linear(inputs, outputs):
+            init = nnx.initializers.normal(config.init_std)
+            return Linear(inputs, outputs, rngs=rngs, bias=False, kernel_init=init, dtype=dtype)
+
+        self.gate = linear(config.width, config.mlp_width)
+        self.up = linear(config.width, config.mlp_width)
+        self.down = linear(config.mlp_width, config.width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> the same shape."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class GeneratorBlock(nnx.Module):
+    """x += attention(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs, dtype: Dtype):
+        self.norm1 = RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
+        self.attention = GroupedAttention(config, rngs=rngs, dtype=dtype)
+        self.norm2 = RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
+        self.mlp = SwiGLU(config, rngs=rngs, dtype=dtype)
+        self.config = config
+
+    def __call__(self, x: jax.Array, key: jax.Array | None, path_dropout: jax.Array) -> jax.Array:
+        """x [B, N, D] -> [B, N, D]; `key` turns on dropout, and stochastic depth at the rate `path_dropout`."""
+        c = self.config
+        keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        path_keys = keys[3:] if c.path_dropout else (None, None)
+        y = dropout(self.attention(self.norm1(x), keys[0]), c.residual_dropout, keys[1])
+        x = x + drop_path(y, path_dropout, path_keys[0])
+        y = dropout(self.mlp(self.norm2(x)), c.mlp_dropout, keys[2])
+        return x + drop_path(y, path_dropout, path_keys[1])
+
+
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth: zeroes whole clips of x [B, ...] and scales the others up; the identity without a key."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Generator(nnx.Module):
+    """Predicts each code from those before it and a condition.
+
+    Args:
+      config: sizes and options.
+      rngs: `params` stream for the initial weights.
+      remat: what the backward pass recomputes, see `larp_jax.models.layers.run_stack`.
+      dtype: of the computation; parameters and logits are float32.
+    """
+
+    def __init__(
+        self, config: GeneratorConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32
+    ):
+        c = config
+        init = nnx.initializers.normal(c.init_std)
+
+        def table(rows, init=init):
+            return nnx.Param(init(rngs.params(), (rows, c.width), jnp.float32))
+
+        # the separator between condition and tokens has the last row
+        self.token_embedding = table(c.codebook_size + c.frame_prediction)
+        self.class_embedding = None if c.frame_prediction else table(c.num_classes + (c.class_dropout > 0))
+        rows = c.condition_tokens + c.num_tokens - 1
+        self.positions = None if c.fixed_positions else table(rows, nnx.initializers.normal(0.02))
+        self.blocks = stack(c.depth, lambda r: GeneratorBlock(c, rngs=r, dtype=dtype), rngs)
+        self.norm = RMSNorm(c.width, epsilon=c.norm_epsilon, dtype=dtype)
+        self.head = Linear(
+            c.width, c.codebook_size, rngs=rngs, bias=False, kernel_init=nnx.initializers.zeros, dtype=dtype
+        )
+        self.config, self.remat, self.dtype = c, remat, dtype
+
+    def __call__(self, condition: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Logits of each next code.
+
+        Args:
+          condition: classes [B] int, where negative means the null class; for frame prediction the condition's codes
+            and the separator K, [B, N + 1] int.
+          tokens: the first n < N codes, [B, n] int; training gives N - 1.
+          key: turns on dropout of classes and activations.
+
+        Returns:
+          [B, n + 1, K] float32: row i is about token i.
+        """
+        return self.head(self.features(condition, tokens, key=key)).astype(jnp.float32)
+
+    def features(self, condition: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """What the head turns into logits, [B, n + 1, D]; arguments as in `__call__`."""
+        c = self.config
+        class_key, embed_key, block_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = jnp.concatenate([self.embed_condition(condition, key=class_key), self.embed_tokens(tokens)], axis=1)
+        x = dropout(x, c.token_dropout, embed_key) + self.position_table()[: x.shape[1]].astype(self.dtype)
+        # the rate of stochastic depth rises from 0 in the first block to its full value in the last
+        rates = jnp.linspace(0.0, c.path_dropout, c.depth)
+        x = run_stack(self.blocks, x, rates, remat=self.remat, key=block_key)
+        return self.norm(x[:, c.condition_tokens - 1 :])
+
+    def embed_condition(self, condition: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """The condition as [B, condition positions, D]; with a key, classes are dropped for the null class."""
+        c = self.config
+        if c.frame_prediction:
+            return self.embed_tokens(condition)
+        null = condition < 0
+        if key is not None and c.class_dropout > 0:
+            null |= jax.random.bernoulli(key, c.class_dropout, condition.shape)
+        classes = jnp.where(null, c.num_classes, condition)
+        return self.class_embedding[...].astype(self.dtype)[classes][:, None]
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Codes [B, n] int -> [B, n, D]."""
+        return self.token_embedding[...].astype(self.dtype)[tokens]
+
+    def position_table(self) -> jax.Array:
+        """[condition positions + N - 1, D] float32, learned or sine-cosine."""
+        c = self.config
+        if self.positions is not None:
+            return self.positions[...]
+        return jnp.asarray(sincos_1d(np.arange(c.condition_tokens + c.num_tokens - 1), c.width), jnp.float32)
