@@ -189,6 +189,27 @@ class TokenizerConfig:
         return self.frames, self.resolution, self.resolution, self.channels
 
 
+# Settings of TokenizerConfig that only say how training starts and runs: tokenizers that differ in nothing else compute
+# the same codes and videos from the same weights.
+TRAINING_FIELDS = frozenset(
+    {
+        "query_init",
+        "query_init_std",
+        "encoder_query_gaussian_init",
+        "attention_init",
+        "data_init",
+        "quantizer.temperature",
+        "quantizer.temperature_start",
+        "quantizer.temperature_ramp",
+        "quantizer.commitment_weight",
+        "quantizer.codebook_weight",
+        "quantizer.entropy_weight",
+        "quantizer.entropy_temperature",
+        "quantizer.kl_weight",
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.

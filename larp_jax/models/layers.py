@@ -107,7 +107,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False)
     Chooses per lowering platform: cuDNN's fused kernel on GPUs where dtype and head width allow it, batched matrix
     products with a hand-written backward pass on CPUs, `jax.nn.dot_product_attention` otherwise.
     """
-    fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    # every branch is traced everywhere, and tracing the fused kernel already asks for a cuDNN
+    has_gpu = jax.default_backend() == "gpu"
+    fused = has_gpu and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
     def on_gpu(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
