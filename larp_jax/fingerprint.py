@@ -1,0 +1,53 @@
+"""A name for what a tokenizer's codes mean, written beside codes so that no other tokenizer decodes them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from larp_jax.config import TRAINING_FIELDS, TokenizerConfig, to_dict
+
+# Settings that change no code: names of sizes, how codes are drawn in training, and whatever is about the decoder.
+NOT_OF_CODES = TRAINING_FIELDS | {"size", "quantizer.kind"}
+
+
+def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
+    """A hash of everything that decides a tokenizer's codes: encoder, quantiser, and the settings they obey.
+
+    Equal for the same tokenizer however it was stored: imported, exported, sharded or resumed.
+
+    Args:
+      config: the tokenizer's.
+      params: its parameters (`TrainState.params["tokenizer"]`), NumPy or JAX arrays.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode())
+    quantizer = {name: leaf for name, leaf in params["quantizer"].items() if name != "out_linear"}
+    leaves, _ = jax.tree_util.tree_flatten_with_path({"encoder": params["encoder"], "quantizer": quantizer})
+    for path, leaf in leaves:
+        name = "/".join(str(key.key) for key in path)
+        digest.update(f"{name} {tuple(leaf.shape)}".encode())
+        digest.update(np.ascontiguousarray(leaf, dtype="<f4").data)
+    return digest.hexdigest()[:16]
+
+
+def _settings(config: TokenizerConfig) -> dict:
+    """What differs from the defaults, so that a setting added later leaves old fingerprints alone."""
+
+    def different(values, defaults, prefix=""):
+        found = {}
+        for name, value in values.items():
+            path = prefix + name
+            if path in NOT_OF_CODES or "decoder" in path:
+                continue
+            if isinstance(value, dict):
+                found |= different(value, defaults[name], f"{path}.")
+            elif value != defaults[name]:
+                found[path] = value
+        return found
+
+    return different(to_dict(config), to_dict(TokenizerConfig()))

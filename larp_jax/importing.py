@@ -1,0 +1,220 @@
+"""Released PyTorch weights in: a Hugging Face style directory or repository, or a checkpoint of the authors' trainer.
+
+PyTorch is needed only for the last, and no file is ever unpickled into arbitrary objects.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from larp_jax import released
+from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
+from larp_jax.errors import InputError
+
+CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+SHOWN = 5  # names listed of many that are wrong
+
+
+def import_huggingface(
+    source: str | os.PathLike, *, ema: bool = False
+) -> tuple[str, TokenizerRecipe | GeneratorConfig, dict]:
+    """Reads a released model.
+
+    Args:
+      source: a directory with `config.json` and `model.safetensors`; a `.pth` checkpoint of the authors' trainer; or a
+        repository id `owner/name`, fetched through huggingface_hub.
+      ema: takes the moving average out of a `.pth` checkpoint (the slowest, where there are several).
+
+    Returns:
+      `tokenizer` or `generator`; its configuration (a recipe whose `loss.prior_weight` is 0 where there is no prior, or
+      a `GeneratorConfig`); and its parameters as in `TrainState.params`, float32 NumPy arrays.
+
+    Raises:
+      InputError: anything that is not exactly such a model: what is missing, extra, misshaped or not understood.
+    """
+    path = pathlib.Path(source)
+    if path.is_file():
+        values, tensors, where = _read_checkpoint(path, ema)
+        prior_sizes = None
+    else:
+        if not path.is_dir():
+            path = _download(str(source))
+        if ema:
+            raise InputError(f"{path} holds one set of weights, no moving average beside it; leave out the choice")
+        where = str(path / CONFIG)
+        values, tensors = _read_json(path / CONFIG), _read_safetensors(path / WEIGHTS)
+        prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
+        if not isinstance(prior_sizes, Mapping | None):
+            raise InputError(f"{path / PRIOR_SIZES} must hold {{\"prior\": {{...}}}}")
+
+    shapes = {name: x.shape for name, x in tensors.items()}
+    config = released.config_from_released(values, shapes, prior_sizes=prior_sizes, where=where)
+    items = released.model_tensors(config)
+    _check_shapes(items, shapes, where)
+    _check_values(items, tensors, where)
+    kind = "generator" if isinstance(config, GeneratorConfig) else "tokenizer"
+    return kind, config, released.params_from_released(items, tensors)
+
+
+def _download(repository: str) -> pathlib.Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(f"{repository} is neither a directory, a file nor a repository id like owner/name")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"{repository} is no directory here, and fetching it as a repository needs huggingface_hub: pip install it,"
+            f" or download {CONFIG} and {WEIGHTS} yourself and give their directory"
+        ) from None
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # of many kinds: no network, no such repository, no access
+        raise InputError(
+            f"{repository} is no directory here, and fetching it failed ({_one_line(error)}); check the name and the"
+            f" network, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
+        ) from None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    def refuse(constant):
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        values = json.loads(path.read_bytes(), parse_constant=refuse)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; the directory of a released model holds {CONFIG} and {WEIGHTS}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({_one_line(error)}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold an object of settings, not a {type(values).__name__}")
+    return values
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Tensors by name, mapped from the file rather than read."""
+    try:
+        with safe_open(path, framework="np"):
+            pass  # checks that header and file fit each other
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        wrong = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in DTYPES}
+        # mapped by hand, because safetensors gives NumPy no bfloat16
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + size) if header else None
+        tensors = {
+            name: data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+            if name not in wrong
+        }
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; the directory of a released model holds {CONFIG} and {WEIGHTS}") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is not a sound safetensors file ({_one_line(error)}); fetch it again") from None
+    if wrong:
+        wrong = _some(f"{dtype} ({name})" for name, dtype in wrong.items())
+        raise InputError(f"{path}: weights must be {', '.join(DTYPES)}, not {wrong}")
+    return tensors
+
+
+def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Configuration, weights and what to call them, from a checkpoint of the authors' trainer."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{path} is a file, so it must be a PyTorch checkpoint, which needs PyTorch to read: pip install torch, or"
+            f" give a directory with {CONFIG} and {WEIGHTS}"
+        ) from None
+    # what the authors' trainer saves beside tensors: settings, read as plain dictionaries, and NumPy's random state
+    known = [(collections.OrderedDict, "easydict.EasyDict"), np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    known += [(np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(known), warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a hostile or broken file provokes in the restricted unpickler
+        raise InputError(
+            f"{path} is not a PyTorch checkpoint that can be read safely ({_one_line(error)}); convert it where it came"
+            f" from to {CONFIG} and {WEIGHTS}"
+        ) from None
+
+    def entry(holder, key, kind):
+        if not isinstance(holder, Mapping) or not isinstance(holder.get(key), kind):
+            raise InputError(f"{path} is not a checkpoint of the authors' trainer: it has no {key!r} where one belongs")
+        return holder[key]
+
+    model = entry(checkpoint, "model", Mapping)
+    name, values = entry(model, "name", str), dict(entry(model, "args", Mapping))
+    weights = entry(model, "ema_sd" if ema else "sd", Mapping)
+    if ema:
+        weights = entry(weights, max(weights, default=None), Mapping)
+    if name.startswith(released.GENERATOR_PREFIX):
+        size = name.removeprefix(released.GENERATOR_PREFIX)
+        if size not in GENERATOR_SIZES:
+            raise InputError(f"{path}: model.name={name!r} is not one of {', '.join(GENERATOR_SIZES)}")
+        values |= dict(zip(("dim", "n_layer", "n_head"), GENERATOR_SIZES[size], strict=True))
+    tensors = {}
+    for key, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise InputError(f"{path}: {key} must be a tensor of floats")
+        tensor = tensor.detach()
+        tensors[key] = (tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.float()).numpy()
+    return values, tensors, str(path)
+
+
+def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:
+    # before the names are written out: a configuration may ask for any number of layers
+    count = sum(len(item.names) * max(1, item.layers) for item in items if isinstance(item, released.Parameter))
+    if count > 2 * len(shapes) + 1000:
+        raise InputError(f"the weights do not fit {where}: it asks for {count} tensors, they are {len(shapes)}")
+    expected = released.expected_shapes(items)
+    complaints = []
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    if missing:
+        complaints.append(f"missing {_some(missing)}")
+    if extra:
+        complaints.append(f"not expected {_some(extra)}")
+    common = sorted(expected.keys() & shapes.keys())
+    wrong = [f"{k} {list(shapes[k])} for {list(expected[k])}" for k in common if shapes[k] != expected[k]]
+    if wrong:
+        complaints.append(f"of the wrong shape {_some(wrong)}")
+    if complaints:
+        raise InputError(f"the weights do not fit {where}: {'; '.join(complaints)}")
+
+
+def _check_values(items: list, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        raise InputError(f"the weights of {where} are damaged: not finite in {_some(bad)}; fetch them again")
+    for item in items:
+        if isinstance(item, released.Table):
+            stored = tensors[item.name]
+            tolerance = max(1e-5, 4.0 * float(ml_dtypes.finfo(stored.dtype).eps))
+            if np.abs(stored.astype(np.float32) - item.compute()).max() > tolerance:
+                raise InputError(
+                    f"{where}: {item.name} is not the sine-cosine table that its configuration implies; such a model"
+                    " computes something else than ours"
+                )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # PyTorch says much before the reason
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,657 @@
+"""The authors' released layout as data: names and shapes of tensors, fields of `config.json`, and how ours match them.
+
+Every table here is read in both directions, so import and export cannot disagree. Nothing here touches files.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from larp_jax import config as ours
+from larp_jax.config import GeneratorConfig, PriorConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
+from larp_jax.errors import InputError
+from larp_jax.models.embeddings import sincos_1d, sincos_3d
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of ours and the released tensors that hold it.
+
+    Attributes:
+      path: of ours, `module/.../name`.
+      names: of the released tensors; several where ours packs them in that order. `{}` stands for the layer.
+      shape: of each released tensor.
+      pattern: einops pattern from the released axes to ours; where `names` are several, their axis comes first.
+      layers: number of released layers behind ours, which stacks them on a leading axis; 0 where there is no such axis.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    pattern: str = "d -> d"
+    layers: int = 0
+
+    def released_names(self) -> list[tuple[str, ...]]:
+        """The names, filled in for each layer."""
+        return [tuple(name.format(i) for name in self.names) for i in range(max(1, self.layers))]
+
+    def from_released(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Our array, float32, from released tensors of the right names and shapes."""
+
+        def convert(names):
+            parts = [np.asarray(tensors[name], np.float32) for name in names]
+            return rearrange(parts if len(parts) > 1 else parts[0], self.pattern)
+
+        first, *rest = self.released_names()
+        if not self.layers:
+            return np.array(convert(first), order="C")  # a copy: tensors may lie in a mapped file
+        x = convert(first)
+        stacked = np.empty((self.layers, *x.shape), np.float32)
+        stacked[0] = x
+        for i, names in enumerate(rest, 1):
+            stacked[i] = convert(names)
+        return stacked
+
+    def to_released(self, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The inverse: pairs of released name and float32 array."""
+        left, right = self.pattern.split(" -> ")
+        sizes = (len(self.names),) * (len(self.names) > 1) + self.shape
+        sizes = {axis: size for axis, size in zip(left.split(), sizes, strict=True) if axis != "1"}
+        for names, layer in zip(self.released_names(), x if self.layers else x[None], strict=True):
+            y = rearrange(np.asarray(layer, np.float32), f"{right} -> {left}", **sizes)
+            for name, part in zip(names, y if len(names) > 1 else y[None], strict=True):
+                yield name, np.ascontiguousarray(part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A fixed position table: a tensor in a released file, computed when needed in our models."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Callable[[], np.ndarray]
+
+    def compute(self) -> np.ndarray:
+        """The table in the released shape, float32."""
+        return self.values().astype(np.float32).reshape(self.shape)
+
+
+def _linear(path, name, inputs, outputs, *, bias=True, layers=0):
+    yield Parameter(f"{path}/kernel", (f"{name}.weight",), (outputs, inputs), "o i -> i o", layers)
+    if bias:
+        yield Parameter(f"{path}/bias", (f"{name}.bias",), (outputs,), layers=layers)
+
+
+def _norm(path, name, width, *, bias=True, layers=0):
+    yield Parameter(f"{path}/scale", (f"{name}.weight",), (width,), layers=layers)
+    if bias:
+        yield Parameter(f"{path}/bias", (f"{name}.bias",), (width,), layers=layers)
+
+
+def _transformer(path, name, config: TransformerConfig):
+    path, name, d, n = f"{path}/transformer/blocks", f"{name}.blocks.{{}}", config.width, config.depth
+    yield from _norm(f"{path}/norm1", f"{name}.norm1", d, layers=n)
+    yield from _linear(f"{path}/attention/qkv", f"{name}.attn.qkv", d, 3 * d, bias=False, layers=n)
+    yield from _linear(f"{path}/attention/out", f"{name}.attn.proj", d, d, layers=n)
+    yield from _norm(f"{path}/norm2", f"{name}.norm2", d, layers=n)
+    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, 4 * d, layers=n)
+    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", 4 * d, d, layers=n)
+
+
+def _positions_3d(path, fixed, learned: dict, learns: bool, token_type: str | None, grid, width):
+    """`learned` gives the released names of the tables along time, height and columns."""
+    t, h, w = grid
+    if learns:
+        yield Parameter(f"{path}/time", (learned["time"],), (1, t, 1, 1, width), "1 t 1 1 d -> t d")
+        yield Parameter(f"{path}/height", (learned["height"],), (1, 1, h, 1, width), "1 1 h 1 d -> h d")
+        yield Parameter(f"{path}/columns", (learned["columns"],), (1, 1, 1, w, width), "1 1 1 w d -> w d")
+    else:
+        yield Table(fixed, (1, t * h * w, width), lambda: sincos_3d(grid, width))
+    yield from _token_type(path, token_type, width)
+
+
+def _positions_1d(path, name, shape, learns: bool, token_type: str | None, base):
+    *_, length, width = shape
+    if learns:
+        yield Parameter(f"{path}/table", (name,), shape, "1 n d -> n d" if len(shape) == 3 else "n d -> n d")
+    else:
+        yield Table(name, shape, lambda: sincos_1d(np.arange(length), width, base))
+    yield from _token_type(path, token_type, width)
+
+
+def _token_type(path, name: str | None, width):
+    if name:
+        yield Parameter(f"{path}/token_type", (name,), (1, 1, width), "1 1 d -> d")
+
+
+def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
+    """What a released tokenizer holds, without the prior (METHOD 1)."""
+    c, q = config, config.quantizer
+    pt, p, _ = c.encoder_patch
+    # one frame a patch is a 2-D convolution there
+    kernel, axes = ((pt, p, p), "t h w") if pt > 1 else ((p, p), "h w")
+    yield Parameter(
+        "encoder/patch_embed/proj/kernel",
+        ("x_embedder.proj.weight",),
+        (c.encoder.width, c.channels, *kernel),
+        f"d c {axes} -> ({axes} c) d",
+    )
+    yield Parameter("encoder/patch_embed/proj/bias", ("x_embedder.proj.bias",), (c.encoder.width,))
+    yield from _positions_3d(
+        "encoder/patch_positions",
+        "encoder_patch_pe",
+        # sic: "encode_w_embed"
+        {"time": "encoder_t_embed", "height": "encoder_h_embed", "columns": "encode_w_embed"},
+        c.learned_encoder_patch_pe,
+        "encoder_patch_token_type_embed" if c.use_encoder_patch_token_type_embed else None,
+        c.encoder_grid,
+        c.encoder.width,
+    )
+    yield from _positions_1d(
+        "encoder/queries",
+        "encoder_latent_query_embed",
+        (c.num_tokens, c.encoder.width),
+        c.learned_encoder_latent_query_embed,
+        "encoder_latent_query_token_type_embed" if c.use_encoder_latent_query_token_type_embed else None,
+        c.latent_position_base,
+    )
+    yield from _transformer("encoder", "encoder", c.encoder)
+    yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, q.code_dim)
+    embedding = ("bottleneck.regularizer.embedding.weight",)
+    yield Parameter("quantizer/embedding", embedding, (q.codebook_size, q.code_dim), "k d -> k d")
+    yield from _linear("quantizer/out_linear", "bottleneck.out_linear", q.code_dim, c.decoder.width)
+    yield from _positions_1d(
+        "decoder/latent_positions",
+        "decoder_latent_pe",
+        (1, c.num_tokens, c.decoder.width),
+        c.learned_decoder_latent_pe,
+        "decoder_latent_token_type_embed" if c.use_decoder_latent_token_type_embed else None,
+        c.latent_position_base,
+    )
+    yield from _positions_3d(
+        "decoder/patch_queries",
+        "decoder_patch_query_embed",
+        {"time": "decoder_t_embed", "height": "decoder_h_embed", "columns": "decoder_w_embed"},
+        c.learned_decoder_patch_query_embed,
+        "decoder_patch_query_token_type_embed" if c.use_decoder_patch_query_token_type_embed else None,
+        c.decoder_grid,
+        c.decoder.width,
+    )
+    yield from _transformer("decoder", "decoder", c.decoder)
+    yield from _norm("decoder/norm", "final_layer.norm_final", c.decoder.width)
+    # rows are (time-in-patch, row, column, channel) in both
+    outputs = math.prod(c.decoder_patch) * c.channels
+    yield from _linear("decoder/head", "final_layer.linear", c.decoder.width, outputs)
+
+
+def prior_tensors(config: PriorConfig, num_tokens: int, code_dim: int) -> Iterator[Parameter]:
+    """What a released tokenizer holds of its prior (METHOD 2)."""
+    d, n = config.width, config.depth
+    path, name = "blocks", "prior_model.blocks.{}"
+    yield from _linear("in_linear", "prior_model.input_proj", code_dim, d)
+    rows = config.positions or num_tokens
+    yield Parameter("positions", ("prior_model.pos_emb",), (1, rows, d), "1 n d -> n d")
+    yield from _norm(f"{path}/norm1", f"{name}.ln1", d, layers=n)
+    parts = tuple(f"{name}.attn.{part}" for part in ("query", "key", "value"))
+    weights, biases = (tuple(f"{part}.{kind}" for part in parts) for kind in ("weight", "bias"))
+    yield Parameter(f"{path}/attention/qkv/kernel", weights, (d, d), "part o i -> i (part o)", n)
+    yield Parameter(f"{path}/attention/qkv/bias", biases, (d,), "part o -> (part o)", n)
+    yield from _linear(f"{path}/attention/out", f"{name}.attn.proj", d, d, layers=n)
+    yield from _norm(f"{path}/norm2", f"{name}.ln2", d, layers=n)
+    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.0", d, 4 * d, layers=n)
+    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.2", 4 * d, d, layers=n)
+    yield from _norm("norm", "prior_model.ln_f", d)
+    yield from _linear("head", "prior_model.head", d, code_dim)
+
+
+def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
+    """What a released generator holds (METHOD 4)."""
+    c, d, n = config, config.width, config.depth
+    path, name = "blocks", "layers.{}"
+
+    def linear(ours_name, released, inputs, outputs):
+        return _linear(f"{path}/{ours_name}", f"{name}.{released}", inputs, outputs, bias=False, layers=n)
+
+    rows = c.codebook_size + c.frame_prediction
+    yield Parameter("token_embedding", ("tok_embeddings.weight",), (rows, d), "k d -> k d")
+    if not c.frame_prediction:
+        rows = c.num_classes + (c.class_dropout > 0)
+        yield Parameter("class_embedding", ("cls_embedding.embedding_table.weight",), (rows, d), "k d -> k d")
+    rows = c.condition_tokens + c.num_tokens - 1
+    if c.fixed_positions:
+        yield Table("abs_pe", (1, rows, d), lambda: sincos_1d(np.arange(rows), d))
+    else:
+        yield Parameter("positions", ("abs_pe",), (1, rows, d), "1 n d -> n d")
+    yield from _norm(f"{path}/norm1", f"{name}.attention_norm", d, bias=False, layers=n)
+    yield from linear("attention/qkv", "attention.wqkv", d, d // c.heads * (c.heads + 2 * c.kv_heads))
+    yield from linear("attention/out", "attention.wo", d, d)
+    yield from _norm(f"{path}/norm2", f"{name}.ffn_norm", d, bias=False, layers=n)
+    yield from linear("mlp/gate", "feed_forward.w1", d, c.mlp_width)
+    yield from linear("mlp/up", "feed_forward.w3", d, c.mlp_width)
+    yield from linear("mlp/down", "feed_forward.w2", c.mlp_width, d)
+    yield from _norm("norm", "norm", d, bias=False)
+    yield from _linear("head", "output", d, c.codebook_size, bias=False)
+
+
+def model_tensors(config: TokenizerRecipe | GeneratorConfig) -> list[Parameter | Table]:
+    """What a released file of this configuration holds; parameter paths start with the key in `TrainState.params`."""
+    if isinstance(config, GeneratorConfig):
+        parts = {"generator": generator_tensors(config)}
+    else:
+        parts = {"tokenizer": tokenizer_tensors(config.model)}
+        if config.loss.prior_weight:
+            parts["prior"] = prior_tensors(config.prior, config.model.num_tokens, config.model.quantizer.code_dim)
+    return [
+        dataclasses.replace(item, path=f"{part}/{item.path}") if isinstance(item, Parameter) else item
+        for part, items in parts.items()
+        for item in items
+    ]
+
+
+def expected_shapes(items: Iterable[Parameter | Table]) -> dict[str, tuple[int, ...]]:
+    """Shape of every released tensor by name."""
+    shapes = {}
+    for item in items:
+        names = [(item.name,)] if isinstance(item, Table) else item.released_names()
+        shapes |= {name: item.shape for group in names for name in group}
+    return shapes
+
+
+def params_from_released(items: Iterable[Parameter | Table], tensors: Mapping[str, np.ndarray]) -> dict:
+    """Our nested parameters, float32 NumPy, from released tensors whose names and shapes were checked."""
+    params = {}
+    for item in items:
+        if isinstance(item, Parameter):
+            *parents, leaf = item.path.split("/")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = item.from_released(tensors)
+    return params
+
+
+def params_to_released(items: Iterable[Parameter | Table], params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse, without the fixed tables. Takes gradients as well."""
+    released = {}
+    for item in items:
+        if isinstance(item, Parameter):
+            node = params
+            for part in item.path.split("/"):
+                node = node[part]
+            released.update(item.to_released(np.asarray(node)))
+    return released
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+REQUIRED = object()
+ANY = object()
+NONE_NAMES = ("none", None, "no", "null", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a released `config.json`.
+
+    Attributes:
+      released: dotted path in the file.
+      ours: dotted path in our configuration; empty where we have no such choice.
+      default: what the released code takes where the field is absent.
+      values: our values for theirs where the two differ; others pass.
+      allowed: without `ours`, the values under which the released code computes what ours does (the first is
+        written), or ANY where the field changes nothing; then `default` is written.
+    """
+
+    released: str
+    ours: str = ""
+    default: Any = REQUIRED
+    values: Mapping = dataclasses.field(default_factory=dict)
+    allowed: Any = ()
+
+
+_REGULARIZER = "bottleneck.args.regularizer"
+TOKENIZER_FIELDS = (
+    Field("bottleneck.name", allowed=("bottleneck",)),
+    Field("bottleneck.args.bottleneck_dim", "quantizer.code_dim"),
+    Field("bottleneck.args.norm", allowed=NONE_NAMES, default=None),
+    Field(f"{_REGULARIZER}.name", allowed=("vq",)),
+    Field(f"{_REGULARIZER}.args.codebook_size", "quantizer.codebook_size"),
+    Field(f"{_REGULARIZER}.args.commitment_loss_weight", "quantizer.commitment_weight", 0.25),
+    Field(f"{_REGULARIZER}.args.codebook_loss_weight", "quantizer.codebook_weight", 1.0),
+    Field(f"{_REGULARIZER}.args.entropy_loss_weight", "quantizer.entropy_weight", 0.0),
+    Field(f"{_REGULARIZER}.args.entropy_loss_temperature", "quantizer.entropy_temperature", 0.01),
+    Field(f"{_REGULARIZER}.args.l2_normalized", allowed=(True,), default=False),
+    Field(f"{_REGULARIZER}.args.stochastic", "quantizer.kind", False, values={True: "svq", False: "vq"}),
+    Field(f"{_REGULARIZER}.args.stochastic_temperature", "quantizer.temperature", 1.0),
+    Field("bottleneck_token_num", "num_tokens", 1024),
+    Field("input_size", "resolution", 128),
+    Field("frame_num", "frames", 16),
+    Field("temporal_patch_size", "patch_frames", 4),
+    Field("patch_size", "patch_size", 8),
+    Field("decoder_temporal_patch_size", "decoder_patch_frames", 4),
+    Field("decoder_patch_size", "decoder_patch_size", 8),
+    Field("in_channels", "channels", 3),
+    Field("transformer_name", allowed=("transformer_encoder_parallel",), default="transformer_encoder_parallel"),
+    Field("encoder_name", allowed=(*NONE_NAMES, "transformer_encoder_parallel"), default=None),
+    Field("decoder_name", allowed=(*NONE_NAMES, "transformer_encoder_parallel"), default=None),
+    Field("latent_pe_scale_factor", "latent_position_base", 10000),
+    Field("query_init_std", "query_init_std", 0.02),
+    Field("encoder_hidden_size", "encoder.width", 768),
+    Field("decoder_hidden_size", "decoder.width", 768),
+    Field("encoder_num_heads", "encoder.heads", 12),
+    Field("decoder_num_heads", "decoder.heads", 12),
+    Field("encoder_depth", "encoder.depth", 6),
+    Field("decoder_depth", "decoder.depth", 6),
+    Field("learned_encoder_patch_pe", "learned_encoder_patch_pe", False),
+    Field("learned_encoder_latent_query_embed", "learned_encoder_latent_query_embed", True),
+    Field("learned_decoder_latent_pe", "learned_decoder_latent_pe", False),
+    Field("learned_decoder_patch_query_embed", "learned_decoder_patch_query_embed", False),
+    Field("use_encoder_patch_token_type_embed", "use_encoder_patch_token_type_embed", False),
+    Field("use_encoder_latent_query_token_type_embed", "use_encoder_latent_query_token_type_embed", False),
+    Field("use_decoder_latent_token_type_embed", "use_decoder_latent_token_type_embed", False),
+    Field("use_decoder_patch_query_token_type_embed", "use_decoder_patch_query_token_type_embed", False),
+    Field("encoder_query_gaussian_init", "encoder_query_gaussian_init", True),
+)
+PRIOR_FIELDS = (
+    Field("args.l2_normalized", allowed=(True,), default=True),
+    Field("n_rounds", "rounds"),
+    Field("avg_loss_over_rounds", allowed=(True,)),
+    Field("no_grad_before_last_round", allowed=(False,)),
+    Field("latent_ce_temperature", "temperature"),
+    Field("mix_ss_max_ratio", "mix_max"),
+    Field("mix_ss_peak_steps_ratio", "mix_ramp"),
+)
+GENERATOR_FIELDS = (
+    Field("dim", "width", 4096),
+    Field("n_layer", "depth", 32),
+    Field("n_head", "heads", 32),
+    Field("n_kv_head", "kv_heads", None, values={None: 0}),
+    Field("multiple_of", "mlp_multiple", 256),
+    Field("ffn_dim_multiplier", "mlp_multiplier", None, values={None: 0.0}),
+    Field("rope_base", allowed=ANY, default=10000),  # there are no rotary embeddings
+    Field("norm_eps", "norm_epsilon", 1e-5),
+    Field("initializer_range", "init_std", 0.02),
+    Field("token_dropout_p", "token_dropout", 0.1),
+    Field("attn_dropout_p", "attention_dropout", 0.0),
+    Field("resid_dropout_p", "residual_dropout", 0.1),
+    Field("ffn_dropout_p", "mlp_dropout", 0.1),
+    Field("drop_path_rate", "path_dropout", 0.0),
+    Field("num_classes", "num_classes", 101),
+    Field("class_dropout_prob", "class_dropout", 0.1),
+    Field("model_type", allowed=("class_cond",), default="class_cond"),
+    Field("vocab_size", "codebook_size", 8192),
+    Field("cls_token_num", "condition_tokens", 1),
+    Field("max_batch_size", allowed=ANY, default=32),  # room of the sampler's cache
+    Field("max_seq_len", "num_tokens", 1024),
+    Field("use_fixed_pe", "fixed_positions", False),
+    Field("frame_prediction", "frame_prediction", False),
+)
+# Sizes of released models by the names their configurations use.
+PRIOR_PREFIX, GENERATOR_PREFIX = "gptc-", "llama-abs-"
+RELEASED_PRIOR_POSITIONS = 1024  # rows of the position table unless `args.max_seq_len` says otherwise
+
+
+def _flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary of dotted paths."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict:
+    nested = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return nested
+
+
+def _read_fields(fields: Iterable[Field], cls: type, flat: dict, where: str) -> dict[str, Any]:
+    """Takes the fields out of `flat` and gives our settings by dotted path."""
+    found = {}
+    for field in fields:
+        if field.released not in flat and field.default is REQUIRED:
+            raise InputError(f"{where} lacks the field {field.released}; add it as the training run had it")
+        value = flat.pop(field.released, field.default)
+        if field.ours:
+            found[field.ours] = _our_value(field, cls, value, where)
+        elif field.allowed is not ANY and not any(type(value) is type(a) and value == a for a in field.allowed):
+            raise InputError(
+                f"{where}: {field.released}={value!r} is not supported, only {field.allowed[0]!r};"
+                " such a model computes something else than ours"
+            )
+    return found
+
+
+def _our_value(field: Field, cls: type, value: Any, where: str) -> Any:
+    if (value is None or isinstance(value, bool)) and value in field.values:
+        return field.values[value]
+    kind = int if field.ours == "condition_tokens" else _field_type(cls, field.ours)
+    if field.values and kind is str:
+        kind = bool
+    return _typed(value, kind, field.released, where)
+
+
+def _typed(value: Any, kind: type, name: str, where: str) -> Any:
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _field_type(cls: type, path: str) -> type:
+    for part in path.split("."):
+        cls = next(field.type for field in dataclasses.fields(cls) if field.name == part)
+    return cls
+
+
+def _write_fields(fields: Iterable[Field], config: Any) -> dict[str, Any]:
+    """Released settings by dotted path."""
+    flat = {}
+    for field in fields:
+        if field.ours:
+            value = config
+            for part in field.ours.split("."):
+                value = getattr(value, part)
+            theirs = {our: their for their, our in field.values.items()}
+            flat[field.released] = theirs.get(value, value)
+        else:
+            flat[field.released] = field.default if field.allowed is ANY else field.allowed[0]
+    return flat
+
+
+def _refuse_rest(flat: Mapping, known: Iterable[str], where: str) -> None:
+    for name in flat:
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+        raise InputError(f"{where}: {name} is not a field of a released model that we know; did they mean {near}?")
+
+
+def _label(numbers: tuple[int, int, int], table: Mapping[str, tuple]) -> str:
+    return next((name for name, size in table.items() if size == numbers), "custom")
+
+
+def _checked(make: Callable, where: str) -> Any:
+    """What `make` gives; its complaints say where the configuration comes from."""
+    try:
+        return make()
+    except (InputError, OverflowError) as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def config_from_released(
+    values: Mapping, shapes: Mapping[str, tuple[int, ...]], *, prior_sizes: Mapping | None = None, where: str
+) -> TokenizerRecipe | GeneratorConfig:
+    """Our configuration for a released one.
+
+    Args:
+      values: what its `config.json` holds.
+      shapes: of its tensors, which tell the size of a prior that has no known name.
+      prior_sizes: `n_layer`, `n_head`, `n_embd`, `max_seq_len` of such a prior, where given beside.
+      where: what to call the file in complaints.
+
+    Raises:
+      InputError: a field is missing, unknown, of another type, or asks for what we do not compute.
+    """
+    if "bottleneck" in values:
+        return _tokenizer_from_released(values, shapes, prior_sizes, where)
+    if {"dim", "n_layer"} & values.keys():
+        return _generator_from_released(values, where)
+    raise InputError(f"{where} describes neither a LARP tokenizer (no `bottleneck`) nor a generator (no `n_layer`)")
+
+
+def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRecipe:
+    prior_values = values.get("prior_model")
+    flat = _flatten({key: value for key, value in values.items() if key != "prior_model"})
+    found = _read_fields(TOKENIZER_FIELDS, TokenizerConfig, flat, where)
+    _refuse_rest(flat, [field.released for field in TOKENIZER_FIELDS], where)
+    if found["latent_position_base"] <= 0:
+        raise InputError(f"{where}: latent_pe_scale_factor must be positive, got {found['latent_position_base']}")
+    sizes = {tuple(found[f"{part}.{n}"] for n in ("width", "depth", "heads")) for part in ("encoder", "decoder")}
+    found["size"] = _label(sizes.pop(), ours.TOKENIZER_SIZES) if len(sizes) == 1 else "custom"
+    model = _checked(lambda: ours.from_dict(TokenizerConfig, _nest(found), "model"), where)
+
+    prior = None
+    if prior_values is not None:
+        if not isinstance(prior_values, Mapping):
+            raise InputError(f"{where}: prior_model must hold fields of its own, got {prior_values!r}")
+        if prior_values.get("name") not in NONE_NAMES:
+            prior = _prior_from_released(prior_values, shapes, prior_sizes, model, where)
+    if prior is None:
+        return TokenizerRecipe(model=model, loss=ours.LossConfig(prior_weight=0.0))
+    return TokenizerRecipe(model=model, prior=prior)
+
+
+def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, where) -> PriorConfig:
+    where = f"{where} (prior_model)"
+    flat = _flatten(values)
+    name = flat.pop("name")
+    found = _read_fields(PRIOR_FIELDS, PriorConfig, flat, where)
+
+    def take(key, kind, default):
+        return _typed(flat.pop(key, default), kind, key, where)
+
+    # without scheduled mixing every later round reads samples only
+    if not take("use_mix_ss", bool, True):
+        found |= {"mix_max": 1.0, "mix_ramp": 0.0}
+    rates = {take(f"args.{kind}_pdrop", float, 0.1) for kind in ("embd", "resid", "attn")}
+    if len(rates) > 1:
+        raise InputError(f"{where}: embd_pdrop, resid_pdrop and attn_pdrop must be equal, got {sorted(rates)}")
+    found["dropout"] = 0.0 if take("no_dropout", bool, False) else rates.pop()
+    rows = take("args.max_seq_len", int, 0)
+    known = [*(field.released for field in PRIOR_FIELDS), "use_mix_ss", "no_dropout", "args.max_seq_len"]
+    _refuse_rest(flat, known, where)
+
+    size, (width, depth, heads), table_rows = _prior_size(name, shapes, prior_sizes, where)
+    found |= {"size": size, "width": width, "depth": depth, "heads": heads}
+    rows = rows or table_rows or RELEASED_PRIOR_POSITIONS
+    if rows < model.num_tokens - 1:
+        raise InputError(f"{where}: {rows} positions are too few for {model.num_tokens} tokens")
+    found["positions"] = 0 if rows == model.num_tokens else rows
+    return _checked(lambda: ours.from_dict(PriorConfig, found, "prior"), where)
+
+
+def _prior_size(name, shapes, prior_sizes, where) -> tuple[str, tuple[int, int, int], int]:
+    """Label, (width, depth, heads) and rows of the position table (0: not told) of a prior."""
+    if not isinstance(name, str) or not name.startswith(PRIOR_PREFIX):
+        raise InputError(f"{where}: name={name!r} is not a prior we know; expected {PRIOR_PREFIX}S or the like")
+    size = name.removeprefix(PRIOR_PREFIX)
+    shape = shapes.get("prior_model.pos_emb", ())
+    rows, width = shape[1:] if len(shape) == 3 else (0, 0)
+    if size in ours.PRIOR_SIZES:
+        return size, ours.PRIOR_SIZES[size], rows
+    if prior_sizes is not None:
+        names = ("n_embd", "n_layer", "n_head", "max_seq_len")
+        numbers = [prior_sizes.get(key) for key in names]
+        if not all(type(n) is int and n > 0 for n in numbers):
+            raise InputError(f"prior.json beside {where} must give {', '.join(names)} as positive integers")
+        return size, tuple(numbers[:3]), numbers[3]
+    depth = len({key.split(".")[2] for key in shapes if key.startswith("prior_model.blocks.")})
+    heads = {known[2] for known in ours.PRIOR_SIZES.values() if known[0] == width}
+    if len(heads) != 1 or not depth:
+        raise InputError(
+            f"{where}: name={name!r} is not a known size and its tensors do not tell the number of heads; put a"
+            ' prior.json {"prior": {"n_layer": ..., "n_head": ..., "n_embd": ..., "max_seq_len": ...}} beside it'
+        )
+    return size, (width, depth, heads.pop()), rows
+
+
+def _generator_from_released(values, where) -> GeneratorConfig:
+    flat = _flatten(values)
+    found = _read_fields(GENERATOR_FIELDS, GeneratorConfig, flat, where)
+    _refuse_rest(flat, [field.released for field in GENERATOR_FIELDS], where)
+    positions = found.pop("condition_tokens")
+    found["size"] = _label((found["width"], found["depth"], found["heads"]), ours.GENERATOR_SIZES)
+    config = _checked(lambda: ours.from_dict(GeneratorConfig, found, "model"), where)
+    _checked(lambda: config.mlp_width, where)
+    if positions != config.condition_tokens:
+        raise InputError(f"{where}: cls_token_num={positions} is not supported, only {config.condition_tokens} here")
+    return config
+
+
+def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict, dict | None]:
+    """The released configuration of ours, and the size of a prior that their table has no name for.
+
+    Raises:
+      InputError: ours is set to something that the released layout cannot hold.
+    """
+    if isinstance(config, GeneratorConfig):
+        flat = _write_fields(GENERATOR_FIELDS, config)
+        if config.kv_heads == config.heads:
+            flat["n_kv_head"] = None
+        return flat, None
+    _refuse_inexpressible(config.model)
+    flat = _write_fields(TOKENIZER_FIELDS, config.model)
+    if not config.model.learned_encoder_latent_query_embed:
+        flat["encoder_query_gaussian_init"] = False  # their constructor refuses a start for queries that do not learn
+    if config.model.latent_position_base.is_integer():
+        flat["latent_pe_scale_factor"] = int(config.model.latent_position_base)
+    if not config.loss.prior_weight:
+        return _nest(flat) | {"prior_model": {"name": "none"}}, None
+    prior, sizes = _prior_to_released(config)
+    return _nest(flat) | {"prior_model": _nest(prior)}, sizes
+
+
+def _refuse_inexpressible(model: TokenizerConfig) -> None:
+    held = {field.ours for field in TOKENIZER_FIELDS} | {"size"} | ours.TRAINING_FIELDS
+    settings, defaults = _flatten(ours.to_dict(model)), _flatten(ours.to_dict(TokenizerConfig()))
+    lost = [name for name, value in settings.items() if name not in held and value != defaults[name]]
+    if model.quantizer.kind == "kl":
+        lost.append("quantizer.kind")
+    if model.decoder_patch != model.encoder_patch:  # their decoder puts its outputs together by the encoder's patch
+        lost += ["decoder_patch_frames", "decoder_patch_size"]
+    if lost:
+        lost = ", ".join(f"model.{name}={settings[name]!r}" for name in lost)
+        raise InputError(f"the released layout cannot hold {lost}; use the stablehlo format instead")
+
+
+def _prior_to_released(recipe: TokenizerRecipe) -> tuple[dict, dict | None]:
+    prior = recipe.prior
+    flat = _write_fields(PRIOR_FIELDS, prior)
+    samples_only = prior.mix_max == 1.0 and prior.mix_ramp == 0.0
+    flat |= {"use_mix_ss": not samples_only, "no_dropout": prior.dropout == 0.0}
+    if prior.dropout not in (0.0, 0.1):
+        flat |= {f"args.{kind}_pdrop": prior.dropout for kind in ("embd", "resid", "attn")}
+    rows = prior.positions or recipe.model.num_tokens
+    numbers = (prior.width, prior.depth, prior.heads)
+    if ours.PRIOR_SIZES.get(prior.size) == numbers:
+        if rows != RELEASED_PRIOR_POSITIONS:
+            flat["args.max_seq_len"] = rows
+        return flat | {"name": PRIOR_PREFIX + prior.size}, None
+    size = "custom" if prior.size in ours.PRIOR_SIZES else prior.size
+    sizes = {"n_layer": prior.depth, "n_head": prior.heads, "n_embd": prior.width, "max_seq_len": rows}
+    return flat | {"name": PRIOR_PREFIX + size}, sizes
