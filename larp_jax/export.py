@@ -1,0 +1,218 @@
+"""Models out: the released Hugging Face layout, StableHLO functions, and the codebook alone.
+
+Everything is written under a temporary name and renamed when complete, so a full disk leaves nothing half-written.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import save, save_file
+
+from larp_jax import released
+from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
+from larp_jax.errors import InputError
+from larp_jax.fingerprint import fingerprint
+from larp_jax.importing import CONFIG, PRIOR_SIZES, WEIGHTS
+from larp_jax.models.quantizer import normalize
+from larp_jax.models.tokenizer import Tokenizer
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_huggingface(
+    directory: str | os.PathLike, config: TokenizerRecipe | GeneratorConfig, params: Mapping
+) -> None:
+    """Writes a directory that the authors' `from_pretrained` loads: `config.json` and `model.safetensors`.
+
+    Args:
+      directory: to create; it must not exist, or be empty.
+      config: a tokenizer's recipe or a generator's configuration.
+      params: as in `TrainState.params` (`tokenizer`, with or without `prior`; or `generator`), raw or averaged.
+
+    Raises:
+      InputError: the directory is in use, or the configuration has no counterpart in the released layout.
+      OSError: writing failed.
+    """
+    if isinstance(config, TokenizerRecipe) and "prior" not in params:
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, prior_weight=0.0))
+    values, prior_sizes = released.config_to_released(config)
+    items = released.model_tensors(config)
+    tensors = released.params_to_released(items, params)
+    tensors |= {item.name: item.compute() for item in items if isinstance(item, released.Table)}
+    with _new_directory(directory) as folder:
+        (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
+        if prior_sizes:
+            (folder / PRIOR_SIZES).write_text(json.dumps({"prior": prior_sizes}))
+        try:
+            save_file(tensors, folder / WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def codebook_manifest(
+    config: TokenizerConfig, params: Mapping, *, step: int | None = None, usage_counts: Sequence[int] | None = None
+) -> dict:
+    """What the numbers of a codebook export mean, ready for JSON.
+
+    Args:
+      config: the tokenizer's.
+      params: its parameters (`TrainState.params["tokenizer"]`).
+      step: training step they are of, if known.
+      usage_counts: how often each of the K codes was used, if known.
+    """
+    q = config.quantizer
+    manifest = {
+        "K": q.codebook_size,
+        "d": q.code_dim,
+        "normalisation": "l2",
+        "temperature": q.temperature,
+        "N": config.num_tokens,
+        "clip": list(config.clip_shape),
+        "patch": list(config.encoder_patch),
+        "step": step,
+        "fingerprint": fingerprint(config, params),
+    }
+    if usage_counts is not None:
+        manifest["usage_counts"] = [int(n) for n in usage_counts]
+        if len(manifest["usage_counts"]) != q.codebook_size:
+            raise ValueError(f"{len(manifest['usage_counts'])} usage counts for {q.codebook_size} codes")
+    return manifest
+
+
+def export_codebook_npz(
+    path: str | os.PathLike,
+    config: TokenizerConfig,
+    params: Mapping,
+    *,
+    step: int | None = None,
+    usage_counts: Sequence[int] | None = None,
+) -> None:
+    """Writes the codebook as .npz: `codebook` [K, d] float32 of unit rows, `manifest` (JSON in UTF-8 bytes, uint8).
+
+    The manifest lies beside it as .json too. Arguments as for `codebook_manifest`.
+
+    Raises:
+      InputError: the tokenizer has no codebook.
+      OSError: writing failed.
+    """
+    codebook = _codebook(config, params)
+    manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
+    buffer = io.BytesIO()
+    np.savez(buffer, codebook=codebook, manifest=np.frombuffer(json.dumps(manifest).encode(), np.uint8))
+    _write_with_manifest(path, buffer.getvalue(), manifest)
+
+
+def export_codebook_safetensors(
+    path: str | os.PathLike,
+    config: TokenizerConfig,
+    params: Mapping,
+    *,
+    step: int | None = None,
+    usage_counts: Sequence[int] | None = None,
+) -> None:
+    """Writes the codebook as .safetensors: `codebook` [K, d] float32 of unit rows, `manifest` (JSON) in its metadata.
+
+    The manifest lies beside it as .json too. Arguments and errors as for `export_codebook_npz`.
+    """
+    codebook = _codebook(config, params)
+    manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
+    _write_with_manifest(path, save({"codebook": codebook}, {"manifest": json.dumps(manifest)}), manifest)
+
+
+def _codebook(config: TokenizerConfig, params: Mapping) -> np.ndarray:
+    if config.quantizer.kind == "kl":
+        raise InputError("model.quantizer.kind='kl' has continuous latents and no codebook to export")
+    return np.asarray(normalize(jnp.asarray(params["quantizer"]["embedding"], jnp.float32)))
+
+
+def export_stablehlo(
+    directory: str | os.PathLike, config: TokenizerConfig, params: Mapping, *, step: int | None = None
+) -> None:
+    """Writes `encode.bin` and `decode.bin`, functions that need only `jax.export` to run (see docs/export.md).
+
+    `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: the way back, clamped to [0, 1].
+    Weights are inside, computation is float32, B is free, and they run on CPUs, NVIDIA GPUs and TPUs. `manifest.json`
+    says the same as a codebook's.
+
+    Args:
+      directory: to create; it must not exist, or be empty.
+      config: the tokenizer's.
+      params: its parameters (`TrainState.params["tokenizer"]`).
+      step: training step they are of, if known.
+
+    Raises:
+      InputError: the directory is in use, or the tokenizer has no codes.
+      OSError: writing failed.
+    """
+    if config.quantizer.kind == "kl":
+        raise InputError("model.quantizer.kind='kl' has continuous latents and no codes to export functions of")
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
+    tokenizer = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+
+    def encode(video):
+        return tokenizer.quantize(video).indices
+
+    def decode(codes):
+        return jnp.clip(tokenizer.decode(codes), 0.0, 1.0)
+
+    try:
+        import flatbuffers  # noqa: F401  (how jax.export serialises)
+    except ImportError:
+        raise InputError("the stablehlo format needs flatbuffers: pip install flatbuffers") from None
+
+    (batch,) = jax.export.symbolic_shape("b")
+    inputs = {
+        encode: jax.ShapeDtypeStruct((batch, *config.clip_shape), jnp.float32),
+        decode: jax.ShapeDtypeStruct((batch, config.num_tokens), jnp.int32),
+    }
+    with _new_directory(directory) as folder:
+        for function, shape in inputs.items():
+            exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
+            (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
+        (folder / "manifest.json").write_text(_pretty(codebook_manifest(config, params, step=step)))
+
+
+def _pretty(manifest: dict) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def _write_with_manifest(path: str | os.PathLike, data: bytes, manifest: dict) -> None:
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = {path: data, path.with_suffix(".json"): _pretty(manifest).encode()}
+    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in files}
+    try:
+        for target, content in files.items():
+            temporary[target].write_bytes(content)
+        for target, source in temporary.items():
+            os.replace(source, target)
+    finally:
+        for source in temporary.values():
+            source.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to fill that becomes `directory` when the block ends well, and nothing otherwise."""
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} exists already; choose another output or remove it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
