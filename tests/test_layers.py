@@ -22,7 +22,7 @@ LAYERS = (
     {"evaluators", "writers"},
     {"steps", "data", "checkpoint"},
     {"sharding"},
-    {"losses", "optim", "state", "metrics"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint"},
     {"models"},
     {"config"},
     {"errors", "version"},
@@ -30,7 +30,8 @@ LAYERS = (
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
-CORE = {"larp_jax", "api", "export", "importing", "losses", "optim", "state", "metrics", "models", "config", "errors"}
+CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
+CORE |= {"models", "config", "errors"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 
