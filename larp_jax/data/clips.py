@@ -40,9 +40,9 @@ def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """A view of the central size x size pixels of [..., H, W, C]."""
-    top, left = (round((side - size) / 2) for side in image.shape[-3:-1])
-    return image[..., top : top + size, left : left + size, :]
+    """A view of the central size x size pixels of [H, W]."""
+    top, left = (round((side - size) / 2) for side in image.shape)
+    return image[top : top + size, left : left + size]
 
 
 def last_start(video_frames: int, clip_frames: int) -> int:

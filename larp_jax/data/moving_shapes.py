@@ -49,7 +49,7 @@ def prepare(config: str, resolution: int) -> str:
     if not prepared.exists():
         try:
             _make(config, root)
-        except (OSError, RuntimeError, tfds.core.DatasetCollectionNotFoundError) as error:
+        except (OSError, RuntimeError) as error:
             # Another process may have been faster: its folder is in the way of ours, and as good.
             if not prepared.exists():
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,6 +1,7 @@
 """Batches of clips, by Grain: training data as a function of (seed, step), evaluation data in a fixed order."""
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -25,13 +26,17 @@ class Batches:
 
     def __init__(self, source: Source, iterator: Iterator[dict[str, Any]]):
         self.source = source
-        self._iterator = iterator
+        self._iterator = [iterator]  # empty when closed
+        # At the latest before the interpreter takes threads and processes down in an order of its own.
+        self._finalizer = weakref.finalize(self, _close, self._iterator)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        return next(self._iterator)
+        for iterator in self._iterator:
+            return next(iterator)
+        raise StopIteration
 
     def __enter__(self) -> Self:
         return self
@@ -40,8 +45,13 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Stops reading ahead and ends the workers."""
-        self._iterator.close()
+        """Stops reading ahead and ends the workers; there are no more batches then."""
+        self._finalizer()
+
+
+def _close(iterator: list) -> None:
+    while iterator:
+        iterator.pop().close()
 
 
 def train_batches(
@@ -242,6 +252,8 @@ def _iterate(clips, batch_size: int, workers: int) -> Iterator[dict[str, Any]]:
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads if workers else batch_size + threads)
     clips = clips.to_iter_dataset(read)
     if workers:
+        # Through pipes: what lies in shared memory when the iterator is closed early is never given back.
+        clips = grain.experimental.WithOptionsIterDataset(clips, grain.experimental.DatasetOptions(min_shm_size=2**62))
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(2, -(-batch_size // workers)))
         clips = clips.mp_prefetch(options)
     return iter(clips.batch(batch_size, batch_fn=_stack))

@@ -149,11 +149,14 @@ class FolderSource:
 
 
 def _video_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in video.EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+    paths, visited = [], set()
+    # Class folders are often links to where the disk has room; links may also lead in circles.
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in visited]
+        visited.update(real.values())
+        paths += [pathlib.Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in video.EXTENSIONS and path.is_file())
 
 
 def _open_all(paths):

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from larp_jax.data.clips import ClipSpec, centre_crop, last_start, repeat_last, scaled_size, window_starts
+from larp_jax.errors import InputError
+
+SIDES = st.integers(1, 2000)
+COUNTS = st.integers(1, 200)
+
+
+@given(SIDES, SIDES, st.integers(1, 256))
+def test_scaled_frames_cover_the_crop_and_keep_their_aspect(width, height, resolution):
+    scaled = scaled_size(width, height, resolution)
+    assert min(scaled) == resolution
+    assert abs(scaled[0] * height - scaled[1] * width) <= max(width, height)
+
+
+def test_crop_is_the_centre():
+    image = np.arange(5 * 9).reshape(5, 9)
+    np.testing.assert_array_equal(centre_crop(image, 5), image[:, 2:7])
+    np.testing.assert_array_equal(centre_crop(image.T, 5), image.T[2:7])
+
+
+@given(COUNTS, COUNTS)
+def test_windows_are_whole_apart_and_as_many_as_fit(video_frames, clip_frames):
+    starts = window_starts(video_frames, clip_frames)
+    assert len(starts) == max(1, video_frames // clip_frames)
+    assert list(starts) == [clip_frames * i for i in range(len(starts))]
+    if video_frames >= clip_frames:
+        assert starts[-1] + clip_frames <= video_frames
+        assert last_start(video_frames, clip_frames) + clip_frames == video_frames
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_short_clips_repeat_their_last_frame(frames, count):
+    video = np.arange(frames, dtype=np.uint8)[:, None, None, None]
+    filled = repeat_last(video, count)
+    assert len(filled) == max(frames, count)
+    assert filled.dtype == np.uint8
+    np.testing.assert_array_equal(filled.ravel(), np.minimum(np.arange(len(filled)), frames - 1))
+
+
+@pytest.mark.parametrize("bad", [{"frames": 0}, {"resolution": -1}])
+def test_clips_have_a_size(bad):
+    with pytest.raises(InputError, match="must be positive"):
+        ClipSpec(**bad)
