@@ -54,6 +54,25 @@ def test_the_map_covers_every_parameter_of_the_tokenizer(options):
     assert shapes_of_items(released.model_tensors(recipe)) == expected
 
 
+def test_fixed_tables_are_those_of_the_models():
+    config = TokenizerConfig(**MODEL | NOTHING | dict(latent_position_base=500.0))
+    model = Tokenizer(config, rngs=nnx.Rngs(0))
+    ours = {
+        "encoder_patch_pe": model.encoder.patch_positions(),
+        "encoder_latent_query_embed": model.encoder.queries(),
+        "decoder_latent_pe": model.decoder.latent_positions(),
+        "decoder_patch_query_embed": model.decoder.patch_queries(),
+    }
+    tables = {t.name: t for t in released.tokenizer_tensors(config) if isinstance(t, released.Table)}
+    assert tables.keys() == ours.keys()
+    for name, table in tables.items():
+        np.testing.assert_array_equal(table.compute().reshape(ours[name].shape), ours[name])
+
+    config = GeneratorConfig(**WIDTH | dict(codebook_size=10, num_tokens=5, fixed_positions=True))
+    (table,) = (t for t in released.generator_tensors(config) if isinstance(t, released.Table))
+    np.testing.assert_array_equal(table.compute()[0], Generator(config, rngs=nnx.Rngs(0)).position_table())
+
+
 @pytest.mark.parametrize("options", [{}, {"positions": 40}])
 def test_the_map_covers_every_parameter_of_the_prior(options):
     prior = PriorConfig(**WIDTH, **options)

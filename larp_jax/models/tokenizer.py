@@ -29,6 +29,7 @@ class Encoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_encoder_latent_query_embed,
             token_type=c.use_encoder_latent_query_token_type_embed,
+            base=c.latent_position_base,
             init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
         )
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
