@@ -402,7 +402,7 @@ def _flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested settings as one dictionary of dotted paths."""
     flat = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -475,9 +475,11 @@ def _write_fields(fields: Iterable[Field], config: Any) -> dict[str, Any]:
     return flat
 
 
-def _refuse_rest(flat: Mapping, known: Iterable[str], where: str) -> None:
-    for name in flat:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+def _refuse_rest(flat: Mapping, known: list[str], where: str) -> None:
+    for name, value in flat.items():
+        if value == {} and any(field.startswith(f"{name}.") for field in known):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise InputError(f"{where}: {name} is not a field of a released model that we know; did they mean {near}?")
 
 
@@ -529,7 +531,8 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
     if prior_values is not None:
         if not isinstance(prior_values, Mapping):
             raise InputError(f"{where}: prior_model must hold fields of its own, got {prior_values!r}")
-        if prior_values.get("name") not in NONE_NAMES:
+        name = prior_values.get("name")
+        if (name.lower() if isinstance(name, str) else name) not in NONE_NAMES:
             prior = _prior_from_released(prior_values, shapes, prior_sizes, model, where)
     if prior is None:
         return TokenizerRecipe(model=model, loss=ours.LossConfig(prior_weight=0.0))
