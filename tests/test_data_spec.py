@@ -48,13 +48,14 @@ def test_any_text_is_a_spec_or_one_line(text):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("foler:/x", "did you mean folder:/x?"),
-        ("tdfs:ucf101", "did you mean tfds:ucf101?"),
-        ("moving_shape", "did you mean moving_shapes?"),
-        ("moving_shapes:", "did you mean moving_shapes?"),
-        ("folder:", "write what follows folder:"),
+        ("foler:/x", "did you mean 'folder:/x'?"),
+        ("tdfs:ucf101", "did you mean 'tfds:ucf101'?"),
+        ("moving_shape", "did you mean 'moving_shapes'?"),
+        ("moving_shapes:", "did you mean 'moving_shapes'?"),
+        ("tfds:/", "write a name after tfds:"),
+        ("folder:", "write a name after folder:"),
         ("", "moving_shapes[/CONFIG][:SPLIT]"),
-        ("tests", "did you mean folder:tests?"),
+        ("tests", "did you mean 'folder:tests'?"),
     ],
 )
 def test_errors_name_the_nearest(text, says, monkeypatch, request):

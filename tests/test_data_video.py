@@ -124,6 +124,18 @@ def test_names(tmp_path, name, monkeypatch):
     assert video.probe(name).frames == 3
 
 
+def test_tags_that_are_no_text(tmp_path):
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "ABCDWXYZ"
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(moving_frames(1, 32, 32)[0])))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"ABCDWXYZ", b"\xff\xfe\xe9\xfaWXYZ"))
+    assert video.probe(path).frames == 1
+
+
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "none.mp4", tmp_path):
         with pytest.raises(InputError, match="cannot be read as video"):

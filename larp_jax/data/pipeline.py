@@ -13,6 +13,8 @@ from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# More threads than this wait for Python's lock: use workers.
+MAX_THREADS = 16
 # Draws before a data set counts as unreadable.
 MAX_DRAWS = 100
 
@@ -248,7 +250,7 @@ def _iterate(clips, batch_size: int, workers: int) -> Iterator[dict[str, Any]]:
             flags.FLAGS.mark_as_parsed()
         threads = 1
     else:
-        threads = cores()
+        threads = min(cores(), MAX_THREADS)
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads if workers else batch_size + threads)
     clips = clips.to_iter_dataset(read)
     if workers:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 NO_LABEL = -1
 # The fewest files that probing shows a progress bar for: about two seconds' worth.
 MANY_FILES = 500
+# The most files that a warning names.
+MANY_NAMES = 50
 
 
 class Source(Protocol):
@@ -115,9 +117,15 @@ class FolderSource:
                 f"folder {self.folder}: none of its {len(paths)} video files can be read; the first says: {reason}"
             )
         if self.skipped:
-            names = ", ".join(os.path.relpath(path, self.folder) for path, _ in self.skipped)
+            names = [os.path.relpath(path, self.folder) for path, _ in self.skipped]
+            more = f" and {len(names) - MANY_NAMES} more" if len(names) > MANY_NAMES else ""
             logger.warning(
-                "%s: skipped %d of %d files that cannot be read: %s", self.folder, len(self.skipped), len(paths), names
+                "%s: skipped %d of %d files that cannot be read: %s%s",
+                self.folder,
+                len(names),
+                len(paths),
+                ", ".join(names[:MANY_NAMES]),
+                more,
             )
         parts = [file.path.relative_to(self.folder).parts for file in self._videos]
         classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
@@ -186,6 +194,7 @@ class TfdsSource:
 
     Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
     TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
+    Verified on data sets that TFDS 4.9.10 wrote, among them one with ucf101's features written with TensorFlow.
 
     The video is the feature of type Video, Sequence of Image (PNG or JPEG) or uint8 Tensor [T, H, W, 1 or 3] of any
     encoding, the label the one of type ClassLabel; where there are several, the ones called `video` and `label`.

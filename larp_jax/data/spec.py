@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import pathlib
+import os
 import re
 
 from larp_jax.errors import InputError
@@ -45,8 +45,8 @@ def parse_spec(text: str) -> DataSpec:
     """
     kind, colon, rest = text.partition(":")
     if kind == "folder" and rest:
-        return DataSpec("folder", str(pathlib.Path(rest).expanduser()))
-    if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)):
+        return DataSpec("folder", os.path.expanduser(rest))
+    if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
         return DataSpec("tfds", match["name"].rstrip("/"), match["split"] or "")
     if kind.partition("/")[0] == "moving_shapes" and (not colon or rest):
         match = _NAME_AND_SPLIT.fullmatch(text)
@@ -57,10 +57,10 @@ def parse_spec(text: str) -> DataSpec:
 
 
 def _suggestion(text: str, kind: str, rest: str) -> str:
-    if kind in ("folder", "tfds") and not rest:
-        return f"write what follows {kind}:"
-    if text and pathlib.Path(text).expanduser().is_dir():
-        return f"did you mean folder:{text}?"
+    if kind in ("folder", "tfds"):
+        return f"write a name after {kind}:"
+    if os.path.isdir(os.path.expanduser(text)):
+        return f"did you mean {f'folder:{text}'!r}?"
     known = {"folder": f"folder:{rest or 'PATH'}", "tfds": f"tfds:{rest or 'NAME'}", "moving_shapes": "moving_shapes"}
     near = difflib.get_close_matches(kind.partition("/")[0].lower(), known, n=1, cutoff=0.0)
-    return f"did you mean {known[near[0]]}?"
+    return f"did you mean {known[near[0]]!r}?"

@@ -306,9 +306,11 @@ def _av():
 def _open(path):
     """(container, best video stream) with every failure to read the file as one line of InputError."""
     av = _av()
+    # Until version 19 PyAV gave up on files with tags that are not UTF-8.
+    lenient = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
     try:
-        # `file:` keeps a colon in a name from being taken for a protocol, and names with odd bytes are fine in tags.
-        with av.open(f"file:{os.fspath(path)}", metadata_errors="ignore") as container:
+        # `file:` keeps a colon in a name from being taken for a protocol.
+        with av.open(f"file:{os.fspath(path)}", **lenient) as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream; replace the file or leave it out")
