@@ -133,6 +133,7 @@ class TokenizerConfig:
     encoder_query_gaussian_init: bool = True
     query_init_std: float = 0.02
     latent_position_base: float = 10000.0
+    patch_position_base: float = 10000.0
 
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -315,11 +316,13 @@ class OptimConfig:
     """Adam with linear warm-up and cosine decay per step (METHOD 3).
 
     The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
-    `prior_multiplier` scales the prior's rate. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
+    `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
+    matches counts; 0 freezes. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
     """
 
+    name: str = "adam"
     learning_rate: float = 1e-4
-    prior_multiplier: float = 50.0
+    multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
     b1: float = 0.5
     b2: float = 0.9
     warmup_steps: int = 0
@@ -382,6 +385,7 @@ class TokenizerRecipe:
     steps: int = 500_000
     precision: str = "float32"
     remat: str = "none"
+    data_init_clips: int = 0
     model: TokenizerConfig = TokenizerConfig()
     prior: PriorConfig = PriorConfig()
     loss: LossConfig = LossConfig()
@@ -422,7 +426,11 @@ def default_recipe(stage: str = "tokenizer"):
 def _defaults(cls) -> dict:
     """Field defaults as declared, before `__post_init__` fills sizes."""
     return {
-        field.name: _defaults(field.type) if dataclasses.is_dataclass(field.type) else field.default
+        field.name: _defaults(field.type)
+        if dataclasses.is_dataclass(field.type)
+        else field.default_factory()
+        if field.type is dict
+        else field.default
         for field in dataclasses.fields(cls)
     }
 
@@ -456,6 +464,9 @@ def _checked(kind, value, name: str):
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, typing.Mapping), f"{name} holds settings of its own, got {value!r}")
         return from_dict(kind, value, name)
+    if kind is dict:
+        _require(isinstance(value, typing.Mapping), f"{name} holds numbers by name, got {value!r}")
+        return {key: _checked(float, number, f"{name}.{key}") for key, number in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

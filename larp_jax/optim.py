@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from larp_jax.config import OptimConfig
+from larp_jax.paths import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -32,20 +33,40 @@ def linear(start: float, end: float, steps: float) -> Schedule:
     return value
 
 
-def scale_modules(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of the named modules (first key of the parameter tree), as rate multipliers do."""
+def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies updates by the factor of the longest path that theirs starts with: rate multipliers."""
+
+    def factor(name):
+        matches = [prefix for prefix in factors if name == prefix or name.startswith(prefix + "/")]
+        return factors[max(matches, key=len)] if matches else 1.0
 
     def update(updates, _):
-        return {name: jax.tree.map(lambda u: u * factors.get(name, 1.0), tree) for name, tree in updates.items()}
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * factor(path_name(path)), updates)
 
     return optax.stateless(update)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
+    if config.name == "muon":
+        rule = _muon(config)
+    else:
+        rule = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
-        scale_modules({"prior": config.prior_multiplier}),
+        rule,
+        scale_by_path(config.multipliers),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Muon for the kernels, Adam for everything else, before the learning rate."""
+    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: dims if path[-1].key == "kernel" else None, params)
+
+    return optax.chain(optax.contrib.muon(
+        1.0, adam_b1=config.b1, adam_b2=config.b2, adam_learning_rate=float(__import__('os').environ.get('AL','0.05')), muon_weight_dimension_numbers=kernels
+    ), optax.scale(-1.0))

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
+from larp_jax.paths import path_name
 from larp_jax.state import TrainState
 
 AXES = ("data", "fsdp", "model")
@@ -33,11 +34,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def path_name(path: tuple) -> str:
-    """A pytree path as `tokenizer/encoder/...`."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -76,6 +72,11 @@ def state_shardings(shapes: TrainState, optimizer: optax.GradientTransformation,
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are split over `data` and `fsdp` along their first axis."""
     return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -3,6 +3,8 @@
 A stage's methods are pure functions of arrays, ready for `jax.jit`: nothing here knows of meshes, files or loops.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +12,7 @@ from flax import nnx
 
 from larp_jax import losses, metrics, optim
 from larp_jax.config import TokenizerRecipe
+from larp_jax.models.data_init import data_init
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
@@ -61,6 +64,14 @@ class TokenizerStage:
         }
         ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
+
+    def data_init(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
+        """The state before the first step with the tokenizer started from clips: `larp_jax.models.data_init`."""
+        tokenizer = self.module("tokenizer", state.params)
+        data_init(tokenizer, as_float_video(video), key)
+        params = state.params | {"tokenizer": nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))}
+        ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+        return dataclasses.replace(state, params=params, ema=ema)
 
     def module(self, name: str, params: dict) -> nnx.Module:
         """The module `tokenizer` or `prior` with the parameters of the tree under that name."""
@@ -115,25 +126,29 @@ class TokenizerStage:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
 
-        logs["psnr"] = metrics.psnr(video, jnp.clip(reconstruction, 0.0, 1.0)).mean()
+        logs |= self._picture_quality(state.step, video, jnp.clip(reconstruction, 0.0, 1.0))
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step)
         if indices is not None:
             logs["temperature"] = temperature
-            logs |= code_statistics(indices, recipe.model.quantizer.codebook_size)
+            counts = metrics.code_counts(indices, recipe.model.quantizer.codebook_size)
+            logs["usage_clip"] = metrics.codebook_usage(counts).mean()
+            counts = counts.sum(axis=0)
+            logs["usage_batch"] = metrics.codebook_usage(counts)
+            logs["perplexity"] = metrics.perplexity(counts)
+            logs["kl_from_uniform"] = metrics.kl_from_uniform(counts)
         return TrainState(state.step + 1, params, opt_state, ema), logs
 
+    def _picture_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
+        """PSNR always; SSIM (where frames are large enough) only in steps that are logged, as it costs more."""
+        quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
+        if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
+            quality["ssim"] = jax.lax.cond(
+                (step + 1) % self.recipe.log_every == 0,
+                lambda: metrics.ssim(video, reconstruction).mean(),
+                lambda: jnp.float32(jnp.nan),
+            )
+        return quality
 
-def code_statistics(indices: jax.Array, codebook_size: int) -> dict[str, jax.Array]:
-    """Usage of the codebook by a batch [B, N]: shares of codes used, perplexity, KL from uniform (nats)."""
-    counts = jnp.zeros((codebook_size,), jnp.float32).at[indices.reshape(-1)].add(1.0)
-    probs = counts / counts.sum()
-    entropy = -jnp.sum(probs * jnp.log(jnp.maximum(probs, 1e-12)))
-    ordered = jnp.sort(indices, axis=1)
-    distinct = 1.0 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1)
-    return {
-        "usage_batch": jnp.mean(counts > 0),
-        "usage_clip": jnp.mean(distinct) / codebook_size,
-        "perplexity": jnp.exp(entropy),
-        "kl_uniform": jnp.log(codebook_size) - entropy,
-    }
+
+STAGES = {"tokenizer": TokenizerStage}

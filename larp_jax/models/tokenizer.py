@@ -22,7 +22,9 @@ class Encoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_encoder_patch_pe,
             token_type=c.use_encoder_patch_token_type_embed,
+            base=c.patch_position_base,
         )
+        gaussian = c.query_init_std * jax.random.normal(rngs.params(), (c.num_tokens, c.encoder.width))
         self.queries = Positions1d(
             c.num_tokens,
             c.encoder.width,
@@ -30,7 +32,7 @@ class Encoder(nnx.Module):
             learned=c.learned_encoder_latent_query_embed,
             token_type=c.use_encoder_latent_query_token_type_embed,
             base=c.latent_position_base,
-            init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
+            init=gaussian if c.encoder_query_gaussian_init else None,
         )
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
         self.dtype = dtype
@@ -64,6 +66,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_decoder_patch_query_embed,
             token_type=c.use_decoder_patch_query_token_type_embed,
+            base=c.patch_position_base,
         )
         self.transformer = Transformer(c.decoder, rngs=rngs, remat=remat, dtype=dtype)
         self.norm = LayerNorm(width, epsilon=1e-6, dtype=dtype)
@@ -75,12 +78,16 @@ class Decoder(nnx.Module):
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped."""
+        patches = self.head(self.features(latents)).astype(jnp.float32)
+        return unpatchify(patches, self.grid, self.patch)
+
+    def features(self, latents: jax.Array) -> jax.Array:
+        """Latents [B, N, D] -> what the head reads, [B, patches, D]."""
         latents = latents.astype(self.dtype) + self.latent_positions().astype(self.dtype)
         queries = self.patch_queries().astype(self.dtype)
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
         x = self.transformer(jnp.concatenate([latents, queries], axis=1))[:, latents.shape[1] :]
-        patches = self.head(self.norm(x)).astype(jnp.float32)
-        return unpatchify(patches, self.grid, self.patch)
+        return self.norm(x)
 
 
 class Tokenizer(nnx.Module):
