@@ -114,7 +114,8 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
     # Lengths are fractions of the frame, so that the scene is the same at every size.
     hue = rng.random()
-    background = _background(rng, hue, size)
+    day = rng.random() < 0.5  # a dark shape on a light ground, or a light one on a dark ground
+    background = _background(rng, hue, size, day)
     radius = rng.uniform(0.15, 0.19)
     centre_x, centre_y = _path(rng, motion)
 
@@ -130,7 +131,10 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     alpha = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius * size), 0, 1)[..., None]
 
     opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
-    light, dark = _colour(opposite, 0.45, 1.0), _colour(opposite + 0.08, 0.9, 0.75)
+    if day:
+        light, dark = _colour(opposite, 0.9, 0.5), _colour(opposite + 0.08, 0.9, 0.2)
+    else:
+        light, dark = _colour(opposite, 0.45, 1.0), _colour(opposite + 0.08, 0.9, 0.75)
     cos, sin = _direction(rng.uniform(0, np.pi))
     stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
     box = dark + stripes * (light - dark)
@@ -147,16 +151,19 @@ def _direction(angle: float) -> tuple[np.float32, np.float32]:
     return np.float32(np.cos(angle)), np.float32(np.sin(angle))
 
 
-def _background(rng: np.random.Generator, hue: float, size: int) -> np.ndarray:
-    """A gradient between four muted colours near one hue, with waves of brightness: float32 [S, S, 3] in [0, 0.71]."""
-    corners = [_colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.5, 0.9), rng.uniform(0.2, 0.5)) for _ in range(4)]
+def _background(rng: np.random.Generator, hue: float, size: int, day: bool) -> np.ndarray:
+    """A gradient between four colours near one hue, with waves of brightness: float32 [S, S, 3] in [0, 1]."""
+    saturations, values = ((0.15, 0.5), (0.75, 0.95)) if day else ((0.5, 0.9), (0.2, 0.5))
+    corners = [
+        _colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(*saturations), rng.uniform(*values)) for _ in range(4)
+    ]
     x = ((np.arange(size) + 0.5) / size)[:, None]
     y = x[:, None]
     image = (1 - y) * ((1 - x) * corners[0] + x * corners[1]) + y * ((1 - x) * corners[2] + x * corners[3])
     for _ in range(3):
         angle, waves, phase = rng.uniform(0, np.pi), rng.uniform(1, 4), rng.uniform(0, 2 * np.pi)
         image *= 1 + 0.12 * np.sin(2 * np.pi * waves * (np.cos(angle) * x + np.sin(angle) * y) + phase)
-    return image.astype(np.float32)
+    return np.minimum(image, 1.0).astype(np.float32)
 
 
 def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray]:
