@@ -1,5 +1,14 @@
 """LARP: a video tokenizer with a learned autoregressive generative prior (arXiv 2410.21264), in JAX and Flax NNX."""
 
+import importlib
+
 from larp_jax.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["LoadedTokenizer", "__version__", "load_tokenizer"]
+
+
+def __getattr__(name: str):
+    # imported when asked for: `import larp_jax` alone must not cost what JAX costs
+    if name in ("LoadedTokenizer", "load_tokenizer"):
+        return getattr(importlib.import_module("larp_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from larp_jax.data import video
+from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,40 @@ class MetricWriter:
             self._warned_full = True
             return False
         return True
+
+
+def make_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Makes a folder for output, and those above it, unless it is there.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"output folder {path} cannot be made ({reason}); name another") from error
+    return path
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Writes strict JSON under a temporary name, then renames it; makes the folder if missing.
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+      InputError: the folder cannot be made.
+      OSError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    text = json.dumps(values, indent=1, allow_nan=False)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _encode(row: Mapping[str, Any]) -> bytes:

@@ -15,17 +15,18 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"benchmark", "plan", "doctor"},
-    {"train"},
+    {"train", "reconstruct", "tokens"},
     {"larp_jax"},
     {"api", "export"},
     {"importing"},
-    {"evaluators", "writers"},
+    {"evaluators", "inputs"},
+    {"writers"},
     {"steps", "data", "checkpoint"},
     {"sharding"},
     {"losses", "optim", "state", "metrics", "released", "fingerprint"},
     {"models"},
     {"config"},
-    {"errors", "version"},
+    {"errors", "paths", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 

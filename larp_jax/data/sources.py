@@ -107,10 +107,10 @@ class FolderSource:
         self.folder = pathlib.Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"folder {self.folder} does not exist (or is no folder); give one that holds videos")
-        paths = _video_files(self.folder)
+        paths = video_files(self.folder)
         if not paths:
             raise InputError(f"folder {self.folder} holds no video file ({' '.join(sorted(video.EXTENSIONS))})")
-        self._videos, self.skipped = _open_all(paths)
+        self._videos, self.skipped = open_all(paths)
         if not self._videos:
             reason = self.skipped[0][1]
             raise InputError(
@@ -156,7 +156,8 @@ class FolderSource:
         return repeat_last(frames, clip.frames), self._labels[index]
 
 
-def _video_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The video files below a folder, by their names, sorted; links are followed, hidden files left out."""
     paths, visited = [], set()
     # Class folders are often links to where the disk has room; links may also lead in circles.
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -167,8 +168,8 @@ def _video_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in paths if path.suffix.lower() in video.EXTENSIONS and path.is_file())
 
 
-def _open_all(paths):
-    """([VideoFile of each readable path], [(path, reason) of each other])."""
+def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
+    """([VideoFile of each readable path], [(path, reason) of each other]), both in the order of the paths."""
     from tqdm import tqdm
 
     def attempt(path):

@@ -1,0 +1,463 @@
+"""The command line: `larp-jax COMMAND`. What a command needs is imported when it runs, so that help is instant."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from larp_jax.errors import InputError
+from larp_jax.version import __version__
+
+CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
+SPEC = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[:SPLIT]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: its arguments; those of the process by default.
+
+    Returns:
+      The exit code: 0, 1 where something failed while running, 2 where what was given is wrong.
+    """
+    debug = False
+    try:
+        with _logging():
+            arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+            debug = arguments.debug
+            arguments.run(arguments)
+            return 0
+    except KeyboardInterrupt:
+        return _complain("interrupted", 1, debug)
+    except InputError as error:
+        return _complain(str(error), 2, debug)
+    except Exception as error:  # whatever it is, users get a line to read and not a traceback
+        return _complain(_reason(error), 1, debug)
+
+
+def _complain(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"larp-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _reason(error: Exception) -> str:
+    """One line for an error that no one put into words; those raised on purpose need no more than these."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if type(error).__module__.startswith("larp_jax") or isinstance(error, OSError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="larp-jax", description="LARP: a video tokenizer with a learned autoregressive prior.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"larp_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], None], summary: str, example: str) -> argparse.ArgumentParser:
+        name = run.__name__.strip("_")
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  larp-jax {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    def needs_config(sub):
+        sub.add_argument(
+            "--config", required=True, metavar="FILE[:VARIANT]",
+            help="Python file with a recipe; --config.steps=1000 and the like change its settings",
+        )  # fmt: skip
+
+    def needs_checkpoint(sub):
+        sub.add_argument("--checkpoint", required=True, metavar="P", help=CHECKPOINT)
+        sub.add_argument(
+            "--weights", choices=("ema", "raw"), default="ema", help="the moving average where there is one, or not"
+        )
+
+    def reads_videos(sub, max_clips):
+        sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of them, or {SPEC}")
+        sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+        sub.add_argument(
+            "--max-clips", type=_count, default=max_clips, metavar="N",
+            help=f"of a data set, at most N clips spread over it; 0 for all (default: {max_clips})",
+        )  # fmt: skip
+        batch_size(sub)
+
+    def batch_size(sub):
+        sub.add_argument(
+            "--batch-size", type=_positive, default=8, metavar="B", help="clips computed at a time (default: 8)"
+        )
+
+    sub = command(
+        _train,
+        "train a stage, or continue where the workdir left off",
+        "--config configs/quickstart.py --workdir runs/quickstart --config.steps=1000",
+    )
+    needs_config(sub)
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+
+    sub = command(
+        _evaluate,
+        "measure how well a tokenizer reconstructs a data set",
+        "--checkpoint runs/quickstart --data moving_shapes:test --output evaluation.json",
+    )
+    needs_checkpoint(sub)
+    sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
+    sub.add_argument(
+        "--metrics", type=lambda text: text.split(","), default=["psnr", "ssim", "usage"], metavar="A,B",
+        help="of psnr, ssim and usage (default: all)",
+    )  # fmt: skip
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers and how they were computed")
+    sub.add_argument("--max-clips", type=_count, default=0, metavar="N", help="at most N clips; 0 for all (default)")
+    batch_size(sub)
+
+    sub = command(
+        _reconstruct,
+        "write videos beside their reconstructions, with their PSNR",
+        "--checkpoint runs/quickstart --input videos --output reconstructions",
+    )
+    needs_checkpoint(sub)
+    reads_videos(sub, max_clips=8)
+
+    sub = command(
+        _tokenize,
+        "write the codes of videos",
+        "--checkpoint runs/quickstart --input folder:videos --output codes",
+    )
+    needs_checkpoint(sub)
+    reads_videos(sub, max_clips=0)
+
+    sub = command(
+        _detokenize,
+        "write the videos of codes",
+        "--checkpoint runs/quickstart --input codes --output videos_again",
+    )
+    needs_checkpoint(sub)
+    sub.add_argument("--input", required=True, metavar="DIR", help="folder that tokenize wrote")
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    batch_size(sub)
+
+    sub = command(
+        _export,
+        "write a tokenizer for other frameworks",
+        "--checkpoint runs/quickstart --format codebook-npz --output codebook.npz",
+    )
+    needs_checkpoint(sub)
+    sub.add_argument("--format", required=True, choices=EXPORTS, help="what to write")
+    sub.add_argument("--output", required=True, metavar="PATH", help="file (codebooks) or directory")
+
+    sub = command(
+        _import,
+        "turn released PyTorch weights into a checkpoint",
+        "--source larp_tokenizer --output runs/released",
+    )
+    sub.add_argument(
+        "--source", required=True, metavar="S",
+        help="directory with config.json and model.safetensors, a Hugging Face repository id, or a .pth file",
+    )  # fmt: skip
+    sub.add_argument("--output", required=True, metavar="DIR", help="new folder for the checkpoint")
+    sub.add_argument("--ema", action="store_true", help="take the moving average out of a .pth file")
+
+    sub = command(
+        _benchmark,
+        "measure throughput",
+        "data --config configs/quickstart.py --output data.json",
+    )
+    sub.add_argument("what", choices=("data",), help="training batches, read with nothing else running")
+    needs_config(sub)
+    sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
+
+    command(_doctor, "show versions, devices and what is missing", "")
+
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.overrides = rest if hasattr(arguments, "config") else []
+    unknown = [text for text in rest if text not in arguments.overrides]
+    if unknown:
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)}; see larp-jax {arguments.command} --help")
+    return arguments
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdigit() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if not value:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return value
+
+
+def _load_recipe(arguments: argparse.Namespace):
+    """The recipe of `--config` with its overrides."""
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
+
+    from larp_jax.config import parse_recipe, unknown_key
+
+    path, _, variant = arguments.config.partition(":")
+    if not os.path.isfile(path):
+        raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(variant) if variant else get_config()
+    except InputError as error:
+        raise InputError(f"--config {arguments.config}: {error}") from error
+    except Exception as error:  # the file may hold anything
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {frames[-1]}: " if frames else ""
+        text = " ".join(str(error).split())
+        raise InputError(f"--config {arguments.config} fails: {where}{type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"--config {path}: get_config() must return a ConfigDict, not a {type(config).__name__}")
+
+    for text in arguments.overrides:
+        name = text.split("=")[0]
+        if name.startswith(("--config.", "--noconfig.")):
+            _, *keys = name.split(".")
+            below = config
+            for i, key in enumerate(keys):
+                if not isinstance(below, ConfigDict) or key not in below:
+                    known = below if isinstance(below, ConfigDict) else ()
+                    raise InputError(unknown_key(".".join(["config", *keys[: i + 1]]), key, known))
+                below = below[key]
+    values = flags.FlagValues()
+    argv = ["larp-jax", *arguments.overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        rest = [f"--{error.flagname}"]
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    if rest:
+        raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
+    return parse_recipe(values.config)
+
+
+# ------------------------------------------------------------------------------------------------------------ logging
+
+
+class _Lines(logging.Handler):
+    """Messages as plain lines on standard error, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Shows what larp_jax logs, and of other packages only errors."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logger, handler = logging.getLogger("larp_jax"), _Lines()
+    level = logger.level
+    for name in ("absl", "jax", "orbax", "grain", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(arguments):
+    from larp_jax import train
+
+    recipe = _load_recipe(arguments)
+    scores = train.train(recipe, arguments.workdir)
+    print(f"trained to step {recipe.steps}, in {arguments.workdir}")
+    _print_table(scores)
+
+
+def _evaluate(arguments):
+    import jax
+
+    from larp_jax import api, sharding, writers
+    from larp_jax.config import MeshConfig
+    from larp_jax.evaluators import ReconstructionEvaluator
+
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
+    mesh = sharding.make_mesh(MeshConfig())
+    batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        evaluator = ReconstructionEvaluator(
+            tokenizer.module,
+            tokenizer.config,
+            arguments.data,
+            mesh,
+            batch_size=batch_size,
+            max_clips=arguments.max_clips,
+            names=arguments.metrics,
+            mean_clip=found.mean_clip,
+            progress=True,
+        )
+        params = jax.device_put(tokenizer.params, sharding.param_shardings(tokenizer.params, mesh))
+        scores, extras = evaluator.run(params)
+    if not extras["clips"]:
+        raise InputError(f"--data {arguments.data}: none of its clips could be read")
+    _print_table({"clips": extras["clips"], **scores})
+    if arguments.output:
+        protocol = {
+            "data": arguments.data,
+            "default_split": "test",
+            "clips": extras["clips"],
+            "max_clips": arguments.max_clips,
+            "definitions": {name: text for name, text in DEFINITIONS.items() if name in scores or name == "clips"},
+            "frames": tokenizer.config.frames,
+            "resolution": tokenizer.config.resolution,
+            "codes": "deterministic: the nearest code of each latent",
+            "precision": "float32",
+            "checkpoint": os.path.relpath(found.path),
+            "weights": arguments.weights,
+            "step": found.step,
+            "fingerprint": tokenizer.fingerprint,
+            "device": jax.devices()[0].device_kind,
+            "versions": {"larp_jax": __version__}
+            | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
+        }
+        writers.write_json(arguments.output, {"metrics": scores, "protocol": protocol})
+        print(f"written to {arguments.output}")
+
+
+DEFINITIONS = {
+    "clips": "consecutive windows of T frames of every video that do not overlap; the tail that fills no window is left"
+    " out, a video shorter than T repeats its last frame; shorter side resized to the resolution (bilinear,"
+    " antialiased), centre cut out; no flips",
+    "psnr": "dB, over all pixels of a clip at once in [0, 1], output clamped; mean over clips",
+    "psnr_mean_clip": "the same for the mean of training clips instead of a reconstruction: what a tokenizer gives "
+    "whose codes say nothing",
+    "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colours, frames and"
+    " then clips",
+    "usage": "share of the codebook that occurs in these clips",
+    "perplexity": "exponential of the entropy of all codes' frequencies",
+    "kl_from_uniform": "nats, of all codes' frequencies from uniform ones",
+    "position_entropy": "nats, entropy of the codes' frequencies at a token position, mean over positions",
+}
+
+
+def _reconstruct(arguments):
+    from larp_jax import api, reconstruct
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    reconstruct.reconstruct(
+        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+    )
+
+
+def _tokenize(arguments):
+    from larp_jax import api, tokens
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    manifest = tokens.tokenize(
+        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+    )
+    videos = len({row["source"] for row in manifest["rows"]})
+    skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""
+    print(f"{len(manifest['rows'])} clips of {videos} videos{skipped}, in {arguments.output}")
+
+
+def _detokenize(arguments):
+    from larp_jax import api, tokens
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
+    print(f"{len(written)} videos, in {arguments.output}")
+
+
+EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
+
+
+def _export(arguments):
+    from larp_jax import api, export
+
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    model, params = found.recipe.model, found.params["tokenizer"]
+    if arguments.format == "huggingface":
+        export.export_huggingface(arguments.output, found.recipe, found.params)
+    elif arguments.format == "stablehlo":
+        export.export_stablehlo(arguments.output, model, params, step=found.step)
+    else:
+        write = {
+            "codebook-npz": export.export_codebook_npz,
+            "codebook-safetensors": export.export_codebook_safetensors,
+        }[arguments.format]
+        write(arguments.output, model, params, step=found.step, usage_counts=found.code_counts)
+    print(f"{arguments.format} of step {found.step} written to {arguments.output}")
+
+
+def _import(arguments):
+    from larp_jax import checkpoint, importing
+    from larp_jax.config import to_dict
+
+    kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
+    if kind != "tokenizer":
+        raise InputError(f"{arguments.source} holds a {kind}; only tokenizers can be imported so far")
+    checkpoint.write_imported(arguments.output, to_dict(recipe), params)
+    print(f"{kind} imported into {arguments.output}")
+
+
+def _benchmark(arguments):
+    from larp_jax import benchmark, data, writers
+
+    recipe = _load_recipe(arguments)
+    result = benchmark.benchmark_data(
+        recipe.data.train,
+        data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+        batch_size=recipe.data.batch_size,
+        workers=recipe.data.workers,
+        seconds=arguments.seconds,
+    )
+    print(benchmark.format_table(result))
+    if arguments.output:
+        writers.write_json(arguments.output, result)
+
+
+def _doctor(arguments):
+    from larp_jax import doctor
+
+    print(doctor.report())
+
+
+def _print_table(values: dict[str, Any]) -> None:
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        print(f"  {name:<{width}}  {value:.4f}" if isinstance(value, float) else f"  {name:<{width}}  {value}")

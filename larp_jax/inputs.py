@@ -1,0 +1,195 @@
+"""What commands are pointed at: a video file, a folder of them, or a data set, read as windows of T frames."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from larp_jax import data
+from larp_jax.data.pipeline import choose_windows
+from larp_jax.data.sources import NO_LABEL, open_all, video_files
+from larp_jax.data.video import EXTENSIONS, VideoFile, read_windows
+from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Of videos written where the source does not say, or says what no player takes.
+DEFAULT_FPS = 8.0
+
+
+class Window(NamedTuple):
+    """T consecutive frames of a video.
+
+    Attributes:
+      video: number of the video.
+      start: its first frame.
+      frames: uint8 [T, H, W, 3].
+      valid: how many of the frames are the video's; the last of them is repeated to make T.
+      label: number of the class; -1 for none.
+    """
+
+    video: int
+    start: int
+    frames: np.ndarray
+    valid: int
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InputVideo:
+    """One video.
+
+    Attributes:
+      name: path within the folder, with forward slashes; of a data set, the split and the number in it.
+      path: the file; None in a data set.
+      fps: frames a second; 0.0 where unknown.
+      windows: how many windows to expect, by the video's header.
+      read: iterates over its windows as (start, frames, valid, label).
+    """
+
+    name: str
+    path: pathlib.Path | None
+    fps: float
+    windows: int
+    read: Callable[[], Iterator[tuple[int, np.ndarray, int, int]]]
+
+
+class Inputs:
+    """The videos that a text names.
+
+    Files are read whole: consecutive windows that do not overlap, the last one filled up. Data sets give the windows
+    that evaluation takes: full ones only, or one of a video that is shorter.
+
+    Args:
+      text: path of a video file or of a folder, which is searched through; `folder:PATH`; or the spec of a data set,
+        whose split is `test` if it names none.
+      clip: what a window is.
+      max_clips: of a data set, at most so many windows, spread over it; 0 takes all.
+
+    Attributes:
+      videos: those that can be read, by their headers.
+      label_names: names of the classes in the order of their labels; empty without.
+      skipped: (name, reason) of each video that cannot be read. Grows while reading.
+      is_data_set: whether the text was the spec of one.
+
+    Raises:
+      InputError: there is nothing of that name, or nothing readable in it.
+    """
+
+    def __init__(self, text: str, clip: data.ClipSpec, *, max_clips: int = 0):
+        self._clip = clip
+        self.label_names: tuple[str, ...] = ()
+        self.skipped: list[tuple[str, str]] = []
+        spec = _as_spec(text)
+        self.is_data_set = spec is not None and spec.kind != "folder"
+        if self.is_data_set:
+            self.videos = self._of_data_set(spec, max_clips)
+            return
+        path = pathlib.Path(spec.name if spec else text)
+        if path.is_dir():
+            self.videos = self._of_folder(path)
+        elif path.exists():
+            self.videos = [self._of_file(VideoFile(path), path.name)]
+        else:
+            raise InputError(f"{text} does not exist; give a video file, a folder of videos, or {data.spec.FORMS}")
+
+    @property
+    def windows(self) -> int:
+        """How many windows to expect; damaged files give fewer."""
+        return sum(video.windows for video in self.videos)
+
+    def batches(self, size: int) -> Iterator[tuple[list[Window], np.ndarray]]:
+        """Reads all videos, one after the other.
+
+        A video that turns out to be unreadable is logged, added to `skipped` and passed over.
+
+        Yields:
+          Windows, `size` of them but for the last time, and their frames as uint8 [size, T, H, W, 3], filled up by
+          repeating the last window.
+        """
+        windows = self._read()
+        while rows := list(itertools.islice(windows, size)):
+            yield rows, np.stack([row.frames for row in rows + rows[-1:] * (size - len(rows))])
+
+    def _read(self) -> Iterator[Window]:
+        for number, video in enumerate(self.videos):
+            try:
+                for start, frames, valid, label in video.read():
+                    yield Window(number, start, frames, valid, label)
+            except InputError as error:
+                self._skip(video.name, str(error))
+
+    def _skip(self, name: str, reason: str) -> None:
+        logger.warning("skipped %s", reason if name in reason else f"{name}: {reason}")
+        self.skipped.append((name, reason))
+
+    def _of_file(self, file: VideoFile, name: str, label: int = NO_LABEL) -> InputVideo:
+        def read():
+            for start, frames, valid in read_windows(file.path, self._clip):
+                yield start, frames, valid, label
+
+        return InputVideo(name, file.path, file.info.fps, -(-file.info.frames // self._clip.frames), read)
+
+    def _of_folder(self, folder: pathlib.Path) -> list[InputVideo]:
+        paths = video_files(folder)
+        if not paths:
+            raise InputError(f"folder {folder} holds no video file ({' '.join(sorted(EXTENSIONS))})")
+        files, unreadable = open_all(paths)
+        for path, reason in unreadable:
+            self._skip(os.path.relpath(path, folder), reason)
+        if not files:
+            raise InputError(f"folder {folder}: none of its {len(paths)} video files can be read")
+        names = [file.path.relative_to(folder) for file in files]
+        if all(len(name.parts) > 1 for name in names):
+            self.label_names = tuple(sorted({name.parts[0] for name in names}))
+        labels = [self.label_names.index(name.parts[0]) if self.label_names else NO_LABEL for name in names]
+        return [
+            self._of_file(file, name.as_posix(), label) for file, name, label in zip(files, names, labels, strict=True)
+        ]
+
+    def _of_data_set(self, spec: data.DataSpec, max_clips: int) -> list[InputVideo]:
+        split = spec.split or "test"
+        source = data.open_source(spec, self._clip, default_split=split)
+        self.label_names = source.label_names
+        prefix = "".join(c if c.isalnum() else "_" for c in split).strip("_")
+
+        def read(index, starts):
+            for start in starts:
+                frames, label = source.read_clip(index, start, self._clip)
+                yield start, frames, min(self._clip.frames, source.frames(index) - start), label
+
+        videos = []
+        for index, group in itertools.groupby(choose_windows(source, self._clip, max_clips), key=lambda pair: pair[0]):
+            starts = [start for _, start in group]
+            windows = functools.partial(read, index, starts)
+            videos.append(InputVideo(f"{prefix}_{index:06d}", None, source.fps(index), len(starts), windows))
+        return videos
+
+
+def _as_spec(text: str) -> data.DataSpec | None:
+    """The text as a data set; None where it has the form of none."""
+    try:
+        return data.parse_spec(text)
+    except InputError:
+        if text.partition(":")[0].partition("/")[0] in ("tfds", "folder", "moving_shapes") and not os.path.exists(text):
+            raise
+        return None
+
+
+def output_names(names: Sequence[str]) -> list[str]:
+    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart."""
+    stems = [str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else str(path)
+             for path in map(pathlib.PurePosixPath, names)]  # fmt: skip
+    unique = len({stem.casefold() for stem in stems}) == len(stems)
+    return stems if unique else list(names)
+
+
+def playable_fps(fps: float) -> float:
+    """The rate to write a video at."""
+    return fps if 0.1 <= fps <= 1000.0 else DEFAULT_FPS

@@ -1,0 +1,134 @@
+"""Videos beside their reconstructions, and how close they are."""
+
+import itertools
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from larp_jax.api import LoadedTokenizer
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import frame_grid, write_png, write_video
+from larp_jax.errors import InputError
+from larp_jax.evaluators import to_uint8
+from larp_jax.inputs import Inputs, Window, output_names, playable_fps
+from larp_jax.metrics import SMALLEST_MSE
+from larp_jax.writers import Progress, make_folder, write_json
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "psnr.json"
+PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, unquantised"
+DATA_SET_CLIPS = 8
+GRID_COLUMNS = 8
+
+
+def reconstruct(
+    tokenizer: LoadedTokenizer,
+    source: str,
+    output: str | os.PathLike,
+    *,
+    max_clips: int = DATA_SET_CLIPS,
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """Reconstructs videos of any length and size, window by window, in memory that does not depend on their length.
+
+    Writes NAME.mp4 (original left, reconstruction right, at the model's resolution and the video's rate) and NAME.png
+    (up to 8 frames of the original above those of the reconstruction) for each video, prints its PSNR, and writes
+    `psnr.json`.
+
+    Args:
+      tokenizer: to use.
+      source: what `larp_jax.inputs.Inputs` takes.
+      output: folder to write to, made if missing; sub-folders of the input are kept.
+      max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
+      batch_size: windows computed at a time.
+
+    Returns:
+      What `psnr.json` holds: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`.
+
+    Raises:
+      InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
+    """
+    config = tokenizer.config
+    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    output = make_folder(output)
+    names = output_names([video.name for video in inputs.videos])
+    _check_output(output, [output / f"{name}.mp4" for name in names], inputs)
+
+    results = {}
+    with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
+        windows = _reconstructions(tokenizer, inputs, batch_size, progress)
+        for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
+            video = inputs.videos[number]
+            path = output / f"{names[number]}.mp4"
+            make_folder(path.parent)
+            score, frames = _write_pair(path, group, video.windows * config.frames, playable_fps(video.fps))
+            results[video.name] = {"psnr": score, "frames": frames, "output": path.relative_to(output).as_posix()}
+            tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames")
+    if not results:
+        raise InputError(f"{source}: nothing in it could be read")
+    summary = {
+        "definition": PSNR,
+        "tokenizer": tokenizer.fingerprint,
+        "step": tokenizer.step,
+        "clip": list(config.clip_shape),
+        "mean_psnr": float(np.mean([result["psnr"] for result in results.values()])),
+        "videos": results,
+        "skipped": dict(inputs.skipped),
+    }
+    write_json(output / SUMMARY, summary)
+    tqdm.write(f"mean of {len(results)} videos: {summary['mean_psnr']:.2f} dB, in {output}")
+    if inputs.skipped:
+        logger.warning("skipped %d of %d videos", len(inputs.skipped), len(inputs.skipped) + len(results))
+    return summary
+
+
+def _check_output(output: pathlib.Path, targets: list[pathlib.Path], inputs: Inputs) -> None:
+    existing = [target for target in targets if target.exists()]
+    sources = {video.path.resolve() for video in inputs.videos if video.path}
+    ours = (output / SUMMARY).exists()
+    lost = [target for target in existing if not ours or target.resolve() in sources]
+    if lost:
+        raise InputError(f"{lost[0]} exists and is no earlier reconstruction; name another --output")
+
+
+def _reconstructions(
+    tokenizer: LoadedTokenizer, inputs: Inputs, batch_size: int, progress: Progress
+) -> Iterator[tuple[Window, np.ndarray]]:
+    """Each window with its reconstruction, float32 [T, H, W, 3] in [0, 1]."""
+    for windows, clips in inputs.batches(batch_size):
+        reconstructions = np.asarray(tokenizer.reconstruct(clips))
+        yield from zip(windows, reconstructions, strict=False)  # the rest is padding
+        progress.update(len(windows))
+
+
+def _write_pair(
+    path: pathlib.Path, windows: Iterator[tuple[Window, np.ndarray]], expected: int, fps: float
+) -> tuple[float, int]:
+    """Writes the video and the picture of one input, about `expected` frames long; its PSNR and number of frames."""
+    shown = set(np.linspace(0, expected - 1, GRID_COLUMNS).round().astype(int))
+    grid = []
+    error, frames = 0.0, 0
+
+    def side_by_side():
+        nonlocal error, frames
+        for window, reconstruction in windows:
+            for original, picture in zip(window.frames[: window.valid], reconstruction, strict=False):
+                error += float(np.mean(np.square(picture - original / np.float32(255)), dtype=np.float64))
+                pair = original, to_uint8(picture)
+                if frames in shown:
+                    grid.append(pair)
+                frames += 1
+                yield np.concatenate(pair, axis=1)
+
+    write_video(path, side_by_side(), fps)
+    write_png(
+        path.with_name(f"{path.name.removesuffix('.mp4')}.png"),
+        frame_grid([np.stack(row) for row in zip(*grid, strict=True)]),
+    )
+    return -10.0 * float(np.log10(max(error / frames, SMALLEST_MSE))), frames

@@ -1,0 +1,304 @@
+"""Codes on disk: videos to shards of codes with a manifest, and back.
+
+A folder of codes holds `codes-00000-of-00001.npz` and so on, each with `codes` [M, N] int32, and `manifest.json`, which
+says for each row in turn what it is of.
+"""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from larp_jax.api import LoadedTokenizer
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import write_video
+from larp_jax.errors import InputError
+from larp_jax.evaluators import to_uint8
+from larp_jax.inputs import Inputs, output_names, playable_fps
+from larp_jax.writers import Progress, make_folder, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = "larp_jax.codes"
+VERSION = 1
+SHARD_ROWS = 16_384
+SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
+
+
+def tokenize(
+    tokenizer: LoadedTokenizer,
+    source: str,
+    output: str | os.PathLike,
+    *,
+    max_clips: int = 0,
+    batch_size: int = 8,
+    shard_rows: int = SHARD_ROWS,
+) -> dict[str, Any]:
+    """Writes the codes of videos. The manifest comes last: a folder without it is incomplete.
+
+    Args:
+      tokenizer: to use.
+      source: what `larp_jax.inputs.Inputs` takes.
+      output: folder to write to, made if missing.
+      max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
+      batch_size: windows encoded at a time.
+      shard_rows: rows a shard.
+
+    Returns:
+      The manifest: `format`, `version`, `fingerprint` of the tokenizer, `K`, `N`, `clip` [T, H, W, C], `input`,
+      `label_names`, `skipped`, `shards` (`file` and `rows` each), and `rows`: `source` (path within the input, with
+      forward slashes), `start` (first frame), `frames` (how many of T are the video's), `fps` (0: unknown), `label`.
+
+    Raises:
+      InputError: nothing can be read, the folder holds codes already, or the tokenizer has none.
+    """
+    config = tokenizer.config
+    output = pathlib.Path(output)
+    if (output / MANIFEST).exists():
+        raise InputError(f"{output} holds codes already; name another --output")
+    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    make_folder(output)
+
+    rows, pending, shards = [], [], []
+
+    def flush():
+        codes = np.concatenate(pending)
+        pending.clear()
+        shards.append((_part(output, len(shards)), len(codes)))
+        with open(shards[-1][0], "wb") as file:
+            np.savez(file, codes=codes)
+
+    try:
+        with Progress(inputs.windows, description="tokenize", unit="clip") as progress:
+            for windows, clips in inputs.batches(batch_size):
+                pending.append(np.asarray(tokenizer.encode(clips))[: len(windows)])
+                for window in windows:
+                    video = inputs.videos[window.video]
+                    rows.append(
+                        {
+                            "source": video.name,
+                            "start": window.start,
+                            "frames": window.valid,
+                            "fps": video.fps,
+                            "label": int(window.label),
+                        }
+                    )
+                if sum(map(len, pending)) >= shard_rows:
+                    flush()
+                progress.update(len(windows))
+        if not rows:
+            raise InputError(f"{source}: nothing in it could be read")
+        if pending:
+            flush()
+        names = [f"codes-{i:05d}-of-{len(shards):05d}.npz" for i in range(len(shards))]
+        for (part, _), name in zip(shards, names, strict=True):
+            os.replace(part, output / name)
+    finally:
+        for part, _ in shards:
+            part.unlink(missing_ok=True)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": tokenizer.fingerprint,
+        "step": tokenizer.step,
+        "K": config.quantizer.codebook_size,
+        "N": config.num_tokens,
+        "clip": list(config.clip_shape),
+        "input": str(source),
+        "label_names": list(inputs.label_names),
+        "skipped": dict(inputs.skipped),
+        "shards": [{"file": name, "rows": count} for name, (_, count) in zip(names, shards, strict=True)],
+        "rows": rows,
+    }
+    write_json(output / MANIFEST, manifest)
+    return manifest
+
+
+def _part(output: pathlib.Path, number: int) -> pathlib.Path:
+    """What a shard is called until it is known how many there are."""
+    return output / f".codes-{number:05d}.{os.getpid()}"
+
+
+def detokenize(
+    tokenizer: LoadedTokenizer, source: str | os.PathLike, output: str | os.PathLike, *, batch_size: int = 8
+) -> list[pathlib.Path]:
+    """Writes the videos that a folder of codes describes, named as their sources.
+
+    Consecutive windows of a source make one video. Frames that only filled up a window are left out.
+
+    Args:
+      tokenizer: the one that made the codes.
+      source: the folder.
+      output: folder to write to, made if missing; nothing in it is overwritten.
+      batch_size: windows decoded at a time.
+
+    Returns:
+      The files written.
+
+    Raises:
+      InputError: the codes are incomplete, damaged or another tokenizer's, or a file to write exists.
+    """
+    manifest = read_manifest(source)
+    config = tokenizer.config
+    if manifest["fingerprint"] != tokenizer.fingerprint:
+        raise InputError(
+            f"{source} holds codes of tokenizer {manifest['fingerprint']}, not of {tokenizer.fingerprint}; give the"
+            " --checkpoint that made them"
+        )
+    if (manifest["K"], manifest["N"], manifest["clip"]) != (
+        config.quantizer.codebook_size, config.num_tokens, list(config.clip_shape)
+    ):  # fmt: skip
+        raise InputError(f"{source}/{MANIFEST}: K, N and clip are not the tokenizer's; tokenize again")
+    rows = manifest["rows"]
+    runs = list(_runs(rows))
+    output = pathlib.Path(output)
+    names = output_names([name for name, _ in runs])
+    paths = [output / f"{name}.mp4" for name in names]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{source}/{MANIFEST}: two videos of one name; tokenize again")
+    if existing := [path for path in paths if path.exists()]:
+        raise InputError(f"{existing[0]} exists; name another --output")
+
+    with Progress(len(rows), description="detokenize", unit="clip") as progress:
+        videos = _decoded(tokenizer, pathlib.Path(source), manifest, batch_size, progress)
+        done = 0
+        for path, (_, count) in zip(paths, runs, strict=True):
+            make_folder(path.parent)
+            clips = zip(rows[done : done + count], itertools.islice(videos, count), strict=True)
+            frames = (frame for row, clip in clips for frame in to_uint8(clip[: row["frames"]]))
+            write_video(path, frames, playable_fps(rows[done]["fps"]))
+            done += count
+    return paths
+
+
+def _runs(rows: Sequence[dict]) -> Iterator[tuple[str, int]]:
+    """(name, number of rows) of each stretch of rows that follow each other in one source."""
+    first = 0
+    seen = set()
+    for i in range(1, len(rows) + 1):
+        before = rows[i - 1]
+        follows = i < len(rows) and rows[i]["source"] == before["source"]
+        if follows and rows[i]["start"] == before["start"] + before["frames"]:
+            continue
+        name, start = rows[first]["source"], rows[first]["start"]
+        yield (f"{name}-{start:06d}" if name in seen else name), i - first
+        seen.add(name)
+        first = i
+
+
+def _decoded(
+    tokenizer: LoadedTokenizer, folder: pathlib.Path, manifest: dict, batch_size: int, progress: Progress
+) -> Iterator[np.ndarray]:
+    """The clip of each row, float32 [T, H, W, 3] in [0, 1]."""
+    for number in range(len(manifest["shards"])):
+        codes = read_shard(folder, manifest, number)
+        for begin in range(0, len(codes), batch_size):
+            batch = codes[begin : begin + batch_size]
+            padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+            yield from np.asarray(tokenizer.decode(padded))[: len(batch)]
+            progress.update(len(batch))
+
+
+def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
+    """Reads and checks the manifest of a folder of codes; see `tokenize`.
+
+    Raises:
+      InputError: there is none, or it is damaged, of a later version, or names files outside of its folder.
+    """
+    path = pathlib.Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {directory} is no folder that tokenize completed") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); tokenize again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is no manifest of codes; give the folder that tokenize wrote")
+    if manifest.get("version") != VERSION:
+        raise InputError(f"{path} is of version {manifest.get('version')}, this reads {VERSION}; tokenize again")
+    reason = _complaint(manifest)
+    if reason:
+        raise InputError(f"{path} is damaged ({reason}); tokenize again")
+    return manifest
+
+
+def _complaint(manifest: dict) -> str | None:
+    """What is wrong with a manifest, None if nothing is."""
+
+    def is_count(value, least):
+        return type(value) is int and least <= value < 2**31
+
+    if not isinstance(manifest.get("fingerprint"), str):
+        return "no fingerprint"
+    if not all(is_count(manifest.get(name), 1) for name in ("K", "N")):
+        return "K and N are no numbers of codes"
+    clip = manifest.get("clip")
+    if not (isinstance(clip, list) and len(clip) == 4 and all(is_count(side, 1) for side in clip)):
+        return "clip is not [T, H, W, C]"
+    shards, rows = manifest.get("shards"), manifest.get("rows")
+    if not (isinstance(shards, list) and isinstance(rows, list) and rows):
+        return "no shards or no rows"
+    for shard in shards:
+        if not isinstance(shard, dict) or not is_count(shard.get("rows"), 1):
+            return "a shard without a number of rows"
+        if not isinstance(shard.get("file"), str) or not SHARD_NAME.fullmatch(shard["file"]):
+            return f"{shard.get('file')!r} is no shard's name"
+    if sum(shard["rows"] for shard in shards) != len(rows):
+        return f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed"
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not _is_inside(row.get("source")):
+            return f"the source of row {i} is no path within a folder"
+        if not is_count(row.get("start"), 0) or not is_count(row.get("frames"), 1) or row["frames"] > clip[0]:
+            return f"start or frames of row {i}"
+        if not isinstance(row.get("fps"), (int, float)) or not math.isfinite(row["fps"]):
+            return f"fps of row {i}"
+        if type(row.get("label")) is not int:
+            return f"label of row {i}"
+    return None
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a text is a relative path with forward slashes that stays where it is put."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return False
+    path = pathlib.PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
+def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> np.ndarray:
+    """The codes of one shard, [M, N] int32 in [0, K).
+
+    Args:
+      directory: the folder.
+      manifest: what `read_manifest` gave.
+      number: of the shard.
+
+    Raises:
+      InputError: it is missing, damaged, or not as the manifest says.
+    """
+    shard = manifest["shards"][number]
+    path = pathlib.Path(directory) / shard["file"]
+    try:
+        with np.load(path) as file:
+            codes = file["codes"]
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; tokenize again") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}); tokenize again") from None
+    shape = shard["rows"], manifest["N"]
+    if codes.shape != shape or codes.dtype != np.int32:
+        raise InputError(
+            f"{path} holds {codes.dtype} {list(codes.shape)} where int32 {list(shape)} belongs; tokenize again"
+        )
+    if codes.min() < 0 or codes.max() >= manifest["K"]:
+        raise InputError(
+            f"{path} holds codes from {codes.min()} to {codes.max()}, outside of [0, {manifest['K']}); tokenize again"
+        )
+    return codes

@@ -1,0 +1,32 @@
+"""A tokenizer that trains in seconds, for tests: 6 steps of 8 clips of 8x32x32."""
+
+from larp_jax.config import default_recipe
+
+
+def get_config(variant: str = ""):
+    """Variant `plain` leaves out the prior."""
+    config = default_recipe()
+    config.steps = 6
+    config.log_every = 1
+    config.eval_every = 3
+    config.save_every = 2
+    config.model.size = "larp_s"
+    config.model.frames = 8
+    config.model.resolution = 32
+    config.model.num_tokens = 8
+    for part in (config.model.encoder, config.model.decoder):
+        part.width, part.depth, part.heads = 32, 1, 2
+    config.model.quantizer.codebook_size = 32
+    config.model.quantizer.code_dim = 4
+    config.prior.size = "XXS"
+    config.prior.width, config.prior.depth, config.prior.heads = 16, 1, 2
+    config.optim.learning_rate = 1e-3
+    config.optim.multipliers = {"prior": 1.0}
+    config.optim.ema_decay = 0.9
+    config.data.train = "moving_shapes"
+    config.data.eval = "moving_shapes:test"
+    config.data.batch_size = 8
+    config.data.eval_clips = 8
+    if variant == "plain":
+        config.loss.prior_weight = 0.0
+    return config
