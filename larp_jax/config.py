@@ -108,6 +108,8 @@ class TokenizerConfig:
     `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
     may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
     the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.
+    `patch_position_base` is the base of the patches' tables: with the published 10,000 the positions of a small grid
+    differ little; a small model on small clips learns faster with a base near the size of its grid.
     """
 
     size: str = "larp_l"
@@ -194,11 +196,8 @@ class TokenizerConfig:
 # the same codes and videos from the same weights.
 TRAINING_FIELDS = frozenset(
     {
-        "query_init",
         "query_init_std",
         "encoder_query_gaussian_init",
-        "attention_init",
-        "data_init",
         "quantizer.temperature",
         "quantizer.temperature_start",
         "quantizer.temperature_ramp",
@@ -320,7 +319,6 @@ class OptimConfig:
     matches counts; 0 freezes. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
     """
 
-    name: str = "adam"
     learning_rate: float = 1e-4
     multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
     b1: float = 0.5
@@ -378,7 +376,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
-    """A stage-1 run."""
+    """A stage-1 run.
+
+    `precision` is that of the computation; parameters, quantiser and losses are float32. `remat` is what the backward
+    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `data_init_clips` above 0 starts the
+    tokenizer from so many clips (see `larp_jax.models.data_init`). Checkpoints: every `save_every` steps, the newest
+    `keep` stay, and the one with the best `best_metric` of an evaluation.
+    """
 
     stage: str = "tokenizer"
     seed: int = 0

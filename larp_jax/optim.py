@@ -48,25 +48,9 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
-    if config.name == "muon":
-        rule = _muon(config)
-    else:
-        rule = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        rule,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
         scale_by_path(config.multipliers),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
-
-
-def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Muon for the kernels, Adam for everything else, before the learning rate."""
-    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-
-    def kernels(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: dims if path[-1].key == "kernel" else None, params)
-
-    return optax.chain(optax.contrib.muon(
-        1.0, adam_b1=config.b1, adam_b2=config.b2, adam_learning_rate=float(__import__('os').environ.get('AL','0.05')), muon_weight_dimension_numbers=kernels
-    ), optax.scale(-1.0))

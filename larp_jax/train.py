@@ -85,6 +85,10 @@ class Run:
         latest = self.manager.latest_step()
         if latest is None:
             self.state = jax.jit(self.stage.init, out_shardings=placement)(self.key)
+            if recipe.data_init_clips:
+                clips = jax.device_put(self._some_clips(recipe.data_init_clips), replicated)
+                start = jax.jit(self.stage.data_init, donate_argnums=0, out_shardings=placement)
+                self.state = start(self.state, clips, jax.random.fold_in(self.key, 1))
         else:
             self.state = self.manager.restore(shapes, placement, latest)
             logger.info("continuing %s from step %d", workdir, latest)
@@ -166,7 +170,8 @@ class Run:
         if path.exists():
             mean_clip = checkpoint.read_mean_clip(path)
         else:
-            mean_clip = self._mean_clip()
+            # what a tokenizer whose codes say nothing gives at best
+            mean_clip = self._some_clips(MEAN_CLIP_CLIPS).mean(axis=0) / 255.0
             if jax.process_index() == 0:
                 checkpoint.write_mean_clip(self.workdir, mean_clip)
         return ReconstructionEvaluator(
@@ -179,16 +184,13 @@ class Run:
             mean_clip=mean_clip,
         )
 
-    def _mean_clip(self) -> np.ndarray:
-        """The mean of some training clips: what a tokenizer whose codes say nothing should give at best."""
-        total, count = 0.0, 0
-        batches = data.train_batches(self.recipe.data.train, self.clip, batch_size=16, seed=self.recipe.seed)
-        with batches:
-            while count < MEAN_CLIP_CLIPS:
-                video = next(batches)["video"]
-                total = total + video.astype(np.float32).sum(axis=0)
-                count += len(video)
-        return total / count / 255.0
+    def _some_clips(self, count: int) -> np.ndarray:
+        """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
+        videos = []
+        with data.train_batches(self.recipe.data.train, self.clip, batch_size=16, seed=self.recipe.seed) as batches:
+            while len(videos) * 16 < count:
+                videos.append(next(batches)["video"])
+        return np.concatenate(videos)[:count]
 
     def _progress(self) -> Progress:
         return Progress(

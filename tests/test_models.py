@@ -1,0 +1,282 @@
+"""Shapes of every shipped size, the parts of the tokenizer, and where gradients flow."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from larp_jax import losses
+from larp_jax.config import (
+    PRIOR_SIZES,
+    TOKENIZER_SIZES,
+    PriorConfig,
+    QuantizerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from larp_jax.errors import InputError
+from larp_jax.models import chunks, embeddings, layers, quantizer
+from larp_jax.models.data_init import data_init
+from larp_jax.models.prior import Prior
+from larp_jax.models.tokenizer import Tokenizer
+
+SMALL = TokenizerConfig(
+    size="larp_s",
+    frames=8,
+    resolution=16,
+    patch_frames=4,
+    patch_size=8,
+    num_tokens=6,
+    encoder=TransformerConfig(width=32, depth=2, heads=2),
+    decoder=TransformerConfig(width=48, depth=1, heads=4),
+    quantizer=QuantizerConfig(codebook_size=32, code_dim=4),
+)
+
+
+def count(module) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def clip(config, batch=2, seed=0):
+    return jax.random.uniform(jax.random.key(seed), (batch, *config.clip_shape))
+
+
+@pytest.mark.parametrize("size", TOKENIZER_SIZES)
+def test_every_tokenizer_size_has_the_shapes_it_should(size):
+    config = TokenizerConfig(size=size)
+
+    def run(video):
+        tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+        reconstruction, quantized = tokenizer(video, key=jax.random.key(0))
+        return reconstruction, quantized.indices, tokenizer.decode(quantized.indices)
+
+    video = jax.ShapeDtypeStruct((2, *config.clip_shape), jnp.float32)
+    reconstruction, indices, decoded = jax.eval_shape(run, video)
+    assert reconstruction.shape == decoded.shape == video.shape
+    assert indices.shape == (2, 1024) and indices.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("size", PRIOR_SIZES)
+def test_every_prior_size_has_the_shapes_it_should(size):
+    def run(latents):
+        return Prior(PriorConfig(size=size), 1024, 16, rngs=nnx.Rngs(0))(latents)
+
+    latents = jax.ShapeDtypeStruct((2, 1023, 16), jnp.float32)
+    assert jax.eval_shape(run, latents).shape == latents.shape
+
+
+def test_published_parameter_counts():
+    assert count(nnx.eval_shape(lambda: Tokenizer(TokenizerConfig(), rngs=nnx.Rngs(0)))) == 172_179_984
+    assert count(nnx.eval_shape(lambda: Prior(PriorConfig(), 1024, 16, rngs=nnx.Rngs(0)))) == 21_700_240
+
+
+@pytest.mark.parametrize("change", [
+    {"frames": 4, "patch_frames": 1},
+    {"resolution": 24},
+    {"patch_size": 4, "decoder_patch_size": 8, "decoder_patch_frames": 2},
+    {"num_tokens": 17},
+    {"learned_encoder_patch_pe": True, "learned_decoder_patch_query_embed": True, "learned_decoder_latent_pe": True},
+    {"learned_encoder_latent_query_embed": False, "use_encoder_patch_token_type_embed": True},
+    {"use_encoder_latent_query_token_type_embed": True, "use_decoder_latent_token_type_embed": True},
+])  # fmt: skip
+def test_any_size_reconstructs(change):
+    config = dataclasses.replace(SMALL, **change)
+    video = clip(config)
+    reconstruction, quantized = Tokenizer(config, rngs=nnx.Rngs(0))(video)
+    assert reconstruction.shape == video.shape
+    assert quantized.indices.shape == (2, config.num_tokens)
+    assert np.all(reconstruction == 0.0)  # the head starts at zero
+
+
+def test_bfloat16_keeps_the_bottleneck_and_the_output_in_float32():
+    reconstruction, quantized = Tokenizer(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)(clip(SMALL))
+    assert reconstruction.dtype == quantized.z.dtype == quantized.z_q.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("remat", layers.REMAT)
+def test_rematerialisation_changes_no_gradient(remat):
+    video = clip(SMALL)
+
+    def gradients(remat):
+        graphdef, params = nnx.split(Tokenizer(SMALL, rngs=nnx.Rngs(0), remat=remat))
+        params["decoder"]["head"]["kernel"][...] = jnp.ones_like(params["decoder"]["head"]["kernel"][...])
+        return jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(video)[0]).mean())(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradients(remat), gradients("none"))
+
+
+def test_patchify_orders_patches_and_pixels_as_the_method_says():
+    video = jnp.arange(4 * 4 * 6 * 3).reshape(1, 4, 4, 6, 3)
+    patches = embeddings.patchify(video, (2, 2, 3))
+    np.testing.assert_array_equal(patches[0, 1], video[0, :2, :2, 3:].reshape(-1))  # width moves fastest
+    np.testing.assert_array_equal(patches[0, 2], video[0, :2, 2:, :3].reshape(-1))
+    np.testing.assert_array_equal(patches[0, 4], video[0, 2:, :2, :3].reshape(-1))
+    np.testing.assert_array_equal(embeddings.unpatchify(patches, (2, 2, 2), (2, 2, 3)), video)
+
+
+def test_position_table_fills_width_first():
+    table = embeddings.sincos_3d((2, 3, 4), 16).reshape(2, 3, 4, 16)
+    for t, h, w in itertools.product(range(2), range(3), range(4)):
+        spatial = np.concatenate([embeddings.sincos_1d([w], 8)[0], embeddings.sincos_1d([h], 8)[0]])
+        np.testing.assert_allclose(table[t, h, w], spatial + embeddings.sincos_1d([t], 16)[0])
+
+
+def test_grid_of_points_of_as_many_points_as_patches_is_the_patch_table():
+    np.testing.assert_allclose(embeddings.grid_of_points(24, (2, 3, 4), 16), embeddings.sincos_3d((2, 3, 4), 16))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_the_plain_form_with_its_gradients(causal):
+    q, k, v, weights = jax.random.normal(jax.random.key(0), (4, 2, 20, 3, 8))
+
+    def ours(q, k, v):
+        return jnp.sum(layers.attention(q, k, v, causal=causal) * weights)
+
+    def plain(q, k, v):
+        return jnp.sum(jax.nn.dot_product_attention(q, k, v, is_causal=causal) * weights)
+
+    for a, b in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [3, 10, 20, 21])
+def test_chunked_map_equals_the_whole(length):
+    x = jax.random.normal(jax.random.key(0), (2, length, 5))
+
+    def f(_, x):
+        return jnp.sin(x).sum(-1), x.mean(0, keepdims=True)
+
+    def total(x, chunk):
+        a, b = chunks.map_token_chunks(f, x, chunk=chunk)
+        assert a.shape == (2, length) and b.shape == (1, length, 5)
+        return jnp.sum(jnp.square(a)) + jnp.sum(jnp.square(b))
+
+    for chunk in (4, 10):
+        np.testing.assert_allclose(jax.grad(total)(x, chunk), jax.grad(total)(x, 1000), atol=1e-5)
+
+
+def test_stochastic_codes_follow_the_softmax():
+    config = QuantizerConfig(codebook_size=4, code_dim=2, temperature=0.5)
+    module = quantizer.Quantizer(config, 8, 8, rngs=nnx.Rngs(0))
+    z = quantizer.normalize(jnp.array([[[0.3, 1.0]]]))
+    expected = jax.nn.softmax(module.codebook @ z[0, 0] / 0.5)
+    many = jnp.broadcast_to(z, (1, 100_000, 2))
+    drawn = quantizer.nearest_codes(many, module.codebook, key=jax.random.key(1), temperature=0.5)
+    np.testing.assert_allclose(np.bincount(drawn[0], minlength=4) / 100_000, expected, atol=6e-3)
+    assert np.all(quantizer.nearest_codes(many, module.codebook) == jnp.argmax(expected))
+
+
+def test_entropy_loss_is_low_for_certain_and_varied_codes():
+    codebook = jnp.eye(8)
+    varied, same = codebook[None], jnp.tile(codebook[:1], (8, 1))[None]
+    np.testing.assert_allclose(quantizer.entropy_loss(varied, codebook, 0.01), -np.log(8), atol=1e-4)
+    np.testing.assert_allclose(quantizer.entropy_loss(same, codebook, 0.01), 0.0, atol=1e-4)
+
+
+def test_kl_bottleneck_is_continuous():
+    config = dataclasses.replace(SMALL, quantizer=QuantizerConfig(kind="kl", code_dim=4))
+    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    _, first = tokenizer(clip(config), key=jax.random.key(0))
+    _, mean = tokenizer(clip(config))
+    assert first.indices is None and float(first.terms["kl"]) > 0
+    assert not np.allclose(first.z_q, mean.z_q)
+    np.testing.assert_array_equal(mean.z, mean.z_q)
+
+
+def prior_gradients(rounds=2):
+    """Gradients of the prior loss alone, with respect to tokenizer and prior."""
+    tokenizer = Tokenizer(SMALL, rngs=nnx.Rngs(0))
+    config = PriorConfig(size="XXS", width=16, depth=1, heads=2, rounds=rounds)
+    prior = Prior(config, SMALL.num_tokens, 4, rngs=nnx.Rngs(1))
+    graphdef, params = nnx.split((tokenizer, prior))
+    video = clip(SMALL)
+
+    def loss(params):
+        tokenizer, prior = nnx.merge(graphdef, params)
+        quantized = tokenizer.quantize(video, key=jax.random.key(2))
+        return losses.prior_loss(
+            prior,
+            config,
+            quantized.z_q,
+            quantized.indices,
+            tokenizer.quantizer.codebook,
+            key=jax.random.key(3),
+            mix_ratio=0.5,
+        )[0]
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return value, grads[0], grads[1]
+
+
+def norm(tree) -> float:
+    return float(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)) ** 0.5)
+
+
+def test_prior_loss_reaches_the_encoder_but_never_the_codebook():
+    value, tokenizer, prior = prior_gradients()
+    assert np.isfinite(value)
+    assert norm(tokenizer["encoder"]["queries"]) > 0
+    assert norm(tokenizer["encoder"]["patch_embed"]) > 0
+    assert norm(tokenizer["quantizer"]["in_linear"]) > 0
+    assert norm(prior) > 0
+    assert norm(tokenizer["quantizer"]["embedding"]) == 0
+    assert norm(tokenizer["decoder"]) == 0
+
+
+def test_reconstruction_loss_reaches_queries_and_encoder_through_the_codes():
+    graphdef, params = nnx.split(Tokenizer(SMALL, rngs=nnx.Rngs(0)))
+    params["decoder"]["head"]["kernel"][...] = jnp.ones_like(params["decoder"]["head"]["kernel"][...])
+    video = clip(SMALL)
+    grads = jax.grad(lambda p: losses.reconstruction_loss(video, nnx.merge(graphdef, p)(video)[0], "l1"))(params)
+    assert norm(grads["encoder"]["queries"]) > 0 and norm(grads["encoder"]["transformer"]) > 0
+    assert norm(grads["quantizer"]["embedding"]) == 0  # straight-through: the code vectors learn from loss_q alone
+
+
+def test_prior_is_causal():
+    config = PriorConfig(size="XXS", width=16, depth=2, heads=2)
+    prior = Prior(config, 6, 4, rngs=nnx.Rngs(0))
+    latents = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    changed = latents.at[:, 3].add(1.0)
+    before, after = prior(latents), prior(changed)
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-6)
+    assert not np.allclose(before[:, 3:], after[:, 3:], atol=1e-4)
+
+
+def test_scheduled_sampling_never_replaces_the_first_latent():
+    latents = jnp.zeros((2, 5, 3))
+    sampled = jnp.ones((2, 5), jnp.int32)
+    mixed = losses.mix_sampled(latents, sampled, jnp.eye(3), key=jax.random.key(0), ratio=1.0)
+    assert np.all(mixed[:, 0] == 0)
+    np.testing.assert_array_equal(mixed[:, 1:], jnp.broadcast_to(jnp.eye(3)[1], (2, 4, 3)))
+
+
+def test_data_init_reconstructs_at_once_with_many_codes():
+    config = dataclasses.replace(
+        SMALL, resolution=32, num_tokens=32, learned_decoder_latent_pe=True, patch_position_base=16.0,
+        encoder=TransformerConfig(width=64, depth=2, heads=2), decoder=TransformerConfig(width=64, depth=2, heads=2),
+    )  # fmt: skip
+    colours = jax.random.uniform(jax.random.key(1), (256, 2, 4, 4, 3))
+    video = colours.repeat(4, 1).repeat(8, 2).repeat(8, 3)
+    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    data_init(tokenizer, video[:192], jax.random.key(0))
+    reconstruction, quantized = tokenizer(video[192:])
+    error = jnp.mean(jnp.square(reconstruction - video[192:]))
+    assert error < 0.8 * jnp.var(video)  # a fresh tokenizer gives black, a collapsed one at best the variance
+    assert len(np.unique(quantized.indices)) > 16
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"resolution": 20}, "not divisible"),
+    ({"frames": 10}, "not divisible"),
+    ({"size": "larp_x"}, "choose one of"),
+    ({"num_tokens": 0}, "positive"),
+    ({"encoder": TransformerConfig(width=30, depth=1, heads=4)}, "divisible by 4 heads"),
+])  # fmt: skip
+def test_wrong_sizes_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SMALL, **change)
