@@ -151,21 +151,28 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
             metadata = reader.restore(directory / "metadata")
         item = "ema" if weights == "ema" and (directory / "ema").is_dir() else "params"
         with ocp.PyTreeCheckpointer() as reader:
-            shapes = reader.metadata(directory / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            arrays = reader.metadata(directory / item).item_metadata
+            if arrays is None:
+                raise ValueError(f"the description of {item} is missing")
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
             params = reader.restore(directory / item, restore_args=as_numpy)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damage shows in many ways
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"checkpoint {directory} cannot be read ({first_line}); use another step") from error
+    try:
+        recipe = parse_recipe(metadata["config"])
+    except InputError as error:
+        raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
     counts = metadata.get("code_counts")
+    in_workdir = directory.parent.name == CHECKPOINTS
     mean_clip = directory.parent.parent / MEAN_CLIP
     return Checkpoint(
         path=directory,
-        recipe=parse_recipe(metadata["config"]),
+        recipe=recipe,
         params=params,
         step=metadata.get("step", 0),
         code_counts=None if counts is None else np.asarray(counts, np.int64),
-        mean_clip=read_mean_clip(mean_clip) if mean_clip.exists() else None,
+        mean_clip=read_mean_clip(mean_clip) if in_workdir and mean_clip.exists() else None,
     )
 
 
@@ -194,13 +201,13 @@ MEAN_CLIP = "mean_clip.npz"
 
 def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
     """Keeps the mean training clip, float [T, H, W, C]: what a collapsed tokenizer gives, as a baseline."""
-    np.savez_compressed(pathlib.Path(workdir) / MEAN_CLIP, mean_clip=clip.astype(np.float16))
+    np.savez_compressed(pathlib.Path(workdir) / MEAN_CLIP, mean_clip=clip.astype(np.float32))
 
 
 def read_mean_clip(path: str | os.PathLike) -> np.ndarray:
     """What `write_mean_clip` wrote, float32."""
     with np.load(path) as file:
-        return file["mean_clip"].astype(np.float32)
+        return file["mean_clip"]
 
 
 def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:

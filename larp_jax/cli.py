@@ -223,13 +223,15 @@ def _load_recipe(arguments: argparse.Namespace):
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    from larp_jax.config import parse_recipe, unknown_key
+    from larp_jax.config import parse_recipe
 
     path, _, variant = arguments.config.partition(":")
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
     try:
         get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise InputError("it defines no get_config(), which returns the recipe")
         config = get_config(variant) if variant else get_config()
     except InputError as error:
         raise InputError(f"--config {arguments.config}: {error}") from error
@@ -242,15 +244,8 @@ def _load_recipe(arguments: argparse.Namespace):
         raise InputError(f"--config {path}: get_config() must return a ConfigDict, not a {type(config).__name__}")
 
     for text in arguments.overrides:
-        name = text.split("=")[0]
-        if name.startswith(("--config.", "--noconfig.")):
-            _, *keys = name.split(".")
-            below = config
-            for i, key in enumerate(keys):
-                if not isinstance(below, ConfigDict) or key not in below:
-                    known = below if isinstance(below, ConfigDict) else ()
-                    raise InputError(unknown_key(".".join(["config", *keys[: i + 1]]), key, known))
-                below = below[key]
+        if text.startswith(("--config.", "--noconfig.")):
+            _check_name(config, text.split("=")[0].split(".")[1:])
     values = flags.FlagValues()
     argv = ["larp-jax", *arguments.overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -263,6 +258,20 @@ def _load_recipe(arguments: argparse.Namespace):
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     return parse_recipe(values.config)
+
+
+def _check_name(config, keys: Sequence[str]) -> None:
+    """`InputError` unless these keys, one below the other, lead to a setting."""
+    from larp_jax.config import unknown_key
+
+    name = "config"
+    for key in keys:
+        if not hasattr(config, "keys"):
+            raise InputError(f"{name} is one value, it has no {name}.{key}")
+        name = f"{name}.{key}"
+        if key not in config:
+            raise InputError(unknown_key(name, key, config))
+        config = config[key]
 
 
 # ------------------------------------------------------------------------------------------------------------ logging
@@ -283,16 +292,17 @@ def _logging() -> Iterator[None]:
     """Shows what larp_jax logs, and of other packages only errors."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logger, handler = logging.getLogger("larp_jax"), _Lines()
-    level = logger.level
+    before = logger.level, logger.propagate
     for name in ("absl", "jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # some package always gives the root logger a handler of its own
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.level, logger.propagate = before
 
 
 # ----------------------------------------------------------------------------------------------------------- commands

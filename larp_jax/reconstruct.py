@@ -103,8 +103,8 @@ def _reconstructions(
     """Each window with its reconstruction, float32 [T, H, W, 3] in [0, 1]."""
     for windows, clips in inputs.batches(batch_size):
         reconstructions = np.asarray(tokenizer.reconstruct(clips))
-        yield from zip(windows, reconstructions, strict=False)  # the rest is padding
         progress.update(len(windows))
+        yield from zip(windows, reconstructions, strict=False)  # the rest is padding
 
 
 def _write_pair(

@@ -202,8 +202,9 @@ def _decoded(
         for begin in range(0, len(codes), batch_size):
             batch = codes[begin : begin + batch_size]
             padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-            yield from np.asarray(tokenizer.decode(padded))[: len(batch)]
+            clips = np.asarray(tokenizer.decode(padded))[: len(batch)]
             progress.update(len(batch))
+            yield from clips
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:

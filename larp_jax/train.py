@@ -20,7 +20,8 @@ from larp_jax import checkpoint, data, sharding
 from larp_jax.config import to_dict
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import ReconstructionEvaluator
+from larp_jax.evaluators import METRICS, ReconstructionEvaluator
+from larp_jax.metrics import SSIM_WINDOW
 from larp_jax.steps import STAGES
 from larp_jax.writers import MetricWriter, Progress
 
@@ -181,6 +182,7 @@ class Run:
             self.mesh,
             batch_size=recipe.data.batch_size,
             max_clips=recipe.data.eval_clips,
+            names=[name for name in METRICS if name != "ssim" or recipe.model.resolution >= SSIM_WINDOW],
             mean_clip=mean_clip,
         )
 

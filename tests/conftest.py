@@ -29,3 +29,27 @@ def videos_dir() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no test videos in {folder}: set LARP_TEST_VIDEOS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """Workdir of a run of tests/configs/tiny.py: six steps on moving shapes, checkpoints at 2, 4 and 6."""
+    from larp_jax import cli
+    from larp_jax.data import moving_shapes
+
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(root / "tfds"))
+        with pytest.MonkeyPatch.context() as small:
+            small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+            config = pathlib.Path(__file__).parent / "configs" / "tiny.py"
+            assert cli.main(["train", "--config", str(config), "--workdir", str(root / "run")]) == 0
+        yield root / "run"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(trained):
+    """The tokenizer of that run."""
+    from larp_jax import load_tokenizer
+
+    return load_tokenizer(trained)

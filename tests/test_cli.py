@@ -1,0 +1,213 @@
+"""The command line: help, mistakes, and the commands that have no tests of their own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import larp_jax
+from larp_jax import cli, doctor
+
+CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
+COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "export", "import", "benchmark", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"example:\n  larp-jax {command}" in capsys.readouterr().out
+
+
+def test_help_is_instant():
+    code = "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); from larp_jax import cli; "
+    code += "cli.main(['--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("False\n")
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def fails(arguments, capsys, code=2):
+    """The one line of an error."""
+    assert cli.main(arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("larp-jax: error: ")
+    return lines[0].removeprefix("larp-jax: error: ")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["--config.model.num_token=4"],
+            "config.model.num_token is not a setting; did you mean config.model.num_tokens?",
+        ),
+        (["--config.modell.num_tokens=4"], "config.modell is not a setting; did you mean config.model?"),
+        (["--config.steps.x=4"], "config.steps is one value, it has no config.steps.x"),
+        (["--config.steps=many"], "config.steps=many"),
+        (["--config.steps=1.5"], "config.steps=1.5"),
+        (["--config.data.flip=maybe"], "config.data.flip=maybe"),
+        (["--config.precision=float16"], "precision='float16' is not known; choose one of float32, bfloat16"),
+        (["--config.model=5"], "config.model"),
+        (["--config.model.resolution=36"], "model.resolution=36 is not divisible by model.patch_size=8"),
+        (["--config.data.train=moving_shape"], "did you mean 'moving_shapes'?"),
+        (["--config.data.train=folder:/does/not/exist"], "does not exist"),
+        (["--config.steps"], "config.steps"),
+        (["--steps=4"], "--steps"),
+        (["--configure.steps=4"], "--configure.steps"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_settings_that_are_wrong(overrides, message, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert message in fails(["train", "--config", CONFIG, "--workdir", str(workdir), *overrides], capsys)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (None, "is no file; give a recipe such as configs/quickstart.py"),
+        ("", "it defines no get_config()"),
+        ("def get_config(): return {}", "must return a ConfigDict, not a dict"),
+        ("def get_config(:", "SyntaxError: invalid syntax (recipe.py, line 1)"),
+        ("import nothing_of_the_kind", "line 1: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+        ("def get_config():\n  raise ValueError('two\\nlines')", "line 2: ValueError: two lines"),
+        (
+            "from larp_jax.config import default_recipe\n"
+            "def get_config():\n  c = default_recipe()\n  c.stepz = 3\n  return c",
+            "config.stepz is not a setting; did you mean config.steps?",
+        ),
+    ],
+)
+def test_config_files_that_are_wrong(source, message, tmp_path, capsys):
+    path = tmp_path / "recipe.py"
+    if source is not None:
+        path.write_text(source)
+    assert message in fails(["train", "--config", str(path), "--workdir", str(tmp_path / "run")], capsys)
+
+
+def test_a_variant(tmp_path, capsys):
+    arguments = cli._parse(["benchmark", "data", "--config", f"{CONFIG}:plain", "--config.steps", "9"])
+    recipe = cli._load_recipe(arguments)
+    assert (recipe.loss.prior_weight, recipe.steps) == (0.0, 9)
+    arguments = cli._parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
+    assert cli._load_recipe(arguments).data.flip is False
+
+
+@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "tokenize", "detokenize", "export"])
+def test_a_missing_checkpoint(command, tmp_path, capsys):
+    wanted = {
+        "evaluate": ["--data", "moving_shapes"],
+        "export": ["--format", "codebook-npz", "--output", "x"],
+    }.get(command, ["--input", "x", "--output", "y"])
+    assert "no checkpoint in" in fails([command, "--checkpoint", str(tmp_path), *wanted], capsys)
+
+
+def test_arguments_that_are_wrong(trained, capsys, tmp_path):
+    evaluate = ["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:test"]
+    assert "choose from 'train'" in fails(["trian"], capsys)
+    assert "COMMAND" in fails([], capsys)
+    assert "--checkpoint" in fails(["evaluate"], capsys)
+    assert "lpips,rfvd is not known; choose from psnr, ssim, usage" in fails(
+        [*evaluate, "--metrics=lpips,rfvd"], capsys
+    )
+    assert "must be at least 1" in fails([*evaluate, "--batch-size=0"], capsys)
+    assert "is no number" in fails([*evaluate, "--max-clips=-1"], capsys)
+    assert "has no split" in fails(["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:x"], capsys)
+    (tmp_path / "empty").mkdir()
+    spec = f"folder:{tmp_path / 'empty'}"
+    assert "holds no video file" in fails(["evaluate", "--checkpoint", str(trained), "--data", spec], capsys)
+    train = ["train", "--config", CONFIG, "--workdir", str(tmp_path / "run"), f"--config.data.train={spec}"]
+    assert "holds no video file" in fails(train, capsys)
+
+
+def test_failures_while_running(capsys, monkeypatch):
+    def fail(error):
+        def report():
+            raise error
+
+        monkeypatch.setattr(doctor, "report", report)
+
+    fail(OSError(28, "No space left on device", "x.npz"))
+    assert "No space left on device: 'x.npz'" in fails(["doctor"], capsys, code=1)
+    fail(KeyError("two\nlines"))
+    assert "KeyError: " in fails(["doctor"], capsys, code=1)
+    fail(KeyboardInterrupt())
+    assert fails(["doctor"], capsys, code=1) == "interrupted"
+    fail(ZeroDivisionError())
+    assert cli.main(["doctor", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate(trained, tokenizer, tmp_path, capsys):
+    output = tmp_path / "new" / "evaluation.json"
+    arguments = ["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:test", "--output", str(output)]
+    assert cli.main([*arguments, "--max-clips=10", "--batch-size=3"]) == 0
+    assert "psnr_mean_clip" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert {"psnr", "psnr_mean_clip", "ssim", "usage", "perplexity"} <= written["metrics"].keys()
+    protocol = written["protocol"]
+    assert (protocol["clips"], protocol["step"], protocol["data"]) == (10, 6, "moving_shapes:test")
+    assert protocol["fingerprint"] == tokenizer.fingerprint
+    assert set(protocol["definitions"]) - {"clips"} == written["metrics"].keys()
+
+    assert cli.main([*arguments, "--metrics", "psnr"]) == 0
+    metrics = json.loads(output.read_text())["metrics"]
+    assert set(metrics) == {"psnr", "psnr_mean_clip"}
+
+
+def test_codebooks(trained, tokenizer, tmp_path, capsys):
+    checkpoint = ["--checkpoint", str(trained)]
+    assert cli.main(["export", *checkpoint, "--format=codebook-npz", f"--output={tmp_path / 'c.npz'}"]) == 0
+    with np.load(tmp_path / "c.npz") as file:
+        assert np.array_equal(file["codebook"], tokenizer.codebook)
+        manifest = json.loads(file["manifest"].tobytes())
+    assert (manifest["step"], manifest["fingerprint"]) == (6, tokenizer.fingerprint)
+    assert sum(manifest["usage_counts"]) == 64
+    path = tmp_path / "c.safetensors"
+    assert cli.main(["export", *checkpoint, "--format=codebook-safetensors", f"--output={path}"]) == 0
+    from safetensors.numpy import load_file
+
+    assert np.array_equal(load_file(path)["codebook"], tokenizer.codebook)
+    assert "invalid choice: 'onnx'" in _fails_last(["export", *checkpoint, "--format=onnx", "--output=x"], capsys)
+
+
+def _fails_last(arguments, capsys):
+    assert cli.main(arguments) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_to_hugging_face_and_back(trained, tokenizer, tmp_path, capsys):
+    there, back = tmp_path / "hf", tmp_path / "imported"
+    assert cli.main(["export", "--checkpoint", str(trained), "--format=huggingface", f"--output={there}"]) == 0
+    assert larp_jax.load_tokenizer(there).fingerprint == tokenizer.fingerprint
+    assert cli.main(["import", f"--source={there}", f"--output={back}"]) == 0
+    imported = larp_jax.load_tokenizer(back)
+    assert imported.fingerprint == tokenizer.fingerprint
+    codes = np.arange(16).reshape(2, 8)
+    np.testing.assert_allclose(imported.decode(codes), tokenizer.decode(codes), atol=1e-6)
+    assert "exists and is not empty" in _fails_last(["import", f"--source={there}", f"--output={back}"], capsys)
+    assert "exists already" in _fails_last(
+        ["export", "--checkpoint", str(trained), "--format=huggingface", f"--output={there}"], capsys
+    )
+
+
+def test_importing_a_generator_is_refused(reference_dir, tmp_path, capsys):
+    source = str(reference_dir / "ar_class")
+    assert "holds a generator" in fails(["import", "--source", source, f"--output={tmp_path / 'g'}"], capsys)
+    assert "holds a generator" in fails(["detokenize", f"--checkpoint={source}", "--input=x", "--output=y"], capsys)
+
+
+def test_benchmark_and_doctor(trained, tmp_path, capsys):
+    output = tmp_path / "data.json"
+    arguments = ["benchmark", "data", "--config", CONFIG, "--seconds=1", f"--output={output}"]
+    assert cli.main(arguments) == 0
+    assert "clips per second" in capsys.readouterr().out
+    assert json.loads(output.read_text())["clip"] == [8, 32, 32, 3]
+    assert cli.main(["doctor"]) == 0
+    assert "Devices" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Videos beside their reconstructions."""
+
+import json
+
+import numpy as np
+import pytest
+from data_helpers import moving_frames
+
+from larp_jax import cli
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import probe, read_windows, write_video
+from larp_jax.errors import InputError
+from larp_jax.inputs import Inputs, output_names
+from larp_jax.reconstruct import reconstruct
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two videos of one name in two folders, of 20 and 5 frames, and a file that is none."""
+    folder = tmp_path / "videos"
+    for name, count in (("a/x.mp4", 20), ("b/x.mp4", 5)):
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        write_video(path, moving_frames(count), 12.0)
+    (folder / "b" / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def test_a_folder(trained, tokenizer, folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["reconstruct", "--checkpoint", str(trained), "--input", str(folder), "--output", str(output)]
+    assert cli.main(arguments) == 0
+    printed, errors = capsys.readouterr()
+    assert "a/x.mp4: " in printed and "mean of 2 videos" in printed
+    assert errors.count("broken.mp4") == 1 and "skipped 1 of 3 videos" in errors
+
+    summary = json.loads((output / "psnr.json").read_text())
+    assert summary["tokenizer"] == tokenizer.fingerprint
+    assert [video["frames"] for video in summary["videos"].values()] == [20, 5]
+    assert list(summary["skipped"]) == ["b/broken.mp4"]
+    squares = []
+    for _, frames, valid in read_windows(folder / "a" / "x.mp4", ClipSpec(8, 32)):
+        error = np.asarray(tokenizer.reconstruct(frames[None]))[0, :valid] - frames[:valid] / 255.0
+        squares.append(np.square(error).reshape(valid, -1).mean(axis=1))
+    expected = -10 * np.log10(np.concatenate(squares).mean())
+    assert summary["videos"]["a/x.mp4"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    scores = [video["psnr"] for video in summary["videos"].values()]
+    assert summary["mean_psnr"] == pytest.approx(np.mean(scores))
+
+    written = probe(output / "a" / "x.mp4")
+    assert (written.frames, written.fps, written.width, written.height) == (20, 12.0, 64, 32)
+    assert (output / "b" / "x.png").stat().st_size > 100
+    assert cli.main(arguments) == 0  # over its own results
+
+
+def test_a_data_set(tokenizer, tmp_path):
+    summary = reconstruct(tokenizer, "moving_shapes:test", tmp_path, max_clips=3)
+    assert len(summary["videos"]) == 3
+    assert (tmp_path / "test_000000.mp4").exists()
+    assert summary["mean_psnr"] < 30
+
+
+def test_nothing_of_the_users_is_overwritten(tokenizer, folder, tmp_path):
+    before = (folder / "a" / "x.mp4").read_bytes()
+    with pytest.raises(InputError, match=r"x\.mp4 exists and is no earlier reconstruction"):
+        reconstruct(tokenizer, str(folder), folder)
+    (folder / "psnr.json").write_text("{}")
+    with pytest.raises(InputError, match=r"x\.mp4 exists and is no earlier reconstruction"):
+        reconstruct(tokenizer, str(folder), folder)
+    assert (folder / "a" / "x.mp4").read_bytes() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be made"):
+        reconstruct(tokenizer, str(folder), tmp_path / "file")
+
+
+def test_what_cannot_be_read(tokenizer, folder, tmp_path):
+    for source, message in [
+        (folder / "b" / "broken.mp4", "cannot be read as video"),
+        (tmp_path / "missing.mp4", "does not exist; give a video file"),
+        ("folder:" + str(tmp_path / "missing"), "does not exist"),
+        ("moving_shape:test", "does not exist"),
+        (tmp_path / "empty", "holds no video file"),
+        (tmp_path / "bad", "none of its 1 video files can be read"),
+    ]:
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "x.mp4").touch()
+        with pytest.raises(InputError, match=message):
+            reconstruct(tokenizer, str(source), tmp_path / "out")
+
+
+def test_a_video_that_breaks_between_opening_and_reading_is_skipped(folder):
+    inputs = Inputs(str(folder), ClipSpec(8, 32))
+    (folder / "a" / "x.mp4").write_bytes(b"gone")
+    windows = [window for batch, _ in inputs.batches(4) for window in batch]
+    assert [(window.video, window.start, window.valid) for window in windows] == [(1, 0, 5)]
+    assert [name for name, _ in inputs.skipped] == ["b/broken.mp4", "a/x.mp4"]
+
+
+def test_batches_are_filled_up(folder):
+    inputs = Inputs(f"folder:{folder}", ClipSpec(8, 32))
+    batches = list(inputs.batches(3))
+    assert [len(windows) for windows, _ in batches] == [3, 1]
+    assert all(clips.shape == (3, 8, 32, 32, 3) for _, clips in batches)
+    assert [window.label for windows, _ in batches for window in windows] == [0, 0, 0, 1]
+    assert inputs.label_names == ("a", "b")
+    assert inputs.windows == 4
+
+
+def test_output_names():
+    assert output_names(["a/x.mp4", "b/x.mp4", "test_3"]) == ["a/x", "b/x", "test_3"]
+    assert output_names(["x.mp4", "X.avi"]) == ["x.mp4", "X.avi"]
+    assert output_names(["x.v2", "x.mp4"]) == ["x.v2", "x"]
+
+
+def test_odd_files_one_by_one(tokenizer, videos_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(videos_dir / "odd")
+    done = 0
+    for i, path in enumerate(sorted((videos_dir / "odd").iterdir())):
+        try:
+            summary = reconstruct(tokenizer, path.name, tmp_path / str(i), batch_size=8)
+        except InputError as error:
+            assert str(error).count("\n") == 0 and path.name in str(error)
+        else:
+            done += 1
+            assert np.isfinite(summary["mean_psnr"])
+    assert done >= 30
+
+
+def test_a_folder_of_odd_files(trained, videos_dir, tmp_path, capsys):
+    for command in ("reconstruct", "tokenize"):
+        output = str(tmp_path / command)
+        assert (
+            cli.main([command, "--checkpoint", str(trained), f"--input={videos_dir / 'odd'}", "--output", output]) == 0
+        )
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        assert errors.count("made_text.mp4") == 1
+    name = str(tmp_path / "dash")
+    dash = videos_dir / "odd" / "-leading-dash.mp4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(dash.parent)
+        assert (
+            cli.main(["reconstruct", "--checkpoint", str(trained), "--input=-leading-dash.mp4", "--output", name]) == 0
+        )

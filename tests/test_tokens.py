@@ -1,0 +1,175 @@
+"""Codes to disk and back."""
+
+import json
+
+import numpy as np
+import pytest
+from data_helpers import moving_frames
+
+import larp_jax
+from larp_jax import cli, tokens
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import probe, read_windows, write_video
+from larp_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Two classes: 20 frames at 12 frames a second, and 5 frames at 30 of the same name."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name, count, fps in (("run/x.mp4", 20, 12.0), ("walk/x.mp4", 5, 30.0)):
+        (folder / name).parent.mkdir()
+        write_video(folder / name, moving_frames(count, seed=count), fps)
+    return folder
+
+
+@pytest.fixture
+def codes(tokenizer, videos, tmp_path):
+    tokens.tokenize(tokenizer, str(videos), tmp_path / "codes", batch_size=2, shard_rows=2)
+    return tmp_path / "codes"
+
+
+def test_what_is_written(tokenizer, videos, codes):
+    assert sorted(path.name for path in codes.iterdir()) == [
+        "codes-00000-of-00002.npz", "codes-00001-of-00002.npz", "manifest.json"
+    ]  # fmt: skip
+    manifest = tokens.read_manifest(codes)
+    assert manifest["fingerprint"] == tokenizer.fingerprint
+    assert (manifest["K"], manifest["N"], manifest["clip"]) == (32, 8, [8, 32, 32, 3])
+    assert manifest["label_names"] == ["run", "walk"]
+    assert manifest["rows"] == [
+        {"source": "run/x.mp4", "start": 0, "frames": 8, "fps": 12.0, "label": 0},
+        {"source": "run/x.mp4", "start": 8, "frames": 8, "fps": 12.0, "label": 0},
+        {"source": "run/x.mp4", "start": 16, "frames": 4, "fps": 12.0, "label": 0},
+        {"source": "walk/x.mp4", "start": 0, "frames": 5, "fps": 30.0, "label": 1},
+    ]
+    windows = [
+        frames for name in ("run", "walk") for _, frames, _ in read_windows(videos / name / "x.mp4", ClipSpec(8, 32))
+    ]
+    stored = np.concatenate([np.load(codes / shard["file"])["codes"] for shard in manifest["shards"]])
+    assert np.array_equal(stored, tokenizer.encode(np.stack(windows)))
+
+
+def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
+    codes, output = str(tmp_path / "codes"), tmp_path / "out"
+    checkpoint = ["--checkpoint", str(trained)]
+    assert cli.main(["tokenize", *checkpoint, "--input", str(videos), "--output", codes]) == 0
+    assert "4 clips of 2 videos" in capsys.readouterr().out
+    assert cli.main(["detokenize", *checkpoint, "--input", codes, "--output", str(output)]) == 0
+    for name, frames, fps in (("run", 20, 12.0), ("walk", 5, 30.0)):
+        info = probe(output / name / "x.mp4")
+        assert (info.frames, info.fps, info.width, info.height) == (frames, fps, 32, 32)
+
+    assert cli.main(["detokenize", *checkpoint, "--input", codes, "--output", str(output)]) == 2
+    assert "x.mp4 exists; name another --output" in capsys.readouterr().err
+    assert cli.main(["tokenize", *checkpoint, "--input", str(videos), "--output", codes]) == 2
+    assert "holds codes already" in capsys.readouterr().err
+
+
+def test_a_data_set(tokenizer, tmp_path):
+    manifest = tokens.tokenize(tokenizer, "moving_shapes:test", tmp_path / "codes", max_clips=4)
+    assert [row["source"] for row in manifest["rows"]] == [f"test_{i:06d}" for i in (0, 4, 8, 12)]
+    assert [row["start"] for row in manifest["rows"]] == [8] * 4  # out of the middle of 24 frames
+    assert all(0 <= row["label"] < 16 for row in manifest["rows"])
+    assert len(manifest["label_names"]) == 16
+    written = tokens.detokenize(tokenizer, tmp_path / "codes", tmp_path / "out")
+    assert [path.name for path in written] == [f"test_{i:06d}.mp4" for i in (0, 4, 8, 12)]
+
+
+def test_windows_that_do_not_follow_each_other_are_videos_of_their_own(tokenizer, codes, tmp_path):
+    manifest = json.loads((codes / "manifest.json").read_text())
+    manifest["rows"][2]["start"] = 80
+    (codes / "manifest.json").write_text(json.dumps(manifest))
+    written = tokens.detokenize(tokenizer, codes, tmp_path / "out")
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in written] == [
+        "run/x.mp4", "run/x.mp4-000080.mp4", "walk/x.mp4"
+    ]  # fmt: skip
+    assert [probe(path).frames for path in written] == [16, 4, 5]
+
+
+def test_codes_of_another_tokenizer(trained, codes, tmp_path):
+    other = larp_jax.load_tokenizer(trained / "checkpoints" / "2")
+    with pytest.raises(InputError, match=f"not of {other.fingerprint}; give the --checkpoint that made them"):
+        tokens.detokenize(other, codes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def in_rows(name, value):
+    def change(manifest):
+        manifest["rows"][1][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (in_rows("source", "../x.mp4"), "source of row 1"),
+        (in_rows("source", "/x.mp4"), "source of row 1"),
+        (in_rows("source", "a\\..\\x.mp4"), "source of row 1"),
+        (in_rows("source", "a\0.mp4"), "source of row 1"),
+        (in_rows("source", 7), "source of row 1"),
+        (in_rows("frames", 9), "start or frames of row 1"),
+        (in_rows("start", -1), "start or frames of row 1"),
+        (in_rows("fps", "fast"), "fps of row 1"),
+        (in_rows("label", None), "label of row 1"),
+        (lambda m: m["rows"].pop(), "4 rows in shards, 3 listed"),
+        (lambda m: m["shards"][0].update(file="../codes-0-of-1.npz"), "is no shard's name"),
+        (lambda m: m.pop("fingerprint"), "no fingerprint"),
+        (lambda m: m.update(version=2), "version 2, this reads 1"),
+        (lambda m: m.update(format="x"), "no manifest of codes"),
+        (lambda m: m.update(K=64), "K, N and clip are not the tokenizer's"),
+    ],
+)
+def test_manifests_that_are_wrong(tokenizer, codes, tmp_path, change, message):
+    manifest = json.loads((codes / "manifest.json").read_text())
+    change(manifest)
+    (codes / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=message):
+        tokens.detokenize(tokenizer, codes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
+    shard = codes / "codes-00000-of-00002.npz"
+    manifest = tokens.read_manifest(codes)
+    good = shard.read_bytes()
+    stored = np.load(shard)["codes"]
+
+    def refused(message):
+        with pytest.raises(InputError, match=message):
+            tokens.read_shard(codes, manifest, 0)
+        with pytest.raises(InputError, match=message):
+            tokens.detokenize(tokenizer, codes, tmp_path / "out")
+
+    shard.write_bytes(good[:50])
+    refused("is damaged")
+    shard.write_bytes(good[:200] + b"\xff" * 20 + good[220:])
+    refused("is damaged")
+    np.savez(shard, codes=np.array([{}], object))
+    refused("is damaged")
+    np.savez(shard, other=stored)
+    refused("is damaged")
+    np.savez(shard, codes=stored[:-1])
+    refused("holds int32")
+    np.savez(shard, codes=stored.astype(np.float32))
+    refused("holds float32")
+    np.savez(shard, codes=stored + 32)
+    refused(r"outside of \[0, 32\)")
+    shard.unlink()
+    refused("is missing")
+
+
+def test_folders_that_hold_no_codes(tmp_path):
+    with pytest.raises(InputError, match="no folder that tokenize completed"):
+        tokens.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        tokens.read_manifest(tmp_path)
+
+
+def test_a_failure_leaves_nothing(tokenizer, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, video: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokens.tokenize(tokenizer, str(videos), tmp_path / "codes")
+    assert not list((tmp_path / "codes").iterdir())
