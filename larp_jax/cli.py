@@ -174,14 +174,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sub = command(
         _import,
-        "turn released PyTorch weights into a checkpoint",
+        "turn released PyTorch weights into a checkpoint, or those of LPIPS and I3D into a file",
         "--source larp_tokenizer --output runs/released",
     )
     sub.add_argument(
+        "--kind", choices=("model", "lpips", "i3d"), default="model", help="what to import (default: model)"
+    )
+    sub.add_argument(
         "--source", required=True, metavar="S",
-        help="directory with config.json and model.safetensors, a Hugging Face repository id, or a .pth file",
+        help="directory with config.json and model.safetensors, a Hugging Face repository id, or a .pth file; for lpips"
+        " and i3d the file of VGG16 or I3D that doctor names",
     )  # fmt: skip
-    sub.add_argument("--output", required=True, metavar="DIR", help="new folder for the checkpoint")
+    sub.add_argument("--heads", metavar="FILE", help="for lpips: the file of its heads")
+    sub.add_argument("--output", required=True, metavar="P", help="new folder for the checkpoint; else a file")
     sub.add_argument("--ema", action="store_true", help="take the moving average out of a .pth file")
 
     sub = command(
@@ -435,6 +440,22 @@ def _export(arguments):
 
 
 def _import(arguments):
+    if (arguments.heads is None) == (arguments.kind == "lpips"):
+        raise InputError("import needs --heads FILE with --kind lpips, and only with it")
+    if arguments.ema and arguments.kind != "model":
+        raise InputError(f"--ema is for models, not for {arguments.kind}; leave it out")
+    if arguments.kind == "model":
+        _import_model(arguments)
+        return
+    from larp_jax import perceptual
+
+    sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
+    read = {"lpips": perceptual.import_lpips, "i3d": perceptual.import_i3d}[arguments.kind]
+    perceptual.save(arguments.output, arguments.kind, read(*sources), sources)
+    print(f"{arguments.kind} imported into {arguments.output}")
+
+
+def _import_model(arguments):
     from larp_jax import checkpoint, importing
     from larp_jax.config import to_dict
 

@@ -55,6 +55,7 @@ def report() -> str:
         "Version conflicts": _conflicts,
         "Devices": _devices,
         "Optional parts": _optional_parts,
+        "Weights for metrics": _weights,
     }
     return "\n\n".join("\n".join([title, *_lines(section)]) for title, section in sections.items())
 
@@ -138,6 +139,17 @@ def _optional_parts() -> Iterator[str]:
         version = _version(package)
         yield f"{package:<20} " + (version or f"missing: {purpose}; pip install {source}")
     yield f"{'H.264 encoder':<20} " + (_h264_encoder() or "missing: mp4 files; pip install --force-reinstall av")
+
+
+def _weights() -> Iterator[str]:
+    from larp_jax import perceptual
+
+    for kind in perceptual.KINDS:
+        path, origin = perceptual.locate(kind)
+        yield f"{kind:<20} " + (
+            f"found at {path} ({origin})" if path.is_file() else
+            f"missing: looked for at {path} ({origin}); {perceptual.how_to_get(kind)}"
+        )  # fmt: skip
 
 
 def _h264_encoder() -> str | None:

@@ -22,7 +22,9 @@ from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 
 CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
+LAYOUT = f"the directory of a released model holds {CONFIG} and {WEIGHTS}"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+NOTHING = "(?!)"  # as a regular expression: matches no name
 SHOWN = 5  # names listed of many that are wrong
 
 
@@ -53,7 +55,10 @@ def import_huggingface(
         if ema:
             raise InputError(f"{path} holds one set of weights, no moving average beside it; leave out the choice")
         where = str(path / CONFIG)
-        values, tensors = _read_json(path / CONFIG), _read_safetensors(path / WEIGHTS)
+        values = _read_json(path / CONFIG)
+        if not (path / WEIGHTS).exists():
+            raise InputError(f"{path / WEIGHTS} is missing; {LAYOUT}")
+        tensors = read_safetensors(path / WEIGHTS)
         prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
             raise InputError(f"{path / PRIOR_SIZES} must hold {{\"prior\": {{...}}}}")
@@ -93,7 +98,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes(), parse_constant=refuse)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; the directory of a released model holds {CONFIG} and {WEIGHTS}") from None
+        raise InputError(f"{path} is missing; {LAYOUT}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({_one_line(error)}); fetch it again") from None
     if not isinstance(values, dict):
@@ -101,8 +106,19 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors by name, mapped from the file rather than read."""
+def read_safetensors(path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.ndarray]:
+    """Tensors of a file, mapped from it rather than read.
+
+    Args:
+      path: the file.
+      unread: a regular expression; tensors whose whole name matches are left out, whatever their dtype.
+
+    Returns:
+      Arrays by name: float32, float16 or bfloat16, as stored.
+
+    Raises:
+      InputError: the file is missing or broken, or holds other dtypes.
+    """
     try:
         with safe_open(path, framework="np"):
             pass  # checks that header and file fit each other
@@ -110,6 +126,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
+        header = {name: entry for name, entry in header.items() if not re.fullmatch(unread, name)}
         wrong = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in DTYPES}
         # mapped by hand, because safetensors gives NumPy no bfloat16
         data = np.memmap(path, np.uint8, mode="r", offset=8 + size) if header else None
@@ -119,7 +136,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             if name not in wrong
         }
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; the directory of a released model holds {CONFIG} and {WEIGHTS}") from None
+        raise InputError(f"{path} is missing") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a sound safetensors file ({_one_line(error)}); fetch it again") from None
     if wrong:
@@ -128,26 +145,74 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.ndarray], str]:
-    """Configuration, weights and what to call them, from a checkpoint of the authors' trainer."""
+def read_npz(path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.ndarray]:
+    """Arrays of an npz file; arguments, result and errors as for `read_safetensors`, without bfloat16."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {name: file[name] for name in file.files if not re.fullmatch(unread, name)}
+    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
+        raise InputError(f"{path} is not a sound npz file ({_one_line(error)}); fetch it again") from None
+    wrong = [f"{x.dtype} ({name})" for name, x in tensors.items() if x.dtype not in DTYPES.values()]
+    if wrong:
+        raise InputError(f"{path}: weights must be {', '.join(DTYPES)}, not {_some(wrong)}")
+    return tensors
+
+
+def read_pickled(path: pathlib.Path, otherwise: str) -> Any:
+    """What `torch.save` wrote: tensors on the CPU in plain containers. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+      otherwise: ends the message of an error: what to give instead.
+
+    Raises:
+      InputError: PyTorch is missing, or the file is no such file or holds anything else.
+    """
     try:
         import torch
     except ImportError:
         raise InputError(
-            f"{path} is a file, so it must be a PyTorch checkpoint, which needs PyTorch to read: pip install torch, or"
-            f" give a directory with {CONFIG} and {WEIGHTS}"
+            f"{path} can only be a PyTorch file, which needs PyTorch to read: pip install torch, or {otherwise}"
         ) from None
     # what the authors' trainer saves beside tensors: settings, read as plain dictionaries, and NumPy's random state
     known = [(collections.OrderedDict, "easydict.EasyDict"), np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     known += [(np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals(known), warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a hostile or broken file provokes in the restricted unpickler
         raise InputError(
-            f"{path} is not a PyTorch checkpoint that can be read safely ({_one_line(error)}); convert it where it came"
-            f" from to {CONFIG} and {WEIGHTS}"
+            f"{path} is not a PyTorch file that can be read safely ({_one_line(error)}); fetch it again, or {otherwise}"
         ) from None
+
+
+def float_arrays(tensors: Mapping, path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.ndarray]:
+    """PyTorch tensors as arrays by name: float16 as it is, other floats as float32.
+
+    Args:
+      tensors: from `read_pickled`.
+      path: of their file, for messages.
+      unread: a regular expression; tensors whose whole name matches are left out, whatever they are.
+
+    Raises:
+      InputError: there are other things than tensors of floats.
+    """
+    import torch
+
+    arrays = {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(unread, str(name)):
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} must be a tensor of floats")
+        tensor = tensor.detach()
+        arrays[str(name)] = (tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.float()).numpy()
+    return arrays
+
+
+def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Configuration, weights and what to call them, from a checkpoint of the authors' trainer."""
+    checkpoint = read_pickled(path, f"give a directory with {CONFIG} and {WEIGHTS}")
 
     def entry(holder, key, kind):
         if not isinstance(holder, Mapping) or not isinstance(holder.get(key), kind):
@@ -164,13 +229,7 @@ def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.
         if size not in GENERATOR_SIZES:
             raise InputError(f"{path}: model.name={name!r} is not one of {', '.join(GENERATOR_SIZES)}")
         values |= dict(zip(("dim", "n_layer", "n_head"), GENERATOR_SIZES[size], strict=True))
-    tensors = {}
-    for key, tensor in weights.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise InputError(f"{path}: {key} must be a tensor of floats")
-        tensor = tensor.detach()
-        tensors[key] = (tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.float()).numpy()
-    return values, tensors, str(path)
+    return values, float_arrays(weights, path), str(path)
 
 
 def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:
@@ -178,7 +237,20 @@ def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:
     count = sum(len(item.names) * max(1, item.layers) for item in items if isinstance(item, released.Parameter))
     if count > 2 * len(shapes) + 1000:
         raise InputError(f"the weights do not fit {where}: it asks for {count} tensors, they are {len(shapes)}")
-    expected = released.expected_shapes(items)
+    compare_shapes(released.expected_shapes(items), shapes, where)
+
+
+def compare_shapes(expected: Mapping[str, tuple], shapes: Mapping[str, tuple], where: str) -> None:
+    """Holds tensors to the names and shapes that they must have, exactly.
+
+    Args:
+      expected: shapes by name.
+      shapes: the same, found.
+      where: what they were found in.
+
+    Raises:
+      InputError: says what is missing, not expected and of the wrong shape, all in one line.
+    """
     complaints = []
     missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     if missing:
@@ -194,9 +266,7 @@ def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:
 
 
 def _check_values(items: list, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
-    if bad:
-        raise InputError(f"the weights of {where} are damaged: not finite in {_some(bad)}; fetch them again")
+    check_finite(tensors, where)
     for item in items:
         if isinstance(item, released.Table):
             stored = tensors[item.name]
@@ -206,6 +276,13 @@ def _check_values(items: list, tensors: Mapping[str, np.ndarray], where: str) ->
                     f"{where}: {item.name} is not the sine-cosine table that its configuration implies; such a model"
                     " computes something else than ours"
                 )
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises InputError where a value is NaN or infinite; `where` says what the tensors were found in."""
+    bad = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        raise InputError(f"the weights of {where} are damaged: not finite in {_some(bad)}; fetch them again")
 
 
 def _some(names: Iterable[str]) -> str:

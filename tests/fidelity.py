@@ -2,19 +2,21 @@
 
 As a script it prints the table that docs/fidelity.md holds:
 
-    python tests/fidelity.py [FOLDER WITH tokenizer/, ar_class/, ar_frame_prediction/]
+    python tests/fidelity.py [FOLDER WITH tokenizer/, ar_class/, ar_frame_prediction/, lpips/, i3d/]
 """
 
 import dataclasses
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from network_weights import write_i3d, write_lpips
 
-from larp_jax import losses, released
+from larp_jax import losses, perceptual, released
 from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
@@ -149,12 +151,48 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     return deviations
 
 
+def lpips_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the distance, and of the gradient of its sum."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = write_lpips(pathlib.Path(scratch), folder.parent)
+        path = pathlib.Path(scratch, "lpips.safetensors")
+        perceptual.save(path, "lpips", perceptual.import_lpips(*sources), sources)
+        lpips = perceptual.load_lpips(path)
+
+    @jax.jit
+    def both(lpips, x, y):
+        distance, gradient = jax.vjp(lambda x: lpips.distance(x, y), x)
+        return distance, gradient(jnp.ones_like(distance))[0]
+
+    io = np.load(folder / "io.npz")
+    first, second, reference = (
+        io[name].transpose(0, 2, 3, 1) for name in ("first", "second", "gradient_wrt_first")
+    )
+    distance, gradient = both(lpips, first, second)
+    return [relative("distance", distance, io["distance"]), relative("gradient", gradient, reference)]
+
+
+def i3d_deviations(folder: pathlib.Path) -> list[Deviation]:
+    with tempfile.TemporaryDirectory() as scratch:
+        source = write_i3d(pathlib.Path(scratch), folder.parent)
+        path = pathlib.Path(scratch, "i3d.safetensors")
+        perceptual.save(path, "i3d", perceptual.import_i3d(source), [source])
+        i3d = perceptual.load_i3d(path)
+    io = np.load(folder / "io.npz")
+    video = np.random.default_rng(64).random((2, 3, 16, 64, 64), dtype=np.float32)
+    np.testing.assert_array_equal(video.ravel()[:16], io["video_head"])
+    logits = jax.jit(lambda i3d, video: i3d.logits(video))(i3d, video.transpose(0, 2, 3, 4, 1))
+    return [relative("logits", logits, io["logits"])]
+
+
 def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
     """Deviations by folder of the reference."""
     return {
         "tokenizer": tokenizer_deviations(reference / "tokenizer"),
         "ar_class": generator_deviations(reference / "ar_class"),
         "ar_frame_prediction": generator_deviations(reference / "ar_frame_prediction"),
+        "lpips": lpips_deviations(reference / "lpips"),
+        "i3d": i3d_deviations(reference / "i3d"),
     }
 
 

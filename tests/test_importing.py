@@ -362,7 +362,7 @@ def test_a_pickle_in_the_place_of_weights(copy, tmp_path):
 
 
 JSON_VALUES = st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | st.text(max_size=4)
-JSON_VALUES |= st.just([]) | st.just({})
+JSON_VALUES |= st.builds(list) | st.builds(dict)
 
 
 def leaves(values, path=()):

@@ -18,11 +18,12 @@ LAYERS = (
     {"train", "reconstruct", "tokens"},
     {"larp_jax"},
     {"api", "export"},
-    {"importing"},
     {"evaluators", "inputs"},
     {"writers"},
     {"steps", "data", "checkpoint"},
     {"sharding"},
+    {"perceptual"},
+    {"importing"},
     {"losses", "optim", "state", "metrics", "released", "fingerprint"},
     {"models"},
     {"config"},
@@ -32,7 +33,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors"}
+CORE |= {"models", "config", "errors", "perceptual"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 
