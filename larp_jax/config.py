@@ -65,6 +65,7 @@ class TransformerConfig:
     heads: int = 0
 
     def check(self, name: str) -> None:
+        """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
         for field in ("width", "depth", "heads"):
             _require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
         _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {self.heads} heads")
@@ -440,7 +441,7 @@ def _defaults(cls) -> dict:
 
 
 def parse_recipe(values: typing.Mapping):
-    """A recipe (ConfigDict or what `config.json` holds) as the stage's frozen dataclass; `InputError` if it is wrong."""
+    """A recipe (ConfigDict, or what `config.json` holds) as its stage's frozen dataclass; `InputError` if wrong."""
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     _one_of("config.stage", stage, STAGES)

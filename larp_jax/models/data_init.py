@@ -1,4 +1,4 @@
-"""A start for the tokenizer computed from some clips in closed form: an option for small runs, off in the published one.
+"""A start for the tokenizer computed from clips in closed form: an option for small runs, off in the published one.
 
 From a random start what differs between clips is about a hundredth of what the decoder's head sees, so a small
 tokenizer spends its first hundreds of steps at the mean clip while its codes collapse to one. Started like this, every
@@ -16,7 +16,8 @@ from larp_jax.models.tokenizer import Tokenizer
 
 SHARPNESS = 20.0  # score of a token with a token at its own position; neighbours get some units less
 REPULSION = 1.5  # keeps the tokens that gather from attending to each other
-RIDGE = 1e-3
+RIDGE = 1e-3  # relative to the mean variance
+HEAD_RIDGE = 0.3  # a head with large weights would turn every later step of the optimiser into noise
 
 
 def data_init(tokenizer: Tokenizer, video: jax.Array, key: jax.Array) -> None:
@@ -148,7 +149,7 @@ def _fit(head: Linear, features: jax.Array, patches: jax.Array) -> None:
     y = patches.reshape(-1, patches.shape[-1])
     x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
     gram = (x - x_mean).T @ (x - x_mean)
-    ridge = RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
+    ridge = HEAD_RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
     kernel = jnp.linalg.solve(gram + ridge, (x - x_mean).T @ (y - y_mean))
     head.kernel[...] = kernel
     head.bias[...] = y_mean - x_mean @ kernel

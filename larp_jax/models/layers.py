@@ -210,6 +210,7 @@ class Mlp(nnx.Module):
         self.down = Linear(4 * width, width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
