@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx, traverse_util
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from larp_jax import importing
@@ -152,12 +152,13 @@ def save(
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(params), temporary, {"larp_jax": kind, "sources": json.dumps(digests)})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); name another output") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            save_file(dict(params), temporary, {"larp_jax": kind, "sources": json.dumps(digests)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({error}); name another output") from None
 
 
 def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Path, str]:
@@ -181,6 +182,8 @@ def how_to_get(kind: str) -> str:
 
 def load_lpips(path: str | os.PathLike | None = None, *, dtype: Dtype = jnp.float32) -> Lpips:
     """LPIPS with its trained weights.
+
+    Hand it to jitted functions as an argument: closed over, its weights become constants that XLA spends time on.
 
     Args:
       path: file that `larp-jax import --kind lpips` wrote; looked for as `locate` says by default.

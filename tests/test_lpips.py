@@ -146,6 +146,14 @@ def test_files_of_ours_are_checked(tmp_path, weights, sources):
     assert "missing head3" in refusal(perceptual.load_lpips, path)
 
 
+def test_outputs_that_cannot_be_written(tmp_path, weights):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "lpips.safetensors", tmp_path / "folder"):
+        assert "cannot be written" in refusal(perceptual.save, path, "lpips", load_file(weights), [])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
 def test_where_files_are_looked_for(tmp_path, monkeypatch, weights):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LARP_LPIPS", raising=False)
