@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx, traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import save as serialize
 
 from larp_jax import importing
 from larp_jax.errors import InputError
@@ -153,11 +153,11 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(dict(params), temporary, {"larp_jax": kind, "sources": json.dumps(digests)})
+            temporary.write_bytes(serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be written ({error}); name another output") from None
 
 
