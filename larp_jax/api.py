@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from larp_jax import checkpoint, importing
-from larp_jax.config import TokenizerConfig
+from larp_jax.config import GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import fingerprint
 from larp_jax.models.quantizer import normalize
@@ -34,17 +34,25 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema") -> "LoadedT
     return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
 
 
-def load_checkpoint(path: str | os.PathLike, *, weights: str = "ema") -> checkpoint.Checkpoint:
-    """What `load_tokenizer` takes, with its recipe and all its parameters. Arguments and errors are the same."""
+def load_checkpoint(
+    path: str | os.PathLike, *, weights: str = "ema", kind: str | None = "tokenizer"
+) -> checkpoint.Checkpoint:
+    """What `load_tokenizer` takes, with its recipe and all its parameters. Arguments and errors are the same.
+
+    `kind` is what it must hold: `tokenizer`, `generator`, or None for either.
+    """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
     path = pathlib.Path(path)
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
-        return checkpoint.load(path, weights=weights)
-    kind, recipe, params = importing.import_huggingface(path)
-    if kind != "tokenizer":
-        raise InputError(f"{path} holds a {kind}; give a tokenizer")
-    return checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
+        found = checkpoint.load(path, weights=weights)
+    else:
+        held, recipe, params = importing.import_huggingface(path)
+        recipe = GeneratorRecipe(model=recipe) if held == "generator" else recipe
+        found = checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
+    if kind not in (None, found.recipe.stage):
+        raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
+    return found
 
 
 class LoadedTokenizer:

@@ -424,10 +424,13 @@ EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 def _export(arguments):
     from larp_jax import api, export
 
-    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
-    model, params = found.recipe.model, found.params["tokenizer"]
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
+    model, params = found.recipe.model, found.params.get("tokenizer")
     if arguments.format == "huggingface":
-        export.export_huggingface(arguments.output, found.recipe, found.params)
+        config = found.recipe if params is not None else model
+        export.export_huggingface(arguments.output, config, found.params)
+    elif params is None:
+        raise InputError(f"{arguments.checkpoint} holds a generator, which exports as huggingface only")
     elif arguments.format == "stablehlo":
         export.export_stablehlo(arguments.output, model, params, step=found.step)
     else:
@@ -457,11 +460,11 @@ def _import(arguments):
 
 def _import_model(arguments):
     from larp_jax import checkpoint, importing
-    from larp_jax.config import to_dict
+    from larp_jax.config import GeneratorRecipe, to_dict
 
     kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
-    if kind != "tokenizer":
-        raise InputError(f"{arguments.source} holds a {kind}; only tokenizers can be imported so far")
+    if kind == "generator":
+        recipe = GeneratorRecipe(model=recipe)
     checkpoint.write_imported(arguments.output, to_dict(recipe), params)
     print(f"{kind} imported into {arguments.output}")
 

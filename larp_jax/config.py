@@ -414,7 +414,15 @@ class TokenizerRecipe:
         )
 
 
-STAGES = {"tokenizer": TokenizerRecipe}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorRecipe:
+    """A stage-2 model, as imported; its training is still to come."""
+
+    stage: str = "generator"
+    model: GeneratorConfig = GeneratorConfig()
+
+
+STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
 
 
 def default_recipe(stage: str = "tokenizer"):

@@ -56,6 +56,8 @@ def train(recipe, workdir: str | os.PathLike) -> dict[str, float]:
       Diverged: a value became NaN or infinite.
       Stopped: after SIGINT or SIGTERM.
     """
+    if recipe.stage not in STAGES:
+        raise InputError(f"stage {recipe.stage!r} cannot be trained by this version; choose {', '.join(STAGES)}")
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh)
     with jax.set_mesh(mesh), StopRequest() as stop:

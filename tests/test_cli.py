@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import larp_jax
 from larp_jax import cli, doctor
@@ -197,10 +198,21 @@ def test_to_hugging_face_and_back(trained, tokenizer, tmp_path, capsys):
     )
 
 
-def test_importing_a_generator_is_refused(reference_dir, tmp_path, capsys):
-    source = str(reference_dir / "ar_class")
-    assert "holds a generator" in fails(["import", "--source", source, f"--output={tmp_path / 'g'}"], capsys)
-    assert "holds a generator" in fails(["detokenize", f"--checkpoint={source}", "--input=x", "--output=y"], capsys)
+@pytest.mark.parametrize("name", ["ar_class", "ar_frame_prediction"])
+def test_generators_come_in_and_go_out_unchanged(name, reference_dir, tmp_path, capsys):
+    source, there, back = reference_dir / name, tmp_path / "imported", tmp_path / "exported"
+    assert cli.main(["import", f"--source={source}", f"--output={there}"]) == 0
+    assert cli.main(["export", f"--checkpoint={there}", "--format=huggingface", f"--output={back}"]) == 0
+    tensors, again = (load_file(folder / "model.safetensors") for folder in (source, back))
+    assert tensors.keys() == again.keys()
+    for tensor in tensors:
+        np.testing.assert_array_equal(tensors[tensor], again[tensor], err_msg=tensor)
+    assert json.loads((source / "config.json").read_text()) == json.loads((back / "config.json").read_text())
+    codebook = ["export", f"--checkpoint={there}", "--format=codebook-npz", f"--output={tmp_path / 'c.npz'}"]
+    assert "exports as huggingface only" in _fails_last(codebook, capsys)
+    for checkpoint in (source, there):
+        decode = ["detokenize", f"--checkpoint={checkpoint}", "--input=x", "--output=y"]
+        assert "holds a generator" in _fails_last(decode, capsys)
 
 
 def test_benchmark_and_doctor(trained, tmp_path, capsys):
