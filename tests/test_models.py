@@ -261,20 +261,20 @@ def test_data_init_reconstructs_at_once_with_many_codes():
         SMALL, resolution=32, num_tokens=32, learned_decoder_latent_pe=True, patch_position_base=16.0,
         encoder=TransformerConfig(width=64, depth=2, heads=2), decoder=TransformerConfig(width=64, depth=2, heads=2),
     )  # fmt: skip
-    colours = jax.random.uniform(jax.random.key(1), (256, 2, 4, 4, 3))
-    video = colours.repeat(4, 1).repeat(8, 2).repeat(8, 3)
+    colours = jax.random.uniform(jax.random.key(1), (256, 1, 1, 1, 3))
+    video = jnp.broadcast_to(colours, (256, *config.clip_shape))
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
     data_init(tokenizer, video[:192], jax.random.key(0))
     reconstruction, quantized = tokenizer(video[192:])
     error = jnp.mean(jnp.square(reconstruction - video[192:]))
-    assert error < 0.8 * jnp.var(video)  # a fresh tokenizer gives black, a collapsed one at best the variance
+    assert error < 0.5 * jnp.var(video)  # a fresh tokenizer gives black, a collapsed one at best the variance
     assert len(np.unique(quantized.indices)) > 16
 
 
 @pytest.mark.parametrize("change, message", [
     ({"resolution": 20}, "not divisible"),
     ({"frames": 10}, "not divisible"),
-    ({"size": "larp_x"}, "choose one of"),
+    ({"size": "larp_x", "encoder": TransformerConfig()}, "choose one of"),
     ({"num_tokens": 0}, "positive"),
     ({"encoder": TransformerConfig(width=30, depth=1, heads=4)}, "divisible by 4 heads"),
 ])  # fmt: skip

@@ -1,9 +1,10 @@
 """A start for the tokenizer computed from clips in closed form: an option for small runs, off in the published one.
 
 From a random start what differs between clips is about a hundredth of what the decoder's head sees, so a small
-tokenizer spends its first hundreds of steps at the mean clip while its codes collapse to one. Started like this, every
-query gathers the patches near it, latents are the directions in which clips differ, codes are drawn from them, and the
-head is fitted by least squares: it reconstructs from the first step, and training has something to improve.
+tokenizer spends its first hundreds of steps at the mean clip while its codes collapse to one. Started like this, latents
+are the directions in which clips differ, codes are drawn from them, and the head is fitted by least squares: from the
+first step it gives the colours of a clip, and most codes are in use. Finer detail is left to training: scores that see
+positions favour tokens at the rim of the grid, so a query does not yet gather its own place.
 """
 
 import jax
@@ -65,7 +66,7 @@ def _span(rows: jax.Array) -> jax.Array:
 
 
 def _route_by_position(transformer: Transformer, table: jax.Array, key: jax.Array) -> jax.Array:
-    """Attention := every token gathers the content of those near it: scores see positions, values all but positions.
+    """Attention := tokens choose each other by position and hand on content: values see all but positions.
 
     After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828), with the position table known.
 
