@@ -2,9 +2,9 @@
 
 From a random start what differs between clips is about a hundredth of what the decoder's head sees, so a small
 tokenizer spends its first hundreds of steps at the mean clip while its codes collapse to one. Started like this,
-latents are the directions in which clips differ, codes are drawn from them, and the head is fitted by least squares: from the
-first step it gives the colours of a clip, and most codes are in use. Finer detail is left to training: scores that see
-positions favour tokens at the rim of the grid, so a query does not yet gather its own place.
+latents are the directions in which clips differ, codes are drawn from them, and the head is fitted by least squares:
+from the first step it gives the colours of a clip, and most codes are in use. Finer detail is left to training:
+scores that see positions favour tokens at the rim of the grid, so a query does not yet gather its own place.
 """
 
 import jax
