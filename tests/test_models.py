@@ -256,19 +256,30 @@ def test_scheduled_sampling_never_replaces_the_first_latent():
     np.testing.assert_array_equal(mixed[:, 1:], jnp.broadcast_to(jnp.eye(3)[1], (2, 4, 3)))
 
 
-def test_data_init_reconstructs_at_once_with_many_codes():
+def started_from_data(places):
+    """Squared error over variance on held-out clips of random colours, one for each of the places, and the codes."""
     config = dataclasses.replace(
         SMALL, resolution=32, num_tokens=32, learned_decoder_latent_pe=True, patch_position_base=16.0,
         encoder=TransformerConfig(width=64, depth=2, heads=2), decoder=TransformerConfig(width=64, depth=2, heads=2),
     )  # fmt: skip
-    colours = jax.random.uniform(jax.random.key(1), (256, 1, 1, 1, 3))
-    video = jnp.broadcast_to(colours, (256, *config.clip_shape))
+    colours = jax.random.uniform(jax.random.key(1), (256, *places, 3))
+    video = colours.repeat(8 // places[0], 1).repeat(32 // places[1], 2).repeat(32 // places[2], 3)
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
     data_init(tokenizer, video[:192], jax.random.key(0))
     reconstruction, quantized = tokenizer(video[192:])
-    error = jnp.mean(jnp.square(reconstruction - video[192:]))
-    assert error < 0.5 * jnp.var(video)  # a fresh tokenizer gives black, a collapsed one at best the variance
-    assert len(np.unique(quantized.indices)) > 16
+    return jnp.mean(jnp.square(reconstruction - video[192:])) / jnp.var(video), quantized.indices
+
+
+def test_data_init_reconstructs_at_once_with_many_codes():
+    error, indices = started_from_data((1, 1, 1))
+    assert error < 0.5  # a fresh tokenizer gives black, a collapsed one at best the variance
+    assert len(np.unique(indices)) > 16
+
+
+@pytest.mark.xfail(strict=True, reason="queries do not yet gather their own place: see larp_jax/models/data_init.py")
+def test_data_init_reconstructs_the_colour_of_every_place():
+    error, _ = started_from_data((2, 4, 4))
+    assert error < 0.8
 
 
 @pytest.mark.parametrize("change, message", [
