@@ -109,8 +109,6 @@ class TokenizerConfig:
     `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
     may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
     the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.
-    `patch_position_base` is the base of the patches' tables: with the published 10,000 the positions of a small grid
-    differ little; a small model on small clips learns faster with a base near the size of its grid.
     """
 
     size: str = "larp_l"
@@ -136,7 +134,6 @@ class TokenizerConfig:
     encoder_query_gaussian_init: bool = True
     query_init_std: float = 0.02
     latent_position_base: float = 10000.0
-    patch_position_base: float = 10000.0
 
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731

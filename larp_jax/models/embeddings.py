@@ -45,37 +45,17 @@ def sincos_1d(positions: np.ndarray, width: int, base: float = 10000.0) -> np.nd
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_3d(grid: tuple[int, int, int], width: int, base: float = 10000.0) -> np.ndarray:
+def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
     """Sine-cosine table [t*h*w, width] of a patch grid, float64: a 2-D spatial table plus a 1-D temporal one, summed.
 
     The *width* coordinate fills the first half of the spatial table, the height coordinate the second.
     """
-    return sincos_at(*(np.arange(n) for n in grid), width, base)
-
-
-def sincos_at(times: np.ndarray, rows: np.ndarray, columns: np.ndarray, width: int, base: float) -> np.ndarray:
-    """`sincos_3d` at any coordinates along time, height and width."""
-    shape = (len(times), len(rows), len(columns), width // 2)
-    across = np.broadcast_to(sincos_1d(columns, width // 2, base)[None, None], shape)
-    down = np.broadcast_to(sincos_1d(rows, width // 2, base)[None, :, None], shape)
+    t, h, w = (np.arange(n) for n in grid)
+    shape = (*grid, width // 2)
+    across = np.broadcast_to(sincos_1d(w, width // 2)[None, None], shape)
+    down = np.broadcast_to(sincos_1d(h, width // 2)[None, :, None], shape)
     spatial = np.concatenate([across, down], axis=-1)
-    return (spatial + sincos_1d(times, width, base)[:, None, None]).reshape(-1, width)
-
-
-def grid_of_points(points: int, grid: tuple[int, int, int], width: int, base: float = 10000.0) -> np.ndarray:
-    """The table of `sincos_3d` at points spread evenly over a patch grid, [points, width] float64.
-
-    The points are the centres of that many equal boxes of patches, as near to cubes as the numbers allow.
-    """
-
-    def elongation(cells):
-        sides = np.log([n / c for n, c in zip(grid, cells, strict=True)])
-        return np.var(sides), abs(sides[1] - sides[2])
-
-    factors = [n for n in range(1, points + 1) if points % n == 0]
-    cells = min(((t, h, points // t // h) for t in factors for h in factors if points % (t * h) == 0), key=elongation)
-    centres = [(np.arange(c) + 0.5) * n / c - 0.5 for n, c in zip(grid, cells, strict=True)]
-    return sincos_at(*centres, width, base)
+    return (spatial + sincos_1d(t, width)[:, None, None]).reshape(-1, width)
 
 
 class Positions1d(nnx.Module):
@@ -117,19 +97,19 @@ class Positions3d(nnx.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int, int], width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool, base: float
+        self, grid: tuple[int, int, int], width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool
     ):
         def axis(n):
-            return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width, base), jnp.float32)) if learned else None
+            return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
 
         self.time, self.height, self.columns = (axis(n) for n in grid)
         self.token_type = _token_type(width, rngs) if token_type else None
-        self.grid, self.width, self.base = grid, width, base
+        self.grid, self.width = grid, width
 
     def __call__(self) -> jax.Array:
         """The table, [t*h*w, D] float32."""
         if self.time is None:
-            table = jnp.asarray(sincos_3d(self.grid, self.width, self.base), jnp.float32)
+            table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
         else:
             t, h, w = self.time[...], self.height[...], self.columns[...]
             table = (t[:, None, None] + h[None, :, None] + w[None, None, :]).reshape(-1, self.width)

@@ -22,7 +22,6 @@ class Encoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_encoder_patch_pe,
             token_type=c.use_encoder_patch_token_type_embed,
-            base=c.patch_position_base,
         )
         gaussian = c.query_init_std * jax.random.normal(rngs.params(), (c.num_tokens, c.encoder.width))
         self.queries = Positions1d(
@@ -66,7 +65,6 @@ class Decoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_decoder_patch_query_embed,
             token_type=c.use_decoder_patch_query_token_type_embed,
-            base=c.patch_position_base,
         )
         self.transformer = Transformer(c.decoder, rngs=rngs, remat=remat, dtype=dtype)
         self.norm = LayerNorm(width, epsilon=1e-6, dtype=dtype)
