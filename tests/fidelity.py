@@ -2,7 +2,7 @@
 
 As a script it prints the table that docs/fidelity.md holds:
 
-    python tests/fidelity.py [FOLDER WITH tokenizer/, ar_class/, ar_frame_prediction/, lpips/, i3d/, frechet/, psnr_ssim/]
+    python tests/fidelity.py [FOLDER LIKE tests/reference]
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -142,18 +142,20 @@ def eval_batches(
     return Batches(source, _iterate(clips, rows.local, workers=0))
 
 
-def choose_windows(source: Source, clip: ClipSpec, max_clips: int = 0) -> list[tuple[int, int]]:
+def choose_windows(
+    source: Source, clip: ClipSpec, max_clips: int = 0, *, leave_out: Collection[int] = ()
+) -> list[tuple[int, int]]:
     """The (video, first frame) of the windows that evaluation reads, in their order.
 
     With fewer clips than videos, each comes from another video, out of its middle, and only those videos are looked at.
+    Videos to leave out do not count.
     """
-    if 0 < max_clips <= len(source):
-        chosen = [number * len(source) // max_clips for number in range(max_clips)]
+    videos = [index for index in range(len(source)) if index not in leave_out]
+    if 0 < max_clips <= len(videos):
+        chosen = [videos[number * len(videos) // max_clips] for number in range(max_clips)]
         starts = [window_starts(source.frames(index), clip.frames) for index in chosen]
         return [(index, start[len(start) // 2]) for index, start in zip(chosen, starts, strict=True)]
-    windows = [
-        (index, start) for index in range(len(source)) for start in window_starts(source.frames(index), clip.frames)
-    ]
+    windows = [(index, start) for index in videos for start in window_starts(source.frames(index), clip.frames)]
     if 0 < max_clips < len(windows):
         windows = [windows[number * len(windows) // max_clips] for number in range(max_clips)]
     return windows
