@@ -159,14 +159,18 @@ class FvdEvaluator:
     """How far made videos lie from the clips of a data set.
 
     Args:
-      features: to compare.
-      clips: the real ones; their protocol gives the covariance.
+      i3d: `larp_jax.models.i3d.I3d` with its trained weights.
+      identity: names them, as `larp_jax.perceptual.identify` does.
+      clips: the real ones; their protocol says how to compare.
       batch_size: videos at a time.
       progress: whether to show a bar while the real clips are read.
     """
 
-    def __init__(self, features: VideoFeatures, clips: ClipSet, *, batch_size: int, progress: bool = False):
-        self._features, self._clips = features, clips
+    def __init__(
+        self, i3d, identity: dict[str, Any], clips: ClipSet, *, batch_size: int, progress: bool = False
+    ):
+        self._features = VideoFeatures(i3d, identity, resolution=clips.protocol.fvd_resolution)
+        self._clips = clips
         self._batch_size, self._progress = batch_size, progress
 
     @functools.cached_property

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 from typing import Any
 
@@ -11,6 +12,8 @@ from larp_jax.data.clips import last_start
 from larp_jax.data.pipeline import choose_windows
 from larp_jax.data.sources import digests, same_videos
 from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,15 @@ class ClipSet:
         self._left_out = self._trained_on(training) if self.protocol.held_out else set()
         self._training = training
         self.windows = self._choose()
+        wanted = self.protocol.videos
+        if wanted not in (0, len(self.source)):
+            logger.warning(
+                "protocol %s is of %d videos, data %s has %d: the numbers compare with no others",
+                name,
+                wanted,
+                self._spec,
+                len(self.source),
+            )
 
     def __len__(self) -> int:
         return len(self.windows)
