@@ -316,8 +316,8 @@ class ReconstructionEvaluator:
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
-    """[0, 1] floats (clamped here) -> uint8."""
-    return np.asarray(np.clip(np.asarray(video), 0.0, 1.0) * 255.0 + 0.5, np.uint8)
+    """[0, 1] floats (clamped here, NaN made 0) -> uint8."""
+    return np.asarray(np.clip(np.nan_to_num(np.asarray(video)), 0.0, 1.0) * 255.0 + 0.5, np.uint8)
 
 
 def _local_shards(array: jax.Array) -> list:
