@@ -109,7 +109,7 @@ class LpipsDistance(Average):
     """
 
     def __init__(self, lpips, mesh: Mesh):
-        self.weights = jax.device_put(lpips, sharding.replicated(mesh))
+        self.weights = sharding.replicate(lpips, mesh)
         self._distance = sharding.clip_by_clip(lambda lpips, x, y: lpips.distance(x, y).mean(), mesh)
 
     def values(self, weights, batch):
@@ -129,7 +129,7 @@ class ReconstructionFvd:
     """
 
     def __init__(self, features: fvd.VideoFeatures, real: FeatureStatistics, covariance: str, mesh: Mesh):
-        self.weights = jax.device_put(features.i3d, sharding.replicated(mesh))
+        self.weights = sharding.replicate(features.i3d, mesh)
         self._features, self._real, self._covariance, self._mesh = features, real, covariance, mesh
 
     def values(self, weights, batch):
@@ -301,8 +301,8 @@ class ReconstructionEvaluator:
                 ]
                 if len(examples) < EXAMPLES:
                     local = np.concatenate([np.asarray(s.data) for s in _local_shards(reconstruction)])
-                    real = int(batch["mask"].sum())
-                    examples += list(zip(batch["video"][:real], to_uint8(local[:real]), strict=True))
+                    real = batch["mask"] > 0
+                    examples += list(zip(batch["video"][real], to_uint8(local[real]), strict=True))
                 if bar:
                     bar.update()
             if bar:

@@ -76,7 +76,7 @@ class VideoFeatures:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
         size = -(-batch_size // mesh.size) * mesh.size
         with jax.set_mesh(mesh):
-            i3d = jax.device_put(self.i3d, sharding.replicated(mesh))
+            i3d = sharding.replicate(self.i3d, mesh)
             for video, mask in _of_size(batches, size):
                 features = self._compute(i3d, sharding.to_mesh({"video": video}, mesh)["video"], mesh)
                 total = total.merge(FeatureStatistics.of(np.asarray(features), mask))

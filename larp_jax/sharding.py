@@ -93,6 +93,12 @@ def to_mesh(batch: dict, mesh: Mesh) -> dict:
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
+def replicate(tree, mesh: Mesh):
+    """A pytree of arrays as whole copies on every device; each process gives all of it."""
+    # through the host, because devices of one process may not be able to reach those of another
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+
+
 def clip_by_clip(f: Callable, mesh: Mesh) -> Callable:
     """A function of one clip as one of a batch, in the memory that one clip takes on each device.
 
