@@ -24,7 +24,7 @@ class Protocol:
       split: of a TFDS data set whose spec names none; with `fixed`, the only one allowed.
       clips: `windows` takes the consecutive windows of every video that do not overlap, `one_of_each` one clip of every
         video, from a random first frame.
-      count: so many windows, drawn at random without replacement and in the order drawn; 0 takes all.
+      count: so many full windows, drawn at random without replacement and in the order drawn; 0 takes all windows.
       seed: of what is drawn.
       clip: [T, H, W] that it is defined for; None for any.
       videos: how many the list has that it is defined for; 0 for any.
@@ -193,9 +193,12 @@ class ClipSet:
             lasts = (last_start(self.source.frames(video), self.clip.frames) for video in range(len(self.source)))
             return [(video, draw.randint(0, last)) for video, last in enumerate(lasts)]
         windows = choose_windows(self.source, self.clip, self._max_clips, leave_out=self._left_out)
+        if not protocol.count:
+            return windows
+        windows = [(video, start) for video, start in windows if start + self.clip.frames <= self.source.frames(video)]
         if protocol.count > len(windows):
             raise InputError(
                 f"protocol {self._name} draws {protocol.count} windows, data {self._spec} has {len(windows)}; give the"
                 " whole list"
             )
-        return draw.sample(windows, protocol.count) if protocol.count else windows
+        return draw.sample(windows, protocol.count)

@@ -7,7 +7,7 @@ import pytest
 from data_helpers import moving_frames
 
 from larp_jax import cli
-from larp_jax.data import ClipSpec
+from larp_jax.data import ClipSpec, sources
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.protocols import GENERATION, RECONSTRUCTION, ClipSet, Protocol
@@ -43,9 +43,18 @@ def test_all_windows(folder):
     assert clips(folder).describe()["seed"] is None
 
 
+def test_the_data_set_is_opened_once(folder, monkeypatch):
+    chosen = clips(folder)
+    monkeypatch.setattr(sources, "FolderSource", None)  # opening it would fail
+    for _ in range(2):
+        with chosen.batches(4) as batches:
+            assert sum(batch["mask"].sum() for batch in batches) == len(WINDOWS)
+
+
 def test_drawn_windows_are_those_that_python_draws(folder):
     drawn = clips(folder, Protocol(count=5, seed=42), name="some")
-    assert drawn.windows == [WINDOWS[i] for i in random.Random(42).sample(range(len(WINDOWS)), 5)]
+    full = [window for window in WINDOWS if window[0] != 1]  # video 1 is shorter than a clip
+    assert drawn.windows == [full[i] for i in random.Random(42).sample(range(len(full)), 5)]
     with drawn.batches(5) as batches:
         batch = next(batches)
     assert list(zip(batch["index"], batch["start"], strict=True)) == drawn.windows
