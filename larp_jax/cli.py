@@ -130,9 +130,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     needs_checkpoint(sub)
     sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
     sub.add_argument(
-        "--metrics", type=lambda text: text.split(","), default=["psnr", "ssim", "usage"], metavar="A,B",
-        help="of psnr, ssim and usage (default: all)",
+        "--metrics", type=lambda text: text.split(","), metavar="A,B",
+        help="of psnr, ssim, lpips, rfvd, usage and prior (default: all that fit but lpips and rfvd)",
     )  # fmt: skip
+    sub.add_argument("--lpips", metavar="FILE", help="for lpips: what larp-jax import --kind lpips wrote")
+    sub.add_argument("--i3d", metavar="FILE", help="for rfvd: what larp-jax import --kind i3d wrote")
+    sub.add_argument(
+        "--protocol", choices=("held_out", "larp_ucf101"),
+        help="choose the clips as docs/evaluation.md says (default: all windows of the split test)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--training-data", metavar="SPEC", help="for held_out: what to leave out (default: what the checkpoint names)"
+    )
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers and how they were computed")
     sub.add_argument("--max-clips", type=_count, default=0, metavar="N", help="at most N clips; 0 for all (default)")
     batch_size(sub)
@@ -323,44 +332,74 @@ def _train(arguments):
 
 
 def _evaluate(arguments):
+    import math
+
     import jax
 
-    from larp_jax import api, sharding, writers
+    from larp_jax import api, evaluators, fvd, perceptual, sharding, writers
     from larp_jax.config import MeshConfig
-    from larp_jax.evaluators import ReconstructionEvaluator
+    from larp_jax.data import ClipSpec
+    from larp_jax.protocols import RECONSTRUCTION, ClipSet
 
+    if arguments.training_data and arguments.protocol != "held_out":
+        raise InputError("--training-data is for --protocol held_out; leave it out")
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    names = _metric_names(arguments.metrics, evaluators.available(found.recipe, found.params))
+    networks = {}
+    if "lpips" in names:
+        networks["lpips"] = perceptual.load_lpips(arguments.lpips), perceptual.identify("lpips", arguments.lpips)
+    if "rfvd" in names:
+        networks["i3d"] = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
+    config = tokenizer.config
+    clips = ClipSet(
+        arguments.data,
+        ClipSpec(frames=config.frames, resolution=config.resolution, flip=False),
+        RECONSTRUCTION.get(arguments.protocol),
+        name=arguments.protocol or "",
+        max_clips=arguments.max_clips,
+        training=arguments.training_data or found.recipe.data.train,
+    )
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
+    protocol = {}
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        evaluator = ReconstructionEvaluator(
-            tokenizer.module,
-            tokenizer.config,
-            arguments.data,
+        metrics = evaluators.own_metrics(names, found.recipe, mean_clip=found.mean_clip)
+        if "lpips" in names:
+            network, identity = networks["lpips"]
+            metrics.append(evaluators.LpipsDistance(network, mesh))
+            protocol["lpips"] = {"backbone": "VGG16, heads v0.1", **identity}
+        if "rfvd" in names:
+            covariance = clips.protocol.covariance
+            features = fvd.VideoFeatures(*networks["i3d"])
+            real = fvd.real_statistics(features, clips, batch_size=batch_size, progress=True)
+            metrics.append(evaluators.ReconstructionFvd(features, real, covariance, mesh))
+            protocol |= {**features.describe(), "covariance": covariance}
+        evaluator = evaluators.ReconstructionEvaluator(
+            lambda params: tokenizer.module(params["tokenizer"]),
+            clips,
             mesh,
+            metrics,
             batch_size=batch_size,
-            max_clips=arguments.max_clips,
-            names=arguments.metrics,
-            mean_clip=found.mean_clip,
             progress=True,
         )
-        params = jax.device_put(tokenizer.params, sharding.param_shardings(tokenizer.params, mesh))
-        scores, extras = evaluator.run(params)
+        params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
+        scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
         raise InputError(f"--data {arguments.data}: none of its clips could be read")
     _print_table({"clips": extras["clips"], **scores})
+    wrong = [name for name, score in scores.items() if not math.isfinite(score)]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: no finite number; the weights of {arguments.checkpoint} are damaged")
     if arguments.output:
         protocol = {
-            "data": arguments.data,
-            "default_split": "test",
+            **clips.describe(),
             "clips": extras["clips"],
-            "max_clips": arguments.max_clips,
             "definitions": {name: text for name, text in DEFINITIONS.items() if name in scores or name == "clips"},
-            "frames": tokenizer.config.frames,
-            "resolution": tokenizer.config.resolution,
             "codes": "deterministic: the nearest code of each latent",
             "precision": "float32",
+            **protocol,
             "checkpoint": os.path.relpath(found.path),
             "weights": arguments.weights,
             "step": found.step,
@@ -369,23 +408,51 @@ def _evaluate(arguments):
             "versions": {"larp_jax": __version__}
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
         }
-        writers.write_json(arguments.output, {"metrics": scores, "protocol": protocol})
+        written = {"metrics": scores, "protocol": protocol}
+        if extras["codes"] is not None:
+            written["entropy_by_position"] = extras["codes"].position_entropy().tolist()
+        writers.write_json(arguments.output, written)
         print(f"written to {arguments.output}")
 
 
+def _metric_names(asked: Sequence[str] | None, fitting: Sequence[str]) -> list[str]:
+    """The metrics to compute, of those that fit the tokenizer."""
+    from larp_jax.evaluators import METRICS
+
+    if asked is None:
+        return [name for name in fitting if name not in ("lpips", "rfvd")]
+    unknown = sorted(set(asked) - set(METRICS))
+    if unknown:
+        raise InputError(f"--metrics {','.join(unknown)} is not known; choose from {', '.join(METRICS)}")
+    unfit = [name for name in asked if name not in fitting]
+    if unfit:
+        raise InputError(
+            f"--metrics {','.join(unfit)} does not fit this checkpoint (usage needs codes, prior codes and a trained"
+            f" prior, ssim frames of at least 11x11); choose from {', '.join(fitting)}"
+        )
+    return [name for name in fitting if name in asked]
+
+
 DEFINITIONS = {
-    "clips": "consecutive windows of T frames of every video that do not overlap; the tail that fills no window is left"
-    " out, a video shorter than T repeats its last frame; shorter side resized to the resolution (bilinear,"
-    " antialiased), centre cut out; no flips",
+    "clips": "T frames each, chosen as `windows` says; the tail of a video that fills no window is left out, a video"
+    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), centre cut"
+    " out; no flips",
     "psnr": "dB, over all pixels of a clip at once in [0, 1], output clamped; mean over clips",
     "psnr_mean_clip": "the same for the mean of training clips instead of a reconstruction: what a tokenizer gives "
     "whose codes say nothing",
     "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colours, frames and"
     " then clips",
+    "lpips": "LPIPS v0.1 on VGG16, frame by frame, output clamped and not rounded; mean over frames and then clips",
+    "rfvd": "Frechet distance between I3D's logits of the clips and of their reconstructions, clamped and not rounded;"
+    " frames resized to 224 (bilinear, not antialiased)",
     "usage": "share of the codebook that occurs in these clips",
     "perplexity": "exponential of the entropy of all codes' frequencies",
     "kl_from_uniform": "nats, of all codes' frequencies from uniform ones",
     "position_entropy": "nats, entropy of the codes' frequencies at a token position, mean over positions",
+    "prior_cross_entropy": "nats a code, of codes 1 .. N-1 under the prior that was trained with the tokenizer, which"
+    " reads the latents before each (one round, no dropout)",
+    "prior_top1": "share of codes 1 .. N-1 that this prior thinks likeliest",
+    "prior_top5": "share of them that are among its likeliest five",
 }
 
 

@@ -1,142 +1,326 @@
-"""Evaluation: a small class a task, constructed once, `run(params)` as often as wanted."""
+"""Evaluation of tokenizers: metrics are small classes that join one pass over the clips, constructed once and run as
+often as wanted.
+"""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from flax import nnx
+from jax.sharding import Mesh
 
-from larp_jax import data, metrics, sharding
-from larp_jax.config import TokenizerConfig
+from larp_jax import fvd, losses, metrics, sharding
+from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
+from larp_jax.frechet import FeatureStatistics
+from larp_jax.models.prior import Prior
+from larp_jax.models.quantizer import Quantized
+from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.protocols import ClipSet
 from larp_jax.steps import as_float_video
 from larp_jax.writers import Progress
 
-METRICS = ("psnr", "ssim", "usage")
+METRICS = ("psnr", "ssim", "lpips", "rfvd", "usage", "prior")
+EXAMPLES = 8
+
+
+class Reconstructed(NamedTuple):
+    """A batch as metrics see it, inside the jitted pass.
+
+    Attributes:
+      video: [B, T, H, W, C] float32 in [0, 1].
+      reconstruction: the same, clamped to [0, 1].
+      quantized: what the quantiser gave, with deterministic codes.
+      tokenizer: the module.
+      params: of all modules by name, the tokenizer's among them.
+    """
+
+    video: jax.Array
+    reconstruction: jax.Array
+    quantized: Quantized
+    tokenizer: Tokenizer
+    params: dict
+
+
+class Metric(Protocol):
+    """What is computed of each batch on the mesh, and summed on the host; padding is left out only there.
+
+    Attributes:
+      weights: a pytree of arrays that `values` needs, handed to the jitted pass as an argument.
+    """
+
+    weights: Any
+
+    def values(self, weights: Any, batch: Reconstructed) -> Any:
+        """A pytree of arrays with one row a clip; traced."""
+
+    def add(self, total: Any, values: Any, mask: np.ndarray) -> Any:
+        """The total (None at first) with a batch added to it; mask [B] is 1 for real clips."""
+
+    def scalars(self, total: Any) -> dict[str, float]:
+        """Results by name."""
+
+
+class Average:
+    """A metric that is the mean over clips of each of its values, which have names."""
+
+    weights: Any = None
+
+    def add(self, total, values, mask):
+        """See `Metric`."""
+        total = total or dict.fromkeys(values, metrics.Mean.empty())
+        return {name: total[name].merge(metrics.Mean.of(np.asarray(value), mask)) for name, value in values.items()}
+
+    def scalars(self, total):
+        """See `Metric`."""
+        return {name: mean.compute() for name, mean in total.items()}
+
+
+class Psnr(Average):
+    """`psnr`, and `psnr_mean_clip` of always giving the mean clip [T, H, W, C] in [0, 1] if there is one."""
+
+    def __init__(self, mean_clip: np.ndarray | None = None):
+        self.weights = mean_clip
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        values = {"psnr": metrics.psnr(batch.video, batch.reconstruction)}
+        if weights is not None:
+            values["psnr_mean_clip"] = metrics.psnr(batch.video, jnp.broadcast_to(weights, batch.video.shape))
+        return values
+
+
+class Ssim(Average):
+    """`ssim`."""
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        return {"ssim": metrics.ssim(batch.video, batch.reconstruction)}
+
+
+class LpipsDistance(Average):
+    """`lpips`: mean over the frames of a clip; one clip at a time on each device.
+
+    Args:
+      lpips: `larp_jax.models.lpips.Lpips` with its trained weights.
+      mesh: of the pass.
+    """
+
+    def __init__(self, lpips, mesh: Mesh):
+        self.weights = sharding.replicate(lpips, mesh)
+        self._distance = sharding.clip_by_clip(lambda lpips, x, y: lpips.distance(x, y).mean(), mesh)
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        with jax.default_matmul_precision("float32"):
+            return {"lpips": self._distance(weights, batch.video, batch.reconstruction)}
+
+
+class ReconstructionFvd:
+    """`rfvd`: Frechet video distance of the reconstructions from the real clips.
+
+    Args:
+      features: to compare.
+      real: statistics of the same clips, from `larp_jax.fvd.real_statistics`.
+      covariance: of `larp_jax.frechet.COVARIANCES`.
+      mesh: of the pass.
+    """
+
+    def __init__(self, features: fvd.VideoFeatures, real: FeatureStatistics, covariance: str, mesh: Mesh):
+        self.weights = sharding.replicate(features.i3d, mesh)
+        self._features, self._real, self._covariance, self._mesh = features, real, covariance, mesh
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        return self._features.of(weights, batch.reconstruction, self._mesh)
+
+    def add(self, total, values, mask):
+        """See `Metric`."""
+        statistics = FeatureStatistics.of(np.asarray(values), mask)
+        return total.merge(statistics) if total else statistics
+
+    def scalars(self, total):
+        """See `Metric`."""
+        if total.count != self._real.count:
+            raise InputError(
+                f"{total.count} clips could be read for their reconstructions and {self._real.count} for the statistics"
+                " of the real ones; run it again when the data does not change"
+            )
+        return {"rfvd": fvd.distance(self._real, total, covariance=self._covariance)}
+
+
+class Usage:
+    """`usage`, `perplexity`, `kl_from_uniform` and `position_entropy` of the codes."""
+
+    weights: Any = None
+
+    def __init__(self, codebook_size: int):
+        self._size = codebook_size
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        return batch.quantized.indices
+
+    def add(self, total, values, mask):
+        """See `Metric`."""
+        statistics = metrics.CodeStatistics.of(np.asarray(values), self._size, mask)
+        return total.merge(statistics) if total else statistics
+
+    def scalars(self, total):
+        """See `Metric`."""
+        return total.compute()
+
+
+class PriorScore(Average):
+    """`prior_cross_entropy`, `prior_top1` and `prior_top5`: how well the prior predicts the codes 1 .. N-1.
+
+    One round on the latents themselves, without dropout (METHOD 2), in float32. Reads `params["prior"]`.
+    """
+
+    def __init__(self, recipe: TokenizerRecipe):
+        model = recipe.model
+        make = lambda: Prior(recipe.prior, model.num_tokens, model.quantizer.code_dim, rngs=nnx.Rngs(0))  # noqa: E731
+        self._graphdef, self._temperature = nnx.graphdef(nnx.eval_shape(make)), recipe.prior.temperature
+
+    def values(self, weights, batch):
+        """See `Metric`."""
+        prior = nnx.merge(self._graphdef, batch.params["prior"])
+        scored = losses.next_code(
+            prior(batch.quantized.z_q[:, :-1]),
+            batch.quantized.indices[:, 1:],
+            batch.tokenizer.quantizer.codebook,
+            temperature=self._temperature,
+        )
+        values = {"prior_cross_entropy": scored.cross_entropy}
+        values |= {f"prior_top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
+        return {name: value.mean(axis=1) for name, value in values.items()}
+
+
+def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ...]:
+    """Names, of `METRICS`, of those that fit a tokenizer.
+
+    Args:
+      recipe: of its run.
+      modules: names of those that there are parameters of.
+    """
+    unfit = set()
+    if recipe.model.resolution < metrics.SSIM_WINDOW:
+        unfit.add("ssim")
+    if recipe.model.quantizer.kind == "kl":
+        unfit |= {"usage", "prior"}
+    if "prior" not in modules or recipe.model.num_tokens < 2:
+        unfit.add("prior")
+    return tuple(name for name in METRICS if name not in unfit)
+
+
+def own_metrics(
+    names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None
+) -> list[Metric]:
+    """The metrics of these names that need no other network."""
+    make = {
+        "psnr": lambda: Psnr(mean_clip),
+        "ssim": Ssim,
+        "usage": lambda: Usage(recipe.model.quantizer.codebook_size),
+        "prior": lambda: PriorScore(recipe),
+    }
+    return [make[name]() for name in names if name in make]
 
 
 class ReconstructionEvaluator:
-    """How well a tokenizer reconstructs a data set, with deterministic codes.
+    """How well a tokenizer reconstructs clips, with deterministic codes: one pass that all metrics join.
 
     Sums over clips, with padding masked, so a padded last batch and any number of hosts give the same numbers.
 
     Args:
       module: `module(params)` gives the tokenizer.
-      config: the tokenizer's.
-      spec: the data set.
+      clips: to reconstruct.
       mesh: where to compute.
+      metrics: to compute.
       batch_size: clips at a time, over all processes.
-      max_clips: at most so many, spread over the data set; 0 takes all.
-      names: of `METRICS`.
-      mean_clip: [T, H, W, C] in [0, 1]; adds `psnr_mean_clip`, the score of giving always that.
       progress: whether to show a bar.
     """
 
     def __init__(
         self,
-        module,
-        config: TokenizerConfig,
-        spec: str,
+        module: Callable[[dict], Tokenizer],
+        clips: ClipSet,
         mesh: Mesh,
+        metrics: Sequence[Metric],
         *,
         batch_size: int,
-        max_clips: int = 0,
-        names: Sequence[str] = METRICS,
-        mean_clip: np.ndarray | None = None,
         progress: bool = False,
     ):
-        unknown = sorted(set(names) - set(METRICS))
-        if unknown:
-            raise InputError(f"--metrics {','.join(unknown)} is not known; choose from {', '.join(METRICS)}")
-        if "usage" in names and config.quantizer.kind == "kl":
-            names = [name for name in names if name != "usage"]
-        self._config, self._spec, self._mesh, self._names = config, spec, mesh, tuple(names)
-        self._batch_size, self._max_clips, self._progress = batch_size, max_clips, progress
-        self._mean_clip = None if mean_clip is None else jnp.asarray(mean_clip)
-        replicated = NamedSharding(mesh, P())
+        self._clips, self._mesh, self._metrics = clips, mesh, tuple(metrics)
+        self._batch_size, self._progress = batch_size, progress
+        replicated = sharding.replicated(mesh)
 
-        def evaluate(params, video):
+        def evaluate(params, weights, video):
             video = as_float_video(video)
-            reconstruction, quantized = module(params)(video)
+            tokenizer = module(params)
+            reconstruction, quantized = tokenizer(video)
             reconstruction = jnp.clip(reconstruction, 0.0, 1.0)
-            values = {}
-            if "psnr" in self._names:
-                values["psnr"] = metrics.psnr(video, reconstruction)
-                if self._mean_clip is not None:
-                    values["psnr_mean_clip"] = metrics.psnr(video, jnp.broadcast_to(self._mean_clip, video.shape))
-            if "ssim" in self._names:
-                values["ssim"] = metrics.ssim(video, reconstruction)
-            return values, quantized.indices, reconstruction
+            batch = Reconstructed(video, reconstruction, quantized, tokenizer, params)
+            values = [metric.values(w, batch) for metric, w in zip(self._metrics, weights, strict=True)]
+            return values, reconstruction
 
-        self._evaluate = jax.jit(evaluate, out_shardings=(replicated, replicated, sharding.batch_sharding(mesh)))
+        # every process gets the values of all clips, and so the same sums
+        self._evaluate = jax.jit(evaluate, out_shardings=(replicated, sharding.batch_sharding(mesh)))
+        self._gather = jax.jit(lambda mask: mask, out_shardings=replicated)
 
     def run(self, params: dict) -> tuple[dict[str, float], dict[str, Any]]:
         """Evaluates.
 
         Args:
-          params: of the tokenizer, on the mesh.
+          params: by module name (`tokenizer`, `prior`, ...), on the mesh.
 
         Returns:
-          Scalars by name, and what goes with them: `clips` (count), `code_counts` ([K] int64, None without codes),
+          Scalars by name, and what goes with them: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
           `examples` (uint8 pairs [clips, 2, T, H, W, C] of the first clips of this process: original, reconstruction).
+
+        Raises:
+          InputError: a metric does not take such clips, or features are NaN or infinite.
         """
-        means = {}
-        codes = None
+        weights = [metric.weights for metric in self._metrics]
+        totals = [None] * len(self._metrics)
+        clips = 0
         examples = []
-        clip = data.ClipSpec(frames=self._config.frames, resolution=self._config.resolution, flip=False)
-        with data.eval_batches(
-            self._spec,
-            clip,
-            batch_size=self._batch_size,
-            max_clips=self._max_clips,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ) as batches:
-            bar = Progress(0, description="evaluate", unit="batch") if self._progress else None
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        with self._clips.batches(self._batch_size, **processes) as batches:
+            count = -(-len(self._clips) // self._batch_size)
+            bar = Progress(count, description="evaluate", unit="batch") if self._progress else None
             for batch in batches:
                 on_mesh = sharding.to_mesh({"video": batch["video"], "mask": batch["mask"]}, self._mesh)
-                values, indices, reconstruction = self._evaluate(params, on_mesh["video"])
-                mask = _everywhere(on_mesh["mask"])
-                for name, value in values.items():
-                    means[name] = means.get(name, metrics.Mean.empty()).merge(metrics.Mean.of(np.asarray(value), mask))
-                if "usage" in self._names:
-                    size = self._config.quantizer.codebook_size
-                    codes = codes or metrics.CodeStatistics.empty(self._config.num_tokens, size)
-                    codes = codes.merge(metrics.CodeStatistics.of(np.asarray(indices), size, mask))
+                values, reconstruction = self._evaluate(params, weights, on_mesh["video"])
+                mask = np.asarray(self._gather(on_mesh["mask"]))
+                clips += int(mask.sum())
+                totals = [
+                    metric.add(total, value, mask)
+                    for metric, total, value in zip(self._metrics, totals, values, strict=True)
+                ]
                 if len(examples) < EXAMPLES:
                     local = np.concatenate([np.asarray(s.data) for s in _local_shards(reconstruction)])
-                    real = int(batch["mask"].sum())
-                    examples += list(zip(batch["video"][:real], to_uint8(local[:real]), strict=True))
+                    real = batch["mask"] > 0
+                    examples += list(zip(batch["video"][real], to_uint8(local[real]), strict=True))
                 if bar:
                     bar.update()
             if bar:
                 bar.close()
-        scalars = {name: float(mean.compute()) for name, mean in means.items()}
-        clips = next((int(mean.count) for mean in means.values()), 0)
-        if codes is not None:
-            statistics = codes.compute()
-            scalars |= {name: float(statistics[name]) for name in ("usage", "perplexity", "kl_from_uniform")}
-            scalars["position_entropy"] = float(np.mean(statistics["position_entropy"]))
-        counts = None if codes is None else np.asarray(codes.counts).sum(axis=0)
-        return scalars, {"clips": clips, "code_counts": counts, "examples": np.asarray(examples[:EXAMPLES])}
-
-
-EXAMPLES = 8
+        scalars, codes = {}, None
+        if clips:
+            for metric, total in zip(self._metrics, totals, strict=True):
+                scalars |= metric.scalars(total)
+                codes = total if isinstance(metric, Usage) else codes
+        return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:
-    """[0, 1] floats (clamped here) -> uint8."""
-    return np.asarray(np.clip(np.asarray(video), 0.0, 1.0) * 255.0 + 0.5, np.uint8)
+    """[0, 1] floats (clamped here, NaN made 0) -> uint8."""
+    return np.asarray(np.clip(np.nan_to_num(np.asarray(video)), 0.0, 1.0) * 255.0 + 0.5, np.uint8)
 
 
 def _local_shards(array: jax.Array) -> list:
     """This process's pieces along the batch, each once (axes of the mesh may repeat them)."""
     pieces = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return [pieces[start] for start in sorted(pieces)]
-
-
-def _everywhere(mask: jax.Array) -> np.ndarray:
-    """A batch-sharded array as NumPy on every process."""
-    return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(mask.sharding.mesh, P()))(mask))

@@ -213,8 +213,12 @@ class CodeStatistics:
             "usage": float(codebook_usage(overall)),
             "perplexity": float(perplexity(overall)),
             "kl_from_uniform": float(kl_from_uniform(overall)),
-            "position_entropy": float(entropy(self.counts).mean()),
+            "position_entropy": float(self.position_entropy().mean()),
         }
+
+    def position_entropy(self) -> np.ndarray:
+        """Entropy in nats of the codes seen at each position, [N]."""
+        return entropy(self.counts)
 
 
 def _check_same_shape(name: str, x: Array, y: Array) -> None:

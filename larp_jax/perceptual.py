@@ -145,10 +145,7 @@ def save(
       InputError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    digests = {}
-    for source in map(pathlib.Path, sources):
-        with open(source, "rb") as file:
-            digests[source.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {source.name: _sha256(source) for source in map(pathlib.Path, sources)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +195,24 @@ def load_lpips(path: str | os.PathLike | None = None, *, dtype: Dtype = jnp.floa
 def load_i3d(path: str | os.PathLike | None = None) -> I3d:
     """I3D with its trained weights; arguments and errors as for `load_lpips`."""
     return _load("i3d", path)
+
+
+def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str | dict[str, str]]:
+    """What to write beside a number of `lpips` or `i3d`: the `sha256` of the file, and that of its `sources` by name.
+
+    Args:
+      kind: of the file.
+      path: one that `load_lpips` or `load_i3d` takes.
+    """
+    path, _ = locate(kind, path)
+    with safe_open(path, framework="np") as file:
+        sources = json.loads((file.metadata() or {}).get("sources", "{}"))
+    return {"sha256": _sha256(path), "sources": sources}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(kind: str, path: str | os.PathLike | None, **options):

@@ -5,6 +5,7 @@ parameters of single layers (tensor parallelism).
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -90,3 +91,27 @@ def to_mesh(batch: dict, mesh: Mesh) -> dict:
     """This process's rows of a batch (NumPy) as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def replicate(tree, mesh: Mesh):
+    """A pytree of arrays as whole copies on every device; each process gives all of it."""
+    # through the host, because devices of one process may not be able to reach those of another
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+
+
+def clip_by_clip(f: Callable, mesh: Mesh) -> Callable:
+    """A function of one clip as one of a batch, in the memory that one clip takes on each device.
+
+    Args:
+      f: `f(weights, *arrays)` of the arrays of one clip.
+      mesh: whose devices go through their rows of the batch, one after the other.
+
+    Returns:
+      `g(weights, *batches)` of the same with a batch axis, for use under `jax.jit`.
+    """
+
+    def rows(weights, batches):
+        return jax.lax.map(lambda arrays: f(weights, *arrays), batches)
+
+    mapped = jax.shard_map(rows, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH)
+    return lambda weights, *batches: mapped(weights, batches)

@@ -20,8 +20,8 @@ from larp_jax import checkpoint, data, sharding
 from larp_jax.config import to_dict
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import METRICS, ReconstructionEvaluator
-from larp_jax.metrics import SSIM_WINDOW
+from larp_jax.evaluators import ReconstructionEvaluator, available, own_metrics
+from larp_jax.protocols import ClipSet
 from larp_jax.steps import STAGES
 from larp_jax.writers import MetricWriter, Progress
 
@@ -179,13 +179,10 @@ class Run:
                 checkpoint.write_mean_clip(self.workdir, mean_clip)
         return ReconstructionEvaluator(
             lambda params: self.stage.module("tokenizer", params),
-            recipe.model,
-            recipe.data.eval,
+            ClipSet(recipe.data.eval, self.clip, max_clips=recipe.data.eval_clips),
             self.mesh,
+            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
             batch_size=recipe.data.batch_size,
-            max_clips=recipe.data.eval_clips,
-            names=[name for name in METRICS if name != "ssim" or recipe.model.resolution >= SSIM_WINDOW],
-            mean_clip=mean_clip,
         )
 
     def _some_clips(self, count: int) -> np.ndarray:
@@ -231,7 +228,7 @@ class Run:
         if self.evaluator is None:
             return {}
         scores, extras = self.evaluator.run(self.state.ema or self.state.params)
-        self.code_counts = extras["code_counts"]
+        self.code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
         self.writer.write_scalars(self.step, {f"eval/{name}": value for name, value in scores.items()})
         logger.info("step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and self.step > self.recipe.steps // 10:

@@ -2,7 +2,7 @@
 
 As a script it prints the table that docs/fidelity.md holds:
 
-    python tests/fidelity.py [FOLDER WITH tokenizer/, ar_class/, ar_frame_prediction/, lpips/, i3d/]
+    python tests/fidelity.py [FOLDER LIKE tests/reference]
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from network_weights import write_i3d, write_lpips
 
-from larp_jax import losses, perceptual, released
+from larp_jax import losses, metrics, perceptual, released
+from larp_jax.frechet import FeatureStatistics, frechet_distance
 from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
@@ -30,8 +31,8 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 class Deviation:
     """Of one quantity: `largest` deviation from the reference, and the `limit` for it.
 
-    `measure` says in what: `relative` to the largest magnitude of the quantity, `count` of elements that differ, or
-    `share of its limit` where every element has its own.
+    `measure` says in what: `relative` to the largest magnitude of the quantity, `absolute`, `count` of elements that
+    differ, or `share of its limit` where every element has its own.
     """
 
     name: str
@@ -185,6 +186,26 @@ def i3d_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [relative("logits", logits, io["logits"])]
 
 
+def frechet_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of a from b, from c (fewer vectors than dimensions: its covariance is singular) and from itself."""
+    io = np.load(folder / "io.npz")
+    sets = {name: FeatureStatistics.of(io[name]) for name in "abc"}
+
+    def distance(name):
+        _, (first, second), covariance = f"{name}_population".split("_")[:3]
+        return frechet_distance(sets[first], sets[second], covariance=covariance)
+
+    names = ("fd_ab_population", "fd_ab_sample", "fd_ac_population")
+    deviations = [relative(name, distance(name), io[name]) for name in names]
+    return [*deviations, Deviation("fd_aa", distance("fd_aa"), 1e-8, "absolute")]
+
+
+def psnr_ssim_deviations(folder: pathlib.Path) -> list[Deviation]:
+    io = np.load(folder / "io.npz")
+    pair = [np.moveaxis(io[name], 1, -1) for name in ("video", "reconstruction")]
+    return [relative(name, jax.jit(getattr(metrics, name))(*pair), io[name]) for name in ("psnr", "ssim")]
+
+
 def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
     """Deviations by folder of the reference."""
     return {
@@ -193,6 +214,8 @@ def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
         "ar_frame_prediction": generator_deviations(reference / "ar_frame_prediction"),
         "lpips": lpips_deviations(reference / "lpips"),
         "i3d": i3d_deviations(reference / "i3d"),
+        "frechet": frechet_deviations(reference / "frechet"),
+        "psnr_ssim": psnr_ssim_deviations(reference / "psnr_ssim"),
     }
 
 

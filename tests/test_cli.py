@@ -5,12 +5,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from network_weights import write_lpips
 from safetensors.numpy import load_file
+from test_evaluators import Stub
 
 import larp_jax
-from larp_jax import cli, doctor
+from larp_jax import cli, doctor, perceptual
+from larp_jax.checkpoint import load, write_imported
+from larp_jax.config import to_dict
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "export", "import", "benchmark", "doctor")
@@ -114,9 +119,17 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     assert "choose from 'train'" in fails(["trian"], capsys)
     assert "COMMAND" in fails([], capsys)
     assert "--checkpoint" in fails(["evaluate"], capsys)
-    assert "lpips,rfvd is not known; choose from psnr, ssim, usage" in fails(
-        [*evaluate, "--metrics=lpips,rfvd"], capsys
+    assert "fid is not known; choose from psnr, ssim, lpips, rfvd, usage, prior" in fails(
+        [*evaluate, "--metrics=psnr,fid"], capsys
     )
+    absent = str(tmp_path / "absent.safetensors")
+    for kind, metric in (("lpips", "lpips"), ("i3d", "rfvd")):
+        message = fails([*evaluate, f"--metrics={metric}", f"--{kind}", absent], capsys)
+        assert f"no weights of {kind} at {absent}" in message and f"larp-jax import --kind {kind}" in message
+    assert "defined for clips of 16x128x128, these are 8x32x32" in fails([*evaluate, "--protocol=larp_ucf101"], capsys)
+    assert "is for --protocol held_out" in fails([*evaluate, "--training-data=moving_shapes"], capsys)
+    same = [*evaluate[:-1], "moving_shapes:train", "--protocol=held_out"]
+    assert "is also in the training data moving_shapes" in fails(same, capsys)
     assert "must be at least 1" in fails([*evaluate, "--batch-size=0"], capsys)
     assert "is no number" in fails([*evaluate, "--max-clips=-1"], capsys)
     assert "has no split" in fails(["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:x"], capsys)
@@ -157,9 +170,57 @@ def test_evaluate(trained, tokenizer, tmp_path, capsys):
     assert protocol["fingerprint"] == tokenizer.fingerprint
     assert set(protocol["definitions"]) - {"clips"} == written["metrics"].keys()
 
-    assert cli.main([*arguments, "--metrics", "psnr"]) == 0
-    metrics = json.loads(output.read_text())["metrics"]
-    assert set(metrics) == {"psnr", "psnr_mean_clip"}
+    assert len(written["entropy_by_position"]) == 8
+    assert np.mean(written["entropy_by_position"]) == pytest.approx(written["metrics"]["position_entropy"])
+
+    assert cli.main([*arguments, "--metrics", "psnr", "--protocol=held_out"]) == 0
+    written = json.loads(output.read_text())
+    assert set(written["metrics"]) == {"psnr", "psnr_mean_clip"}
+    held_out = {"protocol": "held_out", "training_data": "moving_shapes", "videos_left_out_as_trained_on": 0}
+    assert held_out.items() <= written["protocol"].items()
+
+
+def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, monkeypatch):
+    weights = write_lpips(tmp_path, reference_dir)
+    lpips = str(tmp_path / "lpips.safetensors")
+    import_ = ["import", "--kind=lpips", "--source", str(weights[0]), "--heads", str(weights[1]), "--output", lpips]
+    assert cli.main(import_) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # in place of I3D, which takes no clips as short as these
+    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(perceptual, "identify", lambda kind, path, known=perceptual.identify: (
+        known(kind, path) if kind == "lpips" else {"sha256": "of a stub"}
+    ))  # fmt: skip
+    output = tmp_path / "evaluation.json"
+    arguments = ["evaluate", "--checkpoint", str(trained), "--data=moving_shapes:test", "--output", str(output)]
+    arguments += ["--lpips", lpips, "--max-clips=8"]
+    assert cli.main([*arguments, "--metrics=lpips,rfvd"]) == 0
+    assert "biased" not in capsys.readouterr().err  # more clips than the stub has features
+    written = json.loads(output.read_text())
+    assert written["metrics"].keys() == {"lpips", "rfvd"}
+    assert all(value > 0.0 for value in written["metrics"].values())
+    protocol = written["protocol"]
+    assert set(protocol["lpips"]["sources"]) == {"vgg16.safetensors", "heads.safetensors"}
+    assert len(protocol["lpips"]["sha256"]) == 64
+    wanted = {"i3d": {"sha256": "of a stub"}, "covariance": "population", "split": "test", "clips": 8}
+    assert wanted.items() <= protocol.items()
+
+    assert cli.main([*arguments, "--metrics=rfvd"]) == 0
+    assert "I3D features of 8 real clips: taken from" in capsys.readouterr().err
+    assert json.loads(output.read_text())["metrics"]["rfvd"] == written["metrics"]["rfvd"]
+
+
+def test_a_checkpoint_without_a_prior_and_one_of_nans(trained, tmp_path, capsys):
+    found = load(trained)
+    tokenizer = {"tokenizer": found.params["tokenizer"]}
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), tokenizer)
+    for name, params in (("plain", tokenizer), ("broken", broken)):
+        write_imported(tmp_path / name, to_dict(found.recipe), params)
+    evaluate = ["evaluate", "--data=moving_shapes:test", "--max-clips=8", "--checkpoint"]
+    message = _fails_last([*evaluate, str(tmp_path / "plain"), "--metrics=prior"], capsys)
+    assert "prior does not fit this checkpoint" in message
+    message = _fails_last([*evaluate, str(tmp_path / "broken"), "--metrics=psnr"], capsys)
+    assert "psnr: no finite number" in message
 
 
 def test_codebooks(trained, tokenizer, tmp_path, capsys):

@@ -19,12 +19,13 @@ LAYERS = (
     {"larp_jax"},
     {"api", "export"},
     {"evaluators", "inputs"},
-    {"writers"},
+    {"fvd"},
+    {"writers", "protocols"},
     {"steps", "data", "checkpoint"},
     {"sharding"},
     {"perceptual"},
     {"importing"},
-    {"losses", "optim", "state", "metrics", "released", "fingerprint"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet"},
     {"models"},
     {"config"},
     {"errors", "paths", "version"},
@@ -33,7 +34,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual"}
+CORE |= {"models", "config", "errors", "perceptual", "frechet"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

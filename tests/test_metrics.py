@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fidelity import psnr_ssim_deviations
 
 from larp_jax import metrics
 from larp_jax.errors import InputError
@@ -22,6 +23,12 @@ def test_psnr_and_ssim_agree_with_the_reference(pair):
     video, reconstruction, psnr, ssim = pair
     np.testing.assert_allclose(jax.jit(metrics.psnr)(video, reconstruction), psnr, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(metrics.ssim)(video, reconstruction), ssim, atol=1e-5)
+
+
+def test_the_lines_of_the_fidelity_table(reference_dir):
+    deviations = psnr_ssim_deviations(reference_dir / "psnr_ssim")
+    assert len(deviations) == 2
+    assert not [d for d in deviations if not d.within]
 
 
 def test_ssim_is_the_definition_written_out():

@@ -51,7 +51,7 @@ def test_what_a_run_leaves(trained):
     assert [row["step"] for row in rows(trained)] == [1, 2, 3, 4, 5, 6]
     assert {"train/loss", "train/loss_prior", "train/psnr", "train/learning_rate"} <= rows(trained)[0].keys()
     evaluated = rows(trained)[5]
-    assert {"eval/psnr", "eval/psnr_mean_clip", "eval/ssim", "eval/usage"} <= evaluated.keys()
+    assert {"eval/psnr", "eval/psnr_mean_clip", "eval/ssim", "eval/usage", "eval/prior_top1"} <= evaluated.keys()
     assert (trained / "media" / "00000006_reconstruction.png").exists()
     found = checkpoint.load(trained)
     assert found.recipe.model.num_tokens == 8

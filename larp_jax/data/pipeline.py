@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -101,11 +101,12 @@ def train_batches(
 
 
 def eval_batches(
-    spec: str,
+    spec: str | Source,
     clip: ClipSpec,
     *,
     batch_size: int,
     max_clips: int = 0,
+    windows: Sequence[tuple[int, int]] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -115,10 +116,11 @@ def eval_batches(
     process gets the same number of batches. A window that cannot be read is logged and counts as padding.
 
     Args:
-      spec: the data set, as `parse_spec` reads it; the split is `test` if it names none.
+      spec: the data set, as `parse_spec` reads it (the split is `test` if it names none), or already opened.
       clip: what a clip is; its `flip` is ignored.
       batch_size: clips a step over all processes.
       max_clips: at most so many, spread evenly over the videos; 0 takes all.
+      windows: (video, first frame) of the clips instead, in the order wanted.
       process_index: this host.
       process_count: of so many; divides `batch_size`.
 
@@ -133,25 +135,27 @@ def eval_batches(
     import grain
 
     rows = _LocalRows(batch_size, process_index, process_count)
-    source = open_source(spec, clip, default_split="test")
-    windows = choose_windows(source, clip, max_clips)
+    source = open_source(spec, clip, default_split="test") if isinstance(spec, str) else spec
+    windows = choose_windows(source, clip, max_clips) if windows is None else windows
     batches = -(-len(windows) // batch_size)
     clips = grain.MapDataset.range(batches * rows.local).map(_ReadWindow(source, clip, windows, rows))
     return Batches(source, _iterate(clips, rows.local, workers=0))
 
 
-def choose_windows(source: Source, clip: ClipSpec, max_clips: int = 0) -> list[tuple[int, int]]:
+def choose_windows(
+    source: Source, clip: ClipSpec, max_clips: int = 0, *, leave_out: Collection[int] = ()
+) -> list[tuple[int, int]]:
     """The (video, first frame) of the windows that evaluation reads, in their order.
 
     With fewer clips than videos, each comes from another video, out of its middle, and only those videos are looked at.
+    Videos to leave out do not count.
     """
-    if 0 < max_clips <= len(source):
-        chosen = [number * len(source) // max_clips for number in range(max_clips)]
+    videos = [index for index in range(len(source)) if index not in leave_out]
+    if 0 < max_clips <= len(videos):
+        chosen = [videos[number * len(videos) // max_clips] for number in range(max_clips)]
         starts = [window_starts(source.frames(index), clip.frames) for index in chosen]
         return [(index, start[len(start) // 2]) for index, start in zip(chosen, starts, strict=True)]
-    windows = [
-        (index, start) for index in range(len(source)) for start in window_starts(source.frames(index), clip.frames)
-    ]
+    windows = [(index, start) for index in videos for start in window_starts(source.frames(index), clip.frames)]
     if 0 < max_clips < len(windows):
         windows = [windows[number * len(windows) // max_clips] for number in range(max_clips)]
     return windows
@@ -209,7 +213,7 @@ class _DrawClip:
 class _ReadWindow:
     """Reads an evaluation clip, or a padding row after the last one."""
 
-    def __init__(self, source: Source, clip: ClipSpec, windows: list[tuple[int, int]], rows: _LocalRows):
+    def __init__(self, source: Source, clip: ClipSpec, windows: Sequence[tuple[int, int]], rows: _LocalRows):
         self._source, self._clip, self._windows, self._rows = source, clip, windows, rows
 
     def __call__(self, number: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Videos by number: those of a folder, and those of a TFDS data set in array_record format."""
 
 import concurrent.futures
+import hashlib
 import json
 import logging
 import os
@@ -62,6 +63,12 @@ class Source(Protocol):
         Raises:
           InputError: the video cannot be read, or does not reach a full clip from the start that was given.
         """
+
+    def size(self, index: int) -> int:
+        """Bytes of a video as it is stored."""
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of a video as it is stored, in hexadecimal digits."""
 
 
 def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_split: str = "train") -> Source:
@@ -155,6 +162,15 @@ class FolderSource:
         frames = self._videos[index].read(start, clip.frames, clip.resolution, exact=not drawn)
         return repeat_last(frames, clip.frames), self._labels[index]
 
+    def size(self, index):
+        """See `Source`."""
+        return self._videos[index].path.stat().st_size
+
+    def digest(self, index):
+        """See `Source`."""
+        with self._videos[index].path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The video files below a folder, by their names, sorted; links are followed, hidden files left out."""
@@ -183,6 +199,23 @@ def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list
         bar = tqdm(found, total=len(paths), desc="checking videos", unit="file", disable=len(paths) < MANY_FILES)
         results = list(bar)
     return ([r for r in results if isinstance(r, video.VideoFile)], [r for r in results if isinstance(r, tuple)])
+
+
+def digests(source: Source, indices: Iterable[int]) -> dict[int, str]:
+    """`Source.digest` of each of these videos, many at a time."""
+    indices = sorted(set(indices))
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        return dict(zip(indices, pool.map(source.digest, indices), strict=True))
+
+
+def same_videos(source: Source, other: Source) -> set[int]:
+    """Numbers of the videos of `source` that are also in `other`, byte for byte; only those of one size are read."""
+    sizes = [source.size(index) for index in range(len(source))]
+    found = [other.size(index) for index in range(len(other))]
+    common = set(sizes) & set(found)
+    theirs = set(digests(other, (index for index, size in enumerate(found) if size in common)).values())
+    ours = digests(source, (index for index, size in enumerate(sizes) if size in common))
+    return {index for index, digest in ours.items() if digest in theirs}
 
 
 def cores() -> int:
@@ -254,6 +287,14 @@ class TfdsSource:
             raise InputError(f"{self.name(index)} cannot be read ({error}); prepare the data set again") from error
         label = record[self._label].int64_list.value[0] if self._label else NO_LABEL
         return repeat_last(frames, clip.frames), label
+
+    def size(self, index):
+        """See `Source`."""
+        return len(self._records[index])
+
+    def digest(self, index):
+        """See `Source`."""
+        return hashlib.sha256(self._records[index]).hexdigest()
 
     def _read(self, index):
         from tensorflow_datasets.proto import tf_example_pb2

@@ -372,12 +372,22 @@ def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
     out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
     for target, frame in zip(out, frames, strict=True):
         width, height = scaled_size(frame.width, frame.height, resolution)
-        # Planes of green, blue and red: twice as fast as packed RGB, which would also halve the chroma's width.
-        scaled = reformatter.reformat(frame, width, height, "gbrp", interpolation=Interpolation.BILINEAR, threads=1)
-        for channel, plane in zip((1, 2, 0), scaled.planes, strict=True):
-            image = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
+        # Planes of green, blue and red: twice as fast as packed RGB, which would also halve the chroma's width. But
+        # where nothing is scaled, libswscale leaves columns after the last multiple of 16 of such planes unwritten.
+        packed = width % 16 and (width, height) == (frame.width, frame.height)
+        layout = "rgb24" if packed else "gbrp"
+        scaled = reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BILINEAR, threads=1)
+        for channel, image in enumerate(_channels(scaled, width, height)):
             target[..., channel] = centre_crop(np.rot90(image, frame.rotation // 90), resolution)
     return out
+
+
+def _channels(frame, width: int, height: int) -> list[np.ndarray]:
+    """Views [height, width] of red, green and blue, of planes (green, blue, red) or of packed pixels."""
+    rows = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height] for plane in frame.planes]
+    if len(rows) == 1:
+        return list(np.moveaxis(rows[0][:, : 3 * width].reshape(height, width, 3), -1, 0))
+    return [rows[i][:, :width] for i in (2, 0, 1)]
 
 
 def _checked_image(image: np.ndarray | None, what: str) -> np.ndarray:

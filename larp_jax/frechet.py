@@ -1,0 +1,176 @@
+"""Frechet distance between sets of feature vectors, from statistics that merge (METHOD 5; Heusel et al. 2017).
+
+Everything is on the host in float64: a sum of squares in float32 would round away what distinguishes two sets.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from larp_jax.errors import InputError
+
+COVARIANCES = ("population", "sample")  # scatter divided by n, or by n - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """Number, mean and scatter of feature vectors; those of a union follow from those of its parts.
+
+    The scatter is about the mean, so nothing cancels however far the features lie from zero.
+
+    Attributes:
+      count: how many vectors.
+      mean: [D] float64.
+      scatter: [D, D] float64, the sum of (x - mean) (x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def empty(cls, dimension: int) -> Self:
+        """Of nothing yet."""
+        return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
+
+    @classmethod
+    def of(cls, features: np.ndarray, mask: np.ndarray | None = None) -> Self:
+        """Of features [B, D].
+
+        Args:
+          features: any float dtype.
+          mask: [B], 1 for what is real and 0 for padding, whose features (NaN even) are not read.
+
+        Raises:
+          InputError: a feature that counts is NaN or infinite.
+        """
+        features = np.asarray(features, np.float64)
+        if mask is not None:
+            features = features[np.asarray(mask, bool)]
+        wrong = int((~np.isfinite(features)).any(axis=1).sum())
+        if wrong:
+            raise InputError(
+                f"features of {wrong} of {len(features)} clips are NaN or infinite, and so would their Frechet distance"
+                " be; look for NaN in the videos, and in the weights that made them"
+            )
+        if not len(features):
+            return cls.empty(features.shape[1])
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: Self) -> Self:
+        """Of both (Chan et al. 1983).
+
+        Raises:
+          InputError: the features differ in dimension.
+        """
+        _check_same_dimension(self, other)
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        difference = other.mean - self.mean
+        between = np.outer(difference, difference) * (self.count * other.count / count)
+        return FeatureStatistics(
+            count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between
+        )
+
+    def covariance(self, kind: str = "population") -> np.ndarray:
+        """[D, D] float64.
+
+        Args:
+          kind: of `COVARIANCES`.
+
+        Raises:
+          InputError: the kind is unknown, or there are too few vectors for it: none, or one for `sample`.
+        """
+        if kind not in COVARIANCES:
+            raise InputError(f"covariance={kind!r} is not known; choose {' or '.join(COVARIANCES)}")
+        if not self.count:
+            raise InputError("there is no clip to compute a Frechet distance of; give at least one")
+        if kind == "sample" and self.count == 1:
+            raise InputError("one clip has no sample covariance; give at least 2, or take the population covariance")
+        return self.scatter / (self.count - (kind == "sample"))
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None) -> None:
+        """Writes an npz file under a temporary name, then renames it: nobody ever reads a part. Makes the folder.
+
+        Args:
+          path: the file.
+          metadata: JSON values to keep beside the numbers.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = np.frombuffer(json.dumps(dict(metadata or {}), sort_keys=True).encode(), np.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, count=np.int64(self.count), mean=self.mean, scatter=self.scatter, metadata=text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple[Self, dict[str, Any]]:
+        """What `save` wrote: statistics and metadata.
+
+        Raises:
+          InputError: the file is missing or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                count, mean, scatter = int(file["count"]), file["mean"], file["scatter"]
+                metadata = json.loads(file["metadata"].tobytes())
+            if mean.ndim != 1 or scatter.shape != 2 * mean.shape or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
+                raise ValueError(f"arrays of shapes {mean.shape} and {scatter.shape}")
+        except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{path} holds no sound feature statistics ({reason}); delete it") from None
+        return cls(count, mean, scatter), metadata
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, covariance: str = "population") -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
+
+    Singular covariances, as fewer clips than features give, need nothing added to them: roots come from symmetric
+    eigendecompositions, and the trace of the last root is the sum of the singular values of C_a^1/2 C_b^1/2. (Of the
+    eigenvalues of C_a C_b, whose rounding errors a root would blow up to 1e-8, nothing is seen.)
+
+    Args:
+      a, b: of features of one dimension.
+      covariance: of `COVARIANCES`; the released code of LARP takes `population`.
+
+    Returns:
+      At least 0.
+
+    Raises:
+      InputError: the dimensions differ, or a set is too small for its covariance.
+    """
+    _check_same_dimension(a, b)
+    (values_a, vectors_a), (values_b, vectors_b) = (_eigen(x.covariance(covariance)) for x in (a, b))
+    root = (vectors_a * np.sqrt(values_a)).T @ (vectors_b * np.sqrt(values_b))
+    overlap = np.linalg.svd(root, compute_uv=False).sum()
+    distance = np.square(a.mean - b.mean).sum() + values_a.sum() + values_b.sum() - 2.0 * overlap
+    return max(0.0, float(distance))
+
+
+def _eigen(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, those that are zero but for rounding set to it, and eigenvectors in columns."""
+    values, vectors = np.linalg.eigh(covariance)
+    rounding = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return np.where(values > rounding, values, 0.0), vectors
+
+
+def _check_same_dimension(a: FeatureStatistics, b: FeatureStatistics) -> None:
+    if a.mean.shape != b.mean.shape:
+        raise InputError(
+            f"features of dimension {len(a.mean)} and {len(b.mean)} cannot be compared; compute both with one network"
+        )

@@ -1,0 +1,204 @@
+"""Which clips a number is of: the rules by which published and held-out evaluations choose them, by name."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import random
+from typing import Any
+
+from larp_jax import data
+from larp_jax.data.clips import last_start
+from larp_jax.data.pipeline import choose_windows
+from larp_jax.data.sources import digests, same_videos
+from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A rule that chooses clips of a data set. docs/evaluation.md says of each what it is.
+
+    Attributes:
+      split: of a TFDS data set whose spec names none; with `fixed`, the only one allowed.
+      clips: `windows` takes the consecutive windows of every video that do not overlap, `one_of_each` one clip of every
+        video, from a random first frame.
+      count: so many full windows, drawn at random without replacement and in the order drawn; 0 takes all windows.
+      seed: of what is drawn.
+      clip: [T, H, W] that it is defined for; None for any.
+      videos: how many the list has that it is defined for; 0 for any.
+      fvd_resolution: side of the squares that frames are resized to before I3D resizes them again; 0 for no such step.
+      covariance: of the Frechet distance.
+      fixed: whether the choice is all there is to it: neither another split nor fewer clips bear its name.
+      held_out: whether videos that are also in the training data are left out.
+    """
+
+    split: str = "test"
+    clips: str = "windows"
+    count: int = 0
+    seed: int = 42
+    clip: tuple[int, int, int] | None = None
+    videos: int = 0
+    fvd_resolution: int = 0
+    covariance: str = "population"
+    fixed: bool = False
+    held_out: bool = False
+
+
+# For evaluating tokenizers.
+RECONSTRUCTION = {
+    "held_out": Protocol(held_out=True),
+    "larp_ucf101": Protocol(split="train", clips="one_of_each", clip=(16, 128, 128), videos=9537, fixed=True),
+}
+# For evaluating generators.
+GENERATION = {
+    "larp_ucf101_generation": Protocol(split="train", count=10_000, clip=(16, 128, 128), videos=9537, fixed=True),
+    "larp_k600_prediction": Protocol(
+        split="validation", count=50_000, clip=(16, 128, 128), videos=29_739, fvd_resolution=64, fixed=True
+    ),
+}
+
+
+class ClipSet:
+    """The clips of a data set that an evaluation counts, opened once and read as often as wanted.
+
+    Args:
+      spec: the data set.
+      clip: length and size of the clips.
+      protocol: chooses them; by default all windows of the split `test`.
+      name: of the protocol, for messages and records.
+      max_clips: at most so many, spread over the data set; 0 for all.
+      training: the data set that a `held_out` protocol leaves out.
+
+    Attributes:
+      clip: as given.
+      protocol: as given.
+      source: the data set, opened.
+      windows: (video, first frame) of each clip.
+
+    Raises:
+      InputError: the data set cannot be opened, does not fit the protocol, or has no clip left.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        clip: data.ClipSpec,
+        protocol: Protocol | None = None,
+        *,
+        name: str = "",
+        max_clips: int = 0,
+        training: str = "",
+    ):
+        self.clip, self.protocol = clip, protocol or Protocol()
+        self._spec, self._name, self._max_clips = data.parse_spec(spec), name, max_clips
+        self._check()
+        self.source = data.open_source(self._spec, clip, default_split=self.protocol.split)
+        self._left_out = self._trained_on(training) if self.protocol.held_out else set()
+        self._training = training
+        self.windows = self._choose()
+        wanted = self.protocol.videos
+        if wanted not in (0, len(self.source)):
+            logger.warning(
+                "protocol %s is of %d videos, data %s has %d: the numbers compare with no others",
+                name,
+                wanted,
+                self._spec,
+                len(self.source),
+            )
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batches(self, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> data.Batches:
+        """What `larp_jax.data.eval_batches` gives of the clips; `batch_size` is that over all processes."""
+        return data.eval_batches(
+            self.source,
+            self.clip,
+            batch_size=batch_size,
+            windows=self.windows,
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of what the clips hold: of their videos as they are stored, their first frames and their size."""
+        videos = digests(self.source, (video for video, _ in self.windows))
+        content = [(videos[video], start) for video, start in self.windows]
+        return hashlib.sha256(json.dumps([self.clip.frames, self.clip.resolution, content]).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What to write beside a number, ready for JSON."""
+        protocol = self.protocol
+        choice = "consecutive windows that do not overlap, of every video"
+        if protocol.clips == "one_of_each":
+            choice = "one clip of every video, from a random first frame"
+        elif protocol.count:
+            choice = f"{protocol.count} drawn without replacement of the {choice}"
+        elif self._max_clips:
+            choice = f"at most {self._max_clips}, spread over the {choice}"
+        drawn = protocol.clips == "one_of_each" or protocol.count
+        described = {
+            "protocol": self._name or None,
+            "data": str(self._spec),
+            "split": None if self._spec.kind == "folder" else self._spec.split or protocol.split,
+            "windows": choice,
+            "seed": protocol.seed if drawn else None,
+            "videos": len(self.source),
+            "clips_chosen": len(self),
+            "max_clips": self._max_clips,
+            "frames": self.clip.frames,
+            "resolution": self.clip.resolution,
+        }
+        if protocol.held_out:
+            described |= {"training_data": self._training, "videos_left_out_as_trained_on": len(self._left_out)}
+        if protocol.videos:
+            described["videos_of_the_protocol"] = protocol.videos
+        return described
+
+    def _check(self) -> None:
+        protocol, name, spec = self.protocol, self._name, self._spec
+        shape = self.clip.shape[:3]
+        if protocol.clip and protocol.clip != shape:
+            wanted, found = ("x".join(map(str, sizes)) for sizes in (protocol.clip, shape))
+            raise InputError(f"protocol {name} is defined for clips of {wanted}, these are {found}; choose another")
+        if protocol.fixed and spec.split not in ("", protocol.split):
+            raise InputError(
+                f"protocol {name} is of the split {protocol.split}, data {spec} names another; leave the split out"
+            )
+        if protocol.fixed and self._max_clips:
+            raise InputError(f"protocol {name} fixes the clips; leave out the protocol, or --max-clips")
+
+    def _trained_on(self, training: str) -> set[int]:
+        needed = f"protocol {self._name} leaves out what was trained on, and needs the training data for it"
+        if not training:
+            raise InputError(f"{needed}, which the checkpoint does not name: add --training-data SPEC")
+        try:
+            trained = data.open_source(training, self.clip)
+        except InputError as error:
+            raise InputError(f"{needed}, which cannot be opened ({error}); add --training-data SPEC") from error
+        same = same_videos(self.source, trained)
+        if len(same) == len(self.source):
+            raise InputError(
+                f"protocol {self._name}: every video of {self._spec} is also in the training data {training}; give"
+                " --data that was held out"
+            )
+        return same
+
+    def _choose(self) -> list[tuple[int, int]]:
+        protocol = self.protocol
+        draw = random.Random(protocol.seed)
+        if protocol.clips == "one_of_each":
+            lasts = (last_start(self.source.frames(video), self.clip.frames) for video in range(len(self.source)))
+            return [(video, draw.randint(0, last)) for video, last in enumerate(lasts)]
+        windows = choose_windows(self.source, self.clip, self._max_clips, leave_out=self._left_out)
+        if not protocol.count:
+            return windows
+        windows = [(video, start) for video, start in windows if start + self.clip.frames <= self.source.frames(video)]
+        if protocol.count > len(windows):
+            raise InputError(
+                f"protocol {self._name} draws {protocol.count} windows, data {self._spec} has {len(windows)}; give the"
+                " whole list"
+            )
+        return draw.sample(windows, protocol.count)
