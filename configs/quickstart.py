@@ -33,6 +33,8 @@ def get_config():
     config.prior.size = "XXS"
     config.prior.width, config.prior.depth, config.prior.heads = 64, 2, 2
     config.loss.reconstruction = "l2"
+    config.loss.perceptual = "none"  # its weights are a download; see larp-jax doctor
+    config.loss.adversarial_weight = 0.0
 
     optim = config.optim
     optim.learning_rate = 1e-3
