@@ -150,7 +150,10 @@ def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array, key: jax.Arr
     if kind == "ns_smooth":
         noise = 0.15 * jnp.abs(jax.random.normal(key, (2, *real.shape)))
         real_target, fake_target = jnp.maximum(1.0 - noise[0], 0.7), jnp.minimum(noise[1], 0.3)
-    cross_entropy = lambda logits, target: jnp.mean(jax.nn.softplus(logits) - target * logits)  # noqa: E731
+
+    def cross_entropy(logits, target):
+        return jnp.mean(target * jax.nn.softplus(-logits) + (1.0 - target) * jax.nn.softplus(logits))
+
     return cross_entropy(real, real_target) + cross_entropy(fake, fake_target)
 
 

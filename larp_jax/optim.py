@@ -55,7 +55,9 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     return _adam(config, learning_rate(config, steps), config.multipliers)
 
 
-def make_discriminator_optimizer(config: OptimConfig, steps: int, *, start: int, every: int) -> optax.GradientTransformation:
+def make_discriminator_optimizer(
+    config: OptimConfig, steps: int, *, start: int, every: int
+) -> optax.GradientTransformation:
     """Adam for the discriminator, which learns on the multiples of `every` from `start` on; its rate is the step's."""
     rate = learning_rate(config, steps, config.discriminator_learning_rate)
     first = -(-start // every) * every

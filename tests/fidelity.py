@@ -2,7 +2,7 @@
 
 As a script it prints the table that docs/fidelity.md holds:
 
-    python tests/fidelity.py [FOLDER WITH tokenizer/, discriminator/, training/, ar_class/, ar_frame_prediction/, lpips/, i3d/]
+    python tests/fidelity.py [FOLDER WITH tokenizer/, discriminator/, training/, ar_class/, ...]
 """
 
 import dataclasses

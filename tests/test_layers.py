@@ -24,7 +24,7 @@ LAYERS = (
     {"sharding"},
     {"perceptual"},
     {"importing"},
-    {"losses", "optim", "state", "metrics", "released", "fingerprint"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint", "flops"},
     {"models"},
     {"config"},
     {"errors", "paths", "version"},
@@ -33,7 +33,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual"}
+CORE |= {"models", "config", "errors", "perceptual", "flops"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

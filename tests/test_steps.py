@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from larp_jax import losses, optim, sharding
 from larp_jax.config import (
@@ -22,10 +24,12 @@ from larp_jax.config import (
     TransformerConfig,
 )
 from larp_jax.errors import InputError
+from larp_jax.models.lpips import Lpips
 from larp_jax.steps import TokenizerStage
 
 RECIPE = TokenizerRecipe(
     steps=20,
+    log_every=2,
     model=TokenizerConfig(
         size="larp_s",
         frames=4,
@@ -50,8 +54,8 @@ def video(step):
     return rng.integers(0, 256, (8, *RECIPE.model.clip_shape), dtype=np.uint8)
 
 
-def run(recipe, shape, steps=4, frozen=None):
-    """Losses of some steps, and the last state, on a mesh."""
+def run(recipe, shape, steps=4, watch=lambda state: None):
+    """Losses of some steps, and the last state, on a mesh; `watch` is called with each state."""
     stage = TokenizerStage(recipe)
     count = int(np.prod(shape))
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), jax.devices()[:count])
@@ -64,7 +68,8 @@ def run(recipe, shape, steps=4, frozen=None):
         )
         logs = []
         for i in range(steps):
-            state, log = step(state, sharding.to_mesh({"video": video(i)}, mesh), jax.random.key(1), frozen or {})
+            watch(jax.device_get(state))
+            state, log = step(state, sharding.to_mesh({"video": video(i)}, mesh), jax.random.key(1), {})
             logs.append({name: float(value) for name, value in log.items()})
     assert step._cache_size() == 1  # the discriminator's turn is no second program
     return logs, state
@@ -72,7 +77,10 @@ def run(recipe, shape, steps=4, frozen=None):
 
 @functools.cache
 def on_one_device():
-    return run(RECIPE, (1, 1, 1))
+    """The logs, and the states before and after each step."""
+    states = []
+    logs, state = run(RECIPE, (1, 1, 1), watch=states.append)
+    return logs, [*states, jax.device_get(state)]
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -103,13 +111,11 @@ def assert_moments_lie_with_their_parameters(state):
 
 
 def test_average_of_weights_trails_them():
-    _, state = on_one_device()
-    assert state.ema.keys() == {"tokenizer", "prior"}
-    _, one = run(RECIPE, (1, 1, 1), steps=1)
-    start = TokenizerStage(RECIPE).init(jax.random.key(0)).params
+    _, (start, one, *_, last) = on_one_device()
+    assert last.ema.keys() == {"tokenizer", "prior"}
     leaf = lambda tree: np.asarray(tree["tokenizer"]["encoder"]["queries"]["table"])  # noqa: E731
-    np.testing.assert_allclose(leaf(one.ema), 0.9 * leaf(start) + 0.1 * leaf(one.params), rtol=1e-5)
-    assert not np.allclose(leaf(state.ema), leaf(state.params))
+    np.testing.assert_allclose(leaf(one.ema), 0.9 * leaf(start.params) + 0.1 * leaf(one.params), rtol=1e-5)
+    assert not np.allclose(leaf(last.ema), leaf(last.params))
 
 
 def test_every_term_is_logged_and_the_total_is_their_weighted_sum():
@@ -122,17 +128,18 @@ def test_every_term_is_logged_and_the_total_is_their_weighted_sum():
 
 
 def test_the_discriminator_starts_and_takes_its_turns():
-    logs, state = on_one_device()
+    logs, states = on_one_device()
     assert [log["loss_adversarial"] != 0.0 for log in logs] == [False, True, True, True]
     assert [log["loss_discriminator"] != 0.0 for log in logs] == [False, False, True, True]
     for name in ("loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real"):
         assert logs[2][name] == logs[3][name], name  # of the last turn
     for side in ("real", "fake"):
         np.testing.assert_allclose(logs[2][f"lecam_{side}"], 0.001 * logs[2][f"logits_{side}"], rtol=1e-4)
-    start = TokenizerStage(RECIPE).init(jax.random.key(0)).params["discriminator"]
-    # the first turn is Adam's first step, of the rate at step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of it
-    change = np.abs(state.params["discriminator"]["head"]["kernel"] - start["head"]["kernel"])
-    np.testing.assert_allclose(change, 3e-5 * 0.406, rtol=0.02)
+    heads = [state.params["discriminator"]["head"]["kernel"] for state in states]
+    changes = [np.abs(after - before) for before, after in itertools.pairwise(heads)]
+    assert [change.any() for change in changes] == [False, False, True, False]
+    # its turn is Adam's first step, at the rate of step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of the full one
+    np.testing.assert_allclose(changes[2], 3e-5 * 0.406, rtol=0.05)
 
 
 PLAIN = dataclasses.replace(
@@ -150,7 +157,8 @@ def test_a_batch_in_parts_gives_what_the_whole_gives():
         for name in whole[i].keys() - {"loss_lecam", "ssim"}:  # LeCam's relu is of means over what is seen at once
             np.testing.assert_allclose(parts[i][name], whole[i][name], rtol=2e-5, atol=1e-6, err_msg=name)
     # Adam's first steps are the sign of the gradient, which rounding decides where it is zero
-    close = jax.tree.map(lambda x, y: np.mean(np.abs(np.asarray(x) - y) < 1e-5), state.params, jax.device_get(other.params))
+    state, other = jax.device_get((state.params, other.params))
+    close = jax.tree.map(lambda x, y: np.mean(np.abs(x - y) < 1e-5), state, other)
     assert np.mean(jax.tree.leaves(close)) > 0.99
 
 
@@ -160,17 +168,17 @@ def test_perceptual_weights_are_an_argument_and_frames_may_be_drawn():
     )
     stage = TokenizerStage(recipe)
     assert jax.eval_shape(stage.init, jax.random.key(0)).params.keys() == {"tokenizer"}
-    keys = iter(jax.random.split(jax.random.key(3), 100))
-    frozen = jax.tree.map(lambda s: 0.05 * jnp.abs(jax.random.normal(next(keys), s.shape)), stage.frozen_shapes())
+    frozen = {"lpips": nnx.to_pure_dict(nnx.state(Lpips(rngs=nnx.Rngs(0)), nnx.Param))}
+    assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, stage.frozen_shapes())
     step, state, batch = jax.jit(stage.train_step), jax.jit(stage.init)(jax.random.key(0)), {"video": video(0)}
     _, log = step(state, batch, jax.random.key(1), frozen)
     total = log["loss_reconstruction"] + 0.1 * log["loss_quantizer"] + 2.0 * log["loss_perceptual"]
     np.testing.assert_allclose(log["loss"], total, rtol=1e-5)
     assert log["loss_perceptual"] > 0
     _, blind = step(state, batch, jax.random.key(1), jax.tree.map(jnp.zeros_like, frozen))
-    assert blind["loss_perceptual"] == 0 and blind["grad_norm"] < log["grad_norm"]
+    assert blind["loss_perceptual"] == 0 and blind["grad_norm"] != log["grad_norm"]
     _, other = step(state, batch, jax.random.key(2), frozen)
-    assert other["loss_reconstruction"] != log["loss_reconstruction"]
+    assert other["loss_perceptual"] != log["loss_perceptual"]  # of another frame
 
 
 def test_perceptual_loss_is_the_mean_over_frames_and_knows_its_gradient():
@@ -193,7 +201,7 @@ def test_smoothed_targets_stay_within_their_bounds():
 
 
 def test_ssim_is_logged_in_logged_steps_only():
-    logs, _ = run(dataclasses.replace(RECIPE, log_every=2), (1, 1, 1))
+    logs, _ = on_one_device()
     assert [np.isfinite(log["ssim"]) for log in logs] == [False, True, False, True]
 
 
