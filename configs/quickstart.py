@@ -31,6 +31,8 @@ def get_config():
     config.prior.width, config.prior.depth, config.prior.heads = 64, 2, 2
     config.loss.reconstruction = "l2"
     config.loss.prior_weight = 0.01  # squared differences are small numbers, which 0.06 would outweigh
+    config.loss.perceptual = "none"  # its weights are a download; see larp-jax doctor
+    config.loss.adversarial_weight = 0.0
 
     optim = config.optim
     optim.learning_rate = 5e-4

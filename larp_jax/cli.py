@@ -201,9 +201,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub = command(
         _benchmark,
         "measure throughput",
-        "data --config configs/quickstart.py --output data.json",
+        "train --config configs/quickstart.py --output train.json",
     )
-    sub.add_argument("what", choices=("data",), help="training batches, read with nothing else running")
+    sub.add_argument(
+        "what", choices=("train", "data"),
+        help="the training step on synthetic clips, or training batches, read with nothing else running",
+    )  # fmt: skip
     needs_config(sub)
     sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
@@ -540,13 +543,16 @@ def _benchmark(arguments):
     from larp_jax import benchmark, data, writers
 
     recipe = _load_recipe(arguments)
-    result = benchmark.benchmark_data(
-        recipe.data.train,
-        data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
-        batch_size=recipe.data.batch_size,
-        workers=recipe.data.workers,
-        seconds=arguments.seconds,
-    )
+    if arguments.what == "train":
+        result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    else:
+        result = benchmark.benchmark_data(
+            recipe.data.train,
+            data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+            batch_size=recipe.data.batch_size,
+            workers=recipe.data.workers,
+            seconds=arguments.seconds,
+        )
     print(benchmark.format_table(result))
     if arguments.output:
         writers.write_json(arguments.output, result)

@@ -297,15 +297,57 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(TransformerConfig):
+    """The transformer that judges whole clips (METHOD 3), the published size by default."""
+
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    patch_frames: int = 4
+    patch_size: int = 8
+
+    def __post_init__(self):
+        self.check("discriminator")
+        for name in ("patch_frames", "patch_size"):
+            _require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width)."""
+        return self.patch_frames, self.patch_size, self.patch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior."""
+    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior.
+
+    `adversarial_weight` 0 trains without a discriminator. Otherwise `adversarial` names the losses of both sides, from
+    step `adversarial_start` on the tokenizer hears the discriminator, and on every multiple of `discriminator_every`
+    from there the discriminator learns. `lecam_weight` acts squared, as in the released code.
+    `perceptual` is `none`, `lpips` for the weights where `larp-jax doctor` looks for them, or the path of that file;
+    `perceptual_frames` above 0 compares so many frames a step, drawn anew, instead of all.
+    """
 
     reconstruction: str = "l1"
     quantizer_weight: float = 0.1
     prior_weight: float = 0.06
+    perceptual: str = "lpips"
+    perceptual_weight: float = 1.0
+    perceptual_frames: int = 0
+    adversarial: str = "ns_smooth"
+    adversarial_weight: float = 0.3
+    adversarial_start: int = 0
+    discriminator_every: int = 5
+    lecam_weight: float = 0.001
+    r1_weight: float = 0.0
 
     def __post_init__(self):
         _one_of("loss.reconstruction", self.reconstruction, ("l1", "l2"))
+        _one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
+        _require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got nothing")
+        _require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
+        for name in ("adversarial_weight", "adversarial_start", "lecam_weight", "r1_weight", "perceptual_frames"):
+            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,9 +357,11 @@ class OptimConfig:
     The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
     `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
     matches counts; 0 freezes. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
+    The discriminator has an Adam of its own that differs in nothing but the rate.
     """
 
     learning_rate: float = 1e-4
+    discriminator_learning_rate: float = 3e-5
     multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
     b1: float = 0.5
     b2: float = 0.9
@@ -327,7 +371,8 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "discriminator_learning_rate"):
+            _require(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
         _require(0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), got {self.ema_decay}")
 
 
@@ -377,7 +422,8 @@ class TokenizerRecipe:
     """A stage-1 run.
 
     `precision` is that of the computation; parameters, quantiser and losses are float32. `remat` is what the backward
-    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `data_init_clips` above 0 starts the
+    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `accumulate` above 1 takes a batch in so
+    many parts, one after the other, which needs so much less memory. `data_init_clips` above 0 starts the
     tokenizer from so many clips (see `larp_jax.models.data_init`). Checkpoints: every `save_every` steps, the newest
     `keep` stay, and the one with the best `best_metric` of an evaluation.
     """
@@ -387,9 +433,11 @@ class TokenizerRecipe:
     steps: int = 500_000
     precision: str = "float32"
     remat: str = "none"
+    accumulate: int = 1
     data_init_clips: int = 0
     model: TokenizerConfig = TokenizerConfig()
     prior: PriorConfig = PriorConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -403,8 +451,16 @@ class TokenizerRecipe:
     def __post_init__(self):
         _one_of("precision", self.precision, ("float32", "bfloat16"))
         _one_of("remat", self.remat, ("none", "block", "dots"))
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.data.batch_size % self.accumulate == 0,
+            f"data.batch_size={self.data.batch_size} does not split into accumulate={self.accumulate} parts",
+        )
+        _require(
+            self.loss.perceptual_frames <= self.model.frames,
+            f"loss.perceptual_frames={self.loss.perceptual_frames} is more than the {self.model.frames} of a clip",
+        )
         _require(
             not (self.loss.prior_weight and self.model.quantizer.kind == "kl"),
             "loss.prior_weight needs codes, which model.quantizer.kind='kl' has none of; set it to 0",

@@ -132,3 +132,68 @@ def replace_next(latents: jax.Array, mask: jax.Array, sampled: jax.Array, codebo
     vectors = jax.lax.stop_gradient(codebook)[sampled[:, :-1]]
     later = jnp.where(mask[:, :-1, None], vectors, latents[:, 1:])
     return jnp.concatenate([latents[:, :1], later], axis=1)
+
+
+def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """What the discriminator minimises, a scalar, from its logits [B] of real clips and of reconstructions.
+
+    Args:
+      kind: `ns` (binary cross-entropy against 1 and 0), `ns_smooth` (against targets drawn below 1 and above 0) or
+        `hinge`.
+      real: logits.
+      fake: logits.
+      key: of the targets of `ns_smooth`.
+    """
+    if kind == "hinge":
+        return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
+    real_target, fake_target = 1.0, 0.0
+    if kind == "ns_smooth":
+        noise = 0.15 * jnp.abs(jax.random.normal(key, (2, *real.shape)))
+        real_target, fake_target = jnp.maximum(1.0 - noise[0], 0.7), jnp.minimum(noise[1], 0.3)
+
+    def cross_entropy(logits, target):
+        return jnp.mean(target * jax.nn.softplus(-logits) + (1.0 - target) * jax.nn.softplus(logits))
+
+    return cross_entropy(real, real_target) + cross_entropy(fake, fake_target)
+
+
+def adversarial_loss(kind: str, fake: jax.Array) -> jax.Array:
+    """What the tokenizer minimises, a scalar, from the logits [B] of its reconstructions: METHOD's `g_loss`."""
+    return -jnp.mean(fake) if kind == "hinge" else jnp.mean(jax.nn.softplus(-fake))
+
+
+def lecam_loss(real: jax.Array, fake: jax.Array, real_ema: jax.Array, fake_ema: jax.Array) -> jax.Array:
+    """LeCam regularisation (Tseng et al. 2021) of logits [B] against running means of earlier ones, a scalar."""
+    above = jax.nn.relu(jnp.mean(real) - fake_ema)
+    below = jax.nn.relu(real_ema - jnp.mean(fake))
+    return jnp.square(above) + jnp.square(below)
+
+
+def r1_penalty(discriminator: Callable, video: jax.Array) -> jax.Array:
+    """Squared norm of each logit's gradient with respect to its real clip [B, T, H, W, C], mean over clips."""
+    gradient = jax.grad(lambda x: discriminator(x).sum())(video)
+    return jnp.mean(jnp.sum(jnp.square(gradient), axis=(1, 2, 3, 4)))
+
+
+def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean perceptual distance of frames, and its gradient with respect to the reconstruction.
+
+    Each frame's gradient is taken as soon as its distance is known: the features of one frame a clip are held at a
+    time, and none are computed twice.
+
+    Args:
+      distance: of frames [B, H, W, C] from others, [B].
+      video: [B, T, H, W, C].
+      reconstruction: as video.
+
+    Returns:
+      A scalar, and an array like the reconstruction.
+    """
+
+    def compare(frames):
+        truth, guess = frames
+        return jax.value_and_grad(lambda x: distance(truth, x).mean())(guess)
+
+    frames = tuple(jnp.moveaxis(x, 1, 0) for x in (video, reconstruction))
+    distances, gradients = jax.lax.map(compare, frames)
+    return distances.mean(), jnp.moveaxis(gradients, 0, 1) / video.shape[1]

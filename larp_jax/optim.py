@@ -12,12 +12,16 @@ from larp_jax.paths import path_name
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def learning_rate(config: OptimConfig, steps: int) -> Schedule:
-    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step."""
-    low = config.learning_rate * config.floor
+def learning_rate(config: OptimConfig, steps: int, rate: float | None = None) -> Schedule:
+    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step.
+
+    `rate` is that of the tokenizer unless given.
+    """
+    rate = config.learning_rate if rate is None else rate
+    low = rate * config.floor
     return optax.warmup_cosine_decay_schedule(
-        init_value=low if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
+        init_value=low if config.warmup_steps else rate,
+        peak_value=rate,
         warmup_steps=config.warmup_steps,
         decay_steps=max(steps, config.warmup_steps + 1),
         end_value=low,
@@ -48,9 +52,22 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
+    return _adam(config, learning_rate(config, steps), config.multipliers)
+
+
+def make_discriminator_optimizer(
+    config: OptimConfig, steps: int, *, start: int, every: int
+) -> optax.GradientTransformation:
+    """Adam for the discriminator, which learns on the multiples of `every` from `start` on; its rate is the step's."""
+    rate = learning_rate(config, steps, config.discriminator_learning_rate)
+    first = -(-start // every) * every
+    return _adam(config, lambda updates: rate(first + every * updates), {})
+
+
+def _adam(config: OptimConfig, rate: Schedule, multipliers: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
-        scale_by_path(config.multipliers),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        scale_by_path(multipliers),
+        optax.scale_by_learning_rate(rate),
     )

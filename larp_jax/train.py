@@ -28,9 +28,9 @@ from larp_jax.writers import MetricWriter, Progress
 logger = logging.getLogger(__name__)
 
 MEAN_CLIP_CLIPS = 256
-MAY_CHANGE = ("steps", "log_every", "eval_every", "save_every", "keep", "mesh", "remat", "data.eval", "data.workers",
-              "data.eval_clips")  # fmt: skip
-SHOWN = ("loss", "loss_reconstruction", "loss_prior", "psnr", "perplexity")
+MAY_CHANGE = ("steps", "log_every", "eval_every", "save_every", "keep", "mesh", "remat", "accumulate", "data.eval",
+              "data.workers", "data.eval_clips")  # fmt: skip
+SHOWN = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
 
 
 class Stopped(Exception):
@@ -59,7 +59,7 @@ def train(recipe, workdir: str | os.PathLike) -> dict[str, float]:
     if recipe.stage not in STAGES:
         raise InputError(f"stage {recipe.stage!r} cannot be trained by this version; choose {', '.join(STAGES)}")
     mesh = sharding.make_mesh(recipe.mesh)
-    sharding.check_batch(recipe.data.batch_size, mesh)
+    sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     with jax.set_mesh(mesh), StopRequest() as stop:
         return Run(recipe, pathlib.Path(workdir), mesh, stop).loop()
 
@@ -72,8 +72,9 @@ class Run:
         self.stage = STAGES[recipe.stage](recipe)
         self.key = jax.random.key(recipe.seed)
         shapes = jax.eval_shape(self.stage.init, self.key)
-        placement = sharding.state_shardings(shapes, self.stage.optimizer, mesh)
+        placement = sharding.state_shardings(shapes, mesh)
         replicated = sharding.replicated(mesh)
+        self.frozen = jax.device_put(self.stage.frozen(), replicated)
         self.train_step = jax.jit(
             self.stage.train_step, donate_argnums=0, out_shardings=(placement, replicated)
         )
@@ -133,7 +134,7 @@ class Run:
                     if done or stopping:
                         break
                     batch = sharding.to_mesh({"video": next(batches)["video"]}, self.mesh)
-                    self.state, logs = self.train_step(self.state, batch, self.key)
+                    self.state, logs = self.train_step(self.state, batch, self.key, self.frozen)
                     self.step += 1
                     self._write(pending, progress)
                     pending = (self.step, logs)

@@ -25,7 +25,7 @@ LAYERS = (
     {"sharding"},
     {"perceptual"},
     {"importing"},
-    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops"},
     {"models"},
     {"config"},
     {"errors", "paths", "version"},
@@ -34,7 +34,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual", "frechet"}
+CORE |= {"models", "config", "errors", "perceptual", "frechet", "flops"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 
