@@ -79,9 +79,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """`InputError` where the batch does not split evenly over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if batch_size % parts:
         raise InputError(f"data.batch_size={batch_size} does not split over data x fsdp = {parts} devices")
 
