@@ -1,4 +1,4 @@
-"""Sampling: what the authors' sampler gives, the same from every batch, mesh and program, and nothing but the program."""
+"""Sampling: as the authors' sampler does, the same from every batch and mesh, in one program."""
 
 import re
 
@@ -108,7 +108,8 @@ def test_a_sample_does_not_depend_on_the_mesh(reference_dir, eight, shape):
         text = generator.compile(8, cfg_scale=3.0, cfg_interval=4).as_text()
         found = re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", loops(text))
         assert not found, "devices talk to each other at every code"
-        assert "f32[2,4,12,12]" in text, "a device's caches are those of its own sample, guided and not"
+        for cache in ("f32[2,4,6,12]", "f32[1,4,12,12]"):  # of one sample: guided for 6 codes, then not
+            assert cache in text
         with pytest.raises(InputError, match="does not split over data x fsdp = 8"):
             generator.sample([0, 1, 2], key=KEY)
 
