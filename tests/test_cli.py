@@ -13,7 +13,8 @@ import larp_jax
 from larp_jax import cli, doctor
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
-COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "export", "import", "benchmark", "doctor")
+COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
+COMMANDS += ("benchmark", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
