@@ -171,13 +171,13 @@ def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: i
 
 
 def bandwidth_ceiling() -> float:
-    """GB/s at which the default device reads memory: the best of five sums over 1 GiB of float32."""
+    """GB/s at which the default device reads memory: the best of three sums over 1 GiB of float32."""
     rows = jnp.ones((1 << 16, 1 << 12), jnp.float32)
     return rows.nbytes / _best_time(jax.jit(lambda x: x.sum(axis=1)), rows) / 1e9
 
 
 def matmul_ceiling(precision: str = "float32") -> float:
-    """Gigaflops a second of the default device in products of square matrices, 4096 wide: the best of five."""
+    """Gigaflops a second of the default device in products of square matrices, 4096 wide: the best of three."""
     matrix = jnp.ones((1 << 12, 1 << 12), jnp.dtype(precision))
     with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
         product = jax.jit(lambda x: x @ x)
@@ -191,7 +191,7 @@ def _best_time(function: Callable, *arguments) -> float:
         return time.perf_counter() - began
 
     once()
-    return min(once() for _ in range(5))
+    return min(once() for _ in range(3))
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -254,9 +254,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     needs_config(sub)
     sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
-    batch_size(sub)
-    guidance(sub, 1.25)
-    precision(sub)
+    of_sampling = sub.add_argument_group("of benchmark sample")
+    batch_size(of_sampling)
+    guidance(of_sampling, 1.25)
+    precision(of_sampling)
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
 
     command(_doctor, "show versions, devices and what is missing", "")
