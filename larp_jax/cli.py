@@ -181,6 +181,60 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     batch_size(sub)
 
+    def samples(sub, what):
+        sub.add_argument("--checkpoint", required=True, metavar="G", help=f"the generator: {CHECKPOINT}")
+        sub.add_argument("--tokenizer", required=True, metavar="P", help="the tokenizer it was trained with, likewise")
+        sub.add_argument(
+            "--weights", choices=("ema", "raw"), default="ema", help="the moving average where there is one, or not"
+        )
+        sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to, or to go on writing to")
+        sub.add_argument("--seed", type=_count, default=0, help=f"{what} i of a seed is always the same (default: 0)")
+        sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default: 1)")
+        sub.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw among the K likeliest codes")
+        sub.add_argument(
+            "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest codes that make up P"
+        )
+        precision(sub)
+        batch_size(sub)
+
+    def precision(sub):
+        sub.add_argument(
+            "--precision", choices=("float32", "bfloat16"), default="float32", help="of the generator's computation"
+        )
+
+    def guidance(sub, default):
+        sub.add_argument(
+            "--cfg-scale", type=float, default=default, metavar="S", help=f"guidance; 1 for none (default: {default:g})"
+        )
+        sub.add_argument(
+            "--cfg-interval", type=int, default=-1, metavar="I", help="guide the first I + 2 codes only (default: all)"
+        )
+
+    sub = command(
+        _sample,
+        "sample videos by class",
+        "--checkpoint runs/generator --tokenizer runs/ucf101 --classes 0,3 --num 16 --cfg-scale 1.25 --output samples",
+    )
+    samples(sub, "sample")
+    sub.add_argument(
+        "--classes", type=_class_list, metavar="C", help="0,3 shares --num out evenly, 0:100,3:50 gives the count of"
+        " each; without, classes are as frequent as in training where that is known, else all alike",
+    )  # fmt: skip
+    sub.add_argument("--num", type=_positive, metavar="N", help="videos in all (default: 16)")
+    guidance(sub, 1.0)
+
+    sub = command(
+        _predict,
+        "predict how videos go on after their first frames",
+        "--checkpoint runs/predictor --tokenizer runs/k600 --input video.mp4 --cond-frames 5 --output predictions",
+    )
+    samples(sub, "prediction")
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of them, or {SPEC}")
+    sub.add_argument("--cond-frames", type=_positive, default=5, metavar="F", help="frames given (default: 5)")
+    sub.add_argument(
+        "--max-clips", type=_count, default=8, metavar="N", help="at most N clips; 0 for all (default: 8)"
+    )
+
     sub = command(
         _export,
         "write a tokenizer for other frameworks",
@@ -213,11 +267,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "train --config configs/quickstart.py --output train.json",
     )
     sub.add_argument(
-        "what", choices=("train", "data"),
-        help="the training step on synthetic clips, or training batches, read with nothing else running",
+        "what", choices=("train", "data", "sample"),
+        help="the training step on synthetic clips; training batches, read with nothing else running; a generator's"
+        " sampling, its weights at random",
     )  # fmt: skip
     needs_config(sub)
     sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
+    of_sampling = sub.add_argument_group("of benchmark sample")
+    batch_size(of_sampling)
+    guidance(of_sampling, 1.25)
+    precision(of_sampling)
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
 
     command(_doctor, "show versions, devices and what is missing", "")
@@ -235,6 +294,15 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return value
+
+
+def _class_list(text: str) -> dict[int, int]:
+    """`0,3` as {0: 0, 3: 0}, `0:100,3:50` as {0: 100, 3: 50}."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    classes = {_count(label): _positive(count) if colon else 0 for label, colon, count in pairs}
+    if len(classes) < len(pairs) or len({colon for _, colon, _ in pairs}) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be like 0,3 or 0:100,3:50, each class once")
+    return classes
 
 
 def _positive(text: str) -> int:
@@ -504,6 +572,86 @@ def _detokenize(arguments):
     print(f"{len(written)} videos, in {arguments.output}")
 
 
+def _load_pair(arguments):
+    """Generator and tokenizer, on this host's devices: hosts sample apart from each other."""
+    import jax
+
+    from larp_jax import api, sharding
+    from larp_jax.config import MeshConfig
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    settings = {"weights": arguments.weights, "mesh": mesh}
+    generator = api.load_generator(arguments.checkpoint, precision=arguments.precision, **settings)
+    return generator, api.load_tokenizer(arguments.tokenizer, **settings)
+
+
+def _sample(arguments):
+    from larp_jax import generate
+    from larp_jax.sampling import SamplingOptions
+
+    options = SamplingOptions(
+        cfg_scale=arguments.cfg_scale,
+        cfg_interval=arguments.cfg_interval,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+    )
+    generator, tokenizer = _load_pair(arguments)
+    if generator.config.frame_prediction:
+        raise InputError(f"{arguments.checkpoint} predicts frames; use larp-jax predict, or give one of classes")
+    manifest = generate.sample(
+        generator,
+        tokenizer,
+        arguments.output,
+        counts=_counts_of_classes(arguments, generator),
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
+
+
+def _counts_of_classes(arguments, generator) -> dict[int, int]:
+    """How many to sample of each class."""
+    from larp_jax.generate import spread
+
+    classes, number = generator.config.num_classes, arguments.num
+    wanted = arguments.classes or {}
+    if unknown := [label for label in wanted if label >= classes]:
+        raise InputError(f"--classes: {unknown[0]} is no class of the generator, which has 0 to {classes - 1}")
+    if any(wanted.values()):
+        if number is not None:
+            raise InputError("--num cannot be given with counts in --classes; leave it out")
+        return wanted
+    if wanted:
+        weights = [label in wanted for label in range(classes)]
+    else:
+        weights = [1] * classes if generator.class_counts is None else generator.class_counts
+    return spread(16 if number is None else number, weights)
+
+
+def _predict(arguments):
+    from larp_jax import generate
+    from larp_jax.sampling import SamplingOptions
+
+    options = SamplingOptions(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    generator, tokenizer = _load_pair(arguments)
+    if not generator.config.frame_prediction:
+        raise InputError(f"{arguments.checkpoint} is conditional on classes; use larp-jax sample, or give a predictor")
+    manifest = generate.predict(
+        generator,
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        cond_frames=arguments.cond_frames,
+        max_clips=arguments.max_clips,
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} predictions beside the truth, in {arguments.output}")
+
+
 EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 
 
@@ -557,10 +705,22 @@ def _import_model(arguments):
 
 def _benchmark(arguments):
     from larp_jax import benchmark, data, writers
+    from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
+    stage = {"train": "tokenizer", "data": "tokenizer", "sample": "generator"}[arguments.what]
+    if recipe.stage != stage:
+        raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     if arguments.what == "train":
         result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    elif arguments.what == "sample":
+        result = benchmark.benchmark_sample(
+            recipe.model,
+            SamplingOptions(cfg_scale=arguments.cfg_scale, cfg_interval=arguments.cfg_interval),
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            seconds=arguments.seconds,
+        )
     else:
         result = benchmark.benchmark_data(
             recipe.data.train,

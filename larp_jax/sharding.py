@@ -81,9 +81,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """`InputError` where the batch, or each of its parts, does not split evenly over the mesh."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_parts(mesh)
     if batch_size % (devices * accumulate):
         into = f" into accumulate={accumulate} parts" if accumulate > 1 else ""
         raise InputError(f"data.batch_size={batch_size} does not split{into} over data x fsdp = {devices} devices")

@@ -33,8 +33,10 @@ def as_float_video(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 255.0 if video.dtype == jnp.uint8 else video
 
 
-def hold_last_frame(video: jax.Array, frames: int) -> jax.Array:
+def hold_last_frame(video: jax.Array | np.ndarray, frames: int) -> jax.Array | np.ndarray:
     """Clips [B, T, ...] whose frames after the first `frames` repeat the last of these: what prediction starts from."""
+    if not 0 < frames < video.shape[1]:
+        raise ValueError(f"frames must be at least 1 and fewer than the clip's {video.shape[1]}, got {frames}")
     return video[:, np.minimum(np.arange(video.shape[1]), frames - 1)]
 
 

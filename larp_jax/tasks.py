@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -18,9 +18,10 @@ from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import NextCodeEvaluator, ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluators import NextCodeEvaluator, ReconstructionEvaluator, available, own_metrics, to_uint8
 from larp_jax.fingerprint import fingerprint
 from larp_jax.protocols import ClipSet
+from larp_jax.sampling import SamplingOptions, sample_codes
 from larp_jax.state import TrainState
 from larp_jax.steps import GeneratorStage, TokenizerStage
 from larp_jax.writers import MetricWriter
@@ -28,6 +29,8 @@ from larp_jax.writers import MetricWriter
 logger = logging.getLogger(__name__)
 
 MEAN_CLIP_CLIPS = 256
+PICTURED = 8  # samples
+GUIDANCE = 1.25  # of these, METHOD 4
 
 
 class Task(Protocol):
@@ -181,8 +184,16 @@ class GeneratorTask:
             recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
             if recipe.model.frame_prediction and recipe.cond_frames >= config.frames:
                 raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
-        self._train, recipe = self._open(recipe, recipe.data.train, "train")
-        self._eval, recipe = self._open(recipe, recipe.data.eval, "test") if recipe.data.eval else (None, recipe)
+        train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
+        self._train, recipe = self._open(recipe, recipe.data.train, train)
+        self._eval, names = None, self._train.label_names
+        if spec := recipe.data.eval:
+            clips = lambda: ClipSet(spec, self._clip, max_clips=recipe.data.eval_clips)  # noqa: E731
+            self._eval, recipe = self._open(recipe, spec, clips)
+            theirs = getattr(self._eval, "source", self._eval).label_names
+            if theirs != names and not recipe.model.frame_prediction:
+                ours, theirs = (", ".join(n) or "none" for n in (names, theirs))
+                raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
         self.recipe, self._class_counts = self._with_classes(recipe)
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
         if isinstance(self._train, CodeSet) and recipe.model.frame_prediction:
@@ -190,17 +201,15 @@ class GeneratorTask:
         self.stage = GeneratorStage(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
-        self._evaluator = None
+        self._evaluator = self._pictured = None
 
-    def _open(self, recipe: GeneratorRecipe, spec: str, split: str) -> tuple[CodeSet | data.Source, GeneratorRecipe]:
-        """A data set, and the recipe with what it tells."""
+    def _open(self, recipe: GeneratorRecipe, spec: str, open_clips: Callable) -> tuple[Any, GeneratorRecipe]:
+        """A `CodeSet` or what `open_clips` gives, and the recipe with what it tells."""
         parsed = data.parse_spec(spec)
         if parsed.kind != "tokens":
             if self._clip is None:
-                raise InputError(
-                    f"data {spec} needs the tokenizer: give the path of its checkpoint, config.tokenizer=P"
-                )
-            return data.open_source(parsed, self._clip, default_split=split), recipe
+                raise InputError(f"data {spec} needs the tokenizer; give its checkpoint, config.tokenizer=P")
+            return open_clips(), recipe
         codes = CodeSet(parsed.name)
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
@@ -214,22 +223,18 @@ class GeneratorTask:
 
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
         """The recipe with the number of classes, and how many training videos each has."""
+        count = recipe.model.num_classes or len(self._train.label_names) or 1
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count))
         if recipe.model.frame_prediction:
             return recipe, None
-        names = self._train.label_names
-        if self._eval is not None and self._eval.label_names != names:
-            ours, theirs = (", ".join(n) or "none" for n in (names, self._eval.label_names))
-            raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same classes")
         found = self._train.labels() if isinstance(self._train, CodeSet) else labels(self._train)
-        count = recipe.model.num_classes or len(names) or 1
         if found.max() >= count:
             raise InputError(
                 f"data.train has label {found.max()}, but model.num_classes={count}; raise it, or set it to 0"
             )
         if found.min() < 0 and not recipe.model.class_dropout:
             raise InputError("data.train has videos without a class, which need model.class_dropout above 0")
-        model = dataclasses.replace(recipe.model, num_classes=count)
-        return dataclasses.replace(recipe, model=model), np.bincount(found[found >= 0], minlength=count)
+        return recipe, np.bincount(found[found >= 0], minlength=count)
 
     def start(self, state, placement, key):
         """See `Task`."""
@@ -237,14 +242,15 @@ class GeneratorTask:
 
     def open_evaluation(self, workdir):
         """See `Task`."""
-        recipe = self.recipe
-        if self._eval is None:
-            return
+        recipe, rows = self.recipe, None
         if isinstance(self._eval, CodeSet):
             rows = self._eval.some(recipe.data.eval_clips)
-        else:
-            rows = self._encoded(ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips))
-        self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
+        elif self._eval is not None:
+            rows = self._encoded(self._eval)
+        if rows is not None:
+            self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
+        if self._tokenizer is not None:
+            self._make_pictures(rows)
 
     def _encoded(self, clips: ClipSet) -> dict[str, np.ndarray]:
         """The codes of clips, as `CodeSet.rows` has them; the same on every process."""
@@ -279,11 +285,38 @@ class GeneratorTask:
 
     def evaluate(self, state, step, writer):
         """See `Task`."""
-        if self._evaluator is None:
-            return {}
-        scores = self._evaluator.run(state.ema or state.params)
-        _write_scores(scores, step, writer)
+        params, scores = state.ema or state.params, {}
+        if self._evaluator is not None:
+            scores = self._evaluator.run(params)
+            _write_scores(scores, step, writer)
+        if self._pictured is not None:
+            videos = to_uint8(np.asarray(self._draw(params, self.frozen, self._pictured)))[:PICTURED]
+            writer.write_image(step, "samples", frame_grid(videos))
+            writer.write_video(step, "samples", np.concatenate(list(videos), axis=2), fps=8)
         return scores
+
+    def _make_pictures(self, rows: Mapping[str, np.ndarray] | None) -> None:
+        """Prepares for pictures of samples: of all classes in turn, or of how the first evaluation clips go on."""
+        model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
+        numbers = np.arange(-(-PICTURED // parts) * parts)
+        if not model.frame_prediction:
+            condition = (numbers % model.num_classes).astype(np.int32)
+        elif rows is not None:
+            codes = rows["condition"][numbers % len(rows["condition"])]
+            condition = np.pad(codes, ((0, 0), (0, 1)), constant_values=model.codebook_size)
+        else:
+            return
+        guided = not model.frame_prediction and model.class_dropout > 0
+        options = SamplingOptions(cfg_scale=GUIDANCE if guided else 1.0)
+
+        def draw(params, frozen, condition):
+            generator = self.stage.module("generator", params)
+            key, plan = jax.random.key(self.recipe.seed), options.plan(model.num_tokens)
+            codes = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            return self.stage.module("tokenizer", frozen).decode(codes)
+
+        self._draw = jax.jit(draw, out_shardings=sharding.replicated(self._mesh))
+        self._pictured = jax.device_put(condition, sharding.batch_sharding(self._mesh))
 
     def metadata(self):
         """See `Task`."""

@@ -8,6 +8,7 @@ As a script it prints the table that docs/fidelity.md holds:
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from flax import nnx
 from network_weights import write_i3d, write_lpips
 
 from larp_jax import losses, metrics, perceptual, released
+from larp_jax.api import load_generator
 from larp_jax.config import DiscriminatorConfig, LossConfig, OptimConfig
 from larp_jax.frechet import FeatureStatistics, frechet_distance
 from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
@@ -27,6 +29,7 @@ from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import similarities
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.sampling import filter_logits
 from larp_jax.state import TrainState
 from larp_jax.steps import TokenizerStage
 
@@ -295,6 +298,23 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     return deviations
 
 
+def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Codes of greedy sampling, and logits that filtering keeps, that differ."""
+    generator, io = load_generator(folder), np.load(folder / "io.npz")
+    condition = {"condition": io["cond"][:, :-1]} if generator.config.frame_prediction else {"classes": io["cond"]}
+    deviations = []
+    for name in io.files:
+        if match := re.fullmatch(r"greedy_cfg([\d.]+)(?:_interval(\d+))?", name):
+            options = {"cfg_scale": float(match[1]), "cfg_interval": int(match[2] or -1), "top_k": 1}
+            value = generator.sample(**condition, key=jax.random.key(0), **options)
+        elif match := re.fullmatch(r"filter_k(\d+)_p([\d.]+)", name):
+            value = np.isfinite(filter_logits(io["filter_in"], int(match[1]) or None, float(match[2])))
+        else:
+            continue
+        deviations.append(Deviation(name, float(np.sum(np.asarray(value) != io[name])), 0, "count"))
+    return deviations
+
+
 def lpips_deviations(folder: pathlib.Path) -> list[Deviation]:
     """Of the distance, and of the gradient of its sum."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -355,8 +375,10 @@ def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
         "tokenizer": tokenizer_deviations(reference / "tokenizer"),
         "discriminator": discriminator_deviations(reference / "discriminator"),
         "training": training_deviations(reference / "training"),
-        "ar_class": generator_deviations(reference / "ar_class"),
-        "ar_frame_prediction": generator_deviations(reference / "ar_frame_prediction"),
+        **{
+            name: generator_deviations(reference / name) + sampling_deviations(reference / name)
+            for name in ("ar_class", "ar_frame_prediction")
+        },
         "lpips": lpips_deviations(reference / "lpips"),
         "i3d": i3d_deviations(reference / "i3d"),
         "frechet": frechet_deviations(reference / "frechet"),

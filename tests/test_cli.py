@@ -18,7 +18,8 @@ from larp_jax.checkpoint import load, write_imported
 from larp_jax.config import to_dict
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
-COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "export", "import", "benchmark", "doctor")
+COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
+COMMANDS += ("benchmark", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

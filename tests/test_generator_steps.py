@@ -25,7 +25,7 @@ from larp_jax.errors import InputError
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.paths import path_name
-from larp_jax.steps import GeneratorStage, hold_last_frame
+from larp_jax.steps import GeneratorStage
 
 TOKENIZER = TokenizerConfig(
     size="larp_s",
@@ -178,8 +178,6 @@ def test_weight_decay_is_of_linear_kernels_only():
 
 
 def test_frame_prediction_is_given_its_first_frames():
-    video = np.arange(4 * 3).reshape(1, 4, 3)
-    np.testing.assert_array_equal(hold_last_frame(video, 2)[0, :, 0], [0, 3, 3, 3])
     batch = codes_of_clips(PREDICTION)
     changed = clips()
     changed["video"][:, 2:] = 0  # what comes after them

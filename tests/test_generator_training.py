@@ -161,7 +161,7 @@ def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, ca
     for message, tokenizer, *overrides in (
         ("is of tokenizer", other, from_codes, "--config.data.eval="),
         ("is of tokenizer", trained, "--config.tokenizer_fingerprint=0123456789abcdef"),
-        ("moving_shapes needs the tokenizer; give the path", ""),
+        ("moving_shapes needs the tokenizer; give its checkpoint", ""),
         ("model.num_tokens=16, but the tokenizer has 8; set it to 8, or to 0", trained, "--config.model.num_tokens=16"),
         ("data.train has label 15, but model.num_classes=4", trained, "--config.model.num_classes=4"),
         ("data.train has the classes run, walk, data.eval", trained, f"--config.data.train=folder:{videos}"),

@@ -15,6 +15,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"benchmark", "plan", "doctor"},
+    {"generate"},
     {"train", "reconstruct"},
     {"tasks"},
     {"code_sets"},
@@ -28,6 +29,7 @@ LAYERS = (
     {"sharding"},
     {"perceptual"},
     {"importing"},
+    {"sampling"},
     {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops"},
     {"models"},
     {"config"},
@@ -37,7 +39,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual", "frechet", "flops"}
+CORE |= {"models", "config", "errors", "perceptual", "frechet", "flops", "sampling"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 
