@@ -41,7 +41,7 @@ class Discriminator(nnx.Module):
             )
         grid = tuple(n // patch for n, patch in zip(size, config.patch, strict=True))
         self.patch_embed = PatchEmbed(config.patch, channels, config.width, rngs=rngs, dtype=dtype)
-        self.positions = Positions3d(grid, config.width, rngs=rngs, learned=False, token_type=False, base=10000.0)
+        self.positions = Positions3d(grid, config.width, rngs=rngs, learned=False, token_type=False)
         self.class_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.width,), jnp.float32))
         self.transformer = Transformer(config, rngs=rngs, remat=remat, dtype=dtype)
         self.norm = LayerNorm(config.width, epsilon=1e-6, dtype=dtype)
