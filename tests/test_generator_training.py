@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from data_helpers import moving_frames
 
-from larp_jax import checkpoint, cli, tokens
+from larp_jax import checkpoint, cli, load_generator, tokens
 from larp_jax.code_sets import CodeSet
-from larp_jax.data.video import write_video
+from larp_jax.data.video import VideoFile, probe, write_video
 from larp_jax.errors import InputError
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny_generator.py")
@@ -68,6 +68,9 @@ def test_what_a_run_leaves(online, tokenizer):
     assert {"train/loss", "train/top1", "train/top5", "train/grad_norm"} <= logged[0].keys()
     assert {"eval/cross_entropy", "eval/top1", "eval/top5"} <= logged[5].keys()
     np.testing.assert_allclose(logged[0]["train/loss"], np.log(32), rtol=1e-5)
+    assert {path.name for path in (online / "media").iterdir()} == {
+        f"{step:08d}_samples.{suffix}" for step in (3, 6) for suffix in ("png", "mp4")
+    }
     assert logged[5]["train/loss"] < logged[0]["train/loss"] - 0.1
     found = checkpoint.load(online)
     assert found.params.keys() == {"generator"}
@@ -75,6 +78,9 @@ def test_what_a_run_leaves(online, tokenizer):
     assert (model.codebook_size, model.num_tokens, model.num_classes) == (32, 8, 16)
     metadata = json.loads((found.path / "metadata" / "metadata").read_text())
     assert metadata["tokenizer_fingerprint"] == found.recipe.tokenizer_fingerprint == tokenizer.fingerprint
+    generator = load_generator(online)
+    assert generator.class_counts.sum() == 32 and generator.tokenizer_fingerprint == tokenizer.fingerprint
+    generator.check_tokenizer(tokenizer)
     assert sum(metadata["class_counts"]) == 32 and len(metadata["class_counts"]) == len(metadata["class_names"]) == 16
 
 
@@ -99,7 +105,7 @@ def test_codes_of_windows_mirrored_and_for_prediction(codes, tokenizer, videos):
     assert listed == [(*window, flip) for flip in (False, True) for window in windows]
     assert found.labels().tolist() == [0, 0, 1] and found.label_names == ("run", "walk")
 
-    source = moving_frames_as_read(videos / "run" / "b.mp4", 4)
+    source = VideoFile(videos / "run" / "b.mp4").read(4, 8, 32, exact=True)
     held = np.concatenate([source[:3], np.repeat(source[2:3], 5, axis=0)])
     stored = found.rows
     number = listed.index(("run/b.mp4", 4, False))
@@ -110,16 +116,13 @@ def test_codes_of_windows_mirrored_and_for_prediction(codes, tokenizer, videos):
     assert len(found.some(0)["codes"]) == 9 and len(found.some(4)["codes"]) == 4
 
 
-def moving_frames_as_read(path, start):
-    from larp_jax.data.video import VideoFile
-
-    return VideoFile(path).read(start, 8, 32, exact=True)
-
-
-def test_detokenize_joins_no_windows_that_overlap(codes, tokenizer, tmp_path):
+def test_detokenize_joins_only_windows_that_follow_each_other(codes, tokenizer, tmp_path):
     written = tokens.detokenize(tokenizer, codes, tmp_path / "out")
     names = [path.relative_to(tmp_path / "out").as_posix() for path in written]
-    assert names[:3] == ["run/a.mp4", "run/b.mp4.mp4", "run/b.mp4-000004.mp4"] or len(set(names)) == 18
+    assert names[:8] == ["run/a.mp4", "run/b.mp4", *(f"run/b.mp4-{start:06d}.mp4" for start in (4, 8, 12)),
+                         "walk/c.mp4", "walk/c.mp4-000007.mp4", "walk/c.mp4-000022.mp4"]  # fmt: skip
+    assert probe(written[6]).frames == 16
+    assert names[8:10] == ["run/a.mp4-flipped.mp4", "run/b.mp4-flipped.mp4"] and len(names) == 16
 
 
 def test_every_video_is_drawn_as_often_whatever_its_windows(codes):
@@ -151,6 +154,7 @@ def test_training_from_codes(codes, trained, tokenizer, tmp_path):
     assert train(tmp_path / "prediction", trained, *data, "--config.model.frame_prediction") == 0
     found = checkpoint.load(tmp_path / "prediction")
     assert found.params["generator"]["token_embedding"].shape == (33, 16)
+    assert (tmp_path / "prediction" / "media" / "00000006_samples.png").exists()
     assert "class_counts" not in json.loads((found.path / "metadata" / "metadata").read_text())
     assert rows(tmp_path / "prediction")[-1]["train/loss"] < np.log(32) - 0.1
 
