@@ -285,6 +285,11 @@ class GeneratorConfig:
             rate = getattr(self, f"{part}_dropout")
             _require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
 
+    def check_complete(self) -> None:
+        """`InputError` where a size is left open, which only training from a tokenizer and data fills in."""
+        for name in ("codebook_size", "num_tokens", "num_classes"):
+            _require(getattr(self, name) > 0, f"model.{name}=0 leaves it open; give a number")
+
     @property
     def condition_tokens(self) -> int:
         """Positions before the first token: the class, or the condition's codes and the separator."""

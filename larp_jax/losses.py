@@ -70,7 +70,9 @@ def score_tokens(
         scores = logits(features)
         target = jnp.take_along_axis(scores, targets[..., None], axis=-1)
         cross_entropy = jax.nn.logsumexp(scores, axis=-1) - target[..., 0]
-        rank = jnp.sum(scores > target, axis=-1, dtype=jnp.int32)
+        # of codes thought equally likely the first counts as the likelier, as argmax has it
+        earlier = jnp.arange(scores.shape[-1]) < targets[..., None]
+        rank = jnp.sum((scores > target) | ((scores == target) & earlier), axis=-1, dtype=jnp.int32)
         sampled = None
         if key is not None:
             noise = jax.random.gumbel(jax.random.fold_in(key, i), scores.shape)

@@ -373,9 +373,6 @@ class GeneratorStage:
 
     def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
         self.recipe, model = recipe, recipe.model
-        unknown = [name for name in ("codebook_size", "num_tokens", "num_classes") if not getattr(model, name)]
-        if unknown:
-            raise InputError(f"model.{unknown[0]} is 0 and nothing to take it from is known; give it")
         self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=DTYPES[recipe.precision])
         make = {"generator": self._make}
         if tokenizer is not None:

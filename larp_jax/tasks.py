@@ -290,33 +290,36 @@ class GeneratorTask:
             scores = self._evaluator.run(params)
             _write_scores(scores, step, writer)
         if self._pictured is not None:
-            videos = to_uint8(np.asarray(self._draw(params, self.frozen, self._pictured)))[:PICTURED]
-            writer.write_image(step, "samples", frame_grid(videos))
-            writer.write_video(step, "samples", np.concatenate(list(videos), axis=2), fps=8)
+            # [what is beside each other, PICTURED, T, H, W, 3]
+            videos = to_uint8(np.stack(self._draw(params, self.frozen, **self._pictured)))[:, :PICTURED]
+            writer.write_image(step, "samples", frame_grid(list(np.concatenate(list(videos.swapaxes(0, 1))))))
+            columns = [np.concatenate(list(column), axis=1) for column in videos.swapaxes(0, 1)]
+            writer.write_video(step, "samples", np.concatenate(columns, axis=2), fps=8)
         return scores
 
     def _make_pictures(self, rows: Mapping[str, np.ndarray] | None) -> None:
-        """Prepares for pictures of samples: of all classes in turn, or of how the first evaluation clips go on."""
+        """Prepares for pictures of samples: of all classes in turn, or of the first evaluation clips, truth above."""
         model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
         numbers = np.arange(-(-PICTURED // parts) * parts)
         if not model.frame_prediction:
-            condition = (numbers % model.num_classes).astype(np.int32)
+            pictured = {"condition": (numbers % model.num_classes).astype(np.int32)}
         elif rows is not None:
-            codes = rows["condition"][numbers % len(rows["condition"])]
-            condition = np.pad(codes, ((0, 0), (0, 1)), constant_values=model.codebook_size)
+            pictured = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
+            separator = ((0, 0), (0, 1))
+            pictured["condition"] = np.pad(pictured["condition"], separator, constant_values=model.codebook_size)
         else:
             return
         guided = not model.frame_prediction and model.class_dropout > 0
         options = SamplingOptions(cfg_scale=GUIDANCE if guided else 1.0)
 
-        def draw(params, frozen, condition):
-            generator = self.stage.module("generator", params)
+        def draw(params, frozen, condition, codes=None):
+            generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
             key, plan = jax.random.key(self.recipe.seed), options.plan(model.num_tokens)
-            codes = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
-            return self.stage.module("tokenizer", frozen).decode(codes)
+            drawn = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            return [tokenizer.decode(x) for x in (codes, drawn) if x is not None]
 
         self._draw = jax.jit(draw, out_shardings=sharding.replicated(self._mesh))
-        self._pictured = jax.device_put(condition, sharding.batch_sharding(self._mesh))
+        self._pictured = jax.device_put(pictured, sharding.batch_sharding(self._mesh))
 
     def metadata(self):
         """See `Task`."""
