@@ -295,7 +295,7 @@ class LoadedGenerator:
           classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
           key: of the draws.
           condition: [B, N] integers in [0, K), codes of clips whose first frames are known and whose others repeat the
-            last of these (see `hold_last_frame`); for a generator that predicts frames.
+            last of these (see `larp_jax.steps.hold_last_frame`); for a generator that predicts frames.
           indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
             its number and its condition, not on the others in the batch, nor on their count. (Only so far as rounding
             goes: where two codes are all but equally likely, another batch size may round to the other.)
@@ -381,10 +381,3 @@ def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: i
     if lowest < low or highest >= high:
         raise ValueError(f"{name} must be {expected}, got values from {lowest} to {highest}")
     return values.astype(np.int32)
-
-
-def hold_last_frame(video: np.ndarray, frames: int) -> np.ndarray:
-    """Clips [B, T, ...] whose frames after the first `frames` repeat the last of these: what prediction starts from."""
-    if not 0 < frames < video.shape[1]:
-        raise ValueError(f"frames must be at least 1 and fewer than the clip's {video.shape[1]}, got {frames}")
-    return video[:, np.minimum(np.arange(video.shape[1]), frames - 1)]

@@ -161,6 +161,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     needs_checkpoint(sub)
     reads_videos(sub, max_clips=0)
+    sub.add_argument(
+        "--windows", type=_count, default=0, metavar="W",
+        help="of every video, at most W full windows, spread over it (default: consecutive ones)",
+    )  # fmt: skip
+    sub.add_argument("--flips", action="store_true", help="add the codes of all windows mirrored")
+    sub.add_argument(
+        "--cond-frames", type=_count, default=0, metavar="F",
+        help="add the codes that frame prediction from F frames starts from",
+    )  # fmt: skip
 
     sub = command(
         _detokenize,
@@ -541,7 +550,14 @@ def _tokenize(arguments):
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     manifest = tokens.tokenize(
-        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        max_clips=arguments.max_clips,
+        windows=arguments.windows,
+        flips=arguments.flips,
+        cond_frames=arguments.cond_frames,
+        batch_size=arguments.batch_size,
     )
     videos = len({row["source"] for row in manifest["rows"]})
     skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""

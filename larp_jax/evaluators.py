@@ -1,8 +1,8 @@
-"""Evaluation of tokenizers: metrics are small classes that join one pass over the clips, constructed once and run as
-often as wanted.
+"""Evaluation, constructed once and run as often as wanted. Of tokenizers, metrics are small classes that join one pass
+over the clips.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -215,9 +215,7 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
     return tuple(name for name in METRICS if name not in unfit)
 
 
-def own_metrics(
-    names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None
-) -> list[Metric]:
+def own_metrics(names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None) -> list[Metric]:
     """The metrics of these names that need no other network."""
     make = {
         "psnr": lambda: Psnr(mean_clip),
@@ -313,6 +311,51 @@ class ReconstructionEvaluator:
                 scalars |= metric.scalars(total)
                 codes = total if isinstance(metric, Usage) else codes
         return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
+
+
+class NextCodeEvaluator:
+    """How well a generator predicts the codes of clips, each from those before it, without dropout.
+
+    Args:
+      score: `score(params, batch)` gives `larp_jax.losses.NextCode` of a batch of rows.
+      rows: arrays [M, ...] by name, the same on every process.
+      mesh: where to compute.
+      batch_size: rows at a time, over all processes.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[dict, dict], losses.NextCode],
+        rows: Mapping[str, np.ndarray],
+        mesh: Mesh,
+        *,
+        batch_size: int,
+    ):
+        self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
+
+        def evaluate(params, batch):
+            scored = score(params, batch)
+            values = {"cross_entropy": scored.cross_entropy}
+            values |= {f"top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
+            return {name: value.mean(axis=1) for name, value in values.items()}
+
+        self._evaluate = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
+
+    def run(self, params: dict) -> dict[str, float]:
+        """`cross_entropy` (nats a code), `top1` and `top5`: means over all codes of all rows.
+
+        Args:
+          params: by module name, on the mesh.
+        """
+        total, average = None, Average()
+        count = len(self._rows["codes"])
+        local = self._batch_size // jax.process_count()
+        for start in range(0, count, self._batch_size):
+            numbers = np.arange(start, start + self._batch_size)
+            mine = np.minimum(numbers, count - 1)[jax.process_index() * local :][:local]
+            batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
+            total = average.add(total, self._evaluate(params, batch), numbers < count)
+        return {name: mean.compute() for name, mean in total.items()}
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from larp_jax.api import LoadedGenerator, LoadedTokenizer, hold_last_frame
+from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.sampling import SamplingOptions
+from larp_jax.steps import hold_last_frame
 from larp_jax.tokens import FORMAT, MANIFEST, VERSION, read_shard
 from larp_jax.writers import Progress, make_folder, write_json
 

@@ -1,4 +1,4 @@
-"""The terms of the stage-1 objective (METHOD 2 and 3), in float32."""
+"""The terms of the objectives of both stages (METHOD 2 to 4), in float32."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NextCode:
-    """How a prior's outputs stand to the codes that came, one value a token.
+    """How the outputs of a prior or a generator stand to the codes that came, one value a token.
 
     Attributes:
       cross_entropy: [B, n] float32, in nats.
@@ -51,19 +51,35 @@ def next_code(
       key: draws one code a token as well.
     """
     codebook = jax.lax.stop_gradient(codebook)
+    return score_tokens(lambda x: similarities(x, codebook) / temperature, predicted, targets, key=key)
 
-    def score(i, predicted, targets):
-        logits = similarities(predicted, codebook) / temperature
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-        cross_entropy = jax.nn.logsumexp(logits, axis=-1) - target[..., 0]
-        rank = jnp.sum(logits > target, axis=-1, dtype=jnp.int32)
+
+def score_tokens(
+    logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, *, key: jax.Array | None = None
+) -> NextCode:
+    """Scores what a network predicts of each token against the codes [B, n] that came, piece by piece.
+
+    Args:
+      logits: of features [B, chunk, D], [B, chunk, K] float32.
+      features: [B, n, D], the network's output.
+      targets: int32 codes.
+      key: draws one code a token as well.
+    """
+
+    def score(i, features, targets):
+        scores = logits(features)
+        target = jnp.take_along_axis(scores, targets[..., None], axis=-1)
+        cross_entropy = jax.nn.logsumexp(scores, axis=-1) - target[..., 0]
+        # of codes thought equally likely the first counts as the likelier, as argmax has it
+        earlier = jnp.arange(scores.shape[-1]) < targets[..., None]
+        rank = jnp.sum((scores > target) | ((scores == target) & earlier), axis=-1, dtype=jnp.int32)
         sampled = None
         if key is not None:
-            noise = jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
-            sampled = jnp.argmax(jax.lax.stop_gradient(logits) + noise, axis=-1).astype(jnp.int32)
+            noise = jax.random.gumbel(jax.random.fold_in(key, i), scores.shape)
+            sampled = jnp.argmax(jax.lax.stop_gradient(scores) + noise, axis=-1).astype(jnp.int32)
         return NextCode(cross_entropy, rank, sampled)
 
-    return map_token_chunks(score, predicted, targets)
+    return map_token_chunks(score, features, targets)
 
 
 def prior_loss(

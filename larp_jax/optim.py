@@ -1,4 +1,4 @@
-"""Optimisers and the schedules that depend on the step (METHOD 3)."""
+"""Optimisers and the schedules that depend on the step (METHOD 3 and 4)."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from larp_jax.config import OptimConfig
+from larp_jax.config import AdamConfig, GeneratorOptimConfig, OptimConfig
 from larp_jax.paths import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def learning_rate(config: OptimConfig, steps: int, rate: float | None = None) -> Schedule:
+def learning_rate(config: AdamConfig, steps: int, rate: float | None = None) -> Schedule:
     """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step.
 
-    `rate` is that of the tokenizer unless given.
+    `rate` is that of the configuration unless given.
     """
     rate = config.learning_rate if rate is None else rate
     low = rate * config.floor
@@ -50,9 +50,21 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def decay_kernels(weight: float) -> optax.GradientTransformation:
+    """Adds `weight` times the parameter to the updates of linear layers' kernels: weight decay (METHOD 4)."""
+
+    def update(updates, params):
+        def decayed(path, u, p):
+            return u + weight * p if path_name(path).endswith("kernel") else u
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+    return optax.stateless(update)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
-    return _adam(config, learning_rate(config, steps), config.multipliers)
+    return _adam(config, learning_rate(config, steps), scale_by_path(config.multipliers))
 
 
 def make_discriminator_optimizer(
@@ -61,13 +73,21 @@ def make_discriminator_optimizer(
     """Adam for the discriminator, which learns on the multiples of `every` from `start` on; its rate is the step's."""
     rate = learning_rate(config, steps, config.discriminator_learning_rate)
     first = -(-start // every) * every
-    return _adam(config, lambda updates: rate(first + every * updates), {})
+    return _adam(config, lambda updates: rate(first + every * updates))
 
 
-def _adam(config: OptimConfig, rate: Schedule, multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW for the generator."""
+    return _adam(config, learning_rate(config, steps), decay_kernels(config.weight_decay))
+
+
+def _adam(
+    config: AdamConfig, rate: Schedule, then: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+    """`then` changes the directions before the rate scales them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
-        scale_by_path(multipliers),
+        optax.identity() if then is None else then,
         optax.scale_by_learning_rate(rate),
     )

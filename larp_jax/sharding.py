@@ -24,10 +24,11 @@ BATCH = P(("data", "fsdp"))
 
 # First match wins. A spec speaks of the trailing axes; stacked layers have one more in front, never split.
 RULES = (
-    (r"(qkv|up|proj|in_linear)/kernel", P("fsdp", "model")),
+    (r"(qkv|gate|up|proj|in_linear)/kernel", P("fsdp", "model")),
     (r"(out|down|head|out_linear)/kernel", P("model", "fsdp")),
+    # by columns: the rows of codes and a separator, or of classes and null, are odd numbers
+    (r"(token_embedding|class_embedding|positions|queries)(/table)?$", P(None, ("fsdp", "model"))),
     (r"embedding", P(("fsdp", "model"), None)),
-    (r"(positions|queries)(/table)?$", P(None, ("fsdp", "model"))),
     (r".*", P()),
 )
 

@@ -1,4 +1,4 @@
-"""The jitted steps of each stage. One class a stage; the trainer knows only its `init`, `frozen` and `train_step`.
+"""The jitted steps of each stage. One class a stage; the trainer knows only its `init` and `train_step`.
 
 A stage's methods are pure functions of arrays, ready for `jax.jit`: nothing here knows of meshes or loops.
 """
@@ -9,14 +9,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from larp_jax import losses, metrics, optim, perceptual
-from larp_jax.config import TokenizerRecipe
+from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
+from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
@@ -31,20 +33,28 @@ def as_float_video(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 255.0 if video.dtype == jnp.uint8 else video
 
 
-def mean_over_parts(f: Callable, parts: int, x: jax.Array):
-    """The mean of `f(i, part)` over equal parts of x [B, ...], taken one after the other.
+def hold_last_frame(video: jax.Array | np.ndarray, frames: int) -> jax.Array | np.ndarray:
+    """Clips [B, T, ...] whose frames after the first `frames` repeat the last of these: what prediction starts from."""
+    if not 0 < frames < video.shape[1]:
+        raise ValueError(f"frames must be at least 1 and fewer than the clip's {video.shape[1]}, got {frames}")
+    return video[:, np.minimum(np.arange(video.shape[1]), frames - 1)]
+
+
+def mean_over_parts(f: Callable, parts: int, x):
+    """The mean of `f(i, part)` over equal parts of x, arrays [B, ...], taken one after the other.
 
     Part i holds the rows i, i + parts, ...: where the batch is split over devices, each device works on its own rows.
 
     Args:
       f: returns a pytree of floats.
       parts: number of parts; 1 calls f once, on all of x.
-      x: B is divisible by `parts`.
+      x: a pytree; B is divisible by `parts`.
     """
     if parts == 1:
         return f(0, x)
-    x = jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1)
-    total = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, 0, x[0]))
+    x = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), x)
+    shapes = jax.eval_shape(f, 0, jax.tree.map(lambda x: x[0], x))
+    total = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, f(*part)), None
@@ -350,4 +360,102 @@ def _model(params: dict) -> dict:
     return {name: x for name, x in params.items() if name != "discriminator"}
 
 
-STAGES = {"tokenizer": TokenizerStage}
+class GeneratorStage:
+    """Stage 2: a generator of a frozen tokenizer's codes (METHOD 4).
+
+    A batch holds `video`, uint8 or float [B, T, H, W, C], which the frozen tokenizer turns into codes, or `codes`,
+    [B, N] int32, and with frame prediction `condition`, likewise. `label` [B] int32 gives the classes (-1: none).
+
+    Args:
+      recipe: whose model is complete: no size is 0.
+      tokenizer: whose parameters `train_step` is given; None where batches hold codes.
+    """
+
+    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
+        self.recipe, model = recipe, recipe.model
+        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=DTYPES[recipe.precision])
+        make = {"generator": self._make}
+        if tokenizer is not None:
+            make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
+        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
+        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
+        self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
+        self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first step."""
+        params = {"generator": nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))}
+        ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
+
+    def frozen_shapes(self) -> dict:
+        """Shapes and dtypes of what `train_step` takes as `frozen`."""
+        modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
+        return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+
+    def module(self, name: str, params: dict) -> nnx.Module:
+        """The module of that name with the parameters of the tree under it."""
+        return nnx.merge(self.graphdefs[name], params[name])
+
+    def codes(self, batch: dict, frozen: dict) -> dict:
+        """The batch with `codes`, and with frame prediction `condition`, in place of its `video`.
+
+        They are deterministic and computed in float32 whatever the recipe's precision: those that are written to disk.
+        """
+        if "video" not in batch:
+            return batch
+        batch = dict(batch)
+        video = as_float_video(batch.pop("video"))
+        with jax.default_matmul_precision("float32"):
+            tokenizer = self.module("tokenizer", frozen)
+            batch["codes"] = tokenizer.quantize(video).indices
+            if self.recipe.model.frame_prediction:
+                known = hold_last_frame(video, self.recipe.cond_frames)
+                batch["condition"] = tokenizer.quantize(known).indices
+        return batch
+
+    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> losses.NextCode:
+        """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
+        generator, codes = self.module("generator", params), batch["codes"]
+        condition = batch["label"]
+        if self.recipe.model.frame_prediction:
+            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
+            condition = jnp.concatenate([batch["condition"], separator], axis=1)
+        features = generator.features(condition, codes[:, :-1], key=key)
+        return losses.score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+
+    def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
+        """One update.
+
+        Args:
+          state: donated by the trainer.
+          batch: see the class.
+          key: the run's root key; the step's randomness is a function of it and `state.step`.
+          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty where batches hold codes.
+
+        Returns:
+          The next state and float32 scalars by name.
+        """
+        recipe = self.recipe
+        key = jax.random.fold_in(key, state.step)
+
+        def gradient(i, part):
+            part = self.codes(part, frozen)
+
+            def objective(params):
+                scored = self.score(params, part, jax.random.fold_in(key, i))
+                loss = scored.cross_entropy.mean()
+                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
+
+            return jax.grad(objective, has_aux=True)(state.params)
+
+        grads, logs = mean_over_parts(gradient, recipe.accumulate, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
+        logs["grad_norm"] = optax.tree.norm(grads)
+        logs["learning_rate"] = self.learning_rate(state.step)
+        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+
+
+STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}

@@ -19,8 +19,9 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds" or "moving_shapes".
-      name: path of the folder; NAME[/CONFIG] of the TFDS data set; CONFIG of moving_shapes, which may be empty.
+      kind: "folder", "tfds", "moving_shapes", or "tokens" for codes in place of videos.
+      name: path of the folder (of videos or of codes); NAME[/CONFIG] of the TFDS data set; CONFIG of moving_shapes,
+        which may be empty.
       split: the TFDS split; empty if the text names none.
     """
 
@@ -36,7 +37,7 @@ class DataSpec:
 
 
 def parse_spec(text: str) -> DataSpec:
-    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH` or `moving_shapes[/CONFIG][:SPLIT]`.
+    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]` or `tokens:PATH`.
 
     PATH is taken as it is, colons included; a leading ~ is the home folder.
 
@@ -44,8 +45,8 @@ def parse_spec(text: str) -> DataSpec:
       InputError: the text is none of these; the message names the nearest.
     """
     kind, colon, rest = text.partition(":")
-    if kind == "folder" and rest:
-        return DataSpec("folder", os.path.expanduser(rest))
+    if kind in ("folder", "tokens") and rest:
+        return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
         return DataSpec("tfds", match["name"].rstrip("/"), match["split"] or "")
     if kind.partition("/")[0] == "moving_shapes" and (not colon or rest):
@@ -57,7 +58,7 @@ def parse_spec(text: str) -> DataSpec:
 
 
 def _suggestion(text: str, kind: str, rest: str) -> str:
-    if kind in ("folder", "tfds"):
+    if kind in ("folder", "tfds", "tokens"):
         return f"write a name after {kind}:"
     if os.path.isdir(os.path.expanduser(text)):
         return f"did you mean {f'folder:{text}'!r}?"

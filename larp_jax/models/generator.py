@@ -144,6 +144,7 @@ class Generator(nnx.Module):
         self, config: GeneratorConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32
     ):
         c = config
+        c.check_complete()
         init = nnx.initializers.normal(c.init_std)
 
         def table(rows, init=init):
