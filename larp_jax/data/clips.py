@@ -40,8 +40,8 @@ def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """A view of the central size x size pixels of [H, W]."""
-    top, left = (round((side - size) / 2) for side in image.shape)
+    """A view of the central size x size pixels of [H, W] or [H, W, C]."""
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
