@@ -1,5 +1,6 @@
 """Batches of clips, by Grain: training data as a function of (seed, step), evaluation data in a fixed order."""
 
+import itertools
 import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -72,6 +73,8 @@ def train_batches(
     The batch of a step is a function of (seed, step): neither `start_step` nor the number of workers changes
     it, and the batches of all processes, put together in the order of their index, are the batch of one.
 
+    A mixture with weights runs through epochs of each part on its own; without, the parts are one list.
+
     A video that fails to be read is named in the log, once, and another is drawn in its place.
 
     Args:
@@ -95,9 +98,24 @@ def train_batches(
 
     rows = _LocalRows(batch_size, process_index, process_count, start_step)
     source = open_source(spec, clip)
-    clips = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_DrawClip(source, clip))
+    clips = _draw_videos(source, seed).random_map(DrawClip(source, clip))
     clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
     return Batches(source, _iterate(clips, rows.local, workers))
+
+
+def _draw_videos(source: Source, seed: int):
+    """A Grain data set without end of numbers of videos: epochs, each without replacement, mixed where weighted."""
+    import grain
+
+    def epochs(start, stop):
+        return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
+
+    weights = getattr(source, "weights", ())
+    if not weights:
+        return epochs(0, len(source))
+    ends = list(itertools.accumulate(map(len, source.parts), initial=0))
+    parts = [epochs(start, stop) for start, stop in itertools.pairwise(ends)]
+    return grain.MapDataset.mix(parts, weights=[weight / sum(weights) for weight in weights]).seed(seed)
 
 
 def eval_batches(
@@ -187,7 +205,7 @@ class _Lookup:
         return self._clips[self._rows(number)]
 
 
-class _DrawClip:
+class DrawClip:
     """Reads a training clip; all chance comes from the generator that Grain makes for its place in the order."""
 
     def __init__(self, source: Source, clip: ClipSpec):
@@ -195,6 +213,7 @@ class _DrawClip:
         self._failed: set[int] = set()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The clip of a video, or of another where that fails: "video" uint8 [T, H, W, 3] and "label" int32."""
         for _ in range(MAX_DRAWS):
             try:
                 video, label = self._source.read_clip(index, rng, self._clip)

@@ -225,7 +225,8 @@ def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
         if len(frames) != len(images):
             raise ValueError(f"{len(images)} pictures decode to {len(frames)}")
     except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"an encoded frame is no readable PNG or JPEG, or H.264 keyframe ({_reason(error)})") from error
+        reason = _reason(error)
+        raise InputError(f"an encoded frame is no readable PNG or JPEG or H.264 keyframe ({reason})") from error
     return _to_rgb(frames, resolution)
 
 
