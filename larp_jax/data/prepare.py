@@ -35,7 +35,7 @@ import numpy as np
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
 from larp_jax.data.listing import Item, Listing, list_videos
-from larp_jax.data.report import look, make_report, readable, thumbnail
+from larp_jax.data.report import THUMBNAIL, look, make_report, readable, thumbnail
 from larp_jax.data.sources import VIDEOS, StoredVideo, cores, file_digest, open_all, open_source
 from larp_jax.errors import InputError
 
@@ -201,7 +201,7 @@ def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path)
                 count += len(frames)
         per_frame = stored / max(1, count)
     needed = int(total * per_frame) + MIN_SHARDS * 2**17
-    originals = sum(os.path.getsize(item[2]) for item, _ in videos if item[2])
+    originals = sum(_file_size(item[2]) for item, _ in videos)
     place = next(path for path in [output.absolute(), *output.absolute().parents] if path.exists())
     free = readable(shutil.disk_usage(place).free)
     return (
@@ -231,12 +231,14 @@ def _cut(plan: Mapping[str, Any]) -> list[Shard]:
 
 def _fingerprint(listing: Listing, settings: Settings) -> str:
     """SHA-256 of everything that decides what is written; of the files, their names and sizes."""
-    files = [
-        (item.split, item.source, item.label, item.spec, os.path.getsize(item.path) if item.path else 0)
-        for item in listing.items
-    ]
+    files = [(item.split, item.source, item.label, item.spec, _file_size(item.path)) for item in listing.items]
     content = [FORMAT, dataclasses.astuple(settings), files, listing.label_names, listing.missing]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _file_size(path: str) -> int:
+    """Bytes of a file; 0 of none, or one that is gone, which the report will say."""
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _short(reason: str, path: str) -> str:
@@ -373,7 +375,7 @@ def make_shard(job: tuple[str, Settings, Shard]) -> None:
         try:
             for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
                 try:
-                    size, digest = _origin(item)
+                    size, digest, item = _origin(item)
                     count, appearance = _write_video(writer, item, claimed, fps, settings)
                 except (InputError, FileNotFoundError, PermissionError) as error:
                     skipped.append([item.split, item.source, _short(str(error), item.path)])
@@ -408,12 +410,14 @@ def _note(work: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
     return _read_json(_note_path(work, shard))
 
 
-def _origin(item: Item) -> tuple[int, str]:
-    """(bytes, SHA-256) of what a video is made from."""
+def _origin(item: Item) -> tuple[int, str, Item]:
+    """(bytes, SHA-256) of what a video is made from, and the item with its label, which only the record knows."""
     if item.path:
-        return os.path.getsize(item.path), file_digest(item.path)
+        return os.path.getsize(item.path), file_digest(item.path), item
     source = _opened(item.spec)
-    return source.size(item.index), source.digest(item.index)
+    size, digest = source.origin(item.index)
+    _, label = source.read_clip(item.index, 0, ClipSpec(1, THUMBNAIL))
+    return size, digest(), dataclasses.replace(item, label=label)
 
 
 _sources: dict[str, Any] = {}  # of this worker, kept open
