@@ -15,19 +15,26 @@ from flax import nnx
 from larp_jax import flops, sharding
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, TokenizerRecipe
-from larp_jax.data import ClipSpec, train_batches
+from larp_jax.data import ClipSpec, Source, stages, train_batches
+from larp_jax.data.pipeline import DrawClip
 from larp_jax.models.generator import Generator
 from larp_jax.sampling import SamplingOptions
 from larp_jax.steps import DTYPES, TokenizerStage
 
 WINDOWS = 5
-CLIPS_TIMED_ALONE = 16
+CLIPS_TIMED_ALONE = 64
 CEILING_WIDTH = {"cpu": 2048}  # of the square matrices whose product is the ceiling
 CEILING_WIDTH_ELSEWHERE = 8192
 
 
 def benchmark_data(
-    spec: str, clip: ClipSpec, *, batch_size: int, workers: int = 0, seconds: float = 10.0
+    spec: str,
+    clip: ClipSpec,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    seconds: float = 10.0,
+    model_rate: float | None = None,
 ) -> dict[str, Any]:
     """Measures how fast training batches come when nothing else runs.
 
@@ -37,11 +44,15 @@ def benchmark_data(
       batch_size: clips a batch.
       workers: processes that read; 0 reads in threads.
       seconds: how long to measure; opening the data set and the warm-up of 3 batches come on top.
+      model_rate: clips a second that a model takes, to compare with.
 
     Returns:
       The settings, and `clips_per_second` (median over 5 windows), `slowest_window` and `fastest_window` (likewise
       clips a second), `first_batch_seconds` (data set opened, workers started, first batch there),
-      `read_clip_ms` (one clip in one thread, median) and `videos`.
+      `videos`, and of clips read one by one in one thread: `read_clip_ms` (median), the mean time of each stage of a
+      clip until it lies in its batch, `read_ms` (file and container, or record), `decode_ms`, `resize_ms` (with the
+      conversion to RGB) and `copy_ms` (everything else), and `bottleneck`, the longest of the four. With a
+      `model_rate` also that, `feeds_model` (whether batches come as fast) and `share_of_model_rate`.
 
     Raises:
       InputError: the data set cannot be opened.
@@ -54,13 +65,7 @@ def benchmark_data(
             next(batches)
         rates = [_rate(batches, batch_size, seconds / WINDOWS) for _ in range(WINDOWS)]
         source = batches.source
-    rng = np.random.default_rng(0)
-    times = []
-    for _ in range(CLIPS_TIMED_ALONE):
-        began = time.perf_counter()
-        source.read_clip(int(rng.integers(len(source))), rng, clip)
-        times.append(time.perf_counter() - began)
-    return {
+    result = {
         "data": spec,
         "clip": list(clip.shape),
         "batch_size": batch_size,
@@ -70,7 +75,32 @@ def benchmark_data(
         "slowest_window": min(rates),
         "fastest_window": max(rates),
         "first_batch_seconds": first_batch,
+        **_time_stages(source, clip),
+    }
+    if model_rate:
+        share = result["clips_per_second"] / model_rate
+        result |= {"model_rate": float(model_rate), "feeds_model": share >= 1, "share_of_model_rate": share}
+    return result
+
+
+def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
+    """Milliseconds a clip takes in one thread, in all and by stage, and which stage takes the most."""
+    draw = DrawClip(source, clip)
+    rows, times = [], []
+    with stages.measure() as seconds:
+        for number in range(CLIPS_TIMED_ALONE):
+            began = time.perf_counter()
+            rows.append(draw(number % len(source), np.random.default_rng(number))["video"])
+            times.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        np.stack(rows)
+        stacking = time.perf_counter() - began
+    known = {name: seconds[name] for name in ("read", "decode", "resize")}
+    split = known | {"copy": sum(times) + stacking - sum(known.values())}
+    return {
         "read_clip_ms": 1e3 * statistics.median(times),
+        **{f"{name}_ms": 1e3 * spent / CLIPS_TIMED_ALONE for name, spent in split.items()},
+        "bottleneck": max(split, key=split.__getitem__),
     }
 
 

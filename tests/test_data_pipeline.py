@@ -99,14 +99,14 @@ class OneVideo:
 
 
 def test_flips_are_whole_clips_and_half_of_them():
-    draw = pipeline._DrawClip(OneVideo(), CLIP)
+    draw = pipeline.DrawClip(OneVideo(), CLIP)
     clips = [draw(0, np.random.default_rng(i))["video"] for i in range(400)]
     flipped = [bool(clip[0, 0, -1, 0]) or not clip[0, 0, 0, 0] for clip in clips]
     for clip, is_flipped in zip(clips, flipped, strict=True):
         half = clip[:, :, 16:] if is_flipped else clip[:, :, :16]
         np.testing.assert_array_equal(np.diff(half[:, 0, 0, 0].astype(int)), 1)
     assert 150 < sum(flipped) < 250
-    draw = pipeline._DrawClip(OneVideo(), ClipSpec(8, 32, flip=False))
+    draw = pipeline.DrawClip(OneVideo(), ClipSpec(8, 32, flip=False))
     assert not any(draw(0, np.random.default_rng(i))["video"][:, :, 16:].any() for i in range(50))
 
 

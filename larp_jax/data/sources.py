@@ -1,20 +1,25 @@
 """Videos by number: those of a folder, and those of a TFDS data set in array_record format."""
 
+import bisect
 import concurrent.futures
+import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
 from larp_jax.data.spec import FORMS, DataSpec, parse_spec
+from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +29,8 @@ NO_LABEL = -1
 MANY_FILES = 500
 # The most files that a warning names.
 MANY_NAMES = 50
+# The file of a prepared data set that says which videos its records hold.
+VIDEOS = "videos.json"
 
 
 class Source(Protocol):
@@ -73,6 +80,9 @@ class Source(Protocol):
     def digest(self, index: int) -> str:
         """SHA-256 of a video as it is stored, in hexadecimal digits."""
 
+    def origin(self, index: int) -> tuple[int, Callable[[], str]]:
+        """Bytes of the file that a video was made from, which may be itself, and a function for its SHA-256."""
+
 
 def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_split: str = "train") -> Source:
     """Opens a data set.
@@ -89,6 +99,9 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     split = spec.split or default_split
     if spec.kind == "tokens":
         raise InputError(f"data {spec} holds codes, on which only generators train; give videos: {FORMS}")
+    if spec.kind == "mixture":
+        parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
+        return MixtureSource(parts, spec.weights)
     if spec.kind == "folder":
         return FolderSource(spec.name)
     try:
@@ -102,7 +115,8 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
         from larp_jax.data import moving_shapes
 
         return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
-    return TfdsSource(spec.name, split)
+    prepared = (_find_data_set(spec.name) / VIDEOS).exists()
+    return (PreparedSource if prepared else TfdsSource)(spec.name, split)
 
 
 class FolderSource:
@@ -177,8 +191,17 @@ class FolderSource:
 
     def digest(self, index):
         """See `Source`."""
-        with self._videos[index].path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self._videos[index].path)
+
+    def origin(self, index):
+        """See `Source`: the file itself."""
+        return self.size(index), functools.partial(self.digest, index)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -224,13 +247,17 @@ def labels(source: Source) -> np.ndarray:
 
 
 def same_videos(source: Source, other: Source) -> set[int]:
-    """Numbers of the videos of `source` that are also in `other`, byte for byte; only those of one size are read."""
-    sizes = [source.size(index) for index in range(len(source))]
-    found = [other.size(index) for index in range(len(other))]
-    common = set(sizes) & set(found)
-    theirs = set(digests(other, (index for index, size in enumerate(found) if size in common)).values())
-    ours = digests(source, (index for index, size in enumerate(sizes) if size in common))
-    return {index for index, digest in ours.items() if digest in theirs}
+    """Numbers of the videos of `source` whose files are also in `other`, byte for byte; few more are read."""
+    ours, theirs = ([one.origin(index) for index in range(len(one))] for one in (source, other))
+    common = {size for size, _ in ours} & {size for size, _ in theirs}
+
+    def compute(origins):
+        wanted = {index: digest for index, (size, digest) in enumerate(origins) if size in common}
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+            return dict(zip(wanted, pool.map(lambda digest: digest(), wanted.values()), strict=True))
+
+    known = set(compute(theirs).values())
+    return {index for index, digest in compute(ours).items() if digest in known}
 
 
 def cores() -> int:
@@ -317,21 +344,202 @@ class TfdsSource:
         """See `Source`."""
         return hashlib.sha256(self._records[index]).hexdigest()
 
-    def _read(self, index):
+    def origin(self, index):
+        """See `Source`: the record itself."""
+        return self.size(index), functools.partial(self.digest, index)
+
+    def _read(self, record):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        return tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        with stage("read"):
+            return tf_example_pb2.Example.FromString(self._records[record]).features.feature
 
     def _stored_frames(self, record) -> Sequence[bytes] | np.ndarray:
         """PNG or JPEG files, or uint8 [T, H, W, C]."""
         values = record[self._video].bytes_list.value
-        if self._encoding == "image":
+        if self._encoding in ("image", "text"):
             return values
         if self._encoding == "none":
             pixels = np.array(record[self._video].int64_list.value, np.uint8)
         else:
             pixels = np.frombuffer(zlib.decompress(values[0]) if self._encoding == "zlib" else values[0], np.uint8)
         return pixels.reshape(-1, *self._shape[1:])
+
+
+class StoredVideo(NamedTuple):
+    """A video of a prepared data set: a row of its videos.json.
+
+    Attributes:
+      source: the file it was made from, as the data set calls it.
+      label: number of its class, -1 without.
+      fps: frames a second; 0.0 where the input did not say.
+      frames: how many.
+      shard: number of the file of its split that holds it.
+      record: number of the first of its records in that file.
+      bytes: of the file it was made from.
+      sha256: of that file.
+    """
+
+    source: str
+    label: int
+    fps: float
+    frames: int
+    shard: int
+    record: int
+    bytes: int
+    sha256: str
+
+
+class PreparedSource(TfdsSource):
+    """A split of what `larp-jax prepare` wrote; see `Source` and `TfdsSource`.
+
+    A record holds a run of frames, and videos.json says which runs are a video: the number of frames is known without
+    reading, and of a long video only the runs are read that the clip lies in. A part of a split takes whole videos,
+    those that begin in it.
+    """
+
+    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
+        from array_record.python import array_record_data_source
+
+        super().__init__(data_set, split)
+        folder = _find_data_set(self._data_set)
+        index = json.loads((folder / VIDEOS).read_text(encoding="utf-8"))
+        self._run = index["frames_per_record"]
+        instructions = _instructions(self._data_set, folder, split)
+        stored = {}
+        for rows in index["splits"].values():
+            for row in itertools.starmap(StoredVideo, rows["videos"]):
+                stored.setdefault(rows["shards"][row.shard], []).append(row)
+        whole = {file.filename: dataclasses.replace(file, skip=0, take=-1) for file in instructions}
+        lengths = [0, *(file.take for file in whole.values())]
+        offsets = dict(zip(whole, itertools.accumulate(lengths), strict=False))
+        self._videos, self._records_of = [], []
+        for file in instructions:
+            for row in stored.get(os.path.basename(file.filename), ()):
+                if file.skip <= row.record < file.skip + file.take:
+                    self._videos.append(row)
+                    self._records_of.append(offsets[file.filename] + row.record)
+        if not self._videos:
+            raise InputError(f"no video of TFDS data set {data_set} begins in split {split!r}; choose a larger part")
+        self._records = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
+
+    def __len__(self):
+        return len(self._videos)
+
+    def name(self, index):
+        """The file it was made from, as the data set calls it."""
+        return self._videos[index].source
+
+    def fps(self, index):
+        """See `Source`."""
+        return self._videos[index].fps
+
+    def frames(self, index):
+        """See `Source`."""
+        return self._videos[index].frames
+
+    def read_clip(self, index, start, clip):
+        """See `Source`."""
+        row = self._videos[index]
+        if isinstance(start, np.random.Generator):
+            start = int(start.integers(last_start(row.frames, clip.frames) + 1))
+        elif start and start + clip.frames > row.frames:
+            raise InputError(f"{self.name(index)} ends after {row.frames} frames, before {start + clip.frames}")
+        stop = min(start + clip.frames, row.frames)
+        try:
+            runs = []
+            for number in range(start // self._run, -(-stop // self._run)):
+                run = self._stored_frames(self._read(self._records_of[index] + number))
+                first = number * self._run
+                runs.append(run[max(0, start - first) : stop - first])
+            stored = np.concatenate(runs) if self._encoding == "bytes" else list(itertools.chain.from_iterable(runs))
+            frames = _decoded(stored, clip.resolution)
+        except (ValueError, InputError) as error:
+            name = f"{self.name(index)} of {self._data_set}"
+            raise InputError(f"{name} cannot be read ({error}); prepare it anew") from error
+        return repeat_last(frames, clip.frames), row.label
+
+    def size(self, index):
+        """See `Source`."""
+        return sum(len(self._records[record]) for record in self._runs(index))
+
+    def digest(self, index):
+        """See `Source`."""
+        digest = hashlib.sha256()
+        for record in self._runs(index):
+            digest.update(self._records[record])
+        return digest.hexdigest()
+
+    def origin(self, index):
+        """See `Source`: the file that was prepared, of which nothing is left to read."""
+        return self._videos[index].bytes, lambda: self._videos[index].sha256
+
+    def _runs(self, index) -> range:
+        first = self._records_of[index]
+        return range(first, first + -(-self._videos[index].frames // self._run))
+
+
+class MixtureSource:
+    """Several data sets one after the other; see `Source`.
+
+    Classes of the same name are one class, numbered in the order in which the data sets bring them.
+
+    Args:
+      parts: the data sets.
+      weights: how often training draws from each, in any unit; empty for by their length.
+    """
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float] = ()):
+        self.parts, self.weights = list(parts), tuple(weights)
+        self.label_names = tuple(dict.fromkeys(itertools.chain.from_iterable(part.label_names for part in parts)))
+        self.skipped = list(itertools.chain.from_iterable(part.skipped for part in parts))
+        self._labels = [[self.label_names.index(name) for name in part.label_names] for part in parts]
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def name(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].name(index)
+
+    def fps(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].fps(index)
+
+    def frames(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].frames(index)
+
+    def read_clip(self, index, start, clip):
+        """See `Source`."""
+        part, index = self._locate(index)
+        frames, label = self.parts[part].read_clip(index, start, clip)
+        labels = self._labels[part]
+        return frames, labels[label] if 0 <= label < len(labels) else NO_LABEL
+
+    def size(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].size(index)
+
+    def digest(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].digest(index)
+
+    def origin(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self.parts[part].origin(index)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(number of the data set, number of the video in it)."""
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
 
 
 def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
@@ -354,6 +562,10 @@ def _find_data_set(data_set: str) -> pathlib.Path:
     """The folder of a prepared data set: that of the newest version, and of the only config if none is named."""
     root = tfds_root()
     folder = root / pathlib.Path(data_set).expanduser()
+    # `larp-jax prepare --output DIR` makes data sets anywhere.
+    local = pathlib.Path(data_set).expanduser()
+    if not folder.is_dir() and local.is_dir():
+        folder = local
     command = f"tfds build {data_set} --file_format=array_record --data_dir={root}"
     if not folder.is_dir():
         raise InputError(f"TFDS data set {data_set} is not prepared in {root}; run: {command}")
@@ -387,6 +599,8 @@ def _video_feature(data_set: str, features: dict) -> tuple[str, tuple[int, ...],
         elif "image" in feature.get("sequence", {}).get("feature", {}):
             length = max(0, int(feature["sequence"].get("length", 0)))
             videos[name] = (length, *_shape(feature["sequence"]["feature"]["image"])), "image"
+        elif name == "video" and "text" in feature.get("sequence", {}).get("feature", {}):
+            videos[name] = (0,), "text"  # H.264 keyframes, for which TFDS has no feature
         elif feature.get("tensor", {}).get("dtype") == "uint8":
             shape = _shape(feature["tensor"])
             if len(shape) == 4 and all(shape[1:]) and shape[3] in (1, 3):
@@ -412,6 +626,16 @@ def _preferred(names: Iterable[str], name: str) -> str:
 def _open_records(data_set: str, folder: pathlib.Path, split: str):
     """Random access to the records of a split, as bytes."""
     from array_record.python import array_record_data_source
+
+    return array_record_data_source.ArrayRecordDataSource(_instructions(data_set, folder, split))
+
+
+def split_names(data_set: str) -> list[str]:
+    """The splits of a TFDS data set that hold anything."""
+    return [name for name, split in _splits(data_set, _find_data_set(data_set)).items() if split.num_examples]
+
+
+def _splits(data_set: str, folder: pathlib.Path):
     from tensorflow_datasets.core import dataset_info, naming, splits
 
     info = dataset_info.read_proto_from_builder_dir(folder)
@@ -421,11 +645,16 @@ def _open_records(data_set: str, folder: pathlib.Path, split: str):
             f"random access; run: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
         )
     template = naming.ShardedFileTemplate(data_dir=folder, dataset_name=info.name, filetype_suffix=info.file_format)
-    known = splits.SplitDict.from_proto(info.splits, template)
+    return splits.SplitDict.from_proto(info.splits, template)
+
+
+def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
+    """TFDS's list of which records of which files make a split."""
+    known = _splits(data_set, folder)
     try:
         instructions = known[split].file_instructions
     except (KeyError, ValueError) as error:
         raise InputError(f"TFDS data set {data_set} has no split {split!r}; it has {', '.join(known)}") from error
     if not instructions:
         raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
-    return array_record_data_source.ArrayRecordDataSource(instructions)
+    return instructions

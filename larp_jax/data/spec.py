@@ -2,16 +2,23 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 
+import numpy as np
+
 from larp_jax.errors import InputError
 
-FORMS = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[/CONFIG][:SPLIT]"
+FORMS = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[/CONFIG][:SPLIT], or several as A+B or 0.7*A+0.3*B"
 # A split as TFDS writes it: train, train[:10%], train+test. A name may be the path of a data set's own folder.
 _NAME_AND_SPLIT = re.compile(
     r"(?P<name>.+?)(?::(?P<split>[A-Za-z]\w*(?:\[[^\]]*\])?(?:\+[A-Za-z]\w*(?:\[[^\]]*\])?)*))?"
 )
+# A + joins data sets only where another one begins: names of folders and splits may hold it too.
+_KIND = r"(?:tfds:|folder:|moving_shapes(?:[:/+]|$))"
+_JOINT = re.compile(rf"\+(?=(?:[\d.]+\*)?{_KIND})")
+_WEIGHT = re.compile(rf"(?P<weight>[\d.]+)\*(?={_KIND})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,31 +26,59 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds", "moving_shapes", or "tokens" for codes in place of videos.
-      name: path of the folder (of videos or of codes); NAME[/CONFIG] of the TFDS data set; CONFIG of moving_shapes,
-        which may be empty.
+      kind: "folder", "tfds", "moving_shapes", "mixture", or "tokens" for codes in place of videos.
+      name: path of the folder (of videos or of codes); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
+        moving_shapes, which may be empty.
       split: the TFDS split; empty if the text names none.
+      parts: of a mixture, its data sets, two at least.
+      weights: of a mixture, how often training draws from each, in any unit; empty for by their length.
     """
 
     kind: str
     name: str
     split: str = ""
+    parts: tuple["DataSpec", ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __str__(self):
         """The text again; parsing it gives an equal value."""
+        if self.kind == "mixture":
+            factors = [f"{np.format_float_positional(weight)}*" for weight in self.weights] or [""] * len(self.parts)
+            return "+".join(f"{factor}{part}" for factor, part in zip(factors, self.parts, strict=True))
         name = f"/{self.name}" if self.kind == "moving_shapes" and self.name else self.name
         separator = "" if self.kind == "moving_shapes" else ":"
         return f"{self.kind}{separator}{name}" + (f":{self.split}" if self.split else "")
 
 
 def parse_spec(text: str) -> DataSpec:
-    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]` or `tokens:PATH`.
+    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, those joined by +, or `tokens:PATH`.
 
-    PATH is taken as it is, colons included; a leading ~ is the home folder.
+    PATH is taken as it is, colons included; a leading ~ is the home folder. NAME may be the folder of a data set, such
+    as `larp-jax prepare` writes. A mixture draws from `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven
+    clips of ten from A.
 
     Raises:
       InputError: the text is none of these; the message names the nearest.
     """
+    texts = _JOINT.split(text)
+    matches = [_WEIGHT.match(part) for part in texts]
+    if len(texts) == 1 and not any(matches):
+        return _parse_one(text)
+    if len(texts) == 1:
+        raise InputError(f"data {text!r} weighs a single data set; leave the weight out or add another with +")
+    parts = tuple(_parse_one(part[match.end() if match else 0 :]) for part, match in zip(texts, matches, strict=True))
+    if not any(matches):
+        return DataSpec("mixture", "", parts=parts)
+    try:
+        weights = tuple(float(match["weight"]) if match else 0.0 for match in matches)
+    except ValueError:
+        weights = (0.0,)
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"data {text!r}: give every part a positive weight, as in 0.7*A+0.3*B, or none of them")
+    return DataSpec("mixture", "", parts=parts, weights=weights)
+
+
+def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
     if kind in ("folder", "tokens") and rest:
         return DataSpec(kind, os.path.expanduser(rest))

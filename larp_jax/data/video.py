@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
+from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ EXTENSIONS = frozenset(
 SEEKABLE_CODECS = frozenset("av1 ffv1 h264 hevc libdav1d mjpeg mpeg4 vp9".split())
 # AVI stores no presentation times: those that FFmpeg makes up are out of order wherever there are B-frames.
 TIMELESS_FORMATS = frozenset(["avi"])
+# Pixels of which two in a row share their chroma.
+HALF_CHROMA = frozenset(["yuv420p", "yuvj420p"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +161,12 @@ class VideoFile:
                 wanted = packet.pts is not None and times[0] <= packet.pts <= times[-1]
                 # Of the other frames only those are decoded that some frame refers to.
                 decoder.skip_frame = "DEFAULT" if wanted else "NONREF"
-                decoded += decoder.decode(packet)
+                with stage("decode"):
+                    decoded += decoder.decode(packet)
                 missing -= wanted
                 if not missing:
-                    decoded += decoder.decode(None)
+                    with stage("decode"):
+                        decoded += decoder.decode(None)
                     break
                 while decoded and (decoded[0].pts is None or decoded[0].pts < times[0]):
                     del decoded[0]
@@ -198,26 +203,65 @@ def resize_frames(frames: Iterable[np.ndarray], resolution: int) -> np.ndarray:
 
 
 def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
-    """Decodes PNG or JPEG files held in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
+    """Decodes pictures held in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
+
+    They are PNG or JPEG files, or H.264 keyframes as `encode_h264` makes them, all of one kind.
 
     Raises:
       InputError: one of them is neither, or damaged.
     """
     av = _av()
-    frames, decoders = [], {}
-    for data in images:
-        codec = "png" if data.startswith(b"\x89PNG") else "mjpeg"
-        try:
-            if codec not in decoders:
-                decoders[codec] = av.CodecContext.create(codec, "r")
-                decoders[codec].thread_count = 1
-            packet = av.Packet(data)
-            packet.is_keyframe = True  # or else a PNG is taken for the change to the one before
-            (frame,) = decoders[codec].decode(packet)
-        except (av.FFmpegError, ValueError) as error:
-            raise InputError(f"an encoded frame is no readable PNG or JPEG ({_reason(error)})") from error
-        frames.append(frame)
+    images = list(images)
+    try:
+        with stage("decode"):
+            decoder = av.CodecContext.create(_codec(images[0]), "r")
+            decoder.thread_count = 1
+            packets = [av.Packet(data) for data in images]
+            frames = []
+            for packet in packets:
+                packet.is_keyframe = True  # or else a PNG is taken for the change to the one before
+                frames += decoder.decode(packet)
+            frames += decoder.decode(None)
+        if len(frames) != len(images):
+            raise ValueError(f"{len(images)} pictures decode to {len(frames)}")
+    except (av.FFmpegError, ValueError) as error:
+        reason = _reason(error)
+        raise InputError(f"an encoded frame is no readable PNG or JPEG or H.264 keyframe ({reason})") from error
     return _to_rgb(frames, resolution)
+
+
+def _codec(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "h264" if data.startswith(b"\0\0") else "mjpeg"
+
+
+def encode_jpeg(frames: np.ndarray, quality: int) -> list[bytes]:
+    """uint8 [T, H, W, 3] as T JPEG files, 4:2:0; `quality` is FFmpeg's scale for it, 1 (best) to 31."""
+    return _encode_each("mjpeg", "yuvj420p", frames, {"qmin": str(quality), "qmax": str(quality)})
+
+
+def encode_h264(frames: np.ndarray, quality: int) -> list[bytes]:
+    """uint8 [T, H, W, 3], sides even, as T H.264 keyframes, 4:2:0, each with its headers; `quality` is x264's CRF."""
+    # One thread, because the number of threads changes what x264 writes.
+    x264 = "keyint=1:repeat-headers=1:annexb=1:threads=1:info=0"
+    options = {"crf": str(quality), "preset": "medium", "tune": "fastdecode,zerolatency", "x264-params": x264}
+    return _encode_each("libx264", "yuv420p", frames, options)
+
+
+def _encode_each(codec: str, pixel_format: str, frames: np.ndarray, options: dict[str, str]) -> list[bytes]:
+    av = _av()
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.height, encoder.width = frames.shape[1:3]
+    encoder.pix_fmt, encoder.time_base, encoder.thread_count = pixel_format, fractions.Fraction(1, 25), 1
+    encoder.options = {"flags": "+bitexact", **options}  # nothing about the encoder's version inside
+    packets = []
+    for image in frames:
+        packets += encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image)))
+    packets = [bytes(packet) for packet in packets + encoder.encode(None)]
+    if len(packets) != len(frames):
+        raise ValueError(f"{codec} made {len(packets)} packets of {len(frames)} frames")
+    return packets
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float) -> None:
@@ -239,7 +283,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     frames = iter(frames)
     first = _checked_image(next(frames, None), "write_video")
     height, width = (side + side % 2 for side in first.shape[:2])
-    with _replacing(path) as file, av.open(file, "w", format="mp4") as container:
+    with replacing(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(60_000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
@@ -258,7 +302,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
       ValueError: the shape or the dtype differs.
       OSError: the file cannot be written.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(encode_png(image))
 
 
@@ -309,8 +353,10 @@ def _open(path):
     # Until version 19 PyAV gave up on files with tags that are not UTF-8.
     lenient = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
     try:
-        # `file:` keeps a colon in a name from being taken for a protocol.
-        with av.open(f"file:{os.fspath(path)}", **lenient) as container:
+        with stage("read"):
+            # `file:` keeps a colon in a name from being taken for a protocol.
+            container = av.open(f"file:{os.fspath(path)}", **lenient)
+        with container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream; replace the file or leave it out")
@@ -336,7 +382,12 @@ def _no_frames(path) -> InputError:
 def _packets(container, stream) -> Iterator:
     """The stream's packets in the order of the file, up to damage in the container."""
     with contextlib.suppress(_av().FFmpegError):
-        for packet in container.demux(stream):
+        packets = container.demux(stream)
+        while True:
+            with stage("read"):
+                packet = next(packets, None)
+            if packet is None:
+                return
             if packet.size:  # the last one is empty, and so are those of frames that a recorder dropped
                 yield packet
 
@@ -350,7 +401,8 @@ def _decode(container, stream) -> Iterator:
     started = False
     for packet in itertools.chain(_packets(container, stream), [None]):  # None: what the decoder still holds
         try:
-            decoded = stream.codec_context.decode(packet)
+            with stage("decode"):
+                decoded = stream.codec_context.decode(packet)
         except _av().FFmpegError:
             if started:
                 return
@@ -370,23 +422,34 @@ def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
 
     reformatter = VideoReformatter()
     out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
-    for target, frame in zip(out, frames, strict=True):
-        width, height = scaled_size(frame.width, frame.height, resolution)
-        # Planes of green, blue and red: twice as fast as packed RGB, which would also halve the chroma's width. But
-        # where nothing is scaled, libswscale leaves columns after the last multiple of 16 of such planes unwritten.
-        packed = width % 16 and (width, height) == (frame.width, frame.height)
-        layout = "rgb24" if packed else "gbrp"
-        scaled = reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BILINEAR, threads=1)
-        for channel, image in enumerate(_channels(scaled, width, height)):
-            target[..., channel] = centre_crop(np.rot90(image, frame.rotation // 90), resolution)
+    with stage("resize"):
+        for target, frame in zip(out, frames, strict=True):
+            width, height = scaled_size(frame.width, frame.height, resolution)
+            # Planes of green, blue and red: twice as fast as packed RGB, which would also halve the chroma's width. But
+            # where nothing is scaled, libswscale leaves columns after the last multiple of 16 of such planes unwritten,
+            # and packed RGB, which gives the same where the chroma is halved already, saves taking planes together.
+            unscaled = (width, height) == (frame.width, frame.height)
+            packed = unscaled and (width % 16 or frame.format.name in HALF_CHROMA)
+            layout = "rgb24" if packed else "gbrp"
+            scaled = reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BILINEAR, threads=1)
+            if packed:
+                target[:] = centre_crop(np.rot90(_pixels(scaled, width, height), frame.rotation // 90), resolution)
+                continue
+            for channel, image in enumerate(_channels(scaled, width, height)):
+                target[..., channel] = centre_crop(np.rot90(image, frame.rotation // 90), resolution)
     return out
 
 
+def _pixels(frame, width: int, height: int) -> np.ndarray:
+    """View [height, width, 3] of packed pixels."""
+    (plane,) = frame.planes
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
+    return rows.reshape(height, width, 3)
+
+
 def _channels(frame, width: int, height: int) -> list[np.ndarray]:
-    """Views [height, width] of red, green and blue, of planes (green, blue, red) or of packed pixels."""
+    """Views [height, width] of red, green and blue, of planes (green, blue, red)."""
     rows = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height] for plane in frame.planes]
-    if len(rows) == 1:
-        return list(np.moveaxis(rows[0][:, : 3 * width].reshape(height, width, 3), -1, 0))
     return [rows[i][:, :width] for i in (2, 0, 1)]
 
 
@@ -400,7 +463,7 @@ def _checked_image(image: np.ndarray | None, what: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """A binary file to write that becomes `path` when all went well, and is gone otherwise."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,311 @@
+"""What `larp-jax prepare` may be given, as one list of videos with splits and classes.
+
+Everything is taken in the order of the lists, or of sorted paths where there are none. Paths in lists are checked as
+text: none may leave the folder of the videos.
+"""
+
+import collections
+import csv
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from larp_jax.data.sources import NO_LABEL, open_source, split_names, video_files
+from larp_jax.data.spec import DataSpec, parse_spec
+from larp_jax.data.video import EXTENSIONS
+from larp_jax.errors import InputError
+
+# Names of splits, as folders and files have them, and what TFDS calls them.
+SPLITS = {"train": "train", "validation": "validation", "validate": "validation", "val": "validation", "test": "test"}
+_IN_NAME = re.compile(f"(?<![a-z])({'|'.join(SPLITS)})")
+_CLASSES = "classInd.txt"  # UCF101's list of classes, which makes a folder one of its lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A video to prepare.
+
+    Attributes:
+      split: that it belongs to.
+      source: what the data set will call it: its path within the folder of the videos, or SPLIT#NUMBER.
+      path: its file; empty for a video of a TFDS data set.
+      spec: its TFDS data set and split; empty for a file.
+      index: its number there.
+      label: number of its class, -1 without.
+    """
+
+    split: str
+    source: str
+    path: str = ""
+    spec: str = ""
+    index: int = 0
+    label: int = NO_LABEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """All videos to prepare.
+
+    Attributes:
+      items: in the order of their splits and, within, of the lists.
+      label_names: the classes, by the number of their label.
+      missing: (split, source, reason) of what the lists name and the folder does not have.
+      ignored: how many files of a folder have which suffix of no video.
+    """
+
+    items: list[Item]
+    label_names: tuple[str, ...] = ()
+    missing: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
+    """Finds the videos that the inputs name.
+
+    - A folder, or `folder:PATH`: if its sub-folders are called train, val, validate, validation or test, they are the
+      splits (as Kinetics is laid out), otherwise all is `train`. Sub-folders give the classes.
+    - CSV files with the columns path and label (and maybe split), the authors' id, path, action and label, or those of
+      Kinetics, label, youtube_id, time_start and time_end, whose files are looked for by name.
+    - UCF101's lists: the folder of classInd.txt, trainlist01.txt and testlist01.txt, or some of its lists.
+    - `tfds:NAME[/CONFIG][:SPLIT]` or `moving_shapes[:SPLIT]`; all splits if none is named.
+
+    Args:
+      inputs: one folder or data set, or lists. A list without a column split belongs to the split in its name.
+      root: the folder that lists mean; by default that of the list, and of UCF101's lists the UCF-101 beside them.
+
+    Raises:
+      InputError: there is nothing there, a list cannot be understood, or a path leads out of `root`.
+    """
+    if len(inputs) == 1 and (spec := _as_data_set(inputs[0])) is not None:
+        if spec.kind != "folder":
+            return _of_data_set(spec)
+        inputs = [spec.name]
+    paths = [pathlib.Path(text) for text in inputs]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give a folder, CSV files, UCF101's lists or a data set")
+    if len(paths) == 1 and paths[0].is_dir() and not (paths[0] / _CLASSES).exists():
+        if root:
+            raise InputError(f"--root is for lists, and {paths[0]} is a folder of videos; leave it out")
+        return _of_folder(paths[0])
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = [paths[0] / name for name in ("trainlist01.txt", "testlist01.txt")]
+    suffixes = {path.suffix.lower() for path in paths}
+    read = {".csv": _csv_rows, ".txt": _ucf101_rows}.get(suffixes.pop() if len(suffixes) == 1 else "")
+    if read is None or any(path.is_dir() for path in paths):
+        raise InputError("give one folder, or CSV files, or UCF101's .txt lists, not several kinds at once")
+    beside = paths[0].parent.parent / "UCF-101"
+    folder = pathlib.Path(root or (beside if read is _ucf101_rows and beside.is_dir() else paths[0].parent))
+    if not folder.is_dir():
+        raise InputError(f"--root {folder} does not exist (or is no folder); name the folder of the videos")
+    rows, classes = read(paths, folder)
+    return _of_rows(rows, classes, folder)
+
+
+def _as_data_set(text: str) -> DataSpec | None:
+    try:
+        spec = parse_spec(text)
+    except InputError:
+        if text.partition(":")[0].partition("/")[0] in ("tfds", "folder", "moving_shapes") and not os.path.exists(text):
+            raise
+        return None
+    if spec.kind == "mixture":
+        raise InputError(f"{text} is a mixture; prepare its data sets one by one, training mixes them")
+    return spec
+
+
+# ------------------------------------------------------------------------------------------------------ TFDS, folders
+
+
+def _of_data_set(spec: DataSpec) -> Listing:
+    if spec.split:
+        splits = [spec.split]
+    else:
+        open_source(spec)  # which makes moving_shapes
+        splits = ["train", "test"] if spec.kind == "moving_shapes" else split_names(spec.name)
+    items, label_names = [], ()
+    for split in splits:
+        part = dataclasses.replace(spec, split=split)
+        source = open_source(part)
+        label_names = source.label_names
+        name = re.match(r"\w+", split).group()
+        items += [Item(name, f"{split}#{index}", spec=str(part), index=index) for index in range(len(source))]
+    return Listing(items, label_names)
+
+
+def _of_folder(folder: pathlib.Path) -> Listing:
+    parts = [path.relative_to(folder).parts for path in video_files(folder)]
+    if not parts:
+        raise InputError(f"folder {folder} holds no video file")
+    split = all(len(part) > 1 and part[0].lower() in SPLITS for part in parts)
+    below = [part[1:] if split else part for part in parts]
+    names = [part[0] for part in below] if all(len(part) > 1 for part in below) else []
+    classes = sorted(set(names))
+    items = [
+        Item(
+            SPLITS[part[0].lower()] if split else "train",
+            "/".join(part),
+            os.path.join(folder, *part),
+            label=classes.index(names[number]) if names else NO_LABEL,
+        )
+        for number, part in enumerate(parts)
+    ]
+    return Listing(_by_split(items), tuple(classes), ignored=_other_files(folder))
+
+
+def _other_files(folder: pathlib.Path) -> dict[str, int]:
+    """How many of the files that are no videos have which suffix; hidden ones do not count."""
+    names = (name for _, _, names in os.walk(folder, followlinks=False) for name in names if not name.startswith("."))
+    suffixes = collections.Counter(pathlib.PurePath(name).suffix.lower() for name in names)
+    return {suffix: count for suffix, count in sorted(suffixes.items()) if suffix not in EXTENSIONS}
+
+
+def _by_split(items: list[Item]) -> list[Item]:
+    order = list(dict.fromkeys(SPLITS.values()))
+    return sorted(items, key=lambda item: (order.index(item.split) if item.split in order else len(order), item.split))
+
+
+# -------------------------------------------------------------------------------------------------------------- lists
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A line of a list: where it stands, the split, the file within the folder (None: not there), the class."""
+
+    where: str
+    split: str
+    name: str
+    path: str | None
+    label: str
+
+
+def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> Listing:
+    """The listing of a list's rows; without `classes` they are those that occur, sorted."""
+    names = {row.label for row in rows} - {""}
+    if not classes and names and all(name.isdecimal() and len(name) < 7 for name in names):
+        classes = list(map(str, range(max(map(int, names)) + 1)))
+    classes = list(classes) or sorted(names)
+    numbers = {name: number for number, name in enumerate(classes)}
+    items, missing = [], []
+    for row in rows:
+        if row.label and row.label not in numbers:
+            raise InputError(f"{row.where}: {row.label!r} is none of the {len(classes)} classes")
+        if row.path is None or not os.path.isfile(row.path):
+            missing.append((row.split, row.name, f"not in {folder.name or folder}"))
+        else:
+            items.append(Item(row.split, row.name, row.path, label=numbers.get(row.label, NO_LABEL)))
+    if not items:
+        first = f"; the first is {rows[0].name}" if rows else ""
+        raise InputError(f"none of the {len(rows)} listed videos lies in {folder}{first}; name their folder by --root")
+    return Listing(_by_split(items), tuple(classes), missing)
+
+
+def _ucf101_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list[_Row], list[str]]:
+    """Rows of trainlistNN.txt and testlistNN.txt: CLASS/FILE.avi and maybe a number; classes of classInd.txt."""
+    classes = [line.split()[-1] for _, line in _lines(paths[0].parent / _CLASSES)]
+    rows = []
+    for path in paths:
+        for where, line in _lines(path):
+            name = line.rsplit(maxsplit=1)[0] if line.rsplit(maxsplit=1)[-1].isdecimal() else line
+            file = _inside(folder, name, where)
+            rows.append(_Row(where, _split_of(path.stem), _relative(file, folder), file, name.split("/")[0]))
+    return rows, classes
+
+
+def _csv_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list[_Row], list[str]]:
+    rows, actions, by_stem = [], {}, None
+    for path in paths:
+        for where, cells in _cells(path):
+            split = _split_column(cells.get("split", ""), where) or _split_of(path.stem)
+            if "youtube_id" in cells:
+                by_stem = _files_by_stem(folder) if by_stem is None else by_stem
+                rows.append(_kinetics_row(cells, split, where, by_stem, folder))
+                continue
+            if not cells.get("path"):
+                raise InputError(f"{where}: has no path; it takes the columns path and label")
+            file = _inside(folder, cells["path"], where)
+            label = cells.get("label", "")
+            if cells.get("action"):
+                if actions.setdefault(label, cells["action"]) != cells["action"] or not label.isdecimal():
+                    raise InputError(f"{where}: label {label!r} is not one number for one action; mend the list")
+                label = cells["action"]
+            rows.append(_Row(where, split, _relative(file, folder), file, label))
+    if not actions:
+        return rows, []
+    last = max(map(int, actions))
+    if last > 100_000:
+        raise InputError(f"{paths[0]}: a label of {last} is too large; number the classes from 0")
+    return rows, [actions.get(str(number), str(number)) for number in range(last + 1)]
+
+
+def _kinetics_row(cells, split: str, where: str, by_stem, folder: pathlib.Path) -> _Row:
+    """A row of Kinetics' lists; files are called ID_START_END, six digits each, or ID."""
+    stems = [cells["youtube_id"]]
+    if cells.get("time_start", "").isdecimal() and cells.get("time_end", "").isdecimal():
+        stems.insert(0, f"{stems[0]}_{int(cells['time_start']):06d}_{int(cells['time_end']):06d}")
+    file = next((by_stem[stem] for stem in stems if stem in by_stem), None)
+    name = stems[0] if file is None else _relative(file, folder)
+    return _Row(where, split, name, file, cells.get("label", ""))
+
+
+def _files_by_stem(folder: pathlib.Path) -> dict[str, str]:
+    return {path.stem: str(path) for path in reversed(video_files(folder))}
+
+
+def _cells(path: pathlib.Path) -> Iterable[tuple[str, dict[str, str]]]:
+    """(where it stands, cells by column) of each line; without a header, two columns are path and label."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = None
+            for cells in reader:
+                cells = [cell.strip() for cell in cells]
+                if not any(cells):
+                    continue
+                where = f"{path} line {reader.line_num}"
+                if header is None:
+                    header = [cell.lower() for cell in cells]
+                    if {"path", "youtube_id"} & set(header):
+                        continue
+                    if len(cells) != 2:
+                        raise InputError(f"{where}: has no column path (or youtube_id); name the columns there")
+                    header = ["path", "label"]
+                yield where, dict(zip(header, cells, strict=False))
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+
+
+def _lines(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(where it stands, text) of each line that is not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UCF101's list ({error})") from error
+    return [(f"{path} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _split_of(stem: str) -> str:
+    """The split in the name of a list: that of trainlist01 is train."""
+    found = _IN_NAME.search(stem.lower())
+    return SPLITS[found.group()] if found else "train"
+
+
+def _split_column(text: str, where: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z]\w*", text):
+        raise InputError(f"{where}: {text!r} is no name of a split; use letters, digits and _")
+    return SPLITS.get(text.lower(), text)
+
+
+def _inside(folder: pathlib.Path, name: str, where: str) -> str:
+    """The path of a file that a list names."""
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if "\0" in name or os.path.commonpath([root, path]) != root or path == root:
+        raise InputError(f"{where}: path {name!r} leads out of {root}; name the folder of the videos by --root")
+    return path
+
+
+def _relative(path: str, folder: pathlib.Path) -> str:
+    return pathlib.Path(os.path.relpath(path, folder)).as_posix()
