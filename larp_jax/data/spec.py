@@ -51,11 +51,11 @@ class DataSpec:
 
 
 def parse_spec(text: str) -> DataSpec:
-    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, those joined by +, or `tokens:PATH`.
+    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
 
-    PATH is taken as it is, colons included; a leading ~ is the home folder. NAME may be the folder of a data set, such
-    as `larp-jax prepare` writes. A mixture draws from `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven
-    clips of ten from A.
+    `tokens:PATH` stands for codes that `larp-jax tokenize` wrote. PATH is taken as it is, colons included; a leading ~
+    is the home folder. NAME may be the folder of a data set, such as `larp-jax prepare` writes. A mixture draws from
+    `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven clips of ten from A.
 
     Raises:
       InputError: the text is none of these; the message names the nearest.
