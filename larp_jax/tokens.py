@@ -285,8 +285,10 @@ def _complaint(manifest: dict) -> str | None:
             return f"start or frames of row {i}"
         if not isinstance(row.get("fps"), (int, float)) or not math.isfinite(row["fps"]):
             return f"fps of row {i}"
-        if type(row.get("label")) is not int or type(row.get("flip", False)) is not bool:
-            return f"label or flip of row {i}"
+        if type(row.get("label")) is not int:
+            return f"label of row {i}"
+        if type(row.get("flip", False)) is not bool:
+            return f"flip of row {i}"
     return None
 
 
