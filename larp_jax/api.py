@@ -55,15 +55,7 @@ def load_generator(
       InputError: there is no such checkpoint, it cannot be read, or it is no generator.
     """
     found = load_checkpoint(path, weights=weights, kind="generator")
-    return LoadedGenerator(
-        found.recipe.model,
-        found.params["generator"],
-        step=found.step,
-        precision=precision,
-        mesh=mesh,
-        tokenizer_fingerprint=found.tokenizer_fingerprint,
-        class_counts=found.class_counts,
-    )
+    return LoadedGenerator.of(found, precision=precision, mesh=mesh)
 
 
 def load_checkpoint(
@@ -97,7 +89,7 @@ class LoadedTokenizer:
       config: the tokenizer's.
       params: its parameters (`TrainState.params["tokenizer"]`).
       step: training step they are of; 0 where unknown.
-      mesh: to lay them on; the default device without.
+      mesh: to lay them on and to split batches over, where they divide; the default device without.
 
     Attributes:
       config: as given.
@@ -105,7 +97,7 @@ class LoadedTokenizer:
     """
 
     def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
-        self.config, self.step = config, step
+        self.config, self.step, self._mesh = config, step, mesh
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
         self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
@@ -161,7 +153,7 @@ class LoadedTokenizer:
         """
         self._need_codes()
         with jax.default_matmul_precision("float32"):
-            return self._encode(self._params, self._checked_video(video), key)
+            return self._encode(self._params, self._split(self._checked_video(video)), key)
 
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
         """Codes to videos.
@@ -178,7 +170,7 @@ class LoadedTokenizer:
         """
         self._need_codes()
         with jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._checked_codes(codes))
+            return self._decode(self._params, self._split(self._checked_codes(codes)))
 
     def reconstruct(self, video: jax.Array | np.ndarray) -> jax.Array:
         """Videos through the bottleneck and back in one pass; with continuous latents, through their means.
@@ -193,7 +185,12 @@ class LoadedTokenizer:
           ValueError: as for `encode`.
         """
         with jax.default_matmul_precision("float32"):
-            return self._reconstruct(self._params, self._checked_video(video))
+            return self._reconstruct(self._params, self._split(self._checked_video(video)))
+
+    def _split(self, batch):
+        if self._mesh is None or len(batch) % sharding.batch_parts(self._mesh):
+            return batch
+        return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
     def _need_codes(self) -> None:
         if self.config.quantizer.kind == "kl":
@@ -269,6 +266,21 @@ class LoadedGenerator:
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
 
         self._sample = jax.jit(sample, static_argnames="plan")
+
+    @classmethod
+    def of(
+        cls, found: checkpoint.Checkpoint, *, precision: str = "float32", mesh: Mesh | None = None
+    ) -> "LoadedGenerator":
+        """That of a checkpoint of a generator."""
+        return cls(
+            found.recipe.model,
+            found.params["generator"],
+            step=found.step,
+            precision=precision,
+            mesh=mesh,
+            tokenizer_fingerprint=found.tokenizer_fingerprint,
+            class_counts=found.class_counts,
+        )
 
     @property
     def batch_multiple(self) -> int:

@@ -2,6 +2,7 @@
 over the clips.
 """
 
+import contextlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from larp_jax.steps import as_float_video
 from larp_jax.writers import Progress
 
 METRICS = ("psnr", "ssim", "lpips", "rfvd", "usage", "prior")
+GENERATOR_METRICS = ("fvd", "cross_entropy")
 EXAMPLES = 8
 
 
@@ -311,6 +313,46 @@ class ReconstructionEvaluator:
                 scalars |= metric.scalars(total)
                 codes = total if isinstance(metric, Usage) else codes
         return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
+
+
+def encoded_clips(
+    codes: Callable[[dict, dict], dict],
+    frozen: dict,
+    clips: ClipSet,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """What `NextCodeEvaluator` takes of clips: rows of those that can be read, the same on every process.
+
+    Args:
+      codes: `codes(batch, frozen)` gives a batch with codes in place of its `video`.
+      frozen: parameters for it, on the mesh.
+      clips: to encode.
+      mesh: where to compute.
+      batch_size: clips at a time, over all processes.
+      progress: whether to show a bar.
+
+    Raises:
+      InputError: no clip could be read.
+    """
+    encode = jax.jit(lambda batch, frozen: codes(batch, frozen), out_shardings=sharding.replicated(mesh))
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    bar = Progress(-(-len(clips) // batch_size), description="encode", unit="batch") if progress else None
+    found = []
+    with clips.batches(batch_size, **processes) as batches, bar or contextlib.nullcontext():
+        for batch in batches:
+            batch = {name: batch[name] for name in ("video", "label", "mask")}
+            batch = jax.device_get(encode(sharding.to_mesh(batch, mesh), frozen))
+            real = batch.pop("mask") > 0
+            found.append({name: x[real] for name, x in batch.items()})
+            if bar:
+                bar.update()
+    rows = {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
+    if not len(rows["codes"]):
+        raise InputError("none of the clips to evaluate could be read; the log says why")
+    return rows
 
 
 class NextCodeEvaluator:

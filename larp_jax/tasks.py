@@ -18,7 +18,14 @@ from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import NextCodeEvaluator, ReconstructionEvaluator, available, own_metrics, to_uint8
+from larp_jax.evaluators import (
+    NextCodeEvaluator,
+    ReconstructionEvaluator,
+    available,
+    encoded_clips,
+    own_metrics,
+    to_uint8,
+)
 from larp_jax.fingerprint import fingerprint
 from larp_jax.protocols import ClipSet
 from larp_jax.sampling import SamplingOptions, sample_codes
@@ -246,26 +253,13 @@ class GeneratorTask:
         if isinstance(self._eval, CodeSet):
             rows = self._eval.some(recipe.data.eval_clips)
         elif self._eval is not None:
-            rows = self._encoded(self._eval)
+            rows = encoded_clips(
+                self.stage.codes, self.frozen, self._eval, self._mesh, batch_size=recipe.data.batch_size
+            )
         if rows is not None:
             self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
         if self._tokenizer is not None:
             self._make_pictures(rows)
-
-    def _encoded(self, clips: ClipSet) -> dict[str, np.ndarray]:
-        """The codes of clips, as `CodeSet.rows` has them; the same on every process."""
-        encode = jax.jit(
-            lambda batch, frozen: self.stage.codes(batch, frozen), out_shardings=sharding.replicated(self._mesh)
-        )
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        found = []
-        with clips.batches(self.recipe.data.batch_size, **processes) as batches:
-            for batch in batches:
-                batch = {name: batch[name] for name in ("video", "label", "mask")}
-                batch = jax.device_get(encode(sharding.to_mesh(batch, self._mesh), self.frozen))
-                real = batch.pop("mask") > 0
-                found.append({name: x[real] for name, x in batch.items()})
-        return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
 
     def batches(self, start_step):
         """See `Task`."""

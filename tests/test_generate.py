@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from data_helpers import moving_frames
 from flax import nnx
+from network_weights import write_i3d
+from test_evaluators import IDENTITY, Stub
 
-from larp_jax import checkpoint, cli, generate, load_generator, tokens
+from larp_jax import checkpoint, cli, fvd, generate, load_generator, perceptual, protocols, tokens
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
+from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, write_video
 from larp_jax.models.generator import Generator
 
@@ -221,6 +224,163 @@ def test_what_is_refused(by_class, predictor, trained, video, reference_dir, tmp
     output.mkdir(exist_ok=True)
     (output / "mine.txt").write_text("")
     assert "is not empty and holds no samples" in fails(capsys, "sample", by_class, trained, output)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Six windows of two classes."""
+    folder = tmp_path_factory.mktemp("real")
+    for name, count in (("run/a", 8), ("run/b", 17), ("walk/c", 30)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_video(folder / f"{name}.mp4", moving_frames(count, seed=count), 8.0)
+    return folder
+
+
+def clips_of(folder):
+    return protocols.ClipSet(f"folder:{folder}", ClipSpec(frames=8, resolution=32, flip=False))
+
+
+@pytest.fixture
+def no_i3d(tmp_path, monkeypatch):
+    """A network in place of I3D, which takes no clips as short as these."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(perceptual, "identify", lambda kind, path: IDENTITY)
+
+
+def evaluate(generator, trained, real, output, *options):
+    arguments = [f"--data=folder:{real}", "--batch-size=4", "--cfg-interval=-1", *options]
+    assert run("evaluate", generator, trained, output, *arguments) == 0
+    return json.loads(output.read_text())
+
+
+def test_fvd_of_samples(by_class, trained, tokenizer, real, tmp_path, no_i3d, monkeypatch, capsys):
+    sampled = []
+    original = generate.LoadedGenerator.sample
+    monkeypatch.setattr(
+        generate.LoadedGenerator,
+        "sample",
+        lambda self, *args, indices, **kw: sampled.extend(indices) or original(self, *args, indices=indices, **kw),
+    )
+    kept = tmp_path / "kept"
+    options = ["--metrics=fvd", "--seed=3", "--cfg-scale=1.5", f"--samples={kept}"]
+    written = evaluate(by_class, trained, real, tmp_path / "fvd.json", *options)
+    assert set(sampled) == set(range(6))
+    assert "sample: " in capsys.readouterr().err
+
+    # what the same commands of Python give
+    labels = [0, 2, 0, 0, 0, 0]  # 6 : 0 : 2 in training
+    codes = load_generator(by_class).sample(labels, key=jax.random.key(3), cfg_scale=1.5)
+    evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
+    expected, _ = evaluator.run([np.asarray(tokenizer.decode(codes))])
+    assert written["metrics"].keys() == {"fvd"}
+    assert written["metrics"]["fvd"] == pytest.approx(expected["fvd"], rel=1e-4) and expected["fvd"] > 1e-3
+    protocol = written["protocol"]
+    wanted = {
+        "clips": 6, "made": 6, "clips_chosen": 6, "i3d": IDENTITY, "covariance": "population", "resolution": 32,
+        "given": "classes, as frequent as in training", "class_counts": {"0": 5, "2": 1},
+        "fingerprint": tokenizer.fingerprint, "tokenizer_step": 6, "weights": "ema",
+    }  # fmt: skip
+    assert wanted.items() <= protocol.items()
+    assert {"seed": 3, "cfg_scale": 1.5, "tokenizer": tokenizer.fingerprint}.items() <= protocol["sampling"].items()
+    assert {"checkpoint", "tokenizer", "generator_fingerprint", "versions"} <= protocol.keys()
+    assert protocol["definitions"].keys() == {"clips", "fvd"}
+
+    # stopped and started again, it samples what is missing; a finished folder is one of codes
+    np.testing.assert_array_equal(all_codes(kept), codes)
+    for name in ("manifest.json", "codes-00001-of-00002.npz"):
+        (kept / name).unlink()
+    sampled.clear()
+    again = evaluate(by_class, trained, real, tmp_path / "again.json", *options)
+    assert set(sampled) == {4, 5} and again["metrics"] == written["metrics"]
+    arguments = [f"--data=folder:{real}", "--batch-size=4", *options, "--seed=4"]
+    message = fails(capsys, "evaluate", by_class, trained, tmp_path / "x.json", *arguments)
+    assert "begun with seed 3, not 4; name another --samples" in message
+
+
+def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no_i3d):
+    written = evaluate(predictor, trained, real, tmp_path / "fvd.json", "--metrics=cross_entropy,fvd")
+    with clips_of(real).batches(6) as batches:
+        clips = next(batches)["video"]
+    generator = load_generator(predictor)
+    condition = tokenizer.encode(generate.hold_last_frame(clips, 5))
+    codes = generator.sample(condition=condition, key=jax.random.key(0))
+    evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
+    expected, _ = evaluator.run([np.asarray(tokenizer.decode(codes))])
+    assert written["metrics"]["fvd"] == pytest.approx(expected["fvd"], rel=1e-4)
+    assert written["protocol"]["given"] == "the first 5 frames of each clip"
+    assert written["protocol"]["sampling"]["cond_frames"] == 5
+
+    found = checkpoint.load(predictor)
+    make = nnx.eval_shape(lambda: Generator(found.recipe.model, rngs=nnx.Rngs(0)))
+    module = nnx.merge(nnx.graphdef(make), found.params["generator"])
+    truth = np.asarray(tokenizer.encode(clips))
+    condition = np.pad(np.asarray(condition), ((0, 0), (0, 1)), constant_values=32)
+    logits = module.head(module.features(condition, truth[:, :-1]))
+    likelihoods = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), truth[..., None], axis=-1)
+    assert written["metrics"]["cross_entropy"] == pytest.approx(-likelihoods.mean(), rel=1e-4)
+    assert written["metrics"]["top1"] == pytest.approx(np.mean(np.argmax(logits, -1) == truth))
+    assert written["protocol"]["codes"] == {"K": 32, "N": 8}
+
+
+def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, monkeypatch):
+    options = generate.SamplingOptions()
+    sampler = generate.Sampler(load_generator(predictor), tokenizer, options=options, batch_size=2, cond_frames=3)
+
+    def videos(host, hosts):
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: hosts)
+        return list(generate.videos_beside(sampler, clips_of(real)))
+
+    whole = videos(0, 1)
+    first, second = videos(0, 2), videos(1, 2)
+    assert [len(batch) for batch in whole] == [2, 2, 2] and (len(first), len(second)) == (2, 1)
+    for batch, expected in zip((first[0], second[0], first[1]), whole, strict=True):
+        np.testing.assert_allclose(batch, expected, atol=1e-5)
+
+
+def test_classes_of_the_clips(trained, real, tmp_path):
+    unknown = load_generator(write_generator(tmp_path / "unknown", {}))
+    assert generate.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
+    few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
+    with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
+        generate.classes_beside(few, clips_of(real))
+    none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
+    assert generate.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
+
+
+def test_evaluations_that_are_refused(by_class, predictor, trained, real, reference_dir, tmp_path, capsys):
+    output, data = tmp_path / "x.json", f"--data=folder:{real}"
+    i3d = tmp_path / "i3d.safetensors"
+    source = write_i3d(tmp_path, reference_dir)
+    assert cli.main(["import", "--kind=i3d", f"--source={source}", f"--output={i3d}"]) == 0
+
+    def refused(generator, *options):
+        return fails(capsys, "evaluate", generator, trained, output, data, *options)
+
+    assert cli.main(["evaluate", f"--checkpoint={by_class}", data]) == 2
+    assert "holds a generator; add --tokenizer P" in capsys.readouterr().err
+    assert "psnr is for a tokenizer, this is a generator; choose from fvd" in refused(by_class, "--metrics=fvd,psnr")
+    assert "fid is not known; choose from fvd, cross_entropy" in refused(by_class, "--metrics=fid")
+    assert "no weights of i3d at" in refused(by_class, "--metrics=fvd", f"--i3d={tmp_path / 'absent'}")
+    assert "frames" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")  # eight, and I3D wants nine
+    assert "--samples is for --metrics fvd" in refused(by_class, "--samples=y")
+    assert "--cfg-scale must be 1" in refused(predictor, "--cfg-scale=2")
+    assert "larp_ucf101 is for no generator" in refused(by_class, "--protocol=larp_ucf101")
+    assert "given 5 frames, this one is given classes" in refused(by_class, "--protocol=larp_k600_prediction")
+    assert "given classes, this one is given 5 frames" in refused(predictor, "--protocol=larp_ucf101_generation")
+    assert "clips of 16x128x128" in refused(by_class, "--protocol=larp_ucf101_generation")
+    earlier = trained / "checkpoints" / "2"
+    assert "was trained on codes of" in fails(capsys, "evaluate", by_class, earlier, output, data)
+    assert "--tokenizer is for generators" in refused(trained)
+    of_tokenizer = ["evaluate", f"--checkpoint={trained}", data]
+    assert cli.main([*of_tokenizer, "--metrics=fvd"]) == 2
+    assert "fvd is for a generator, this is a tokenizer; choose from psnr" in capsys.readouterr().err
+    assert cli.main([*of_tokenizer, "--protocol=larp_k600_prediction"]) == 2
+    assert "larp_k600_prediction is for no tokenizer" in capsys.readouterr().err
 
 
 def test_benchmark(tmp_path, capsys):
