@@ -362,7 +362,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert "psnr is for a tokenizer, this is a generator; choose from fvd" in refused(by_class, "--metrics=fvd,psnr")
     assert "fid is not known; choose from fvd, cross_entropy" in refused(by_class, "--metrics=fid")
     assert "no weights of i3d at" in refused(by_class, "--metrics=fvd", f"--i3d={tmp_path / 'absent'}")
-    assert "frames" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")  # eight, and I3D wants nine
+    assert "T at least 9; got [1, 8, 32, 32, 3]" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")
     assert "--samples is for --metrics fvd" in refused(by_class, "--samples=y")
     assert "--cfg-scale must be 1" in refused(predictor, "--cfg-scale=2")
     assert "larp_ucf101 is for no generator" in refused(by_class, "--protocol=larp_ucf101")
