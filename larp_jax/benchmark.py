@@ -14,12 +14,14 @@ from flax import nnx
 
 from larp_jax import flops, sharding
 from larp_jax.api import LoadedGenerator
-from larp_jax.config import GeneratorConfig, TokenizerRecipe
+from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, stages, train_batches
 from larp_jax.data.pipeline import DrawClip
+from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
+from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.sampling import SamplingOptions
-from larp_jax.steps import DTYPES, TokenizerStage
+from larp_jax.steps import DTYPES, TokenizerStage, as_float_video
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
@@ -191,6 +193,75 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
 
 def _without_gan(recipe: TokenizerRecipe) -> TokenizerRecipe:
     return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
+
+
+def benchmark_codec(
+    recipe: TokenizerRecipe, what: str, *, batch_size: int = 8, precision: str = "float32", seconds: float = 10.0
+) -> dict[str, Any]:
+    """Measures how fast a tokenizer with random weights encodes clips of noise or decodes random codes.
+
+    The batch is split over all devices. The products whose speed is the ceiling take turns with it.
+
+    Args:
+      recipe: a tokenizer's.
+      what: `encode` (uint8 video to the nearest codes) or `decode` (codes to video in [0, 1]).
+      batch_size: clips at a time, over all devices; rounded up to a multiple of their number.
+      precision: of the computation.
+      seconds: how long to measure; compiling and a warm-up of 2 rounds come on top, and 3 rounds are the least.
+
+    Returns:
+      The settings, and by name: `batch_ms` (median), `clips_per_second`, `gflops_clip` and `compiler_flops_share` as
+      for `benchmark_train`, `ceiling_tflops_second` and `mfu` likewise, `memory_mb` of the compiled program on one
+      device, and what the device reads at best (`ceiling_gigabytes_second`).
+
+    Raises:
+      InputError: the tokenizer has continuous latents and no codes.
+    """
+    config = recipe.model
+    if config.quantizer.kind == "kl":
+        raise InputError(f"benchmark {what} needs codes, which model.quantizer.kind='kl' has none of")
+    recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
+    mesh = sharding.make_mesh(recipe.mesh)
+    clips = -(-batch_size // mesh.size) * mesh.size
+    make = lambda: Tokenizer(config, rngs=nnx.Rngs(0), dtype=DTYPES[precision])  # noqa: E731
+    graphdef, rows = nnx.graphdef(nnx.eval_shape(make)), sharding.batch_sharding(mesh)
+
+    def encode(params, video):
+        return nnx.merge(graphdef, params).quantize(as_float_video(video)).indices
+
+    def decode(params, codes):
+        return jnp.clip(nnx.merge(graphdef, params).decode(codes), 0.0, 1.0)
+
+    def random_codes():
+        return jax.random.randint(jax.random.key(1), (clips, config.num_tokens), 0, config.quantizer.codebook_size)
+
+    accuracy = "float32" if precision == "float32" else "default"
+    with jax.set_mesh(mesh), jax.default_matmul_precision(accuracy):
+        init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=sharding.replicated(mesh))
+        params = init()
+        if what == "encode":
+            function, batch = encode, _noise_clips(recipe, clips, mesh)
+        else:
+            function, batch = decode, jax.jit(random_codes, out_shardings=rows)()
+        program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
+        calls = {"ceiling": _ceiling(recipe, mesh), "batch": lambda: program.compiled(params, batch)}
+        times = _times_in_turns(calls, seconds)
+    count, ceiling = flops.codec(config)[what], mesh.size * _ceiling_flops() / times["ceiling"]
+    return {
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "clip": list(config.clip_shape),
+        "tokens": config.num_tokens,
+        "batch_size": clips,
+        "precision": precision,
+        "batch_ms": 1e3 * times["batch"],
+        "clips_per_second": clips / times["batch"],
+        "gflops_clip": count / 1e9,
+        "compiler_flops_share": program.flops / (flops.codec_as_compiled(config)[what] * clips / mesh.size),
+        "ceiling_tflops_second": ceiling / 1e12,
+        "mfu": count * clips / times["batch"] / ceiling,
+        "ceiling_gigabytes_second": mesh.size * bandwidth_ceiling(),
+        "memory_mb": program.memory / 1e6,
+    }
 
 
 class _Program:

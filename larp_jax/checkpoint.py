@@ -210,7 +210,11 @@ MEAN_CLIP = "mean_clip.npz"
 
 def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
     """Keeps the mean training clip, float [T, H, W, C]: what a collapsed tokenizer gives, as a baseline."""
-    np.savez_compressed(pathlib.Path(workdir) / MEAN_CLIP, mean_clip=clip.astype(np.float32))
+    path = pathlib.Path(workdir) / MEAN_CLIP
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, mean_clip=clip.astype(np.float32))
+    os.replace(temporary, path)  # another process may be about to read it
 
 
 def read_mean_clip(path: str | os.PathLike) -> np.ndarray:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from larp_jax import distributed
 from larp_jax.errors import InputError
 from larp_jax.version import __version__
 
@@ -32,14 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
-            arguments.run(arguments)
+            with _among_processes(arguments):
+                arguments.run(arguments)
             return 0
     except KeyboardInterrupt:
-        return _complain("interrupted", 1, debug)
+        code = _complain("interrupted", 1, debug)
     except InputError as error:
-        return _complain(str(error), 2, debug)
+        code = _complain(str(error), 2, debug)
     except Exception as error:  # whatever it is, users get a line to read and not a traceback
-        return _complain(_reason(error), 1, debug)
+        code = _complain(distributed.explain(error) or _reason(error), 1, debug)
+    distributed.leave(code)
+    return code
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
@@ -125,7 +129,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     def precision(sub):
         sub.add_argument(
-            "--precision", choices=("float32", "bfloat16"), default="float32", help="of the generator's computation"
+            "--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation"
         )
 
     def guidance(sub, default):
@@ -136,13 +140,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "--cfg-interval", type=int, default=-1, metavar="I", help="guide the first I + 2 codes only (default: all)"
         )
 
+    def over_processes(sub):
+        group = sub.add_argument_group(
+            "several processes", "given to each of them; TPU pods, srun and mpirun need none of these"
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
+        group.add_argument("--num-processes", type=_positive, metavar="N", help="how many there are")
+        group.add_argument("--process-id", type=_count, metavar="I", help="which one this is, from 0")
+
     sub = command(
         _train,
         "train a stage, or continue where the workdir left off",
         "--config configs/quickstart.py --workdir runs/quickstart --config.steps=1000",
     )
     needs_config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, the same for all processes")
+    over_processes(sub)
 
     sub = command(
         _evaluate,
@@ -175,6 +188,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     guidance(of_generators, 1.0)
     draws(of_generators, "sample")
+    over_processes(sub)
 
     sub = command(
         _reconstruct,
@@ -220,6 +234,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to, or to go on writing to")
         draws(sub, what)
         batch_size(sub)
+        over_processes(sub)
 
     sub = command(
         _sample,
@@ -298,21 +313,33 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
 
     sub = command(
+        _plan,
+        "say what a training step takes of hardware that need not be there",
+        "--config configs/larp_l_long.py --topology v5e:16x16 --config.remat=block",
+    )
+    needs_config(sub)
+    hardware = sub.add_mutually_exclusive_group(required=True)
+    hardware.add_argument("--topology", metavar="T", help="TPUs, v5e:4x4 or v5p:4x4x4: compiled for them, by libtpu")
+    hardware.add_argument("--devices", type=_positive, metavar="N", help="emulated CPUs: compiled for them")
+    hardware.add_argument("--gpus", metavar="KIND:N", help="GPUs, H200:8: estimated, nothing is compiled")
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
+
+    sub = command(
         _benchmark,
         "measure throughput",
         "train --config configs/quickstart.py --output train.json",
     )
     sub.add_argument(
-        "what", choices=("train", "data", "sample"),
-        help="the training step on synthetic clips; training batches, read with nothing else running; a generator's"
-        " sampling, its weights at random",
+        "what", choices=("train", "encode", "decode", "sample", "data"),
+        help="the training step, or a tokenizer's encoding or decoding, on synthetic clips with weights at random; a"
+        " generator's sampling, likewise; training batches, read with nothing else running",
     )  # fmt: skip
     needs_config(sub)
     sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
-    of_sampling = sub.add_argument_group("of benchmark sample")
-    batch_size(of_sampling)
-    guidance(of_sampling, 1.25)
-    precision(of_sampling)
+    of_models = sub.add_argument_group("of benchmark encode, decode and sample")
+    batch_size(of_models)
+    precision(of_models)
+    guidance(sub.add_argument_group("of benchmark sample"), 1.25)
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
         "--model-rate", type=_positive, metavar="R", help="clips a second that training takes: can data keep up?"
@@ -418,6 +445,18 @@ class _Lines(logging.Handler):
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _among_processes(arguments: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes of a command that may have some; only the first of them speaks, unless it warns."""
+    if "coordinator" in arguments:
+        distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_first():
+            logging.getLogger("larp_jax").setLevel(logging.WARNING)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 @contextlib.contextmanager
@@ -625,7 +664,7 @@ def _report(arguments, found, scores, protocol, more=None):
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
     if wrong:
         raise InputError(f"{', '.join(wrong)}: no finite number; the weights of {arguments.checkpoint} are damaged")
-    if arguments.output and jax.process_index() == 0:
+    if arguments.output and distributed.is_first():
         protocol = {
             **protocol,
             "definitions": {name: text for name, text in DEFINITIONS.items() if name in scores or name == "clips"},
@@ -888,11 +927,19 @@ def _benchmark(arguments):
     from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
-    stage = {"train": "tokenizer", "data": "tokenizer", "sample": "generator"}[arguments.what]
+    stage = "generator" if arguments.what == "sample" else "tokenizer"
     if recipe.stage != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     if arguments.what == "train":
         result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    elif arguments.what in ("encode", "decode"):
+        result = benchmark.benchmark_codec(
+            recipe,
+            arguments.what,
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            seconds=arguments.seconds,
+        )
     elif arguments.what == "sample":
         result = benchmark.benchmark_sample(
             recipe.model,
@@ -911,6 +958,16 @@ def _benchmark(arguments):
             model_rate=arguments.model_rate,
         )
     print(benchmark.format_table(result))
+    if arguments.output:
+        writers.write_json(arguments.output, result)
+
+
+def _plan(arguments):
+    from larp_jax import plan, writers
+
+    recipe = _load_recipe(arguments)
+    result = plan.plan(recipe, topology=arguments.topology, devices=arguments.devices, gpus=arguments.gpus)
+    print(plan.format_table(result))
     if arguments.output:
         writers.write_json(arguments.output, result)
 

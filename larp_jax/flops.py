@@ -7,7 +7,7 @@ A product y = x w takes as many operations again for each gradient that is wante
 import dataclasses
 import math
 
-from larp_jax.config import TokenizerRecipe, TransformerConfig
+from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.lpips import STAGES
 
@@ -54,6 +54,25 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
     return counts
 
 
+def codec(config: TokenizerConfig) -> dict[str, float]:
+    """Operations a clip of `encode`, video to codes, and of `decode`, codes to video."""
+    c, q, n = config, config.quantizer, config.num_tokens
+    pixels = math.prod(c.clip_shape)
+    encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + n)
+    encode += _linear(n * c.encoder.width, q.code_dim) + _linear(n * q.code_dim, q.codebook_size)
+    decode = _linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, math.prod(c.decoder_grid) + n)
+    return {"encode": encode, "decode": decode + _linear(pixels, c.decoder.width)}
+
+
+def codec_as_compiled(config: TokenizerConfig) -> dict[str, float]:
+    """The same as XLA's cost analysis counts it; see `as_compiled`."""
+    one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
+    counts = codec(dataclasses.replace(config, encoder=one(config.encoder), decoder=one(config.decoder)))
+    q = config.quantizer
+    counts["encode"] -= _linear(max(0, config.num_tokens - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+    return counts
+
+
 def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
     """The same as XLA's cost analysis counts it, which takes the body of each loop once: a layer, a chunk, a frame."""
     one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
@@ -74,7 +93,20 @@ def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
     return counts
 
 
-def _linear(inputs: float, outputs: int) -> float:
+def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
+    """Operations a sequence of a stage-2 step from codes (METHOD 4): `generator`; causal attention is counted whole."""
+    c, tokens = config, config.condition_tokens + config.num_tokens - 1
+    outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
+    blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))
+    return {"generator": 3 * (blocks + _linear(c.num_tokens * c.width, c.codebook_size))}
+
+
+def vgg_features(resolution: int) -> int:
+    """Numbers in all feature maps of VGG16 of one frame."""
+    return sum((resolution >> i) ** 2 * sum(widths) for i, widths in enumerate(STAGES))
+
+
+def _linear(inputs: float, outputs: float) -> float:
     """Of all input numbers (tokens times width, say) times the outputs each of them takes part in."""
     return 2.0 * inputs * outputs
 

@@ -20,6 +20,8 @@ from larp_jax.state import TrainState
 Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "model")
+MIN_SHARDED = 0.98
+NEGLIGIBLE_BYTES = 64e6  # biases and norms make up more than 2 % of models so small that it does not matter
 BATCH = P(("data", "fsdp"))
 
 # First match wins. A spec speaks of the trailing axes; stacked layers have one more in front, never split.
@@ -49,8 +51,11 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     def fits(axes, size):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        parts = int(np.prod([mesh.shape[n] for n in names]))
-        return axes if parts > 1 and size % parts == 0 else None
+        for some in (names, names[:1]):  # of two axes at least the first
+            parts = int(np.prod([mesh.shape[n] for n in some]))
+            if parts > 1 and size % parts == 0:
+                return some if len(some) > 1 else some[0]
+        return None
 
     return P(*(fits(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
@@ -69,6 +74,33 @@ def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
     jit would silently leave every Adam moment replicated.)
     """
     return param_shardings(shapes, mesh)
+
+
+def check_sharded(shapes: TrainState, shardings: TrainState, mesh: Mesh) -> float:
+    """Of the bytes of parameters, optimiser and average the share that lies split over `fsdp`; 1 where that is 1.
+
+    Raises:
+      InputError: it is below `MIN_SHARDED`, and what every device would hold whole is not negligible.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return 1.0
+    sizes = {}
+    for (path, x), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        names = [name for axes in sharding.spec if axes for name in ((axes,) if isinstance(axes, str) else axes)]
+        sizes[path_name(path)] = (x.size * x.dtype.itemsize, "fsdp" in names)
+    total = sum(size for size, _ in sizes.values())
+    whole = {name: size for name, (size, is_split) in sizes.items() if not is_split}
+    share = 1.0 - sum(whole.values()) / total
+    if share < MIN_SHARDED and sum(whole.values()) > NEGLIGIBLE_BYTES:
+        largest = max(whole, key=whole.get)
+        raise InputError(
+            f"mesh.fsdp={mesh.shape['fsdp']} splits only {share:.1%} of the bytes of parameters and optimiser, and"
+            f" {sum(whole.values()) / 1e6:,.0f} MB would lie whole on every device, {largest} above all; choose a"
+            " number that divides the widths, or mesh.fsdp=1"
+        )
+    return share
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,6 @@ import pathlib
 import signal
 
 import jax
-import jax.numpy as jnp
 
 from larp_jax import checkpoint, sharding
 from larp_jax.config import to_dict
@@ -67,6 +66,7 @@ class Run:
         self.recipe, stage = self.task.recipe, self.task.stage
         shapes = jax.eval_shape(stage.init, self.key)
         placement = sharding.state_shardings(shapes, mesh)
+        sharding.check_sharded(shapes, placement, mesh)
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
@@ -201,7 +201,7 @@ class StopRequest:
             return self.signal is not None
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(jnp.asarray(self.signal is not None)).any())
+        return bool(multihost_utils.process_allgather(self.signal is not None).any())
 
 
 def _differences(a: dict, b: dict, prefix: str = "") -> set[str]:

@@ -19,7 +19,7 @@ from larp_jax.config import to_dict
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
-COMMANDS += ("benchmark", "doctor")
+COMMANDS += ("plan", "benchmark", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -285,6 +285,20 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
     assert json.loads(output.read_text())["clip"] == [8, 32, 32, 3]
     assert cli.main(["doctor"]) == 0
     assert "Devices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
+    output = tmp_path / "codec.json"
+    arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=1", f"--output={output}"]
+    assert cli.main(arguments) == 0
+    assert "clips per second" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert result["batch_size"] == 8  # what the devices divide
+    assert 1.0 < result["compiler_flops_share"] < 2.0
+    assert 0.0 < result["mfu"] < 1.0
+    assert result["clips_per_second"] == pytest.approx(8e3 / result["batch_ms"])
+    assert result["memory_mb"] > 0 and result["ceiling_gigabytes_second"] > 0
 
 
 def test_benchmark_of_the_training_step(tmp_path, capsys):

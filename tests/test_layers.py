@@ -30,9 +30,10 @@ LAYERS = (
     {"perceptual"},
     {"importing"},
     {"sampling"},
-    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops", "hlo"},
     {"models"},
     {"config"},
+    {"distributed"},
     {"errors", "paths", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}

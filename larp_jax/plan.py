@@ -1,0 +1,319 @@
+"""What a training step takes of hardware that need not be there: compiled ahead of time for it, or estimated."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from larp_jax import flops, hlo, sharding
+from larp_jax.errors import InputError
+from larp_jax.steps import STAGES
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published numbers of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s of it and of the links to other chips."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+
+
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture" (a v4 or v5p chip has two cores that
+# work as one device). H200: NVIDIA's data sheet of the H200 SXM, without sparsity, NVLink in one direction.
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "H200": Chip(989e12, 141e9, 4.8e12, 450e9),
+}
+GPUS = ("H200",)
+# Not compiled for GPUs: the share of the published FLOP/s that transformers of this size are trained with there, taken
+# from others' reports and not measured here.
+ASSUMED_GPU_SHARE = 0.45
+
+
+def plan(
+    recipe, *, topology: str | None = None, devices: int | None = None, gpus: str | None = None
+) -> dict[str, Any]:
+    """Plans for one kind of hardware.
+
+    Args:
+      recipe: of a stage; its mesh must fill the hardware.
+      topology: TPUs as libtpu names them, v5e:16x16; the step is compiled for them.
+      devices: so many emulated CPUs; the step is compiled for them.
+      gpus: KIND:N, such as H200:8; estimated, nothing is compiled.
+
+    Returns:
+      By name, ready for JSON. Bytes are of one chip. `flops_step` are model FLOPs of a step in which the discriminator
+      takes its turn, over all chips, counted by `larp_jax.flops`; `flops_compiler` are XLA's, of one chip, each loop's
+      body once. `traffic_gb` and `collectives` are read from the compiled program, all branches taken. `step_ms` is
+      predicted from the chip's published numbers: products or memory, whichever takes longer, and then the
+      collectives, none overlapped.
+
+    Raises:
+      InputError: the hardware is not known, cannot be compiled for here, or the recipe does not fit it.
+    """
+    if recipe.stage not in STAGES:
+        raise InputError(f"stage {recipe.stage!r} cannot be planned by this version; choose {', '.join(STAGES)}")
+    stage = STAGES[recipe.stage](recipe)
+    if gpus is not None:
+        kind, count = _parse_gpus(gpus)
+        mesh, chip = AbstractMesh(recipe.mesh.shape(count), sharding.AXES), CHIPS[kind]
+    elif topology is not None:
+        kind, chip = topology, _chip(topology)
+        mesh = sharding.make_mesh(recipe.mesh, _topology_devices(topology))
+    else:
+        kind, chip = "CPU, emulated", None
+        mesh = sharding.make_mesh(recipe.mesh, _emulated(devices))
+    sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
+
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    placement = sharding.state_shardings(shapes, mesh)
+    share = sharding.check_sharded(shapes, placement, mesh)
+    batch = batch_shapes(recipe, mesh)
+    frozen = stage.frozen_shapes()
+    memory = {
+        "params": _bytes(shapes.params, placement.params),
+        "optimizer": _bytes(shapes.opt_state, placement.opt_state),
+        "ema": _bytes(shapes.ema, placement.ema),
+        "frozen": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)),
+        "batch": sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in batch.values()),
+    }
+    counts = model_flops(recipe)
+    result = {
+        "hardware": f"{mesh.size} x {kind}",
+        "mesh": dict(mesh.shape),
+        "batch_size": recipe.data.batch_size,
+        "accumulate": recipe.accumulate,
+        "remat": recipe.remat,
+        "precision": recipe.precision,
+        **({"sharded": share} if mesh.shape["fsdp"] > 1 else {}),
+        "flops_step": sum(counts.values()) * recipe.data.batch_size,
+        "how": "estimated, not compiled" if gpus else "compiled ahead of time",
+    }
+    if gpus:
+        memory["gradients and temporaries"] = memory["params"] + activation_bytes(recipe, mesh)
+        compiled, needed = {}, 0.0
+    else:
+        compiled, temporaries, needed = _compile(stage, shapes, placement, batch, frozen, mesh)
+        memory["gradients and temporaries"] = temporaries
+    result |= compiled
+    total = sum(memory.values())
+    result["memory_mb"] = {name: size / 1e6 for name, size in memory.items()} | {"total": total / 1e6}
+    if chip is None:
+        return result
+
+    seconds = result["flops_step"] * (4 / 3 if recipe.remat == "block" else 1) / mesh.size / chip.flops
+    if gpus:
+        seconds /= ASSUMED_GPU_SHARE
+    elif compiled:
+        wire = sum(c["wire_mb"] for c in compiled["collectives"]) * 1e6
+        result["ms_products"], result["ms_memory"] = 1e3 * seconds, 1e3 * compiled["traffic_gb"] * 1e9 / chip.bandwidth
+        result["ms_collectives"] = 1e3 * wire / chip.links
+        seconds = (max(result["ms_products"], result["ms_memory"]) + result["ms_collectives"]) / 1e3
+    fits = total <= chip.memory and not needed
+    result["memory_chip_mb"] = chip.memory / 1e6
+    result["fits"] = fits
+    if needed:
+        result["memory_needed_mb"] = needed / 1e6
+    if gpus or compiled:
+        result["step_ms"] = 1e3 * seconds
+        result["clips_per_second"] = recipe.data.batch_size / seconds
+        result["mfu"] = result["flops_step"] / mesh.size / chip.flops / seconds
+    if not fits:
+        result["change"] = change(recipe, mesh, sum(memory[name] for name in ("params", "optimizer", "ema")), chip)
+    return result
+
+
+def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
+    """The setting to change where a step does not fit: what costs least time first."""
+    devices = mesh.size
+    if state > chip.memory / 4 and mesh.shape["fsdp"] < devices:
+        return f"--config.mesh.data=1 --config.mesh.fsdp={devices // mesh.shape['model']}"
+    if recipe.remat != "block":
+        return "--config.remat=block"
+    parts = recipe.accumulate * 2
+    if recipe.data.batch_size % (parts * mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        return f"--config.accumulate={parts}"
+    if mesh.shape["fsdp"] < devices:
+        return f"--config.mesh.data=1 --config.mesh.fsdp={devices // mesh.shape['model']}"
+    return "more chips, or a smaller --config.data.batch_size"
+
+
+def model_flops(recipe) -> dict[str, float]:
+    """FLOPs a row of the batch of a stage's step by part, from `larp_jax.flops`."""
+    if recipe.stage == "generator":
+        return flops.generator_train_step(recipe.model)
+    return flops.train_step(recipe)
+
+
+def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a stage's step takes as its batch; a generator's holds codes."""
+    rows = recipe.data.batch_size
+    if recipe.stage == "generator":
+        shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
+        if recipe.model.frame_prediction:
+            shapes["condition"] = shapes["codes"]
+    else:
+        shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
+    placement = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=placement) for name, shape in shapes.items()}
+
+
+def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
+    """What the backward pass keeps on each device, estimated for fused attention.
+
+    34 bytes for each number of a token's width in a block computed in 16 bits (Korthikanti et al. 2022, arXiv
+    2205.05198, without attention scores), 2 where blocks are computed again, and for LPIPS every feature map of VGG16.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.accumulate
+    width = 2 if recipe.precision == "bfloat16" else 4
+    c = recipe.model
+    if recipe.stage == "generator":
+        stacks, maps = [(c.condition_tokens + c.num_tokens - 1, c)], c.num_tokens * c.codebook_size * 4
+    else:
+        patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
+        stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]
+        if recipe.loss.prior_weight:
+            stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
+        if recipe.loss.adversarial_weight:
+            stacks += [(1 + patches[0], recipe.discriminator)] * 2
+        maps = 0
+        if recipe.loss.perceptual != "none":
+            frames = recipe.loss.perceptual_frames or c.frames
+            maps = frames * flops.vgg_features(c.resolution) * width
+    tokens = 0.0
+    for length, config in stacks:
+        kept = config.depth * 2 + 34 if recipe.remat == "block" else config.depth * 34
+        tokens += length * config.width * kept * width / 2
+    return recipe.data.batch_size / parts * (tokens + maps)
+
+
+def _bytes(shapes, shardings) -> int:
+    """Of one device."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(x.dtype.itemsize * math.prod(s.shard_shape(x.shape)) for x, s in pairs)
+
+
+def _compile(stage, shapes, placement, batch, frozen, mesh) -> tuple[dict[str, Any], float, float]:
+    """What the compiler says of the step, bytes of its temporaries, and of all it lacks memory for (0: it does not)."""
+    whole = sharding.replicated(mesh)
+
+    def placed(tree, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def everywhere(tree):
+        return placed(tree, jax.tree.map(lambda _: whole, tree))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(placement, whole))
+        lowered = step.lower(placed(shapes, placement), batch, everywhere(key), everywhere(frozen))
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {}, 0.0, _needed(str(error))
+    memory = program.memory_analysis()
+    text = hlo.Program(program.as_text())
+    collectives = [
+        {
+            "kind": c.kind,
+            "count": c.count,
+            "chips": c.group,
+            "mb_each": c.bytes / 1e6,
+            "wire_mb": c.wire_bytes / 1e6,
+        }
+        for c in text.collectives()
+    ]
+    found = {
+        "flops_compiler": program.cost_analysis()["flops"],
+        "traffic_gb": text.traffic() / 1e9,
+        "collectives": collectives,
+    }
+    return found, memory.temp_size_in_bytes, 0.0
+
+
+def _needed(message: str) -> float:
+    """Bytes that a compiler's complaint about memory says it needs; infinite where it does not say."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|[Uu]sed ([\d.]+)([KMGT])", message)
+    if not found:
+        return math.inf
+    number, unit = (group for group in found.groups() if group)
+    return float(number) * units[unit]
+
+
+# ----------------------------------------------------------------------------------------------------------- hardware
+
+
+def _parse_gpus(text: str) -> tuple[str, int]:
+    kind, _, count = text.partition(":")
+    if kind not in GPUS or not (count or "1").isdigit() or not int(count or 1):
+        raise InputError(f"--gpus {text} is not known; give KIND:NUMBER, such as {GPUS[0]}:8 ({', '.join(GPUS)})")
+    return kind, int(count or 1)
+
+
+def _chip(topology: str) -> Chip:
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS or kind in GPUS:
+        tpus = ", ".join(name for name in CHIPS if name not in GPUS)
+        raise InputError(f"--topology {topology} is not known; give KIND:SHAPE, such as v5e:4x4 ({tpus})")
+    return CHIPS[kind]
+
+
+def _topology_devices(topology: str) -> list:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("--topology needs libtpu, which compiles for TPUs on any machine; pip install -e '.[tpu]'")
+    # there is no TPU here: none should be looked for, nor its absence reported
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+    from jax.experimental import topologies
+
+    with contextlib.suppress(RuntimeError):  # where JAX runs already
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--topology {topology}: libtpu knows no such slice ({reason})") from error
+
+
+def _emulated(count: int) -> list:
+    with contextlib.suppress(RuntimeError):  # where JAX runs already
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise InputError(f"--devices {count}: there are only {len(found)} emulated CPUs in this process")
+    return found[:count]
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """A plan as aligned lines of name and value, the collectives of one size in a line of their own."""
+    rows = []
+    for name, value in result.items():
+        if name == "memory_mb":
+            rows += [(f"MB of {kind}", f"{size:,.1f}") for kind, size in value.items()]
+        elif name == "collectives":
+            for c in value:
+                text = f"{c['count']} x {c['mb_each']:,.3f} MB over {c['chips']} chips, {c['wire_mb']:,.1f} MB sent"
+                rows.append((c["kind"], text))
+            if not value:
+                rows.append(("collectives", "none"))
+        elif isinstance(value, float):
+            rows.append((name.replace("_", " "), f"{value:.4g}" if abs(value) >= 1e6 else f"{value:,.3f}"))
+        else:
+            rows.append((name.replace("_", " "), value))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)

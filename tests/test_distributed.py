@@ -1,0 +1,170 @@
+"""Real processes as one run: they give what one process gives, end together when one dies, and resume."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from larp_jax import cli, distributed
+from larp_jax.data import moving_shapes
+from larp_jax.errors import InputError
+
+CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py:plain")
+
+# A command line with four devices that may die as by `kill -9` when a step is to be written.
+WORKER = """
+import os, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from larp_jax import cli, train
+dies_at = int(sys.argv.pop(1))
+write = train.Run._write
+def write_or_die(self, pending, progress):
+    if dies_at and pending and pending[0] == dies_at:
+        self.manager.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, pending, progress)
+train.Run._write = write_or_die
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def together(*arguments, dies_at=0):
+    """Return codes, outputs and errors of two processes, and the seconds that the first lived on after the second.
+
+    The second dies before it writes the step given.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_PLATFORMS": "cpu",
+        # both compile, quickly and as fast as each other: they wait 30 seconds for one another and no longer
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    processes = []
+    for i in range(2):
+        flags = ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
+        command = [sys.executable, "-c", WORKER, str(i * dies_at), *map(str, arguments), *flags]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    second = processes[1].communicate(timeout=600)
+    ended = time.monotonic()
+    first = processes[0].communicate(timeout=600)
+    survived = time.monotonic() - ended
+    return [(process.returncode, *output) for process, output in zip(processes, (first, second), strict=True)], survived
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def one_process(tmp_path, monkeypatch):
+    """Workdir of a run in this process, which has as many devices as the two together."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+    assert cli.main(["train", "--config", CONFIG, "--workdir", str(tmp_path / "one")]) == 0
+    return tmp_path / "one"
+
+
+def test_two_processes_train_as_one_does_die_together_and_resume(one_process, tmp_path):
+    workdir = tmp_path / "two"
+    command = ["train", "--config", CONFIG, "--workdir", workdir]
+    ((code, _, errors), (victim, _, _)), survived = together(*command, dies_at=5)
+    assert victim == -9 and code not in (0, None), errors
+    assert survived < 60
+    assert "another process of this run has ended" in errors or "another task died" in errors, errors
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"2", "4"}
+
+    ((code, printed, errors), (other, silent, _)), _ = together(*command)
+    assert (code, other) == (0, 0), errors
+    assert "continuing" in errors and "trained to step 6" in printed and not silent
+    found, expected = rows(workdir), rows(one_process)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"wall_time"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
+
+    arguments = ["--data", "moving_shapes:test", "--max-clips", "12"]
+    ((code, printed, errors), (other, silent, _)), _ = together(
+        "evaluate", "--checkpoint", workdir, *arguments, "--output", tmp_path / "two.json"
+    )
+    assert (code, other, silent) == (0, 0, ""), errors
+    command = ["evaluate", "--checkpoint", str(workdir), *arguments, "--output", str(tmp_path / "one.json")]
+    assert cli.main(command) == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["protocol"] == two["protocol"] and one["protocol"]["clips"] == 12
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An environment in which no launcher can be found."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        (None, {}),
+        (None, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}),  # the batch script itself
+        (None, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a"}),
+        ("Slurm", {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "a[1-2]"}),
+        (None, {"OMPI_COMM_WORLD_SIZE": "1"}),
+        ("Open MPI", {"OMPI_COMM_WORLD_SIZE": "2"}),
+        (None, {"TPU_WORKER_HOSTNAMES": "localhost"}),
+        ("TPU", {"TPU_WORKER_HOSTNAMES": "a,b"}),
+        ("TPU", {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}),
+        (None, {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}),
+    ],
+)
+def test_launchers_are_known_by_their_variables(alone, launcher, variables):
+    alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)  # libtpu is there
+    for name, value in variables.items():
+        alone.setenv(name, value)
+    assert distributed.detect() == launcher
+
+
+def test_a_tpu_vm_asks_for_its_pod(alone):
+    alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    alone.setattr(distributed.glob, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
+    assert distributed.detect() == "TPU"
+    alone.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert distributed.detect() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1"}, "--num-processes, --process-id must be given too"),
+        ({"processes": 2, "process": 0}, "--coordinator must be given too"),
+        ({"coordinator": "a", "processes": 2, "process": 0}, "must be HOST:PORT"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "must be below --num-processes 2"),
+    ],
+)
+def test_flags_that_make_no_sense(given, message):
+    with pytest.raises(InputError, match=message):
+        distributed.initialize(**given)
+
+
+def test_one_process_initialises_nothing(alone):
+    distributed.initialize()
+    distributed.initialize("localhost:1", 1, 0)
+    assert distributed.is_first()
+    distributed.leave(1)  # returns
+    assert distributed.explain(RuntimeError("Connection closed by peer")) is None

@@ -1,0 +1,122 @@
+"""Plans: what is compiled for emulated devices, what is estimated, and what is said where neither can be done."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import pytest
+
+from larp_jax import cli, flops, plan
+from larp_jax.benchmark import _Step
+from larp_jax.config import default_recipe, parse_recipe
+from larp_jax.errors import InputError
+from larp_jax.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = str(ROOT / "tests" / "configs" / "tiny.py:plain")
+
+
+def larp_l(**overrides):
+    config = default_recipe()
+    config.precision = "bfloat16"
+    for name, value in overrides.items():
+        config[name] = value
+    return config
+
+
+def test_a_plan_is_what_the_program_takes(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    assert cli.main(["plan", "--config", TINY, "--devices", "8", "--config.mesh.fsdp=2", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x CPU, emulated" in printed and "all-gather" in printed and "MB of optimizer" in printed
+    found = json.loads(output.read_text())
+    config = plan_config(TINY)
+    config.mesh.fsdp = 2
+    recipe = parse_recipe(config)
+    mesh = make_mesh(recipe.mesh)
+    with jax.set_mesh(mesh):
+        step = _Step(recipe, mesh)
+    memory = found["memory_mb"]
+    parts = [size for name, size in memory.items() if name != "total"]
+    assert sum(parts) == pytest.approx(memory["total"])
+    assert memory["total"] == pytest.approx(step.memory / 1e6, rel=0.02)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(step.state))
+    assert sum(memory[name] for name in ("params", "optimizer", "ema")) == pytest.approx(held / 1e6)
+    assert found["flops_compiler"] == step.flops
+    assert found["flops_step"] == 8 * sum(flops.train_step(recipe).values())
+    assert {c["kind"] for c in found["collectives"]} >= {"all-gather", "all-reduce"}
+    assert found["traffic_gb"] > 0 and "step_ms" not in found  # no published numbers of an emulated device
+
+
+def plan_config(path):
+    import runpy
+
+    path, _, variant = path.partition(":")
+    return runpy.run_path(path)["get_config"](variant)
+
+
+def test_gpus_are_estimated():
+    one = plan.plan(parse_recipe(larp_l()), gpus="H200:1")
+    eight = plan.plan(parse_recipe(larp_l()), gpus="H200:8")
+    assert "not compiled" in one["how"] and one["hardware"] == "1 x H200" and eight["mesh"]["data"] == 8
+    assert one["mfu"] == pytest.approx(plan.ASSUMED_GPU_SHARE)
+    assert one["step_ms"] == pytest.approx(8 * eight["step_ms"])
+    assert not one["fits"] and one["change"] == "--config.remat=block"
+    assert eight["fits"] and "change" not in eight
+    # 172 + 22 + 38 million parameters and their two moments
+    assert eight["memory_mb"]["params"] == pytest.approx(4 * 232, rel=0.02)
+    assert eight["memory_mb"]["optimizer"] == pytest.approx(2 * eight["memory_mb"]["params"], rel=1e-3)
+
+
+def test_what_to_change():
+    one = parse_recipe(larp_l(remat="block"))
+    found = plan.plan(one, gpus="H200:1")
+    assert found["memory_mb"]["total"] < plan.plan(parse_recipe(larp_l()), gpus="H200:1")["memory_mb"]["total"]
+    mesh = jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "model"))
+    chip = plan.CHIPS["v5e"]
+    assert plan.change(one, mesh, 1e9, chip) == "--config.accumulate=2"
+    assert plan.change(one, mesh, 8e9, chip) == "--config.mesh.data=1 --config.mesh.fsdp=8"
+    full = parse_recipe(larp_l(remat="block", accumulate=16))
+    assert plan.change(full, mesh, 1e9, chip) == "--config.mesh.data=1 --config.mesh.fsdp=8"
+
+
+def test_the_generator_has_the_operations_of_its_size():
+    counts = flops.generator_train_step(parse_recipe({"stage": "generator"}).model)
+    parameters = 632.0e6 - 8193 * 1280 - 1024 * 1280 - 102 * 1280  # 632 M without the tables
+    attention = 3 * 30 * 4 * 1024 * 1024 * 1280
+    assert sum(counts.values()) == pytest.approx(6 * 1024 * parameters + attention, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpus": "B300:8"}, "--gpus B300:8 is not known"),
+        ({"gpus": "H200:0"}, "--gpus H200:0 is not known"),
+        ({"topology": "v9:4x4"}, "--topology v9:4x4 is not known"),
+        ({"topology": "H200:8"}, "--topology H200:8 is not known"),
+        ({"gpus": "H200:7"}, "does not split over data x fsdp = 7"),
+        ({"devices": 512}, "there are only 8 emulated CPUs"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, message):
+    with pytest.raises(InputError, match=message):
+        plan.plan(parse_recipe(larp_l()), **arguments)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--topology needs libtpu"):
+        plan.plan(parse_recipe(larp_l()), topology="v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("message", "gigabytes"),
+    [
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (96.37G) exceeds available HBM", 96.37),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.", 17.5),
+        ("RESOURCE_EXHAUSTED: something else", float("inf")),
+    ],
+)
+def test_what_a_compiler_without_memory_says(message, gigabytes):
+    assert plan._needed(message) == gigabytes * 2**30

@@ -1,0 +1,77 @@
+"""Placement by rules: what is split, and what is refused where too little would be."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from larp_jax import sharding
+from larp_jax.config import default_recipe, parse_recipe
+from larp_jax.errors import InputError
+from larp_jax.state import TrainState
+from larp_jax.steps import GeneratorStage, TokenizerStage
+
+
+def mesh_of(data, fsdp, model):
+    return AbstractMesh((data, fsdp, model), sharding.AXES)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Shapes of the published recipe's state: tokenizer, prior, discriminator, their moments, and an average."""
+    config = default_recipe()
+    config.optim.ema_decay = 0.999
+    return jax.eval_shape(TokenizerStage(parse_recipe(config)).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 128, 1), (2, 2, 2), (16, 16, 1), (1, 64, 4)])
+def test_nearly_all_bytes_are_split(state, shape):
+    mesh = mesh_of(*shape)
+    placement = sharding.state_shardings(state, mesh)
+    assert sharding.check_sharded(state, placement, mesh) >= 0.98
+    # each module by itself, and what a device holds
+    for name in ("tokenizer", "prior", "discriminator"):
+        part = TrainState(state.step, {name: state.params[name]}, {}, {})
+        where = TrainState(placement.step, {name: placement.params[name]}, {}, {})
+        assert sharding.check_sharded(part, where, mesh) >= 0.98
+    held = total = 0
+    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(placement), strict=True):
+        held += np.prod(s.shard_shape(x.shape), dtype=float)
+        total += x.size
+    assert held / total < 1 / (shape[1] * shape[2]) + 0.02
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (16, 16, 1), (4, 16, 4)])
+def test_nearly_all_bytes_of_the_generator_are_split(shape):
+    state = jax.eval_shape(GeneratorStage(parse_recipe({"stage": "generator"})).init, jax.random.key(0))
+    mesh = mesh_of(*shape)
+    assert sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh) >= 0.98
+
+
+def test_without_fsdp_nothing_needs_to_be_split(state):
+    mesh = mesh_of(8, 1, 1)
+    assert sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh) == 1.0
+
+
+def test_a_mesh_that_divides_nothing_is_refused(state):
+    mesh = mesh_of(1, 7, 1)
+    with pytest.raises(InputError, match=r"mesh.fsdp=7 splits only .* MB would lie whole on every device, .*kernel"):
+        sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh)
+
+
+def test_moments_that_lie_whole_are_noticed(state):
+    mesh = mesh_of(1, 8, 1)
+    placement = sharding.state_shardings(state, mesh)
+    whole = jax.tree.map(lambda _: sharding.replicated(mesh), placement.opt_state)
+    with pytest.raises(InputError, match="splits only"):
+        sharding.check_sharded(state, dataclasses.replace(placement, opt_state=whole), mesh)
+
+
+def test_models_so_small_that_it_does_not_matter_pass():
+    small = TrainState(
+        jax.ShapeDtypeStruct((), np.int32), {"norm": {"scale": jax.ShapeDtypeStruct((64,), np.float32)}}, {}, {}
+    )
+    mesh = mesh_of(1, 8, 1)
+    assert sharding.check_sharded(small, sharding.state_shardings(small, mesh), mesh) == 0.0
