@@ -8,4 +8,5 @@ source launch/venv.sh
 
 install_into_venv '.[dev]'
 ruff check .
-pytest -q "$@"
+# Compiling keeps a test busy on one core; a file stays on one process, which has its fixtures.
+pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
