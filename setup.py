@@ -42,6 +42,7 @@ setup(
             'tensorflow; platform_machine != "x86_64"',
             "tensorboard",
         ],
+        "docs": ["matplotlib"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["larp-jax = larp_jax.cli:main"]},

@@ -1,6 +1,7 @@
 """A small tokenizer for 64x64x16 clips that trains on two CPU cores: 256 tokens of 9 bits, 1.6 M parameters.
 
     larp-jax train --config configs/quickstart.py --workdir runs/quickstart
+    larp-jax train --config configs/quickstart.py:adversarial --workdir runs/adversarial    (with a discriminator)
 
 Your own clips: --config.data.train=folder:PATH --config.data.eval=folder:PATH. Where it differs from the published
 recipe it is because a small model and few steps need another start: see "Small runs" in the README.
@@ -9,8 +10,10 @@ recipe it is because a small model and few steps need another start: see "Small 
 from larp_jax.config import default_recipe
 
 
-def get_config():
-    """The recipe."""
+def get_config(variant=""):
+    """The recipe; with the variant `adversarial` a small discriminator joins."""
+    if variant not in ("", "adversarial"):
+        raise ValueError(f"variant {variant!r} is not known, only 'adversarial' is")
     config = default_recipe("tokenizer")
     config.steps = 1000
 
@@ -31,6 +34,8 @@ def get_config():
     config.prior.width, config.prior.depth, config.prior.heads = 64, 2, 2
     config.loss.reconstruction = "l2"
     config.loss.prior_weight = 0.01  # squared differences are small numbers, which 0.06 would outweigh
+    config.loss.perceptual = "none"  # its weights are a download; see larp-jax doctor
+    config.loss.adversarial_weight = 0.0
 
     optim = config.optim
     optim.learning_rate = 5e-4
@@ -52,4 +57,12 @@ def get_config():
     config.log_every = 20
     config.eval_every = 250
     config.save_every = 250
+
+    if variant == "adversarial":
+        config.loss.reconstruction = "l1"
+        config.loss.prior_weight = 0.03
+        config.loss.adversarial_weight = 0.03
+        config.loss.adversarial_start = 100  # it would have an easy game before the decoder has smoothed its patches
+        config.discriminator.width, config.discriminator.depth, config.discriminator.heads = 128, 2, 2
+        config.optim.discriminator_learning_rate = 1e-4
     return config

@@ -4,11 +4,11 @@ import importlib
 
 from larp_jax.version import __version__
 
-__all__ = ["LoadedTokenizer", "__version__", "load_tokenizer"]
+__all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "load_generator", "load_tokenizer"]
 
 
 def __getattr__(name: str):
     # imported when asked for: `import larp_jax` alone must not cost what JAX costs
-    if name in ("LoadedTokenizer", "load_tokenizer"):
+    if name in __all__:
         return getattr(importlib.import_module("larp_jax.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

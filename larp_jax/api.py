@@ -1,37 +1,61 @@
-"""The Python interface: a trained tokenizer as an object that encodes and decodes."""
+"""The Python interface: a trained tokenizer that encodes and decodes, a trained generator that samples codes."""
 
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from larp_jax import checkpoint, importing
-from larp_jax.config import GeneratorRecipe, TokenizerConfig
+from larp_jax import checkpoint, importing, sharding
+from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
-from larp_jax.fingerprint import fingerprint
+from larp_jax.fingerprint import digest, fingerprint
+from larp_jax.models.generator import Generator
 from larp_jax.models.quantizer import normalize
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.steps import as_float_video
 
 
-def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema") -> "LoadedTokenizer":
+def load_tokenizer(
+    path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None
+) -> "LoadedTokenizer":
     """Loads a trained tokenizer.
 
     Args:
       path: a workdir (its newest checkpoint), one of its checkpoints, an imported directory, or a directory in the
         released Hugging Face layout (`config.json` and `model.safetensors`).
       weights: `ema` for the moving average where one was kept, `raw` for the trained weights themselves.
+      mesh: to lay the parameters on; the default device without.
 
     Raises:
       InputError: there is no such checkpoint, it cannot be read, or it is no tokenizer.
     """
     found = load_checkpoint(path, weights=weights)
-    return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
+    return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step, mesh=mesh)
+
+
+def load_generator(
+    path: str | os.PathLike, *, weights: str = "ema", precision: str = "float32", mesh: Mesh | None = None
+) -> "LoadedGenerator":
+    """Loads a trained generator.
+
+    Args:
+      path: as for `load_tokenizer`.
+      weights: as for `load_tokenizer`.
+      precision: of computation and cache: `float32` or `bfloat16`.
+      mesh: to lay the parameters on and to split batches over; the default device without.
+
+    Raises:
+      InputError: there is no such checkpoint, it cannot be read, or it is no generator.
+    """
+    found = load_checkpoint(path, weights=weights, kind="generator")
+    return LoadedGenerator.of(found, precision=precision, mesh=mesh)
 
 
 def load_checkpoint(
@@ -65,15 +89,17 @@ class LoadedTokenizer:
       config: the tokenizer's.
       params: its parameters (`TrainState.params["tokenizer"]`).
       step: training step they are of; 0 where unknown.
+      mesh: to lay them on and to split batches over, where they divide; the default device without.
 
     Attributes:
       config: as given.
       step: as given.
     """
 
-    def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0):
-        self.config, self.step = config, step
-        self._params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)))
+    def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
+        self.config, self.step, self._mesh = config, step, mesh
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
         self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
 
         def encode(params, video, key):
@@ -127,7 +153,7 @@ class LoadedTokenizer:
         """
         self._need_codes()
         with jax.default_matmul_precision("float32"):
-            return self._encode(self._params, self._checked_video(video), key)
+            return self._encode(self._params, self._split(self._checked_video(video)), key)
 
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
         """Codes to videos.
@@ -144,7 +170,7 @@ class LoadedTokenizer:
         """
         self._need_codes()
         with jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._checked_codes(codes))
+            return self._decode(self._params, self._split(self._checked_codes(codes)))
 
     def reconstruct(self, video: jax.Array | np.ndarray) -> jax.Array:
         """Videos through the bottleneck and back in one pass; with continuous latents, through their means.
@@ -159,7 +185,12 @@ class LoadedTokenizer:
           ValueError: as for `encode`.
         """
         with jax.default_matmul_precision("float32"):
-            return self._reconstruct(self._params, self._checked_video(video))
+            return self._reconstruct(self._params, self._split(self._checked_video(video)))
+
+    def _split(self, batch):
+        if self._mesh is None or len(batch) % sharding.batch_parts(self._mesh):
+            return batch
+        return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
     def _need_codes(self) -> None:
         if self.config.quantizer.kind == "kl":
@@ -182,14 +213,183 @@ class LoadedTokenizer:
         return video.astype(np.float32)
 
     def _checked_codes(self, codes):
-        size = self.config.quantizer.codebook_size
-        expected = f"[B, {self.config.num_tokens}] of integers in [0, {size})"
-        codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != self.config.num_tokens or not len(codes):
-            raise ValueError(f"codes must be {expected}, got shape {list(codes.shape)}")
-        if not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise ValueError(f"codes must be {expected}, got {codes.dtype}")
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= size:
-            raise ValueError(f"codes must be {expected}, got values from {low} to {high}")
-        return codes.astype(np.int32)
+        return _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
+
+
+class LoadedGenerator:
+    """A generator with its weights.
+
+    A sampling program is compiled for each batch size, each `cfg_interval`, and with or without guidance, top-k and
+    top-p; their other values and the temperature may change freely.
+
+    Args:
+      config: the generator's.
+      params: its parameters (`TrainState.params["generator"]`).
+      step: training step they are of; 0 where unknown.
+      precision: of computation and cache: `float32`, matrix products included whatever the device, or `bfloat16`.
+      mesh: to lay the parameters on and to split batches over (`data` x `fsdp`); the default device without.
+      tokenizer_fingerprint: of the tokenizer whose codes it was trained on; None where unknown.
+      class_counts: [classes] int, how many training clips each class has; None where unknown.
+
+    Attributes:
+      config: as given.
+      step: as given.
+      precision: as given.
+      tokenizer_fingerprint: as given.
+      class_counts: as given.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        params: Mapping,
+        *,
+        step: int = 0,
+        precision: str = "float32",
+        mesh: Mesh | None = None,
+        tokenizer_fingerprint: str | None = None,
+        class_counts: np.ndarray | None = None,
+    ):
+        if precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
+        if class_counts is not None and (config.frame_prediction or len(class_counts) != config.num_classes):
+            raise InputError(f"class_counts of {len(class_counts)} classes do not fit the generator")
+        self.config, self.step, self.precision = config, step, precision
+        self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
+        self._mesh, dtype = mesh, jnp.dtype(precision)
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        params = cast_params(params, dtype)
+        self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+        def sample(params, condition, indices, key, scalars, plan):
+            return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
+
+        self._sample = jax.jit(sample, static_argnames="plan")
+
+    @classmethod
+    def of(
+        cls, found: checkpoint.Checkpoint, *, precision: str = "float32", mesh: Mesh | None = None
+    ) -> "LoadedGenerator":
+        """That of a checkpoint of a generator."""
+        return cls(
+            found.recipe.model,
+            found.params["generator"],
+            step=found.step,
+            precision=precision,
+            mesh=mesh,
+            tokenizer_fingerprint=found.tokenizer_fingerprint,
+            class_counts=found.class_counts,
+        )
+
+    @property
+    def batch_multiple(self) -> int:
+        """Batches must be multiples of this: the devices that they are split over."""
+        return sharding.batch_parts(self._mesh) if self._mesh is not None else 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the weights, as they are computed with (16 hexadecimal digits)."""
+        return digest(f"generator {self.precision}", self._params)
+
+    def sample(
+        self,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        key: jax.Array,
+        condition: jax.Array | np.ndarray | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        **options,
+    ) -> jax.Array:
+        """Draws sequences of codes.
+
+        Args:
+          classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
+          key: of the draws.
+          condition: [B, N] integers in [0, K), codes of clips whose first frames are known and whose others repeat the
+            last of these (see `larp_jax.steps.hold_last_frame`); for a generator that predicts frames.
+          indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
+            its number and its condition, not on the others in the batch, nor on their count. (Only so far as rounding
+            goes: where two codes are all but equally likely, another batch size may round to the other.)
+          **options: of `larp_jax.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k, top_p.
+
+        Returns:
+          [B, N] int32 in [0, K).
+
+        Raises:
+          ValueError: something is not as described; the message says what was expected and what came.
+        """
+        options = SamplingOptions(**options)
+        arguments = self._arguments(classes, condition, indices, key, options)
+        with self._precisely():
+            return self._sample(*arguments, options.plan(self.config.num_tokens))
+
+    def compile(self, batch_size: int, **options) -> jax.stages.Compiled:
+        """The program that `sample` runs for this batch size and these options."""
+        options = SamplingOptions(**options)
+        zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
+        conditions = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
+        arguments = self._arguments(*conditions, None, jax.random.key(0), options)
+        with self._precisely():
+            return self._sample.lower(*arguments, options.plan(self.config.num_tokens)).compile()
+
+    def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
+        """`InputError` unless the tokenizer is the one whose codes the generator makes, as far as is known."""
+        ours = self.config.codebook_size, self.config.num_tokens
+        theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens
+        if ours != theirs:
+            raise InputError(
+                f"the generator makes {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]}; give"
+                " the tokenizer that it was trained with"
+            )
+        if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+            raise InputError(
+                f"the generator was trained on codes of tokenizer {self.tokenizer_fingerprint}, not of"
+                f" {tokenizer.fingerprint}; give that one"
+            )
+
+    def _precisely(self):
+        return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
+
+    def _arguments(self, classes, condition, indices, key, options: SamplingOptions) -> tuple:
+        """Of the compiled function, checked and placed."""
+        c = self.config
+        if c.frame_prediction:
+            if classes is not None or condition is None:
+                raise ValueError("this generator predicts frames: give condition=codes and no classes")
+            if options.cfg_scale > 1.0:
+                raise ValueError(f"cfg_scale must be 1 for frame prediction (no guidance); got {options.cfg_scale:g}")
+            codes = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
+            separator = np.full((len(codes), 1), c.codebook_size, np.int32)
+            condition = jnp.concatenate([codes, separator], axis=1)
+        else:
+            if classes is None or condition is not None:
+                raise ValueError("this generator is conditional on classes: give classes=[...] and no condition")
+            if options.cfg_scale > 1.0 and not c.class_dropout:
+                raise ValueError(
+                    f"cfg_scale must be 1 for a generator trained without null class; got {options.cfg_scale:g}"
+                )
+            condition = _checked_integers("classes", classes, (), -1 if c.class_dropout else 0, c.num_classes)
+        rows = len(condition)
+        indices = np.arange(rows) if indices is None else indices
+        indices = _checked_integers("indices", indices, (), 0, 2**31)
+        if len(indices) != rows:
+            raise ValueError(f"indices must be [{rows}], one for each sample; got [{len(indices)}]")
+        if self._mesh is not None:
+            sharding.check_batch(rows, self._mesh)
+            condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
+        return self._params, condition, indices, key, options.scalars()
+
+
+def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:
+    """Integers of [low, high) as int32 [B, *row]."""
+    expected = f"[{', '.join(map(str, ('B', *row)))}] of integers in [{low}, {high})"
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    if values.ndim != 1 + len(row) or values.shape[1:] != row or not len(values):
+        raise ValueError(f"{name} must be {expected}, got shape {list(values.shape)}")
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"{name} must be {expected}, got {values.dtype}")
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < low or highest >= high:
+        raise ValueError(f"{name} must be {expected}, got values from {lowest} to {highest}")
+    return values.astype(np.int32)

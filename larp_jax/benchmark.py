@@ -1,17 +1,30 @@
 """Throughput, measured: medians over windows after a warm-up, as dictionaries that print as tables."""
 
+import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from larp_jax import flops, sharding
+from larp_jax.api import LoadedGenerator
+from larp_jax.config import GeneratorConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, stages, train_batches
 from larp_jax.data.pipeline import DrawClip
+from larp_jax.models.generator import Generator
+from larp_jax.sampling import SamplingOptions
+from larp_jax.steps import DTYPES, TokenizerStage
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
+CEILING_WIDTH = {"cpu": 2048}  # of the square matrices whose product is the ceiling
+CEILING_WIDTH_ELSEWHERE = 8192
 
 
 def benchmark_data(
@@ -101,6 +114,305 @@ def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, floa
         next(batches)
         clips += batch_size
     return clips, elapsed, time.process_time() - spent
+
+
+def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[str, Any]:
+    """Measures the training step on clips of noise: no data set is read, no file of weights is needed.
+
+    Beside the whole step, in and between the discriminator's turns, its parts are measured as programs of their own:
+    the step without a discriminator, and the discriminator's update. All take turns, so that whatever else the machine
+    does slows them alike, and among them is the product of two large matrices whose speed is the ceiling.
+
+    Args:
+      recipe: a tokenizer's.
+      seconds: how long to measure; compiling and the warm-up of 2 rounds come on top, and 3 rounds are the least.
+
+    Returns:
+      By name. Times (`..._ms`) are medians, `step_ms` the mean over a period of turns. `flops_...` are model FLOPs of
+      matrix products and convolutions, counted by `larp_jax.flops`; `compiler_flops_share` is what XLA counts of the
+      whole program over what we count of the same, each loop's body once (above 1: it counts additions and the like
+      too). `mfu` is `step_ms` at the ceiling over `step_ms`. `memory_..._mb` are bytes of a compiled program on one
+      device: arguments, results and temporaries. Where there is a discriminator, `memory_over_parts` compares the step
+      with both parts together, and `gan_time_ratio` the step with the one without, as `gan_flops_ratio` does for FLOPs.
+
+    Raises:
+      InputError: the batch does not split over the devices, or sizes do not fit each other.
+    """
+    mesh = sharding.make_mesh(recipe.mesh)
+    sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
+    has_gan = recipe.loss.adversarial_weight > 0
+    with jax.set_mesh(mesh):
+        whole = _Step(recipe, mesh)
+        every = recipe.loss.discriminator_every if has_gan else 1
+        turn = -(-recipe.loss.adversarial_start // every) * every
+        programs = {"ceiling": _ceiling(recipe, mesh), "turn": lambda: whole(turn)}
+        if every > 1:
+            programs["between"] = lambda: whole(turn + 1)
+        if has_gan:
+            plain = _Step(_without_gan(recipe), mesh)
+            alone = _DiscriminatorStep(recipe, mesh)
+            programs |= {"plain": lambda: plain(turn), "alone": alone}
+        times = _times_in_turns(programs, seconds)
+
+    counts = flops.train_step(recipe)
+    clips, parts = recipe.data.batch_size, recipe.accumulate
+    each_turn = counts.pop("discriminator")
+    per_clip = sum(counts.values()) + each_turn / every
+    step = (times["turn"] + (every - 1) * times.get("between", 0.0)) / every
+    ceiling = mesh.size * _ceiling_flops() / times["ceiling"]
+    compiled = sum(flops.as_compiled(recipe).values()) * clips / parts / mesh.size
+    result = {
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "mesh": dict(mesh.shape),
+        "clip": list(recipe.model.clip_shape),
+        "batch_size": clips,
+        "accumulate": parts,
+        "precision": recipe.precision,
+        "step_ms": 1e3 * step,
+        "clips_per_second": clips / step,
+        "gflops_clip": per_clip / 1e9,
+        **{f"gflops_clip_{name}": count / 1e9 for name, count in counts.items()},
+        "gflops_clip_discriminator_turn": each_turn / 1e9,
+        "compiler_flops_share": whole.flops / compiled,
+        "ceiling_tflops_second": ceiling / 1e12,
+        "mfu": per_clip * clips / step / ceiling,
+        "memory_step_mb": whole.memory / 1e6,
+    }
+    if has_gan:
+        result |= {
+            "step_discriminator_turn_ms": 1e3 * times["turn"],
+            "step_between_turns_ms": 1e3 * times.get("between", times["turn"]),
+            "step_without_gan_ms": 1e3 * times["plain"],
+            "discriminator_alone_ms": 1e3 * times["alone"] * parts,
+            "gan_time_ratio": step / times["plain"],
+            "gan_flops_ratio": per_clip / (per_clip - counts["adversarial"] - each_turn / every),
+            "memory_without_gan_mb": plain.memory / 1e6,
+            "memory_discriminator_alone_mb": alone.memory / 1e6,
+            "memory_over_parts": whole.memory / (plain.memory + alone.memory),
+        }
+    return result
+
+
+def _without_gan(recipe: TokenizerRecipe) -> TokenizerRecipe:
+    return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
+
+
+class _Program:
+    """A compiled function of arrays: what it takes of memory and, as XLA counts, of FLOPs on one device."""
+
+    def __init__(self, lowered):
+        self.compiled = lowered.compile()
+        used = self.compiled.memory_analysis()
+        self.memory = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+        self.memory += used.temp_size_in_bytes
+        self.flops = self.compiled.cost_analysis()["flops"]
+
+
+class _Step(_Program):
+    """The training step of a recipe with a state and a batch of its own; called with the number of the step."""
+
+    def __init__(self, recipe: TokenizerRecipe, mesh):
+        stage, self.key = TokenizerStage(recipe), jax.random.key(0)
+        shapes = jax.eval_shape(stage.init, self.key)
+        placement, self.replicated = sharding.state_shardings(shapes, mesh), sharding.replicated(mesh)
+        self.state = jax.jit(stage.init, out_shardings=placement)(self.key)
+        noise = lambda shape: 0.1 * jax.random.normal(self.key, shape.shape, shape.dtype)  # noqa: E731
+        make_frozen = lambda: jax.tree.map(noise, stage.frozen_shapes())  # noqa: E731
+        self.frozen = jax.jit(make_frozen, out_shardings=self.replicated)()
+        self.batch = {"video": _noise_clips(recipe, recipe.data.batch_size, mesh)}
+        step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(placement, self.replicated))
+        super().__init__(step.lower(self.state, self.batch, self.key, self.frozen))
+
+    def __call__(self, number: int):
+        number = jax.device_put(jnp.int32(number), self.replicated)
+        state = dataclasses.replace(self.state, step=number)
+        self.state, logs = self.compiled(state, self.batch, self.key, self.frozen)
+        return logs
+
+
+class _DiscriminatorStep(_Program):
+    """The discriminator's update on one part of a batch and equally many reconstructions."""
+
+    def __init__(self, recipe: TokenizerRecipe, mesh):
+        stage, self.key = TokenizerStage(recipe), jax.random.key(0)
+
+        def init(key):
+            state = stage.init(key)
+            return state.params["discriminator"], state.opt_state["discriminator"]
+
+        def step(params, opt_state, video, reconstruction, key):
+            grads, logs = stage.discriminator_gradient(params, opt_state, video, reconstruction, key)
+            return stage.discriminator_update(params, opt_state, grads, logs)
+
+        shapes = jax.eval_shape(stage.init, self.key)
+        placement = sharding.state_shardings(shapes, mesh)
+        placement = placement.params["discriminator"], placement.opt_state["discriminator"]
+        self.state = jax.jit(init, out_shardings=placement)(self.key)
+        clips = _noise_clips(recipe, recipe.data.batch_size // recipe.accumulate, mesh)
+        self.video = jax.jit(lambda x: x / jnp.float32(255.0))(clips)
+        step = jax.jit(step, donate_argnums=(0, 1), out_shardings=placement)
+        super().__init__(step.lower(*self.state, self.video, self.video, self.key))
+
+    def __call__(self):
+        self.state = self.compiled(*self.state, self.video, self.video, self.key)
+        return self.state
+
+
+def _noise_clips(recipe: TokenizerRecipe, count: int, mesh) -> jax.Array:
+    def draw():
+        return jax.random.randint(jax.random.key(1), (count, *recipe.model.clip_shape), 0, 256).astype(jnp.uint8)
+
+    return jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))()
+
+
+def _ceiling_width() -> int:
+    return CEILING_WIDTH.get(jax.default_backend(), CEILING_WIDTH_ELSEWHERE)
+
+
+def _ceiling_flops() -> float:
+    """Of the product on each device."""
+    return 2.0 * _ceiling_width() ** 3
+
+
+def _ceiling(recipe: TokenizerRecipe, mesh) -> Callable:
+    """A product of square matrices on every device at once, in the precision of the recipe."""
+    shape = (mesh.size, _ceiling_width(), _ceiling_width())
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    x = jax.jit(lambda: jnp.ones(shape, DTYPES[recipe.precision]), out_shardings=placement)()
+    product = jax.jit(jnp.matmul, out_shardings=placement)
+    return lambda: product(x, x)
+
+
+def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, float]:
+    """Median seconds of each program; a call ends when what it returns is there."""
+    times = {name: [] for name in programs}
+    for _ in range(2):
+        for call in programs.values():
+            jax.block_until_ready(call())
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["ceiling"]) < 3:
+        for name, call in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def benchmark_sample(
+    config: GeneratorConfig,
+    options: SamplingOptions,
+    *,
+    batch_size: int = 8,
+    precision: str = "float32",
+    seconds: float = 10.0,
+) -> dict[str, Any]:
+    """Measures how fast a generator samples on one device, with random weights.
+
+    Args:
+      config: the generator's.
+      options: of sampling.
+      batch_size: samples at a time.
+      precision: of the computation.
+      seconds: how long to measure; compiling and single videos come on top.
+
+    Returns:
+      The settings, and medians: `tokens_per_second` and `videos_per_second` of whole batches, the prefill included;
+      `single_video_seconds` of a batch of one; `compile_seconds`; `step_ms` for a token of every sample;
+      `megabytes_per_step` and `gigaflops_per_step` that no implementation can do without (every weight read once, the
+      filled part of the caches read once; products with weights and caches), averaged over the codes; what these
+      come to in a second; what the device does at best (see `bandwidth_ceiling` and `matmul_ceiling`, measured in the
+      same run); and the share that is reached.
+    """
+    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
+    generator = LoadedGenerator(config, params, precision=precision)
+
+    def condition(rows):
+        zeros = np.zeros((rows, config.num_tokens), np.int32)
+        return {"condition": zeros} if config.frame_prediction else {"classes": zeros[:, 0]}
+
+    def once(rows):
+        began = time.perf_counter()
+        generator.sample(**condition(rows), key=jax.random.key(0), **vars(options)).block_until_ready()
+        return time.perf_counter() - began
+
+    def median_time(rows):
+        first = once(rows)
+        return first, statistics.median(_repeat(lambda: once(rows), seconds / 2))
+
+    first, batch_seconds = median_time(batch_size)
+    _, single = median_time(1)
+    bandwidth, matmul = bandwidth_ceiling(), matmul_ceiling(precision)
+    step = batch_seconds / config.num_tokens
+    megabytes, gigaflops = _least_work(config, options, batch_size, jnp.dtype(precision).itemsize)
+    return {
+        "size": config.size,
+        "parameters_millions": sum(x.size for x in jax.tree.leaves(params)) / 1e6,
+        "tokens": config.num_tokens,
+        "vocabulary": config.codebook_size,
+        "batch_size": batch_size,
+        "precision": precision,
+        **vars(options),
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "tokens_per_second": batch_size * config.num_tokens / batch_seconds,
+        "videos_per_second": batch_size / batch_seconds,
+        "single_video_seconds": single,
+        "compile_seconds": first - batch_seconds,
+        "step_ms": 1e3 * step,
+        "megabytes_per_step": megabytes,
+        "gigabytes_per_second": megabytes / step / 1e3,
+        "ceiling_gigabytes_per_second": bandwidth,
+        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / bandwidth,
+        "gigaflops_per_step": gigaflops,
+        "gigaflops_per_second": gigaflops / step,
+        "ceiling_gigaflops_per_second": matmul,
+        "share_of_matmul_ceiling": gigaflops / step / matmul,
+    }
+
+
+def _repeat(run: Callable[[], float], seconds: float) -> list[float]:
+    """Results of calls, at least three, for so long."""
+    began, results = time.perf_counter(), []
+    while len(results) < 3 or time.perf_counter() - began < seconds:
+        results.append(run())
+    return results
+
+
+def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: int, itemsize: int) -> tuple:
+    """(megabytes, gigaflops) of a step, on average."""
+    c = config
+    head_width = c.width // c.heads
+    per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
+    weights = c.depth * per_block + c.width * c.codebook_size
+    rows = batch_size * (1 + options.plan(c.num_tokens).guided / c.num_tokens)
+    positions = c.condition_tokens + (c.num_tokens - 1) / 2
+    read = weights + rows * positions * c.depth * 2 * c.kv_heads * head_width
+    multiplied = rows * (weights + positions * c.depth * 2 * c.width)
+    return itemsize * read / 1e6, 2 * multiplied / 1e9
+
+
+def bandwidth_ceiling() -> float:
+    """GB/s at which the default device reads memory: the best of three sums over 1 GiB of float32."""
+    rows = jnp.ones((1 << 16, 1 << 12), jnp.float32)
+    return rows.nbytes / _best_time(jax.jit(lambda x: x.sum(axis=1)), rows) / 1e9
+
+
+def matmul_ceiling(precision: str = "float32") -> float:
+    """Gigaflops a second of the default device in products of square matrices, 4096 wide: the best of three."""
+    matrix = jnp.ones((1 << 12, 1 << 12), jnp.dtype(precision))
+    with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
+        product = jax.jit(lambda x: x @ x)
+        return 2 * len(matrix) ** 3 / _best_time(product, matrix) / 1e9
+
+
+def _best_time(function: Callable, *arguments) -> float:
+    def once():
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        return time.perf_counter() - began
+
+    once()
+    return min(once() for _ in range(3))
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -108,6 +108,8 @@ class Checkpoint:
       step: optimiser steps done; 0 where unknown.
       code_counts: [K] int64, how often the last evaluation used each code; None where unknown.
       mean_clip: [T, H, W, C] float32 in [0, 1], the mean of training clips; None where unknown.
+      tokenizer_fingerprint: of a generator, the tokenizer whose codes it was trained on; None where unknown.
+      class_counts: [classes] int64, of a generator, training clips of each class; None where unknown.
     """
 
     path: pathlib.Path
@@ -116,6 +118,8 @@ class Checkpoint:
     step: int
     code_counts: np.ndarray | None
     mean_clip: np.ndarray | None
+    tokenizer_fingerprint: str | None = None
+    class_counts: np.ndarray | None = None
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
@@ -163,7 +167,10 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
         raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
-    counts = metadata.get("code_counts")
+    counts, class_counts = (
+        None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
+        for name in ("code_counts", "class_counts")
+    )
     in_workdir = directory.parent.name == CHECKPOINTS
     mean_clip = directory.parent.parent / MEAN_CLIP
     return Checkpoint(
@@ -171,8 +178,10 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
         recipe=recipe,
         params=params,
         step=metadata.get("step", 0),
-        code_counts=None if counts is None else np.asarray(counts, np.int64),
+        code_counts=counts,
         mean_clip=read_mean_clip(mean_clip) if in_workdir and mean_clip.exists() else None,
+        tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
+        class_counts=class_counts,
     )
 
 

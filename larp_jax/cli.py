@@ -114,6 +114,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "--batch-size", type=_positive, default=8, metavar="B", help="clips computed at a time (default: 8)"
         )
 
+    def draws(sub, what):
+        sub.add_argument("--seed", type=_count, default=0, help=f"{what} i of a seed is always the same (default: 0)")
+        sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default: 1)")
+        sub.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw among the K likeliest codes")
+        sub.add_argument(
+            "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest codes that make up P"
+        )
+        precision(sub)
+
+    def precision(sub):
+        sub.add_argument(
+            "--precision", choices=("float32", "bfloat16"), default="float32", help="of the generator's computation"
+        )
+
+    def guidance(sub, default):
+        sub.add_argument(
+            "--cfg-scale", type=float, default=default, metavar="S", help=f"guidance; 1 for none (default: {default:g})"
+        )
+        sub.add_argument(
+            "--cfg-interval", type=int, default=-1, metavar="I", help="guide the first I + 2 codes only (default: all)"
+        )
+
     sub = command(
         _train,
         "train a stage, or continue where the workdir left off",
@@ -124,19 +146,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sub = command(
         _evaluate,
-        "measure how well a tokenizer reconstructs a data set",
+        "measure how well a tokenizer reconstructs a data set, or how close a generator comes to it",
         "--checkpoint runs/quickstart --data moving_shapes:test --output evaluation.json",
     )
     needs_checkpoint(sub)
     sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
     sub.add_argument(
         "--metrics", type=lambda text: text.split(","), metavar="A,B",
-        help="of psnr, ssim, lpips, rfvd, usage and prior (default: all that fit but lpips and rfvd)",
+        help="of psnr, ssim, lpips, rfvd, usage and prior; of a generator, fvd and cross_entropy (default: all that fit"
+        " and need no further network)",
     )  # fmt: skip
     sub.add_argument("--lpips", metavar="FILE", help="for lpips: what larp-jax import --kind lpips wrote")
-    sub.add_argument("--i3d", metavar="FILE", help="for rfvd: what larp-jax import --kind i3d wrote")
+    sub.add_argument("--i3d", metavar="FILE", help="for rfvd and fvd: what larp-jax import --kind i3d wrote")
     sub.add_argument(
-        "--protocol", choices=("held_out", "larp_ucf101"),
+        "--protocol", choices=("held_out", "larp_ucf101", "larp_ucf101_generation", "larp_k600_prediction"),
         help="choose the clips as docs/evaluation.md says (default: all windows of the split test)",
     )  # fmt: skip
     sub.add_argument(
@@ -145,6 +168,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers and how they were computed")
     sub.add_argument("--max-clips", type=_count, default=0, metavar="N", help="at most N clips; 0 for all (default)")
     batch_size(sub)
+    of_generators = sub.add_argument_group("of generators")
+    of_generators.add_argument("--tokenizer", metavar="P", help="the one that the generator was trained with")
+    of_generators.add_argument(
+        "--samples", metavar="DIR", help="for fvd: keep the codes sampled there, and go on with those already there"
+    )
+    guidance(of_generators, 1.0)
+    draws(of_generators, "sample")
 
     sub = command(
         _reconstruct,
@@ -161,6 +191,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     needs_checkpoint(sub)
     reads_videos(sub, max_clips=0)
+    sub.add_argument(
+        "--windows", type=_count, default=0, metavar="W",
+        help="of every video, at most W full windows, spread over it (default: consecutive ones)",
+    )  # fmt: skip
+    sub.add_argument("--flips", action="store_true", help="add the codes of all windows mirrored")
+    sub.add_argument(
+        "--cond-frames", type=_count, default=0, metavar="F",
+        help="add the codes that frame prediction from F frames starts from",
+    )  # fmt: skip
 
     sub = command(
         _detokenize,
@@ -171,6 +210,41 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--input", required=True, metavar="DIR", help="folder that tokenize wrote")
     sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     batch_size(sub)
+
+    def samples(sub, what):
+        sub.add_argument("--checkpoint", required=True, metavar="G", help=f"the generator: {CHECKPOINT}")
+        sub.add_argument("--tokenizer", required=True, metavar="P", help="the tokenizer it was trained with, likewise")
+        sub.add_argument(
+            "--weights", choices=("ema", "raw"), default="ema", help="the moving average where there is one, or not"
+        )
+        sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to, or to go on writing to")
+        draws(sub, what)
+        batch_size(sub)
+
+    sub = command(
+        _sample,
+        "sample videos by class",
+        "--checkpoint runs/generator --tokenizer runs/ucf101 --classes 0,3 --num 16 --cfg-scale 1.25 --output samples",
+    )
+    samples(sub, "sample")
+    sub.add_argument(
+        "--classes", type=_class_list, metavar="C", help="0,3 shares --num out evenly, 0:100,3:50 gives the count of"
+        " each; without, classes are as frequent as in training where that is known, else all alike",
+    )  # fmt: skip
+    sub.add_argument("--num", type=_positive, metavar="N", help="videos in all (default: 16)")
+    guidance(sub, 1.0)
+
+    sub = command(
+        _predict,
+        "predict how videos go on after their first frames",
+        "--checkpoint runs/predictor --tokenizer runs/k600 --input video.mp4 --cond-frames 5 --output predictions",
+    )
+    samples(sub, "prediction")
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of them, or {SPEC}")
+    sub.add_argument("--cond-frames", type=_positive, default=5, metavar="F", help="frames given (default: 5)")
+    sub.add_argument(
+        "--max-clips", type=_count, default=8, metavar="N", help="at most N clips; 0 for all (default: 8)"
+    )
 
     sub = command(
         _export,
@@ -226,11 +300,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub = command(
         _benchmark,
         "measure throughput",
-        "data --config configs/quickstart.py --output data.json",
+        "train --config configs/quickstart.py --output train.json",
     )
-    sub.add_argument("what", choices=("data",), help="training batches, read with nothing else running")
+    sub.add_argument(
+        "what", choices=("train", "data", "sample"),
+        help="the training step on synthetic clips; training batches, read with nothing else running; a generator's"
+        " sampling, its weights at random",
+    )  # fmt: skip
     needs_config(sub)
     sub.add_argument("--seconds", type=_positive, default=10, metavar="S", help="how long to measure (default: 10)")
+    of_sampling = sub.add_argument_group("of benchmark sample")
+    batch_size(of_sampling)
+    guidance(of_sampling, 1.25)
+    precision(of_sampling)
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
         "--model-rate", type=_positive, metavar="R", help="clips a second that training takes: can data keep up?"
@@ -251,6 +333,15 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return value
+
+
+def _class_list(text: str) -> dict[int, int]:
+    """`0,3` as {0: 0, 3: 0}, `0:100,3:50` as {0: 100, 3: 50}."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    classes = {_count(label): _positive(count) if colon else 0 for label, colon, count in pairs}
+    if len(classes) < len(pairs) or len({colon for _, colon, _ in pairs}) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be like 0,3 or 0:100,3:50, each class once")
+    return classes
 
 
 def _positive(text: str) -> int:
@@ -360,18 +451,23 @@ def _train(arguments):
 
 
 def _evaluate(arguments):
-    import math
-
-    import jax
-
-    from larp_jax import api, evaluators, fvd, perceptual, sharding, writers
-    from larp_jax.config import MeshConfig
-    from larp_jax.data import ClipSpec
-    from larp_jax.protocols import RECONSTRUCTION, ClipSet
+    from larp_jax import api
 
     if arguments.training_data and arguments.protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
-    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
+    {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}[found.recipe.stage](arguments, found)
+
+
+def _evaluate_tokenizer(arguments, found):
+    import jax
+
+    from larp_jax import api, evaluators, fvd, perceptual, sharding
+    from larp_jax.config import MeshConfig
+
+    for option in ("tokenizer", "samples"):
+        if getattr(arguments, option):
+            raise InputError(f"--{option} is for generators, {arguments.checkpoint} holds a tokenizer; leave it out")
     names = _metric_names(arguments.metrics, evaluators.available(found.recipe, found.params))
     networks = {}
     if "lpips" in names:
@@ -380,15 +476,7 @@ def _evaluate(arguments):
         networks["i3d"] = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
 
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
-    config = tokenizer.config
-    clips = ClipSet(
-        arguments.data,
-        ClipSpec(frames=config.frames, resolution=config.resolution, flip=False),
-        RECONSTRUCTION.get(arguments.protocol),
-        name=arguments.protocol or "",
-        max_clips=arguments.max_clips,
-        training=arguments.training_data or found.recipe.data.train,
-    )
+    clips = _clips(arguments, found, tokenizer.config)
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
     protocol = {}
@@ -416,42 +504,157 @@ def _evaluate(arguments):
         scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
         raise InputError(f"--data {arguments.data}: none of its clips could be read")
-    _print_table({"clips": extras["clips"], **scores})
+    protocol = {
+        **clips.describe(),
+        "clips": extras["clips"],
+        "codes": "deterministic: the nearest code of each latent",
+        "precision": "float32",
+        **protocol,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    by_position = {}
+    if extras["codes"] is not None:
+        by_position["entropy_by_position"] = extras["codes"].position_entropy().tolist()
+    _report(arguments, found, scores, protocol, by_position)
+
+
+def _evaluate_generator(arguments, found):
+    from larp_jax import fvd, generate, perceptual
+    from larp_jax.evaluators import GENERATOR_METRICS
+
+    if not arguments.tokenizer:
+        raise InputError(f"{arguments.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
+    names = _metric_names(arguments.metrics, GENERATOR_METRICS)
+    if arguments.samples and "fvd" not in names:
+        raise InputError("--samples is for --metrics fvd; leave it out")
+    batch_size = arguments.batch_size
+    if "fvd" in names:
+        i3d = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+    cond_frames = found.recipe.cond_frames if found.recipe.model.frame_prediction else 0
+    generator, tokenizer = _load_pair(arguments, found)
+    # before anything is computed, because it checks how all of them fit each other
+    sampler = generate.Sampler(
+        generator,
+        tokenizer,
+        seed=arguments.seed,
+        options=_sampling_options(arguments),
+        batch_size=batch_size,
+        cond_frames=cond_frames,
+    )
+    clips = _clips(arguments, found, tokenizer.config, cond_frames)
+    scores, protocol = {}, clips.describe()
+    if "cross_entropy" in names:
+        of_codes, described = _next_code_scores(found, tokenizer, clips, batch_size)
+        scores |= of_codes
+        protocol |= described
+    if "fvd" in names:
+        classes = None if cond_frames else generate.classes_beside(generator, clips)
+        evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=batch_size, progress=True)
+        of_videos, described = evaluator.run(generate.videos_beside(sampler, clips, classes, folder=arguments.samples))
+        scores |= of_videos
+        protocol |= described | {"sampling": sampler.describe()}
+        if cond_frames:
+            protocol["given"] = f"the first {cond_frames} frames of each clip"
+        else:
+            known = generator.class_counts is not None
+            protocol["given"] = f"classes, {'as frequent as in training' if known else 'those of the clips'}"
+            protocol["class_counts"] = generate.class_counts(classes)
+    protocol |= {
+        "generator_fingerprint": generator.fingerprint,
+        "fingerprint": tokenizer.fingerprint,
+        "tokenizer": os.path.relpath(arguments.tokenizer),
+        "tokenizer_step": tokenizer.step,
+    }
+    _report(arguments, found, scores, protocol)
+
+
+def _next_code_scores(found, tokenizer, clips, batch_size):
+    """Scores of a generator for the codes of clips, and their protocol."""
+    import dataclasses
+
+    import jax
+
+    from larp_jax import evaluators, sharding
+    from larp_jax.config import MeshConfig
+    from larp_jax.steps import GeneratorStage
+
+    mesh = sharding.make_mesh(MeshConfig())
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    stage = GeneratorStage(dataclasses.replace(found.recipe, precision="float32"), tokenizer.config)
+    trees = {"generator": found.params["generator"]}, {"tokenizer": jax.device_get(tokenizer.params)}
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        params, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in trees)
+        rows = evaluators.encoded_clips(stage.codes, frozen, clips, mesh, batch_size=batch_size, progress=True)
+        scores = evaluators.NextCodeEvaluator(stage.score, rows, mesh, batch_size=batch_size).run(params)
+    codes = {"K": found.recipe.model.codebook_size, "N": found.recipe.model.num_tokens}
+    return scores, {"clips": len(rows["codes"]), "codes": codes}
+
+
+def _clips(arguments, found, config, cond_frames: int | None = None):
+    """The clips of --data and --protocol for a tokenizer's configuration; of generators, `cond_frames` is given."""
+    from larp_jax.data import ClipSpec
+    from larp_jax.protocols import GENERATION, RECONSTRUCTION, ClipSet
+
+    name, stage = arguments.protocol, found.recipe.stage
+    known = RECONSTRUCTION if cond_frames is None else GENERATION | {"held_out": RECONSTRUCTION["held_out"]}
+    if name and name not in known:
+        raise InputError(f"protocol {name} is for no {stage}; choose from {', '.join(known)}, or leave it out")
+    protocol = known.get(name)
+    if protocol and protocol.fixed and cond_frames not in (None, protocol.cond_frames):
+        kinds = [f"given {n} frames" if n else "given classes" for n in (protocol.cond_frames, cond_frames)]
+        raise InputError(f"protocol {name} is for generators that are {kinds[0]}, this one is {kinds[1]}; leave it out")
+    return ClipSet(
+        arguments.data,
+        ClipSpec(frames=config.frames, resolution=config.resolution, flip=False),
+        protocol,
+        name=name or "",
+        max_clips=arguments.max_clips,
+        training=arguments.training_data or found.recipe.data.train,
+    )
+
+
+def _report(arguments, found, scores, protocol, more=None):
+    """Shows scores and writes them with their protocol, and what else there is."""
+    import math
+
+    import jax
+
+    from larp_jax import writers
+
+    _print_table({"clips": protocol["clips"], **scores})
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
     if wrong:
         raise InputError(f"{', '.join(wrong)}: no finite number; the weights of {arguments.checkpoint} are damaged")
-    if arguments.output:
+    if arguments.output and jax.process_index() == 0:
         protocol = {
-            **clips.describe(),
-            "clips": extras["clips"],
-            "definitions": {name: text for name, text in DEFINITIONS.items() if name in scores or name == "clips"},
-            "codes": "deterministic: the nearest code of each latent",
-            "precision": "float32",
             **protocol,
+            "definitions": {name: text for name, text in DEFINITIONS.items() if name in scores or name == "clips"},
             "checkpoint": os.path.relpath(found.path),
             "weights": arguments.weights,
             "step": found.step,
-            "fingerprint": tokenizer.fingerprint,
             "device": jax.devices()[0].device_kind,
             "versions": {"larp_jax": __version__}
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
         }
-        written = {"metrics": scores, "protocol": protocol}
-        if extras["codes"] is not None:
-            written["entropy_by_position"] = extras["codes"].position_entropy().tolist()
-        writers.write_json(arguments.output, written)
+        writers.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
         print(f"written to {arguments.output}")
 
 
 def _metric_names(asked: Sequence[str] | None, fitting: Sequence[str]) -> list[str]:
-    """The metrics to compute, of those that fit the tokenizer."""
-    from larp_jax.evaluators import METRICS
+    """The metrics to compute, of those that fit the checkpoint."""
+    from larp_jax.evaluators import GENERATOR_METRICS, METRICS
 
     if asked is None:
-        return [name for name in fitting if name not in ("lpips", "rfvd")]
-    unknown = sorted(set(asked) - set(METRICS))
+        return [name for name in fitting if name not in ("lpips", "rfvd", "fvd")]
+    kinds = {"tokenizer": METRICS, "generator": GENERATOR_METRICS}
+    ours, other = kinds if set(fitting) <= set(METRICS) else reversed(kinds)
+    unknown = sorted(set(asked) - set(METRICS) - set(GENERATOR_METRICS))
     if unknown:
-        raise InputError(f"--metrics {','.join(unknown)} is not known; choose from {', '.join(METRICS)}")
+        raise InputError(f"--metrics {','.join(unknown)} is not known; choose from {', '.join(kinds[ours])}")
+    if wrong := [name for name in asked if name in kinds[other]]:
+        raise InputError(
+            f"--metrics {','.join(wrong)} is for a {other}, this is a {ours}; choose from {', '.join(kinds[ours])}"
+        )
     unfit = [name for name in asked if name not in fitting]
     if unfit:
         raise InputError(
@@ -473,6 +676,13 @@ DEFINITIONS = {
     "lpips": "LPIPS v0.1 on VGG16, frame by frame, output clamped and not rounded; mean over frames and then clips",
     "rfvd": "Frechet distance between I3D's logits of the clips and of their reconstructions, clamped and not rounded;"
     " frames resized to 224 (bilinear, not antialiased)",
+    "fvd": "Frechet distance between I3D's logits of the clips and of as many sampled videos, clamped and not rounded;"
+    " a prediction counts with the frames it was given, as the tokenizer decodes them; frames resized to 224 (bilinear,"
+    " not antialiased)",
+    "cross_entropy": "nats a code, of the clips' codes (the nearest of each latent) under the generator, each from the"
+    " condition and those before it; float32, no dropout",
+    "top1": "share of these codes that the generator thinks likeliest",
+    "top5": "share of them that are among its likeliest five",
     "usage": "share of the codebook that occurs in these clips",
     "perplexity": "exponential of the entropy of all codes' frequencies",
     "kl_from_uniform": "nats, of all codes' frequencies from uniform ones",
@@ -498,7 +708,14 @@ def _tokenize(arguments):
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     manifest = tokens.tokenize(
-        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        max_clips=arguments.max_clips,
+        windows=arguments.windows,
+        flips=arguments.flips,
+        cond_frames=arguments.cond_frames,
+        batch_size=arguments.batch_size,
     )
     videos = len({row["source"] for row in manifest["rows"]})
     skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""
@@ -511,6 +728,90 @@ def _detokenize(arguments):
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
     print(f"{len(written)} videos, in {arguments.output}")
+
+
+def _load_pair(arguments, found=None):
+    """Generator and tokenizer, on this host's devices: hosts sample apart from each other.
+
+    `found` is the generator's checkpoint where it is loaded already.
+    """
+    import jax
+
+    from larp_jax import api, sharding
+    from larp_jax.config import MeshConfig
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    found = found or api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
+    generator = api.LoadedGenerator.of(found, precision=arguments.precision, mesh=mesh)
+    return generator, api.load_tokenizer(arguments.tokenizer, weights=arguments.weights, mesh=mesh)
+
+
+def _sampling_options(arguments):
+    """What the command has of them."""
+    import dataclasses
+
+    from larp_jax.sampling import SamplingOptions
+
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    return SamplingOptions(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def _sample(arguments):
+    from larp_jax import generate
+
+    options = _sampling_options(arguments)
+    generator, tokenizer = _load_pair(arguments)
+    if generator.config.frame_prediction:
+        raise InputError(f"{arguments.checkpoint} predicts frames; use larp-jax predict, or give one of classes")
+    manifest = generate.sample(
+        generator,
+        tokenizer,
+        arguments.output,
+        counts=_counts_of_classes(arguments, generator),
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
+
+
+def _counts_of_classes(arguments, generator) -> dict[int, int]:
+    """How many to sample of each class."""
+    from larp_jax.generate import as_in_training, spread
+
+    classes, number = generator.config.num_classes, arguments.num
+    wanted = arguments.classes or {}
+    if unknown := [label for label in wanted if label >= classes]:
+        raise InputError(f"--classes: {unknown[0]} is no class of the generator, which has 0 to {classes - 1}")
+    if any(wanted.values()):
+        if number is not None:
+            raise InputError("--num cannot be given with counts in --classes; leave it out")
+        return wanted
+    number = 16 if number is None else number
+    if wanted:
+        return spread(number, [label in wanted for label in range(classes)])
+    return as_in_training(generator, number)
+
+
+def _predict(arguments):
+    from larp_jax import generate
+
+    options = _sampling_options(arguments)
+    generator, tokenizer = _load_pair(arguments)
+    if not generator.config.frame_prediction:
+        raise InputError(f"{arguments.checkpoint} is conditional on classes; use larp-jax sample, or give a predictor")
+    manifest = generate.predict(
+        generator,
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        cond_frames=arguments.cond_frames,
+        max_clips=arguments.max_clips,
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} predictions beside the truth, in {arguments.output}")
 
 
 EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
@@ -584,16 +885,31 @@ def _prepare(arguments):
 
 def _benchmark(arguments):
     from larp_jax import benchmark, data, writers
+    from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
-    result = benchmark.benchmark_data(
-        recipe.data.train,
-        data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
-        batch_size=recipe.data.batch_size,
-        workers=recipe.data.workers,
-        seconds=arguments.seconds,
-        model_rate=arguments.model_rate,
-    )
+    stage = {"train": "tokenizer", "data": "tokenizer", "sample": "generator"}[arguments.what]
+    if recipe.stage != stage:
+        raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
+    if arguments.what == "train":
+        result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    elif arguments.what == "sample":
+        result = benchmark.benchmark_sample(
+            recipe.model,
+            SamplingOptions(cfg_scale=arguments.cfg_scale, cfg_interval=arguments.cfg_interval),
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            seconds=arguments.seconds,
+        )
+    else:
+        result = benchmark.benchmark_data(
+            recipe.data.train,
+            data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+            batch_size=recipe.data.batch_size,
+            workers=recipe.data.workers,
+            seconds=arguments.seconds,
+            model_rate=arguments.model_rate,
+        )
     print(benchmark.format_table(result))
     if arguments.output:
         writers.write_json(arguments.output, result)

@@ -242,7 +242,8 @@ class GeneratorConfig:
 
     `kv_heads` of 0 takes as many key/value heads as query heads; `mlp_multiplier` of 0 leaves the hidden width alone.
     With `frame_prediction` the condition is the codes of the frames before and a separator, otherwise a class.
-    `class_dropout` of 0 leaves out the null class, and with it guidance.
+    `class_dropout` of 0 leaves out the null class, and with it guidance. Before training, `codebook_size`,
+    `num_tokens` and `num_classes` of 0 are those of the tokenizer and the data.
     """
 
     size: str = "LP"
@@ -272,15 +273,22 @@ class GeneratorConfig:
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        for name in ("kv_heads", "num_tokens", "num_classes", "mlp_multiple"):
+        for name in ("kv_heads", "mlp_multiple"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        for name in ("codebook_size", "num_tokens", "num_classes"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
         _require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
-        _require(self.codebook_size > 1, f"model.codebook_size must be above 1, got {self.codebook_size}")
+        _require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
         _require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
         _require(self.mlp_multiplier >= 0, f"model.mlp_multiplier must not be negative, got {self.mlp_multiplier}")
         for part in ("class", "token", "attention", "residual", "mlp", "path"):
             rate = getattr(self, f"{part}_dropout")
             _require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
+
+    def check_complete(self) -> None:
+        """`InputError` where a size is left open, which only training from a tokenizer and data fills in."""
+        for name in ("codebook_size", "num_tokens", "num_classes"):
+            _require(getattr(self, name) > 0, f"model.{name}=0 leaves it open; give a number")
 
     @property
     def condition_tokens(self) -> int:
@@ -297,28 +305,68 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(TransformerConfig):
+    """The transformer that judges whole clips (METHOD 3), the published size by default."""
+
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    patch_frames: int = 4
+    patch_size: int = 8
+
+    def __post_init__(self):
+        self.check("discriminator")
+        for name in ("patch_frames", "patch_size"):
+            _require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width)."""
+        return self.patch_frames, self.patch_size, self.patch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior."""
+    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior.
+
+    `adversarial_weight` 0 trains without a discriminator. Otherwise `adversarial` names the losses of both sides, from
+    step `adversarial_start` on the tokenizer hears the discriminator, and on every multiple of `discriminator_every`
+    from there the discriminator learns. `lecam_weight` acts squared, as in the released code.
+    `perceptual` is `none`, `lpips` for the weights where `larp-jax doctor` looks for them, or the path of that file;
+    `perceptual_frames` above 0 compares so many frames a step, drawn anew, instead of all.
+    """
 
     reconstruction: str = "l1"
     quantizer_weight: float = 0.1
     prior_weight: float = 0.06
+    perceptual: str = "lpips"
+    perceptual_weight: float = 1.0
+    perceptual_frames: int = 0
+    adversarial: str = "ns_smooth"
+    adversarial_weight: float = 0.3
+    adversarial_start: int = 0
+    discriminator_every: int = 5
+    lecam_weight: float = 0.001
+    r1_weight: float = 0.0
 
     def __post_init__(self):
         _one_of("loss.reconstruction", self.reconstruction, ("l1", "l2"))
+        _one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
+        _require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got nothing")
+        _require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
+        for name in ("adversarial_weight", "adversarial_start", "lecam_weight", "r1_weight", "perceptual_frames"):
+            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Adam with linear warm-up and cosine decay per step (METHOD 3).
+class AdamConfig:
+    """Adam with linear warm-up and cosine decay per step (METHOD 3 and 4).
 
     The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
-    `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
-    matches counts; 0 freezes. `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
+    `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
     """
 
     learning_rate: float = 1e-4
-    multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
     b1: float = 0.5
     b2: float = 0.9
     warmup_steps: int = 0
@@ -329,6 +377,37 @@ class OptimConfig:
     def __post_init__(self):
         _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
         _require(0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(AdamConfig):
+    """Of a tokenizer.
+
+    `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
+    matches counts; 0 freezes. The discriminator has an Adam of its own that differs in nothing but the rate.
+    """
+
+    discriminator_learning_rate: float = 3e-5
+    multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
+
+    def __post_init__(self):
+        super().__post_init__()
+        rate = self.discriminator_learning_rate
+        _require(rate > 0, f"optim.discriminator_learning_rate must be positive, got {rate}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorOptimConfig(AdamConfig):
+    """Of a generator: AdamW. `weight_decay` is for the kernels of linear layers only."""
+
+    learning_rate: float = 6e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,38 +452,60 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe:
-    """A stage-1 run.
+class Recipe:
+    """A run of any stage.
 
     `precision` is that of the computation; parameters, quantiser and losses are float32. `remat` is what the backward
-    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `data_init_clips` above 0 starts the
-    tokenizer from so many clips (see `larp_jax.models.data_init`). Checkpoints: every `save_every` steps, the newest
+    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `accumulate` above 1 takes a batch in so
+    many parts, one after the other, which needs so much less memory. Checkpoints: every `save_every` steps, the newest
     `keep` stay, and the one with the best `best_metric` of an evaluation.
     """
 
-    stage: str = "tokenizer"
     seed: int = 0
     steps: int = 500_000
     precision: str = "float32"
     remat: str = "none"
-    data_init_clips: int = 0
-    model: TokenizerConfig = TokenizerConfig()
-    prior: PriorConfig = PriorConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
+    accumulate: int = 1
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     log_every: int = 50
     eval_every: int = 5000
     save_every: int = 1000
     keep: int = 3
-    best_metric: str = "psnr"
 
     def __post_init__(self):
         _one_of("precision", self.precision, ("float32", "bfloat16"))
         _one_of("remat", self.remat, ("none", "block", "dots"))
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.data.batch_size % self.accumulate == 0,
+            f"data.batch_size={self.data.batch_size} does not split into accumulate={self.accumulate} parts",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe(Recipe):
+    """A stage-1 run.
+
+    `data_init_clips` above 0 starts the tokenizer from so many clips (see `larp_jax.models.data_init`).
+    """
+
+    stage: str = "tokenizer"
+    data_init_clips: int = 0
+    model: TokenizerConfig = TokenizerConfig()
+    prior: PriorConfig = PriorConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    best_metric: str = "psnr"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.loss.perceptual_frames <= self.model.frames,
+            f"loss.perceptual_frames={self.loss.perceptual_frames} is more than the {self.model.frames} of a clip",
+        )
         _require(
             not (self.loss.prior_weight and self.model.quantizer.kind == "kl"),
             "loss.prior_weight needs codes, which model.quantizer.kind='kl' has none of; set it to 0",
@@ -412,11 +513,25 @@ class TokenizerRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorRecipe:
-    """A stage-2 model, as imported; its training is still to come."""
+class GeneratorRecipe(Recipe):
+    """A stage-2 run: a generator of the codes of `tokenizer`, a path of its checkpoint.
+
+    The codes are those of clips of `data.train`, made within the step, or with `tokens:DIR` those that
+    `larp-jax tokenize` wrote. `tokenizer_fingerprint` is filled in when training starts; given, it is checked.
+    A generator that predicts frames is given the first `cond_frames` of a clip.
+    """
 
     stage: str = "generator"
+    tokenizer: str = ""
+    tokenizer_fingerprint: str = ""
+    cond_frames: int = 5
     model: GeneratorConfig = GeneratorConfig()
+    optim: GeneratorOptimConfig = GeneratorOptimConfig()
+    best_metric: str = "top1"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.cond_frames > 0, f"cond_frames must be positive, got {self.cond_frames}")
 
 
 STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}

@@ -1,8 +1,9 @@
-"""Evaluation of tokenizers: metrics are small classes that join one pass over the clips, constructed once and run as
-often as wanted.
+"""Evaluation, constructed once and run as often as wanted. Of tokenizers, metrics are small classes that join one pass
+over the clips.
 """
 
-from collections.abc import Callable, Container, Sequence
+import contextlib
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,6 +24,7 @@ from larp_jax.steps import as_float_video
 from larp_jax.writers import Progress
 
 METRICS = ("psnr", "ssim", "lpips", "rfvd", "usage", "prior")
+GENERATOR_METRICS = ("fvd", "cross_entropy")
 EXAMPLES = 8
 
 
@@ -215,9 +217,7 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
     return tuple(name for name in METRICS if name not in unfit)
 
 
-def own_metrics(
-    names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None
-) -> list[Metric]:
+def own_metrics(names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None) -> list[Metric]:
     """The metrics of these names that need no other network."""
     make = {
         "psnr": lambda: Psnr(mean_clip),
@@ -313,6 +313,91 @@ class ReconstructionEvaluator:
                 scalars |= metric.scalars(total)
                 codes = total if isinstance(metric, Usage) else codes
         return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
+
+
+def encoded_clips(
+    codes: Callable[[dict, dict], dict],
+    frozen: dict,
+    clips: ClipSet,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """What `NextCodeEvaluator` takes of clips: rows of those that can be read, the same on every process.
+
+    Args:
+      codes: `codes(batch, frozen)` gives a batch with codes in place of its `video`.
+      frozen: parameters for it, on the mesh.
+      clips: to encode.
+      mesh: where to compute.
+      batch_size: clips at a time, over all processes.
+      progress: whether to show a bar.
+
+    Raises:
+      InputError: no clip could be read.
+    """
+    encode = jax.jit(lambda batch, frozen: codes(batch, frozen), out_shardings=sharding.replicated(mesh))
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    bar = Progress(-(-len(clips) // batch_size), description="encode", unit="batch") if progress else None
+    found = []
+    with clips.batches(batch_size, **processes) as batches, bar or contextlib.nullcontext():
+        for batch in batches:
+            batch = {name: batch[name] for name in ("video", "label", "mask")}
+            batch = jax.device_get(encode(sharding.to_mesh(batch, mesh), frozen))
+            real = batch.pop("mask") > 0
+            found.append({name: x[real] for name, x in batch.items()})
+            if bar:
+                bar.update()
+    rows = {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
+    if not len(rows["codes"]):
+        raise InputError("none of the clips to evaluate could be read; the log says why")
+    return rows
+
+
+class NextCodeEvaluator:
+    """How well a generator predicts the codes of clips, each from those before it, without dropout.
+
+    Args:
+      score: `score(params, batch)` gives `larp_jax.losses.NextCode` of a batch of rows.
+      rows: arrays [M, ...] by name, the same on every process.
+      mesh: where to compute.
+      batch_size: rows at a time, over all processes.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[dict, dict], losses.NextCode],
+        rows: Mapping[str, np.ndarray],
+        mesh: Mesh,
+        *,
+        batch_size: int,
+    ):
+        self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
+
+        def evaluate(params, batch):
+            scored = score(params, batch)
+            values = {"cross_entropy": scored.cross_entropy}
+            values |= {f"top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
+            return {name: value.mean(axis=1) for name, value in values.items()}
+
+        self._evaluate = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
+
+    def run(self, params: dict) -> dict[str, float]:
+        """`cross_entropy` (nats a code), `top1` and `top5`: means over all codes of all rows.
+
+        Args:
+          params: by module name, on the mesh.
+        """
+        total, average = None, Average()
+        count = len(self._rows["codes"])
+        local = self._batch_size // jax.process_count()
+        for start in range(0, count, self._batch_size):
+            numbers = np.arange(start, start + self._batch_size)
+            mine = np.minimum(numbers, count - 1)[jax.process_index() * local :][:local]
+            batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
+            total = average.add(total, self._evaluate(params, batch), numbers < count)
+        return {name: mean.compute() for name, mean in total.items()}
 
 
 def to_uint8(video: np.ndarray) -> np.ndarray:

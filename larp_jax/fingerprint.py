@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from larp_jax.config import TRAINING_FIELDS, TokenizerConfig, to_dict
+from larp_jax.paths import path_name
 
 # Settings that change no code: names of sizes, how codes are drawn in training, and whatever is about the decoder.
 NOT_OF_CODES = TRAINING_FIELDS | {"size", "quantizer.kind"}
@@ -25,14 +26,18 @@ def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
     Returns:
       16 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode())
     quantizer = {name: leaf for name, leaf in params["quantizer"].items() if name != "out_linear"}
-    leaves, _ = jax.tree_util.tree_flatten_with_path({"encoder": params["encoder"], "quantizer": quantizer})
-    for path, leaf in leaves:
-        name = "/".join(str(key.key) for key in path)
-        digest.update(f"{name} {tuple(leaf.shape)}".encode())
-        digest.update(np.ascontiguousarray(leaf, dtype="<f4").data)
-    return digest.hexdigest()[:16]
+    settings = json.dumps(_settings(config), sort_keys=True)
+    return digest(settings, {"encoder": params["encoder"], "quantizer": quantizer})
+
+
+def digest(settings: str, params: Mapping) -> str:
+    """A hash of settings and of parameters with their names and shapes: 16 hexadecimal digits."""
+    found = hashlib.sha256(settings.encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        found.update(f"{path_name(path)} {tuple(leaf.shape)}".encode())
+        found.update(np.ascontiguousarray(leaf, dtype="<f4").data)
+    return found.hexdigest()[:16]
 
 
 def _settings(config: TokenizerConfig) -> dict:

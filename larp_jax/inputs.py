@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from larp_jax import data
+from larp_jax.data.clips import repeat_last, spread_starts
 from larp_jax.data.pipeline import choose_windows
 from larp_jax.data.sources import NO_LABEL, open_all, video_files
 from larp_jax.data.video import EXTENSIONS, VideoFile, read_windows
@@ -64,13 +65,14 @@ class Inputs:
     """The videos that a text names.
 
     Files are read whole: consecutive windows that do not overlap, the last one filled up. Data sets give the windows
-    that evaluation takes: full ones only, or one of a video that is shorter.
+    that evaluation takes: full ones only, or one of a video that is shorter. With `windows` both give so many.
 
     Args:
       text: path of a video file or of a folder, which is searched through; `folder:PATH`; or the spec of a data set,
         whose split is `test` if it names none.
       clip: what a window is.
       max_clips: of a data set, at most so many windows, spread over it; 0 takes all.
+      windows: of every video, at most so many full windows, spread over it; 0 for those above.
 
     Attributes:
       videos: those that can be read, by their headers.
@@ -82,8 +84,10 @@ class Inputs:
       InputError: there is nothing of that name, or nothing readable in it.
     """
 
-    def __init__(self, text: str, clip: data.ClipSpec, *, max_clips: int = 0):
-        self._clip = clip
+    def __init__(self, text: str, clip: data.ClipSpec, *, max_clips: int = 0, windows: int = 0):
+        if max_clips and windows:
+            raise InputError("at most so many windows can be asked for of a data set or of each video, not both")
+        self._clip, self._windows = clip, windows
         self.label_names: tuple[str, ...] = ()
         self.skipped: list[tuple[str, str]] = []
         spec = _as_spec(text)
@@ -130,11 +134,22 @@ class Inputs:
         self.skipped.append((name, reason))
 
     def _of_file(self, file: VideoFile, name: str, label: int = NO_LABEL) -> InputVideo:
+        length, clip = file.info.frames, self._clip
+        if self._windows:
+            starts = spread_starts(length, clip.frames, self._windows)
+
+            def read():
+                for start in starts:
+                    frames = file.read(start, clip.frames, clip.resolution, exact=True)
+                    yield start, repeat_last(frames, clip.frames), len(frames), label
+
+            return InputVideo(name, file.path, file.info.fps, len(starts), read)
+
         def read():
-            for start, frames, valid in read_windows(file.path, self._clip):
+            for start, frames, valid in read_windows(file.path, clip):
                 yield start, frames, valid, label
 
-        return InputVideo(name, file.path, file.info.fps, -(-file.info.frames // self._clip.frames), read)
+        return InputVideo(name, file.path, file.info.fps, -(-length // clip.frames), read)
 
     def _of_folder(self, folder: pathlib.Path) -> list[InputVideo]:
         paths = video_files(folder)
@@ -164,8 +179,13 @@ class Inputs:
                 frames, label = source.read_clip(index, start, self._clip)
                 yield start, frames, min(self._clip.frames, source.frames(index) - start), label
 
+        if self._windows:
+            starts = lambda index: spread_starts(source.frames(index), self._clip.frames, self._windows)  # noqa: E731
+            windows = [(index, start) for index in range(len(source)) for start in starts(index)]
+        else:
+            windows = choose_windows(source, self._clip, max_clips)
         videos = []
-        for index, group in itertools.groupby(choose_windows(source, self._clip, max_clips), key=lambda pair: pair[0]):
+        for index, group in itertools.groupby(windows, key=lambda pair: pair[0]):
             starts = [start for _, start in group]
             windows = functools.partial(read, index, starts)
             videos.append(InputVideo(f"{prefix}_{index:06d}", None, source.fps(index), len(starts), windows))

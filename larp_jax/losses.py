@@ -1,4 +1,4 @@
-"""The terms of the stage-1 objective (METHOD 2 and 3), in float32."""
+"""The terms of the objectives of both stages (METHOD 2 to 4), in float32."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NextCode:
-    """How a prior's outputs stand to the codes that came, one value a token.
+    """How the outputs of a prior or a generator stand to the codes that came, one value a token.
 
     Attributes:
       cross_entropy: [B, n] float32, in nats.
@@ -51,19 +51,35 @@ def next_code(
       key: draws one code a token as well.
     """
     codebook = jax.lax.stop_gradient(codebook)
+    return score_tokens(lambda x: similarities(x, codebook) / temperature, predicted, targets, key=key)
 
-    def score(i, predicted, targets):
-        logits = similarities(predicted, codebook) / temperature
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-        cross_entropy = jax.nn.logsumexp(logits, axis=-1) - target[..., 0]
-        rank = jnp.sum(logits > target, axis=-1, dtype=jnp.int32)
+
+def score_tokens(
+    logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, *, key: jax.Array | None = None
+) -> NextCode:
+    """Scores what a network predicts of each token against the codes [B, n] that came, piece by piece.
+
+    Args:
+      logits: of features [B, chunk, D], [B, chunk, K] float32.
+      features: [B, n, D], the network's output.
+      targets: int32 codes.
+      key: draws one code a token as well.
+    """
+
+    def score(i, features, targets):
+        scores = logits(features)
+        target = jnp.take_along_axis(scores, targets[..., None], axis=-1)
+        cross_entropy = jax.nn.logsumexp(scores, axis=-1) - target[..., 0]
+        # of codes thought equally likely the first counts as the likelier, as argmax has it
+        earlier = jnp.arange(scores.shape[-1]) < targets[..., None]
+        rank = jnp.sum((scores > target) | ((scores == target) & earlier), axis=-1, dtype=jnp.int32)
         sampled = None
         if key is not None:
-            noise = jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
-            sampled = jnp.argmax(jax.lax.stop_gradient(logits) + noise, axis=-1).astype(jnp.int32)
+            noise = jax.random.gumbel(jax.random.fold_in(key, i), scores.shape)
+            sampled = jnp.argmax(jax.lax.stop_gradient(scores) + noise, axis=-1).astype(jnp.int32)
         return NextCode(cross_entropy, rank, sampled)
 
-    return map_token_chunks(score, predicted, targets)
+    return map_token_chunks(score, features, targets)
 
 
 def prior_loss(
@@ -132,3 +148,68 @@ def replace_next(latents: jax.Array, mask: jax.Array, sampled: jax.Array, codebo
     vectors = jax.lax.stop_gradient(codebook)[sampled[:, :-1]]
     later = jnp.where(mask[:, :-1, None], vectors, latents[:, 1:])
     return jnp.concatenate([latents[:, :1], later], axis=1)
+
+
+def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """What the discriminator minimises, a scalar, from its logits [B] of real clips and of reconstructions.
+
+    Args:
+      kind: `ns` (binary cross-entropy against 1 and 0), `ns_smooth` (against targets drawn below 1 and above 0) or
+        `hinge`.
+      real: logits.
+      fake: logits.
+      key: of the targets of `ns_smooth`.
+    """
+    if kind == "hinge":
+        return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
+    real_target, fake_target = 1.0, 0.0
+    if kind == "ns_smooth":
+        noise = 0.15 * jnp.abs(jax.random.normal(key, (2, *real.shape)))
+        real_target, fake_target = jnp.maximum(1.0 - noise[0], 0.7), jnp.minimum(noise[1], 0.3)
+
+    def cross_entropy(logits, target):
+        return jnp.mean(target * jax.nn.softplus(-logits) + (1.0 - target) * jax.nn.softplus(logits))
+
+    return cross_entropy(real, real_target) + cross_entropy(fake, fake_target)
+
+
+def adversarial_loss(kind: str, fake: jax.Array) -> jax.Array:
+    """What the tokenizer minimises, a scalar, from the logits [B] of its reconstructions: METHOD's `g_loss`."""
+    return -jnp.mean(fake) if kind == "hinge" else jnp.mean(jax.nn.softplus(-fake))
+
+
+def lecam_loss(real: jax.Array, fake: jax.Array, real_ema: jax.Array, fake_ema: jax.Array) -> jax.Array:
+    """LeCam regularisation (Tseng et al. 2021) of logits [B] against running means of earlier ones, a scalar."""
+    above = jax.nn.relu(jnp.mean(real) - fake_ema)
+    below = jax.nn.relu(real_ema - jnp.mean(fake))
+    return jnp.square(above) + jnp.square(below)
+
+
+def r1_penalty(discriminator: Callable, video: jax.Array) -> jax.Array:
+    """Squared norm of each logit's gradient with respect to its real clip [B, T, H, W, C], mean over clips."""
+    gradient = jax.grad(lambda x: discriminator(x).sum())(video)
+    return jnp.mean(jnp.sum(jnp.square(gradient), axis=(1, 2, 3, 4)))
+
+
+def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean perceptual distance of frames, and its gradient with respect to the reconstruction.
+
+    Each frame's gradient is taken as soon as its distance is known: the features of one frame a clip are held at a
+    time, and none are computed twice.
+
+    Args:
+      distance: of frames [B, H, W, C] from others, [B].
+      video: [B, T, H, W, C].
+      reconstruction: as video.
+
+    Returns:
+      A scalar, and an array like the reconstruction.
+    """
+
+    def compare(frames):
+        truth, guess = frames
+        return jax.value_and_grad(lambda x: distance(truth, x).mean())(guess)
+
+    frames = tuple(jnp.moveaxis(x, 1, 0) for x in (video, reconstruction))
+    distances, gradients = jax.lax.map(compare, frames)
+    return distances.mean(), jnp.moveaxis(gradients, 0, 1) / video.shape[1]

@@ -1,4 +1,4 @@
-"""Optimisers and the schedules that depend on the step (METHOD 3)."""
+"""Optimisers and the schedules that depend on the step (METHOD 3 and 4)."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,18 +6,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from larp_jax.config import OptimConfig
+from larp_jax.config import AdamConfig, GeneratorOptimConfig, OptimConfig
 from larp_jax.paths import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def learning_rate(config: OptimConfig, steps: int) -> Schedule:
-    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step."""
-    low = config.learning_rate * config.floor
+def learning_rate(config: AdamConfig, steps: int, rate: float | None = None) -> Schedule:
+    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step.
+
+    `rate` is that of the configuration unless given.
+    """
+    rate = config.learning_rate if rate is None else rate
+    low = rate * config.floor
     return optax.warmup_cosine_decay_schedule(
-        init_value=low if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
+        init_value=low if config.warmup_steps else rate,
+        peak_value=rate,
         warmup_steps=config.warmup_steps,
         decay_steps=max(steps, config.warmup_steps + 1),
         end_value=low,
@@ -46,11 +50,44 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def decay_kernels(weight: float) -> optax.GradientTransformation:
+    """Adds `weight` times the parameter to the updates of linear layers' kernels: weight decay (METHOD 4)."""
+
+    def update(updates, params):
+        def decayed(path, u, p):
+            return u + weight * p if path_name(path).endswith("kernel") else u
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+    return optax.stateless(update)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
+    return _adam(config, learning_rate(config, steps), scale_by_path(config.multipliers))
+
+
+def make_discriminator_optimizer(
+    config: OptimConfig, steps: int, *, start: int, every: int
+) -> optax.GradientTransformation:
+    """Adam for the discriminator, which learns on the multiples of `every` from `start` on; its rate is the step's."""
+    rate = learning_rate(config, steps, config.discriminator_learning_rate)
+    first = -(-start // every) * every
+    return _adam(config, lambda updates: rate(first + every * updates))
+
+
+def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW for the generator."""
+    return _adam(config, learning_rate(config, steps), decay_kernels(config.weight_decay))
+
+
+def _adam(
+    config: AdamConfig, rate: Schedule, then: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+    """`then` changes the directions before the rate scales them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
-        scale_by_path(config.multipliers),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.identity() if then is None else then,
+        optax.scale_by_learning_rate(rate),
     )

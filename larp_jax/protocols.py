@@ -30,6 +30,7 @@ class Protocol:
       videos: how many the list has that it is defined for; 0 for any.
       fvd_resolution: side of the squares that frames are resized to before I3D resizes them again; 0 for no such step.
       covariance: of the Frechet distance.
+      cond_frames: how many frames a generator is given to predict the others from; 0 where it is given a class.
       fixed: whether the choice is all there is to it: neither another split nor fewer clips bear its name.
       held_out: whether videos that are also in the training data are left out.
     """
@@ -42,6 +43,7 @@ class Protocol:
     videos: int = 0
     fvd_resolution: int = 0
     covariance: str = "population"
+    cond_frames: int = 0
     fixed: bool = False
     held_out: bool = False
 
@@ -55,7 +57,13 @@ RECONSTRUCTION = {
 GENERATION = {
     "larp_ucf101_generation": Protocol(split="train", count=10_000, clip=(16, 128, 128), videos=9537, fixed=True),
     "larp_k600_prediction": Protocol(
-        split="validation", count=50_000, clip=(16, 128, 128), videos=29_739, fvd_resolution=64, fixed=True
+        split="validation",
+        count=50_000,
+        clip=(16, 128, 128),
+        videos=29_739,
+        fvd_resolution=64,
+        cond_frames=5,
+        fixed=True,
     ),
 }
 

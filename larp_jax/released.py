@@ -13,7 +13,14 @@ import numpy as np
 from einops import rearrange
 
 from larp_jax import config as ours
-from larp_jax.config import GeneratorConfig, PriorConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
+from larp_jax.config import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    PriorConfig,
+    TokenizerConfig,
+    TokenizerRecipe,
+    TransformerConfig,
+)
 from larp_jax.errors import InputError
 from larp_jax.models.embeddings import sincos_1d, sincos_3d
 
@@ -96,7 +103,7 @@ def _norm(path, name, width, *, bias=True, layers=0):
 
 
 def _transformer(path, name, config: TransformerConfig):
-    path, name, d, n = f"{path}/transformer/blocks", f"{name}.blocks.{{}}", config.width, config.depth
+    path, name, d, n = f"{path}/blocks", f"{name}.blocks.{{}}", config.width, config.depth
     yield from _norm(f"{path}/norm1", f"{name}.norm1", d, layers=n)
     yield from _linear(f"{path}/attention/qkv", f"{name}.attn.qkv", d, 3 * d, bias=False, layers=n)
     yield from _linear(f"{path}/attention/out", f"{name}.attn.proj", d, d, layers=n)
@@ -162,7 +169,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         "encoder_latent_query_token_type_embed" if c.use_encoder_latent_query_token_type_embed else None,
         c.latent_position_base,
     )
-    yield from _transformer("encoder", "encoder", c.encoder)
+    yield from _transformer("encoder/transformer", "encoder", c.encoder)
     yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, q.code_dim)
     embedding = ("bottleneck.regularizer.embedding.weight",)
     yield Parameter("quantizer/embedding", embedding, (q.codebook_size, q.code_dim), "k d -> k d")
@@ -184,7 +191,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         c.decoder_grid,
         c.decoder.width,
     )
-    yield from _transformer("decoder", "decoder", c.decoder)
+    yield from _transformer("decoder/transformer", "decoder", c.decoder)
     yield from _norm("decoder/norm", "final_layer.norm_final", c.decoder.width)
     # rows are (time-in-patch, row, column, channel) in both
     outputs = math.prod(c.decoder_patch) * c.channels
@@ -209,6 +216,21 @@ def prior_tensors(config: PriorConfig, num_tokens: int, code_dim: int) -> Iterat
     yield from _linear(f"{path}/mlp/down", f"{name}.mlp.2", 4 * d, d, layers=n)
     yield from _norm("norm", "prior_model.ln_f", d)
     yield from _linear("head", "prior_model.head", d, code_dim)
+
+
+def discriminator_tensors(config: DiscriminatorConfig, clip: tuple[int, int, int, int]) -> Iterator[Parameter | Table]:
+    """What the authors' trainer holds of a discriminator of clips [T, H, W, C] (METHOD 3)."""
+    c, d = config, config.width
+    pt, p, _ = c.patch
+    grid = tuple(size // patch for size, patch in zip(clip, c.patch, strict=False))
+    kernel = (d, clip[3], pt, p, p)
+    yield Parameter("patch_embed/proj/kernel", ("x_embedder.proj.weight",), kernel, "d c t h w -> (t h w c) d")
+    yield Parameter("patch_embed/proj/bias", ("x_embedder.proj.bias",), (d,))
+    yield Table("encoder_pos_embed", (1, math.prod(grid), d), lambda: sincos_3d(grid, d))
+    yield Parameter("class_token", ("cls_token",), (1, 1, d), "1 1 d -> d")
+    yield from _transformer("transformer", "transformer_encoder", c)
+    yield from _norm("norm", "norm_final", d)
+    yield from _linear("head", "fc", d, 1)
 
 
 def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:

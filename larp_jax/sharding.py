@@ -6,10 +6,10 @@ parameters of single layers (tensor parallelism).
 
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from larp_jax.config import MeshConfig
@@ -17,15 +17,18 @@ from larp_jax.errors import InputError
 from larp_jax.paths import path_name
 from larp_jax.state import TrainState
 
+Tree = TypeVar("Tree")
+
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))
 
 # First match wins. A spec speaks of the trailing axes; stacked layers have one more in front, never split.
 RULES = (
-    (r"(qkv|up|proj|in_linear)/kernel", P("fsdp", "model")),
+    (r"(qkv|gate|up|proj|in_linear)/kernel", P("fsdp", "model")),
     (r"(out|down|head|out_linear)/kernel", P("model", "fsdp")),
+    # by columns: the rows of codes and a separator, or of classes and null, are odd numbers
+    (r"(token_embedding|class_embedding|positions|queries)(/table)?$", P(None, ("fsdp", "model"))),
     (r"embedding", P(("fsdp", "model"), None)),
-    (r"(positions|queries)(/table)?$", P(None, ("fsdp", "model"))),
     (r".*", P()),
 )
 
@@ -52,22 +55,20 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(fits(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
 
-def param_shardings(shapes: dict, mesh: Mesh) -> dict:
+def param_shardings(shapes: Tree, mesh: Mesh) -> Tree:
     """A tree of `NamedSharding` for a tree of parameters (arrays or `ShapeDtypeStruct`s)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, param_spec(path_name(path), x.shape, mesh)), shapes
     )
 
 
-def state_shardings(shapes: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shardings of a whole `TrainState`: moments and averages lie with their parameters, the rest is replicated."""
-    replicated = NamedSharding(mesh, P())
-    params = param_shardings(shapes.params, mesh)
-    # without this, jit would silently leave every Adam moment replicated
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: replicated
-    )
-    return TrainState(replicated, params, opt_state, params if shapes.ema else {})
+def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a whole `TrainState`, all by the same rules.
+
+    The paths of moments and averages end with those of their parameters, so they lie with them. (Without being told,
+    jit would silently leave every Adam moment replicated.)
+    """
+    return param_shardings(shapes, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -80,11 +81,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """`InputError` where the batch does not split evenly over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise InputError(f"data.batch_size={batch_size} does not split over data x fsdp = {parts} devices")
+def batch_parts(mesh: Mesh) -> int:
+    """Devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """`InputError` where the batch, or each of its parts, does not split evenly over the mesh."""
+    devices = batch_parts(mesh)
+    if batch_size % (devices * accumulate):
+        into = f" into accumulate={accumulate} parts" if accumulate > 1 else ""
+        raise InputError(f"data.batch_size={batch_size} does not split{into} over data x fsdp = {devices} devices")
 
 
 def to_mesh(batch: dict, mesh: Mesh) -> dict:

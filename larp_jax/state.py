@@ -13,11 +13,11 @@ class TrainState:
     Attributes:
       step: int32 scalar, optimiser steps done.
       params: parameters by module (`tokenizer`, `prior`, ...), float32.
-      opt_state: the optimiser's state.
-      ema: moving average of `params`; empty where none is kept.
+      opt_state: what the optimisers carry, by name.
+      ema: moving average of the modules in `params` that outlive training; empty where none is kept.
     """
 
     step: jax.Array
     params: dict
-    opt_state: tuple
+    opt_state: dict
     ema: dict

@@ -23,6 +23,7 @@ from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, output_names, playable_fps
+from larp_jax.steps import hold_last_frame
 from larp_jax.writers import Progress, make_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -38,48 +39,67 @@ def tokenize(
     output: str | os.PathLike,
     *,
     max_clips: int = 0,
+    windows: int = 0,
+    flips: bool = False,
+    cond_frames: int = 0,
     batch_size: int = 8,
     shard_rows: int = SHARD_ROWS,
 ) -> dict[str, Any]:
     """Writes the codes of videos. The manifest comes last: a folder without it is incomplete.
+
+    For a generator to train on, `windows`, `flips` and `cond_frames` give what it would draw of the videos.
 
     Args:
       tokenizer: to use.
       source: what `larp_jax.inputs.Inputs` takes.
       output: folder to write to, made if missing.
       max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
+      windows: of every video, at most so many full windows, spread over it; 0 takes consecutive ones.
+      flips: adds, after all others, the codes of all windows mirrored left to right.
+      cond_frames: adds the codes of each window with its frames after so many frozen (`condition` in the shards):
+        what frame prediction starts from; 0 for none.
       batch_size: windows encoded at a time.
       shard_rows: rows a shard.
 
     Returns:
       The manifest: `format`, `version`, `fingerprint` of the tokenizer, `K`, `N`, `clip` [T, H, W, C], `input`,
-      `label_names`, `skipped`, `shards` (`file` and `rows` each), and `rows`: `source` (path within the input, with
-      forward slashes), `start` (first frame), `frames` (how many of T are the video's), `fps` (0: unknown), `label`.
+      `label_names`, `skipped`, `cond_frames`, `shards` (`file` and `rows` each), and `rows`: `source` (path within the
+      input, with forward slashes), `start` (first frame), `frames` (how many of T are the video's), `fps` (0: unknown),
+      `label`, and `flip` where it is mirrored.
 
     Raises:
       InputError: nothing can be read, the folder holds codes already, or the tokenizer has none.
     """
     config = tokenizer.config
+    if not 0 <= cond_frames < config.frames:
+        raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
     output = pathlib.Path(output)
     if (output / MANIFEST).exists():
         raise InputError(f"{output} holds codes already; name another --output")
-    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    clip = ClipSpec(frames=config.frames, resolution=config.resolution)
+    inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     make_folder(output)
 
     rows, pending, shards = [], [], []
 
     def flush():
-        codes = np.concatenate(pending)
+        arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
         pending.clear()
-        shards.append((_part(output, len(shards)), len(codes)))
+        shards.append((_part(output, len(shards)), len(arrays["codes"])))
         with open(shards[-1][0], "wb") as file:
-            np.savez(file, codes=codes)
+            np.savez(file, **arrays)
 
     try:
-        with Progress(inputs.windows, description="tokenize", unit="clip") as progress:
-            for windows, clips in inputs.batches(batch_size):
-                pending.append(np.asarray(tokenizer.encode(clips))[: len(windows)])
-                for window in windows:
+        mirrored = (False, True) if flips else (False,)
+        with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
+            # one reading each: detokenize joins windows that follow each other
+            for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
+                clips = clips[:, :, :, ::-1] if flip else clips
+                batch = {"codes": tokenizer.encode(clips)}
+                if cond_frames:
+                    batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
+                pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
+                for window in found:
                     video = inputs.videos[window.video]
                     rows.append(
                         {
@@ -89,10 +109,11 @@ def tokenize(
                             "fps": video.fps,
                             "label": int(window.label),
                         }
+                        | ({"flip": True} if flip else {})
                     )
-                if sum(map(len, pending)) >= shard_rows:
+                if sum(len(batch["codes"]) for batch in pending) >= shard_rows:
                     flush()
-                progress.update(len(windows))
+                progress.update(len(found))
         if not rows:
             raise InputError(f"{source}: nothing in it could be read")
         if pending:
@@ -114,6 +135,7 @@ def tokenize(
         "input": str(source),
         "label_names": list(inputs.label_names),
         "skipped": dict(inputs.skipped),
+        "cond_frames": cond_frames,
         "shards": [{"file": name, "rows": count} for name, (_, count) in zip(names, shards, strict=True)],
         "rows": rows,
     }
@@ -182,12 +204,13 @@ def _runs(rows: Sequence[dict]) -> Iterator[tuple[str, int]]:
     """(name, number of rows) of each stretch of rows that follow each other in one source."""
     first = 0
     seen = set()
+    names = [row["source"] + ("-flipped" if row.get("flip") else "") for row in rows]
     for i in range(1, len(rows) + 1):
         before = rows[i - 1]
-        follows = i < len(rows) and rows[i]["source"] == before["source"]
+        follows = i < len(rows) and names[i] == names[i - 1]
         if follows and rows[i]["start"] == before["start"] + before["frames"]:
             continue
-        name, start = rows[first]["source"], rows[first]["start"]
+        name, start = names[first], rows[first]["start"]
         yield (f"{name}-{start:06d}" if name in seen else name), i - first
         seen.add(name)
         first = i
@@ -243,6 +266,8 @@ def _complaint(manifest: dict) -> str | None:
     clip = manifest.get("clip")
     if not (isinstance(clip, list) and len(clip) == 4 and all(is_count(side, 1) for side in clip)):
         return "clip is not [T, H, W, C]"
+    if not is_count(manifest.get("cond_frames", 0), 0):
+        return "cond_frames is no number"
     shards, rows = manifest.get("shards"), manifest.get("rows")
     if not (isinstance(shards, list) and isinstance(rows, list) and rows):
         return "no shards or no rows"
@@ -262,6 +287,8 @@ def _complaint(manifest: dict) -> str | None:
             return f"fps of row {i}"
         if type(row.get("label")) is not int:
             return f"label of row {i}"
+        if type(row.get("flip", False)) is not bool:
+            return f"flip of row {i}"
     return None
 
 
@@ -273,13 +300,14 @@ def _is_inside(name: Any) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> np.ndarray:
+def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: str = "codes") -> np.ndarray:
     """The codes of one shard, [M, N] int32 in [0, K).
 
     Args:
       directory: the folder.
       manifest: what `read_manifest` gave.
       number: of the shard.
+      name: `codes`, or `condition` where the manifest has `cond_frames`.
 
     Raises:
       InputError: it is missing, damaged, or not as the manifest says.
@@ -288,7 +316,7 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> np.
     path = pathlib.Path(directory) / shard["file"]
     try:
         with np.load(path) as file:
-            codes = file["codes"]
+            codes = file[name]
     except FileNotFoundError:
         raise InputError(f"{path} is missing; tokenize again") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:

@@ -6,7 +6,10 @@ As a script it prints the table that docs/fidelity.md holds:
 """
 
 import dataclasses
+import json
 import pathlib
+import re
+import shutil
 import sys
 import tempfile
 
@@ -17,12 +20,18 @@ from flax import nnx
 from network_weights import write_i3d, write_lpips
 
 from larp_jax import losses, metrics, perceptual, released
+from larp_jax.api import load_generator
+from larp_jax.config import DiscriminatorConfig, LossConfig, OptimConfig
 from larp_jax.frechet import FeatureStatistics, frechet_distance
-from larp_jax.importing import import_huggingface
+from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
+from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import similarities
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.sampling import filter_logits
+from larp_jax.state import TrainState
+from larp_jax.steps import TokenizerStage
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
@@ -137,6 +146,143 @@ def _gradient_norms(grads, io) -> Deviation:
     return Deviation(f"gradient norms ({len(names)})", max(shares), 1.0, "share of its limit")
 
 
+def import_discriminator(path: pathlib.Path, config: DiscriminatorConfig, clip: tuple[int, int, int, int]) -> dict:
+    """The parameters in a file of the authors' names, all of which must be there and no others."""
+    items, tensors = list(released.discriminator_tensors(config, clip)), read_safetensors(path)
+    compare_shapes(released.expected_shapes(items), {name: x.shape for name, x in tensors.items()}, str(path))
+    (table,) = (item for item in items if isinstance(item, released.Table))
+    np.testing.assert_allclose(tensors[table.name], table.compute(), atol=1e-6)
+    return released.params_from_released(items, tensors)
+
+
+def discriminator_config(sizes) -> DiscriminatorConfig:
+    return DiscriminatorConfig(
+        width=sizes["hidden_size"],
+        depth=sizes["n_layers"],
+        heads=sizes["n_heads"],
+        patch_frames=sizes["temporal_patch_size"],
+        patch_size=sizes["patch_size"],
+    )
+
+
+def discriminator_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of logits, of the losses of both sides, and of both regularisers."""
+    io = np.load(folder / "io.npz")
+    config = discriminator_config(json.loads((folder / "config.json").read_text()))
+    real, fake = (io[name].transpose(0, 2, 3, 4, 1) for name in ("real", "fake"))
+    clip = real.shape[1:]
+    params = import_discriminator(folder / "discriminator.safetensors", config, clip)
+    discriminator = build(lambda: Discriminator(config, clip, rngs=nnx.Rngs(0)), params)
+    logits_real, logits_fake = jax.jit(discriminator)(real), jax.jit(discriminator)(fake)
+    values = {
+        "logits_real": logits_real[:, None],
+        "logits_fake": logits_fake[:, None],
+        "lecam": losses.lecam_loss(logits_real, logits_fake, *io["lecam_ema"]),
+        "r1": jax.jit(lambda video: losses.r1_penalty(discriminator, video))(real),
+    }
+    for kind in ("ns", "hinge"):
+        values[f"{kind}_d"] = losses.discriminator_loss(kind, logits_real, logits_fake)
+        values[f"{kind}_g"] = losses.adversarial_loss(kind, logits_fake)
+    return [relative(name, value, io[name]) for name, value in values.items()]
+
+
+# Our name of each logged quantity of the training trace, and the factor between the two.
+TRACE = {
+    "rec_loss": ("loss_reconstruction", 1.0),
+    "g_loss": ("loss_adversarial", 1.0),
+    "loss_q": ("loss_quantizer", 1.0),
+    "loss_latent_ce": ("loss_prior", 1.0),
+    "loss": ("loss", 1.0),
+    "logits_real": ("logits_real", 1.0),
+    "logits_fake": ("logits_fake", 1.0),
+    "d_loss": ("loss_discriminator", 1.0),
+    "d_lecam_loss": ("loss_lecam", 0.001),
+}
+TRACE_TIGHT = 15  # steps; then a pixel close to the kink of L1 has been amplified by Adam
+
+
+def training_setup(folder: pathlib.Path) -> tuple[TokenizerStage, TrainState, np.ndarray]:
+    """The trace's stage, its state before the first step, and its videos [steps, B, T, H, W, C]."""
+    setup = json.loads((folder / "setup.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(folder / "tokenizer", scratch, dirs_exist_ok=True)
+        pathlib.Path(scratch, PRIOR_SIZES).write_text(json.dumps({"prior": setup["prior"]}))
+        _, imported, params = import_huggingface(scratch)
+    weights = setup["weights"]
+    recipe = dataclasses.replace(
+        imported,
+        steps=setup["steps"],
+        prior=dataclasses.replace(imported.prior, dropout=setup["prior_dropout"], rounds=setup["prior_rounds"]),
+        discriminator=discriminator_config(setup["discriminator"]),
+        loss=LossConfig(
+            quantizer_weight=weights["vq"],
+            prior_weight=weights["prior"],
+            perceptual="none",
+            adversarial="ns",
+            adversarial_weight=weights["generator"],
+            discriminator_every=setup["d_update_freq"],
+            lecam_weight=weights["lecam"],
+        ),
+        optim=OptimConfig(
+            learning_rate=setup["learning_rate"],
+            discriminator_learning_rate=setup["discriminator_learning_rate"],
+            multipliers={"prior": setup["prior_lr_mult"]},
+            floor=1.0,  # constant rates
+        ),
+    )
+    assert recipe.model.quantizer.kind == "vq" and recipe.prior.mix_max == setup["scheduled_sampling_max_ratio"]
+    stage = TokenizerStage(recipe)
+    clip = recipe.model.clip_shape
+    params["discriminator"] = import_discriminator(folder / "discriminator.safetensors", recipe.discriminator, clip)
+    state = jax.jit(stage.init)(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, state.params)
+    videos = np.random.default_rng(60).random((setup["steps"], 2, 3, 8, 32, 32), dtype=np.float32)
+    np.testing.assert_array_equal(videos.ravel()[:16], np.load(folder / "io.npz")["videos_head"])
+    return stage, dataclasses.replace(state, params=jax.tree.map(jnp.asarray, params)), np.moveaxis(videos, 2, -1)
+
+
+def training_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of every loss of a run through the real step, of the codes, of LeCam's means and of the trained weights."""
+    io = np.load(folder / "io.npz")
+    stage, state, videos = training_setup(folder)
+    encode = jax.jit(lambda params, video: stage.module("tokenizer", params).quantize(video).indices.sum())
+    step, logs, codes = jax.jit(stage.train_step), [], []
+    for video in videos:
+        codes.append(float(encode(state.params, video)))
+        state, log = step(state, {"video": video}, jax.random.key(0), {})
+        logs.append({name: float(value) for name, value in log.items()})
+    assert step._cache_size() == 1  # one compilation for steps with and without the discriminator's turn
+
+    deviations = [Deviation("indices_sum", float(np.sum(codes != io["log_indices_sum"])), 0, "count")]
+    for name, (ours, factor) in TRACE.items():
+        reference = io[f"log_{name}"]
+        value = factor * np.array([log[ours] for log in logs])
+        deviation = np.abs(value - reference) / np.where(reference == 0, 1.0, np.abs(reference))
+        late = 1e-2 if name in ("g_loss", "loss_q") else 1e-3
+        for part, limit in ((slice(TRACE_TIGHT), 1e-4), (slice(TRACE_TIGHT, None), late)):
+            begin, end, _ = part.indices(len(videos))
+            deviations.append(Deviation(f"{name}, steps {begin}-{end - 1}", float(np.nanmax(deviation[part])), limit))
+    means = [logs[-1][f"lecam_{side}"] for side in ("real", "fake")]
+    deviations.append(relative("lecam_ema", means, io["lecam_ema"], 1e-3))
+
+    items = released.model_tensors(stage.recipe)
+    final = released.params_to_released(items, state.params)
+    deviations.append(_norms("final norms", final, io["final_names"], io["final_norms"]))
+    items = list(released.discriminator_tensors(stage.recipe.discriminator, stage.recipe.model.clip_shape))
+    final = released.params_to_released(items, state.params["discriminator"])
+    deviations.append(_norms("final norms, discriminator", final, io["final_disc_names"], io["final_disc_norms"]))
+    return deviations
+
+
+def _norms(name, tensors, names, norms) -> Deviation:
+    """Of the norm of every trained tensor, relative; fixed tables and the prior's key biases are left out."""
+    reference = {str(n): float(norm) for n, norm in zip(names, norms, strict=True) if not n.endswith("attn.key.bias")}
+    assert tensors.keys() - reference.keys() <= {n for n in tensors if n.endswith("attn.key.bias")}
+    compared = tensors.keys() & reference.keys()
+    largest = max(abs(float(np.linalg.norm(tensors[n])) / reference[n] - 1.0) for n in compared)
+    return Deviation(f"{name} ({len(compared)})", largest, 1e-3)
+
+
 def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     _, config, params = import_huggingface(folder)
     io = np.load(folder / "io.npz")
@@ -149,6 +295,23 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     deviations = [relative("logits", logits, io["logits"]), relative("ce", cross_entropy, io["ce"])]
     if "uncond_logits" in io:
         deviations.append(relative("uncond_logits", forward(np.full_like(io["cond"], -1)), io["uncond_logits"]))
+    return deviations
+
+
+def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Codes of greedy sampling, and logits that filtering keeps, that differ."""
+    generator, io = load_generator(folder), np.load(folder / "io.npz")
+    condition = {"condition": io["cond"][:, :-1]} if generator.config.frame_prediction else {"classes": io["cond"]}
+    deviations = []
+    for name in io.files:
+        if match := re.fullmatch(r"greedy_cfg([\d.]+)(?:_interval(\d+))?", name):
+            options = {"cfg_scale": float(match[1]), "cfg_interval": int(match[2] or -1), "top_k": 1}
+            value = generator.sample(**condition, key=jax.random.key(0), **options)
+        elif match := re.fullmatch(r"filter_k(\d+)_p([\d.]+)", name):
+            value = np.isfinite(filter_logits(io["filter_in"], int(match[1]) or None, float(match[2])))
+        else:
+            continue
+        deviations.append(Deviation(name, float(np.sum(np.asarray(value) != io[name])), 0, "count"))
     return deviations
 
 
@@ -210,8 +373,12 @@ def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
     """Deviations by folder of the reference."""
     return {
         "tokenizer": tokenizer_deviations(reference / "tokenizer"),
-        "ar_class": generator_deviations(reference / "ar_class"),
-        "ar_frame_prediction": generator_deviations(reference / "ar_frame_prediction"),
+        "discriminator": discriminator_deviations(reference / "discriminator"),
+        "training": training_deviations(reference / "training"),
+        **{
+            name: generator_deviations(reference / name) + sampling_deviations(reference / name)
+            for name in ("ar_class", "ar_frame_prediction")
+        },
         "lpips": lpips_deviations(reference / "lpips"),
         "i3d": i3d_deviations(reference / "i3d"),
         "frechet": frechet_deviations(reference / "frechet"),

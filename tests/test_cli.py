@@ -18,7 +18,8 @@ from larp_jax.checkpoint import load, write_imported
 from larp_jax.config import to_dict
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
-COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "export", "import", "benchmark", "doctor")
+COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
+COMMANDS += ("benchmark", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -284,3 +285,19 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
     assert json.loads(output.read_text())["clip"] == [8, 32, 32, 3]
     assert cli.main(["doctor"]) == 0
     assert "Devices" in capsys.readouterr().out
+
+
+def test_benchmark_of_the_training_step(tmp_path, capsys):
+    output = tmp_path / "train.json"
+    arguments = ["benchmark", "train", "--config", CONFIG, "--seconds=1", f"--output={output}"]
+    assert cli.main(arguments) == 0
+    assert "clips per second" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    # so small a model does more besides matrix products than in them
+    assert 1.0 < result["compiler_flops_share"] < 2.0
+    assert 0.0 < result["mfu"] < 1.0
+    assert result["memory_over_parts"] < 1.0
+    assert result["gan_flops_ratio"] > 1.0
+    assert result["step_ms"] == pytest.approx(
+        (result["step_discriminator_turn_ms"] + result["step_between_turns_ms"]) / 2
+    )

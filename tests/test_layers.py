@@ -15,7 +15,11 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"benchmark", "plan", "doctor"},
-    {"train", "reconstruct", "tokens"},
+    {"generate"},
+    {"train", "reconstruct"},
+    {"tasks"},
+    {"code_sets"},
+    {"tokens"},
     {"larp_jax"},
     {"api", "export"},
     {"evaluators", "inputs"},
@@ -25,7 +29,8 @@ LAYERS = (
     {"sharding"},
     {"perceptual"},
     {"importing"},
-    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet"},
+    {"sampling"},
+    {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops"},
     {"models"},
     {"config"},
     {"errors", "paths", "version"},
@@ -34,7 +39,7 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual", "frechet"}
+CORE |= {"models", "config", "errors", "perceptual", "frechet", "flops", "sampling"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

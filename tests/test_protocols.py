@@ -116,4 +116,4 @@ def test_the_digest_is_of_content(folder, tmp_path):
 def test_the_command_offers_the_protocols(capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--help"])
-    assert "{" + ",".join(RECONSTRUCTION) + "}" in capsys.readouterr().out
+    assert "{" + ",".join([*RECONSTRUCTION, *GENERATION]) + "}" in capsys.readouterr().out

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from larp_jax import losses, optim, sharding
 from larp_jax.config import (
     DataConfig,
+    DiscriminatorConfig,
     LossConfig,
     MeshConfig,
     OptimConfig,
@@ -19,10 +23,13 @@ from larp_jax.config import (
     TokenizerRecipe,
     TransformerConfig,
 )
+from larp_jax.errors import InputError
+from larp_jax.models.lpips import Lpips
 from larp_jax.steps import TokenizerStage
 
 RECIPE = TokenizerRecipe(
     steps=20,
+    log_every=2,
     model=TokenizerConfig(
         size="larp_s",
         frames=4,
@@ -34,6 +41,9 @@ RECIPE = TokenizerRecipe(
         quantizer=QuantizerConfig(codebook_size=64, code_dim=4, entropy_weight=0.1),
     ),
     prior=PriorConfig(size="XXS", width=16, depth=2, heads=2),
+    # steps 0: no discriminator yet; 1: the tokenizer hears it; 2: it learns and is heard; 3: as 1
+    discriminator=DiscriminatorConfig(width=16, depth=2, heads=2, patch_frames=2),
+    loss=LossConfig(perceptual="none", adversarial_start=1, discriminator_every=2),
     data=DataConfig(batch_size=8),
     optim=OptimConfig(learning_rate=1e-3, multipliers={"prior": 5.0}, warmup_steps=5, ema_decay=0.9),
 )
@@ -44,28 +54,37 @@ def video(step):
     return rng.integers(0, 256, (8, *RECIPE.model.clip_shape), dtype=np.uint8)
 
 
-def run(recipe, shape, steps=4):
-    """Losses of some steps, and the last state, on a mesh."""
+# Steps here are compiled more often than run: less than half the time to compile, for slower programs.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def run(recipe, shape, steps=4, watch=lambda state: None):
+    """Losses of some steps, and the last state, on a mesh; `watch` is called with each state."""
     stage = TokenizerStage(recipe)
     count = int(np.prod(shape))
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), jax.devices()[:count])
     key = jax.random.key(0)
-    placement = sharding.state_shardings(jax.eval_shape(stage.init, key), stage.optimizer, mesh)
+    placement = sharding.state_shardings(jax.eval_shape(stage.init, key), mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(stage.init, out_shardings=placement)(key)
-        step = jax.jit(
+        state = quick_jit(stage.init, out_shardings=placement)(key)
+        step = quick_jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
         logs = []
         for i in range(steps):
-            state, log = step(state, sharding.to_mesh({"video": video(i)}, mesh), jax.random.key(1))
+            watch(jax.device_get(state))
+            state, log = step(state, sharding.to_mesh({"video": video(i)}, mesh), jax.random.key(1), {})
             logs.append({name: float(value) for name, value in log.items()})
+    assert step._cache_size() == 1  # the discriminator's turn is no second program
     return logs, state
 
 
 @functools.cache
 def on_one_device():
-    return run(RECIPE, (1, 1, 1))
+    """The logs, and the states before and after each step."""
+    states = []
+    logs, state = run(RECIPE, (1, 1, 1), watch=states.append)
+    return logs, [*states, jax.device_get(state)]
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -73,56 +92,148 @@ def test_losses_are_the_same_on_every_mesh(shape):
     expected, _ = on_one_device()
     logs, state = run(RECIPE, shape)
     for one, other in zip(expected, logs, strict=True):
+        assert {"loss_adversarial", "loss_discriminator", "loss_lecam"} <= one.keys()
         for name in one:
-            if name.startswith("loss"):
-                np.testing.assert_allclose(other[name], one[name], rtol=1e-5, err_msg=name)
+            if name.startswith(("loss", "logits")):
+                np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert int(state.step) == 4
+    if shape == (2, 2, 2):
+        assert_moments_lie_with_their_parameters(state)
 
 
-def test_fsdp_shards_parameters_and_moments_alike():
-    _, state = run(RECIPE, (2, 2, 2), steps=1)
-    kernel = state.params["tokenizer"]["encoder"]["transformer"]["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
-    moments = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if "up" in str(path) and "mu" in str(path) and leaf.shape == kernel.shape
-    ]
-    assert moments and all(m.sharding == kernel.sharding for m in moments)
+def assert_moments_lie_with_their_parameters(state):
+    for part in ("tokenizer/encoder", "discriminator"):
+        node = functools.reduce(dict.__getitem__, part.split("/"), state.params)
+        kernel = node["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+        assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
+        moments = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+            if "up" in str(path) and leaf.shape == kernel.shape
+        ]
+        assert len(moments) >= 2 and all(m.sharding == kernel.sharding for m in moments)
 
 
 def test_average_of_weights_trails_them():
-    _, state = on_one_device()
-    _, one = run(RECIPE, (1, 1, 1), steps=1)
-    start = TokenizerStage(RECIPE).init(jax.random.key(0)).params
+    _, (start, one, *_, last) = on_one_device()
+    assert last.ema.keys() == {"tokenizer", "prior"}
     leaf = lambda tree: np.asarray(tree["tokenizer"]["encoder"]["queries"]["table"])  # noqa: E731
-    np.testing.assert_allclose(leaf(one.ema), 0.9 * leaf(start) + 0.1 * leaf(one.params), rtol=1e-5)
-    assert not np.allclose(leaf(state.ema), leaf(state.params))
+    np.testing.assert_allclose(leaf(one.ema), 0.9 * leaf(start.params) + 0.1 * leaf(one.params), rtol=1e-5)
+    assert not np.allclose(leaf(last.ema), leaf(last.params))
 
 
 def test_every_term_is_logged_and_the_total_is_their_weighted_sum():
     logs, _ = on_one_device()
     for log in logs:
-        weights = {"loss_reconstruction": 1.0, "loss_quantizer": 0.1, "loss_prior": 0.06}
+        weights = {"loss_reconstruction": 1.0, "loss_quantizer": 0.1, "loss_prior": 0.06, "loss_adversarial": 0.3}
         np.testing.assert_allclose(log["loss"], sum(w * log[name] for name, w in weights.items()), rtol=1e-5)
         for name in ("psnr", "usage_clip", "usage_batch", "perplexity", "kl_from_uniform", "prior_top1", "grad_norm"):
             assert np.isfinite(log[name]), name
 
 
+def test_the_discriminator_starts_and_takes_its_turns():
+    logs, states = on_one_device()
+    assert [log["loss_adversarial"] != 0.0 for log in logs] == [False, True, True, True]
+    assert [log["loss_discriminator"] != 0.0 for log in logs] == [False, False, True, True]
+    for name in ("loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real"):
+        assert logs[2][name] == logs[3][name], name  # of the last turn
+    for side in ("real", "fake"):
+        np.testing.assert_allclose(logs[2][f"lecam_{side}"], 0.001 * logs[2][f"logits_{side}"], rtol=1e-4)
+    heads = [state.params["discriminator"]["head"]["kernel"] for state in states]
+    changes = [np.abs(after - before) for before, after in itertools.pairwise(heads)]
+    assert [change.any() for change in changes] == [False, False, True, False]
+    # its turn is Adam's first step, at the rate of step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of the full one
+    np.testing.assert_allclose(changes[2], 3e-5 * 0.406, rtol=0.05)
+
+
+PLAIN = dataclasses.replace(
+    RECIPE,
+    model=dataclasses.replace(RECIPE.model, quantizer=QuantizerConfig(kind="vq", codebook_size=64, code_dim=4)),
+    prior=dataclasses.replace(RECIPE.prior, dropout=0.0, rounds=1),
+    loss=LossConfig(
+        reconstruction="l2",
+        perceptual="none",
+        adversarial="hinge",
+        discriminator_every=2,
+        lecam_weight=0.0,
+        r1_weight=1.0,
+    ),
+)
+
+
+def test_a_batch_in_parts_gives_what_the_whole_gives():
+    whole, state = run(PLAIN, (1, 1, 1), steps=2)
+    assert whole[0]["loss_r1"] > 0
+    parts, other = run(dataclasses.replace(PLAIN, accumulate=2), (2, 2, 1), steps=2)
+    for i in range(2):
+        for name in whole[i].keys() - {"loss_lecam", "ssim"}:  # LeCam's relu is of means over what is seen at once
+            np.testing.assert_allclose(parts[i][name], whole[i][name], rtol=2e-5, atol=1e-6, err_msg=name)
+    # Adam's first steps are the sign of the gradient, which rounding decides where it is zero
+    state, other = jax.device_get((state.params, other.params))
+    close = jax.tree.map(lambda x, y: np.mean(np.abs(x - y) < 1e-5), state, other)
+    assert np.mean(jax.tree.leaves(close)) > 0.99
+
+
+def test_perceptual_weights_are_an_argument_and_frames_may_be_drawn():
+    recipe = dataclasses.replace(
+        RECIPE, loss=LossConfig(adversarial_weight=0.0, prior_weight=0.0, perceptual_frames=1, perceptual_weight=2.0)
+    )
+    stage = TokenizerStage(recipe)
+    assert jax.eval_shape(stage.init, jax.random.key(0)).params.keys() == {"tokenizer"}
+    frozen = {"lpips": nnx.to_pure_dict(nnx.state(Lpips(rngs=nnx.Rngs(0)), nnx.Param))}
+    assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, stage.frozen_shapes())
+    step, state, batch = quick_jit(stage.train_step), quick_jit(stage.init)(jax.random.key(0)), {"video": video(0)}
+    _, log = step(state, batch, jax.random.key(1), frozen)
+    total = log["loss_reconstruction"] + 0.1 * log["loss_quantizer"] + 2.0 * log["loss_perceptual"]
+    np.testing.assert_allclose(log["loss"], total, rtol=1e-5)
+    assert log["loss_perceptual"] > 0
+    _, blind = step(state, batch, jax.random.key(1), jax.tree.map(jnp.zeros_like, frozen))
+    assert blind["loss_perceptual"] == 0 and blind["grad_norm"] != log["grad_norm"]
+    _, other = step(state, batch, jax.random.key(2), frozen)
+    assert other["loss_perceptual"] != log["loss_perceptual"]  # of another frame
+
+
+def test_perceptual_loss_is_the_mean_over_frames_and_knows_its_gradient():
+    truth, guess = (np.random.default_rng(seed).random((2, 3, 4, 4, 3), dtype=np.float32) for seed in (0, 1))
+    distance = lambda x, y: jnp.sum(jnp.abs(x - y) ** 3, axis=(1, 2, 3))  # noqa: E731
+    value, gradient = losses.perceptual_loss(distance, truth, guess)
+    plain = lambda guess: jnp.sum(jnp.abs(truth - guess) ** 3, axis=(2, 3, 4)).mean()  # noqa: E731
+    np.testing.assert_allclose(value, plain(guess), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(plain)(guess), rtol=1e-5, atol=1e-7)
+
+
+def test_smoothed_targets_stay_within_their_bounds():
+    """With logits far from 0 the binary cross-entropy shows the targets' means, which lie off 1 and 0."""
+    real, fake = np.full(20_000, 10.0, np.float32), np.full(20_000, -10.0, np.float32)
+    smooth = losses.discriminator_loss("ns_smooth", real, fake, jax.random.key(0))
+    noise = 0.15 * np.abs(np.random.default_rng(0).standard_normal(200_000))
+    np.testing.assert_allclose(smooth / 10.0, 2 * np.minimum(noise, 0.3).mean(), rtol=0.02)
+    sharp = losses.discriminator_loss("ns", real, fake)
+    np.testing.assert_allclose(sharp, 2 * np.log1p(np.exp(-10.0)), rtol=1e-3)
+
+
 def test_ssim_is_logged_in_logged_steps_only():
-    logs, _ = run(dataclasses.replace(RECIPE, log_every=2), (1, 1, 1))
+    logs, _ = on_one_device()
     assert [np.isfinite(log["ssim"]) for log in logs] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("change", [
-    {"loss": LossConfig(prior_weight=0.0)},
-    {"loss": LossConfig(reconstruction="l2")},
+    {"loss": LossConfig(prior_weight=0.0, perceptual="none", adversarial_weight=0.0)},
     {"precision": "bfloat16", "remat": "block"},
 ])  # fmt: skip
 def test_variants_of_the_recipe_take_a_step(change):
-    logs, state = run(dataclasses.replace(RECIPE, **change), (1, 1, 1), steps=2)
+    recipe = dataclasses.replace(RECIPE, **change)
+    logs, state = run(recipe, (1, 1, 1), steps=2)
     assert np.isfinite(logs[-1]["loss"])
-    assert ("prior" in state.params) == ("loss" not in change or change["loss"].prior_weight > 0)
+    weights = recipe.loss
+    assert ("prior" in state.params) == (weights.prior_weight > 0)
+    assert ("discriminator" in state.params) == (weights.adversarial_weight > 0)
+
+
+def test_clips_must_divide_into_the_discriminators_patches():
+    recipe = dataclasses.replace(RECIPE, discriminator=DiscriminatorConfig(patch_frames=3))
+    with pytest.raises(InputError, match="4x16x16 do not divide into the discriminator's patches of 3x8x8"):
+        TokenizerStage(recipe)
 
 
 def test_learning_rate_warms_up_and_decays_per_step():

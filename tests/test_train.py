@@ -43,13 +43,15 @@ def assert_same_weights(a, b):
     for weights in ("ema", "raw"):
         one, other = checkpoint.load(a, weights=weights), checkpoint.load(b, weights=weights)
         assert one.step == other.step == 6
+        assert ("discriminator" in one.params) == (weights == "raw")
         jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
 def test_what_a_run_leaves(trained):
     assert steps(trained) == [2, 4, 6]
     assert [row["step"] for row in rows(trained)] == [1, 2, 3, 4, 5, 6]
-    assert {"train/loss", "train/loss_prior", "train/psnr", "train/learning_rate"} <= rows(trained)[0].keys()
+    logged = {"loss", "loss_prior", "loss_adversarial", "loss_discriminator", "logits_real", "logits_fake", "psnr"}
+    assert {f"train/{name}" for name in logged} <= rows(trained)[0].keys()
     evaluated = rows(trained)[5]
     assert {"eval/psnr", "eval/psnr_mean_clip", "eval/ssim", "eval/usage", "eval/prior_top1"} <= evaluated.keys()
     assert (trained / "media" / "00000006_reconstruction.png").exists()
@@ -128,7 +130,20 @@ def test_a_workdir_holds_one_run(trained, capsys):
     assert "holds a run with another seed" in capsys.readouterr().err
 
 
+def test_perceptual_weights_that_are_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LARP_LPIPS", str(tmp_path / "absent.safetensors"))
+    assert train(tmp_path / "run", "--config.loss.perceptual=lpips") == 2
+    error = capsys.readouterr().err
+    assert "absent.safetensors" in error and "larp-jax import --kind lpips" in error
+    assert "or choose loss.perceptual='none'" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_batch_must_split_over_the_devices(tmp_path, capsys):
+    assert train(tmp_path / "run", "--config.accumulate=3") == 2
+    assert "data.batch_size=8 does not split into accumulate=3 parts" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--config.accumulate=2") == 2
+    assert "does not split into accumulate=2 parts over data x fsdp = 8 devices" in capsys.readouterr().err
     assert train(tmp_path / "run", "--config.data.batch_size=9") == 2
     assert "data.batch_size=9 does not split" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -66,6 +66,11 @@ def window_starts(video_frames: int, clip_frames: int) -> range:
     return range(0, last_start(video_frames, clip_frames) + 1, clip_frames)
 
 
+def spread_starts(video_frames: int, clip_frames: int, count: int) -> list[int]:
+    """First frames of at most `count` windows, spread evenly from the first to the last full one; they may overlap."""
+    return sorted(set(np.linspace(0, last_start(video_frames, clip_frames), count).round().astype(int).tolist()))
+
+
 def repeat_last(frames: np.ndarray, count: int) -> np.ndarray:
     """[n, H, W, 3] with n >= 1 filled up to `count` frames by repeating the last one."""
     missing = count - len(frames)

@@ -18,7 +18,7 @@ import numpy as np
 
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
-from larp_jax.data.spec import DataSpec, parse_spec
+from larp_jax.data.spec import FORMS, DataSpec, parse_spec
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
 
@@ -55,6 +55,9 @@ class Source(Protocol):
 
     def frames(self, index: int) -> int:
         """How many frames a video has, by its header: a damaged file may decode to fewer."""
+
+    def label(self, index: int) -> int:
+        """The number of a video's class; -1 for none."""
 
     def read_clip(self, index: int, start: int | np.random.Generator, clip: ClipSpec) -> tuple[np.ndarray, int]:
         """Reads one clip.
@@ -94,6 +97,8 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     split = spec.split or default_split
+    if spec.kind == "tokens":
+        raise InputError(f"data {spec} holds codes, on which only generators train; give videos: {FORMS}")
     if spec.kind == "mixture":
         parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
         return MixtureSource(parts, spec.weights)
@@ -168,6 +173,10 @@ class FolderSource:
         """See `Source`."""
         return self._videos[index].info.frames
 
+    def label(self, index):
+        """See `Source`."""
+        return self._labels[index]
+
     def read_clip(self, index, start, clip):
         """See `Source`. A file that holds fewer frames than it claims gives a drawn start its last full clip."""
         drawn = isinstance(start, np.random.Generator)
@@ -229,6 +238,12 @@ def digests(source: Source, indices: Iterable[int]) -> dict[int, str]:
     indices = sorted(set(indices))
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         return dict(zip(indices, pool.map(source.digest, indices), strict=True))
+
+
+def labels(source: Source) -> np.ndarray:
+    """`Source.label` of every video, int64."""
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        return np.fromiter(pool.map(source.label, range(len(source))), np.int64, len(source))
 
 
 def same_videos(source: Source, other: Source) -> set[int]:
@@ -300,6 +315,10 @@ class TfdsSource:
         """See `Source`; reads the record where the data set's features leave the number open."""
         return self._shape[0] or len(self._stored_frames(self._read(index)))
 
+    def label(self, index):
+        """See `Source`; reads the record."""
+        return self._label_of(self._read(index))
+
     def read_clip(self, index, start, clip):
         """See `Source`."""
         try:
@@ -312,8 +331,10 @@ class TfdsSource:
             frames = _decoded(stored[start : start + clip.frames], clip.resolution)
         except (ValueError, zlib.error) as error:
             raise InputError(f"{self.name(index)} cannot be read ({error}); prepare the data set again") from error
-        label = record[self._label].int64_list.value[0] if self._label else NO_LABEL
-        return repeat_last(frames, clip.frames), label
+        return repeat_last(frames, clip.frames), self._label_of(record)
+
+    def _label_of(self, record) -> int:
+        return record[self._label].int64_list.value[0] if self._label else NO_LABEL
 
     def size(self, index):
         """See `Source`."""

@@ -26,8 +26,9 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds", "moving_shapes" or "mixture".
-      name: path of the folder; NAME[/CONFIG] or path of the TFDS data set; CONFIG of moving_shapes, which may be empty.
+      kind: "folder", "tfds", "moving_shapes", "mixture", or "tokens" for codes in place of videos.
+      name: path of the folder (of videos or of codes); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
+        moving_shapes, which may be empty.
       split: the TFDS split; empty if the text names none.
       parts: of a mixture, its data sets, two at least.
       weights: of a mixture, how often training draws from each, in any unit; empty for by their length.
@@ -50,11 +51,11 @@ class DataSpec:
 
 
 def parse_spec(text: str) -> DataSpec:
-    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH` or `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
+    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
 
-    PATH is taken as it is, colons included; a leading ~ is the home folder. NAME may be the folder of a data set, such
-    as `larp-jax prepare` writes. A mixture draws from `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven
-    clips of ten from A.
+    `tokens:PATH` stands for codes that `larp-jax tokenize` wrote. PATH is taken as it is, colons included; a leading ~
+    is the home folder. NAME may be the folder of a data set, such as `larp-jax prepare` writes. A mixture draws from
+    `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven clips of ten from A.
 
     Raises:
       InputError: the text is none of these; the message names the nearest.
@@ -79,8 +80,8 @@ def parse_spec(text: str) -> DataSpec:
 
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
-    if kind == "folder" and rest:
-        return DataSpec("folder", os.path.expanduser(rest))
+    if kind in ("folder", "tokens") and rest:
+        return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
         return DataSpec("tfds", match["name"].rstrip("/"), match["split"] or "")
     if kind.partition("/")[0] == "moving_shapes" and (not colon or rest):
@@ -92,7 +93,7 @@ def _parse_one(text: str) -> DataSpec:
 
 
 def _suggestion(text: str, kind: str, rest: str) -> str:
-    if kind in ("folder", "tfds"):
+    if kind in ("folder", "tfds", "tokens"):
         return f"write a name after {kind}:"
     if os.path.isdir(os.path.expanduser(text)):
         return f"did you mean {f'folder:{text}'!r}?"

@@ -8,7 +8,11 @@ from flax import nnx
 
 from larp_jax.config import GeneratorConfig
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, attention, attention_with_dropout, dropout, run_stack, stack
+from larp_jax.models.layers import Dtype, Linear, attention, attention_with_dropout, dropout, run_stack, stack, unstack
+
+# Of one block: keys and values of the positions so far, [B, kv heads, positions, d] each. The products of one query
+# with them read rows that lie together.
+Cache = tuple[jax.Array, jax.Array]
 
 
 class RMSNorm(nnx.Module):
@@ -43,15 +47,29 @@ class GroupedAttention(nnx.Module):
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=self.heads + 2 * self.kv_heads)
         return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """x [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
         q, k, v = self.project(x)
+        cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         if key is None or self.dropout_rate == 0.0:
             y = attention(q, k, v, causal=True)
         else:
             y = attention_with_dropout(q, k, v, causal=True, rate=self.dropout_rate, key=key)
-        return self.out(rearrange(y, "b n h d -> b n (h d)"))
+        return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
+
+    def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        """One position: x [B, D] -> [B, D], and the cache with its keys and values written at `position`."""
+        q, k, v = self.project(x[:, None])
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), position, axis=2)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        q = rearrange(q, "b 1 (h group) d -> b h group d", h=self.kv_heads) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bhgd,bhnd->bhgn", q, keys).astype(jnp.float32)
+        scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, -jnp.inf)
+        y = jnp.einsum("bhgn,bhnd->bhgd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+        return self.out(rearrange(y, "b h g d -> b (h g d)")), (keys, values)
 
 
 class SwiGLU(nnx.Module):
@@ -83,13 +101,25 @@ class GeneratorBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None, path_dropout: jax.Array) -> jax.Array:
         """x [B, N, D] -> [B, N, D]; `key` turns on dropout, and stochastic depth at the rate `path_dropout`."""
+        return self.with_cache(x, key, path_dropout)[0]
+
+    def with_cache(
+        self, x: jax.Array, key: jax.Array | None = None, path_dropout: jax.Array | float = 0.0
+    ) -> tuple[jax.Array, Cache]:
+        """What `__call__` returns, and what `decode_step` needs to go on from there."""
         c = self.config
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         path_keys = keys[3:] if c.path_dropout else (None, None)
-        y = dropout(self.attention(self.norm1(x), keys[0]), c.residual_dropout, keys[1])
-        x = x + drop_path(y, path_dropout, path_keys[0])
+        y, cache = self.attention(self.norm1(x), keys[0])
+        x = x + drop_path(dropout(y, c.residual_dropout, keys[1]), path_dropout, path_keys[0])
         y = dropout(self.mlp(self.norm2(x)), c.mlp_dropout, keys[2])
-        return x + drop_path(y, path_dropout, path_keys[1])
+        return x + drop_path(y, path_dropout, path_keys[1]), cache
+
+    def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
+        """`__call__` for one position, see `GroupedAttention.decode_step`."""
+        y, cache = self.attention.decode_step(self.norm1(x), cache, position)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), cache
 
 
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -114,6 +144,7 @@ class Generator(nnx.Module):
         self, config: GeneratorConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32
     ):
         c = config
+        c.check_complete()
         init = nnx.initializers.normal(c.init_std)
 
         def table(rows, init=init):
@@ -156,6 +187,47 @@ class Generator(nnx.Module):
         x = run_stack(self.blocks, x, rates, remat=self.remat, key=block_key)
         return self.norm(x[:, c.condition_tokens - 1 :])
 
+    def unstacked(self) -> list[GeneratorBlock]:
+        """The blocks one by one, for `prefill` and `decode_step`.
+
+        To be called outside of the loop over positions: there the weights are copied apart once, while a scan over
+        stacked blocks would copy each layer's weights and cache at every position.
+        """
+        return unstack(self.blocks)
+
+    def prefill(self, blocks: list[GeneratorBlock], condition: jax.Array) -> tuple[jax.Array, list[Cache]]:
+        """Logits of the first code, [B, K] float32, and the cache of the condition's positions, by block.
+
+        Args:
+          blocks: what `unstacked` returned.
+          condition: as in `__call__`.
+        """
+        x = self.embed_condition(condition)
+        x = x + self.position_table()[: x.shape[1]].astype(self.dtype)
+        caches = []
+        for block in blocks:
+            x, cache = block.with_cache(x)
+            caches.append(cache)
+        return self.head(self.norm(x[:, -1])).astype(jnp.float32), caches
+
+    def decode_step(
+        self, blocks: list[GeneratorBlock], tokens: jax.Array, caches: list[Cache], position: jax.Array
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Logits of the code after `tokens`, [B, K] float32, and the caches with their keys and values.
+
+        Args:
+          blocks: what `unstacked` returned.
+          tokens: [B] int, the last code of each sample.
+          caches: by block; positions from `position` on are overwritten or not read.
+          position: int scalar, the position of `tokens`, counted from the condition's first.
+        """
+        x = self.embed_tokens(tokens) + self.position_table()[position].astype(self.dtype)
+        written = []
+        for block, cache in zip(blocks, caches, strict=True):
+            x, cache = block.decode_step(x, cache, position)
+            written.append(cache)
+        return self.head(self.norm(x)).astype(jnp.float32), written
+
     def embed_condition(self, condition: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """The condition as [B, condition positions, D]; with a key, classes are dropped for the null class."""
         c = self.config
@@ -168,7 +240,7 @@ class Generator(nnx.Module):
         return self.class_embedding[...].astype(self.dtype)[classes][:, None]
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Codes [B, n] int -> [B, n, D]."""
+        """Codes [...] int -> [..., D]."""
         return self.token_embedding[...].astype(self.dtype)[tokens]
 
     def position_table(self) -> jax.Array:

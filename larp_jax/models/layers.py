@@ -293,6 +293,13 @@ def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rn
     return build(rngs)
 
 
+def unstack(blocks: nnx.Module) -> list[nnx.Module]:
+    """The blocks of `stack` one by one."""
+    graphdef, layers = nnx.split(blocks)
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(depth)]
+
+
 class Transformer(nnx.Module):
     """The bidirectional stack of the tokenizer and the discriminator; no norm after the last block (METHOD 1)."""
 

@@ -4,7 +4,7 @@ from larp_jax.config import default_recipe
 
 
 def get_config(variant: str = ""):
-    """Variant `plain` leaves out the prior."""
+    """Variant `plain` leaves out prior and discriminator."""
     config = default_recipe()
     config.steps = 6
     config.log_every = 1
@@ -20,6 +20,9 @@ def get_config(variant: str = ""):
     config.model.quantizer.code_dim = 4
     config.prior.size = "XXS"
     config.prior.width, config.prior.depth, config.prior.heads = 16, 1, 2
+    config.discriminator.width, config.discriminator.depth, config.discriminator.heads = 16, 1, 2
+    config.loss.perceptual = "none"
+    config.loss.discriminator_every = 2
     config.optim.learning_rate = 1e-3
     config.optim.multipliers = {"prior": 1.0}
     config.optim.ema_decay = 0.9
@@ -28,5 +31,5 @@ def get_config(variant: str = ""):
     config.data.batch_size = 8
     config.data.eval_clips = 8
     if variant == "plain":
-        config.loss.prior_weight = 0.0
+        config.loss.prior_weight = config.loss.adversarial_weight = 0.0
     return config

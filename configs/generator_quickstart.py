@@ -1,0 +1,40 @@
+"""A small class-conditional generator for tokenizers of configs/quickstart.py; trains on two CPU cores.
+
+    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
+        --windows 4 --flips
+    larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
+
+Your own clips: tokenize --input folder:PATH, and --config.data.eval=folder:PATH of others. The classes are the folders.
+The codes are made beforehand, so that a step costs nothing but the generator's own.
+"""
+
+from larp_jax.config import default_recipe
+
+
+def get_config():
+    """The recipe."""
+    config = default_recipe("generator")
+    config.tokenizer = "runs/quickstart"
+    config.steps = 2000
+
+    model = config.model
+    model.size = "S"
+    model.width, model.depth, model.heads = 128, 4, 4
+    model.mlp_multiple = 32
+    model.codebook_size = model.num_tokens = model.num_classes = 0  # the tokenizer's, the data's
+    # few videos are soon known by heart: more dropout than published
+    model.token_dropout = model.residual_dropout = model.mlp_dropout = 0.1
+
+    optim = config.optim
+    optim.learning_rate = 1e-3
+    optim.warmup_steps = 100
+    optim.ema_decay = 0.99
+
+    config.data.train = "tokens:runs/quickstart_codes"
+    config.data.eval = "moving_shapes:test"
+    config.data.batch_size = 16
+    config.data.eval_clips = 128
+    config.log_every = 20
+    config.eval_every = 250
+    config.save_every = 250
+    return config

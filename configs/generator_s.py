@@ -1,0 +1,14 @@
+"""A generator of size S: 12 layers, 384 wide, 256 tokens of 8,192 codes.
+
+    larp-jax benchmark sample --config configs/generator_s.py --batch-size 8 --cfg-scale 1.25
+"""
+
+from larp_jax.config import default_recipe
+
+
+def get_config():
+    """The recipe."""
+    config = default_recipe("generator")
+    config.model.size = "S"
+    config.model.num_tokens = 256
+    return config

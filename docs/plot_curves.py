@@ -1,0 +1,59 @@
+"""Draws the curves of runs from their metrics.jsonl, beside each other: needs matplotlib (`pip install -e '.[docs]'`).
+
+    python docs/plot_curves.py docs/curves.png with=runs/a without=runs/b
+"""
+
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PANELS = {  # title: {scalar: label}; scalars of training are drawn thin, of evaluation with dots
+    "reconstruction loss": {"train/loss_reconstruction": ""},
+    "PSNR (dB)": {"train/psnr": "training batch", "eval/psnr": "unseen people"},
+    "quantiser loss": {"train/loss_quantizer": ""},
+    "codes in use": {"train/usage_batch": "training batch", "eval/usage": "unseen people"},
+    "prior: cross-entropy (nats)": {"train/loss_prior": ""},
+    "prior: accuracy": {"train/prior_top1": "top 1", "train/prior_top5": "top 5"},
+    "adversarial loss of the tokenizer": {"train/loss_adversarial": ""},
+    "logits of the discriminator": {"train/logits_real": "real", "train/logits_fake": "reconstruction"},
+}
+
+
+def read(workdir: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by scalar, a later line of a step replacing an earlier one."""
+    curves = {}
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if "/" in name and value is not None:
+                curves.setdefault(name, {})[row["step"]] = value
+    return {name: sorted(values.items()) for name, values in curves.items()}
+
+
+def main(output: str, *runs: str) -> None:
+    """Draws `LABEL=WORKDIR` runs into one picture."""
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
+    for colour, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs, strict=False):
+        label, _, workdir = run.partition("=")
+        curves = read(workdir)
+        for axis, (title, scalars) in zip(axes.flat, PANELS.items(), strict=True):
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            for number, (name, what) in enumerate(scalars.items()):
+                if name in curves:
+                    steps, values = zip(*curves[name], strict=True)
+                    style = {"marker": "o"} if name.startswith("eval/") else {"linestyle": ("-", ":")[number % 2]}
+                    axis.plot(steps, values, color=colour, label=", ".join(filter(None, (label, what))), **style)
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(output, dpi=80)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

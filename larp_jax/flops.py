@@ -1,0 +1,97 @@
+"""Floating-point operations of a training step, counted from the sizes: two for each multiplication of its matrix
+products and convolutions, whatever else it does and whatever the backward pass computes again left out.
+
+A product y = x w takes as many operations again for each gradient that is wanted, of x and of w.
+"""
+
+import dataclasses
+import math
+
+from larp_jax.config import TokenizerRecipe, TransformerConfig
+from larp_jax.models.chunks import TOKENS_PER_CHUNK
+from larp_jax.models.lpips import STAGES
+
+
+def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
+    """Operations a clip of each part of a stage-1 step (METHOD 1 to 3).
+
+    Returns:
+      `tokenizer`, `prior`, `perceptual` and `adversarial` (the tokenizer's side), which every step has, and
+      `discriminator`, its own turn; what the recipe leaves out is 0.
+    """
+    c, q, n = recipe.model, recipe.model.quantizer, recipe.model.num_tokens
+    pixels = math.prod(c.clip_shape)
+    in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
+    counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "adversarial", "discriminator"), 0.0)
+
+    has_codes = q.kind != "kl"
+    tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient of pixels
+    tokenizer += 3 * (_stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - has_codes)))
+    tokenizer += has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
+    tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + n))
+    counts["tokenizer"] = tokenizer + 3 * _linear(pixels, c.decoder.width)
+
+    if recipe.loss.prior_weight:
+        p = TransformerConfig(width=recipe.prior.width, depth=recipe.prior.depth, heads=recipe.prior.heads)
+        network = _stack(p, n - 1) + 2 * _linear((n - 1) * q.code_dim, p.width)
+        logits = _linear((n - 1) * q.code_dim, q.codebook_size)  # no gradient of the codebook
+        counts["prior"] = recipe.prior.rounds * (3 * network + 2 * logits)
+
+    if recipe.loss.perceptual != "none":
+        frames = recipe.loss.perceptual_frames or c.frames
+        counts["perceptual"] = frames * _vgg(c.resolution)
+
+    if recipe.loss.adversarial_weight:
+        d = recipe.discriminator
+        tokens = 1 + pixels // (math.prod(d.patch) * c.channels)
+        embed, stack, products = _linear(pixels, d.width), _stack(d, tokens), _stack(d, tokens, attention=False)
+        # of the weights no gradient is wanted
+        counts["adversarial"] = 2 * (embed + _linear(d.width, 1) + products) + 3 * (stack - products)
+        turn = 2 * (2 * embed + 3 * (stack + _linear(d.width, 1)))
+        if recipe.loss.r1_weight:  # the gradient of a clip, and back through all of it
+            turn += 3 * counts["adversarial"]
+        counts["discriminator"] = turn
+    return counts
+
+
+def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
+    """The same as XLA's cost analysis counts it, which takes the body of each loop once: a layer, a chunk, a frame."""
+    one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
+    single = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, encoder=one(recipe.model.encoder), decoder=one(recipe.model.decoder)),
+        prior=one(recipe.prior),
+        discriminator=one(recipe.discriminator),
+        loss=dataclasses.replace(recipe.loss, perceptual_frames=1),
+    )
+    counts = train_step(single)
+    n, q = recipe.model.num_tokens, recipe.model.quantizer
+    if q.kind != "kl":
+        skipped = _linear(max(0, n - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+        counts["tokenizer"] -= (1 + 3 * bool(q.entropy_weight)) * skipped
+        skipped = _linear(max(0, n - 1 - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+        counts["prior"] -= 2 * recipe.prior.rounds * skipped * bool(recipe.loss.prior_weight)
+    return counts
+
+
+def _linear(inputs: float, outputs: int) -> float:
+    """Of all input numbers (tokens times width, say) times the outputs each of them takes part in."""
+    return 2.0 * inputs * outputs
+
+
+def _stack(config: TransformerConfig, tokens: int, *, attention: bool = True) -> float:
+    """Forward, of blocks with an MLP of four times the width; causal attention is counted whole."""
+    products = 12 * _linear(tokens * config.width, config.width)
+    scores = 2 * _linear(tokens * config.width, tokens) if attention else 0.0
+    return config.depth * (products + scores)
+
+
+def _vgg(resolution: int) -> float:
+    """LPIPS of two frames, with the gradient of one of them and of no weights."""
+    total, inputs = 0.0, 3
+    for widths in STAGES:
+        for width in widths:
+            total += _linear(resolution**2 * 9 * inputs, width)
+            inputs = width
+        resolution //= 2
+    return 3 * total

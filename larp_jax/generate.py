@@ -1,0 +1,464 @@
+"""Videos from a generator, in numbers: sampled by class, predicted from first frames, or beside the clips of a set.
+
+A folder written is one of codes as `larp_jax.tokens` has them, with the videos beside them. It grows batch by batch
+and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and the
+manifest comes last.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import frame_grid, write_png, write_video
+from larp_jax.errors import InputError
+from larp_jax.evaluators import to_uint8
+from larp_jax.inputs import Inputs, Window, output_names, playable_fps
+from larp_jax.protocols import ClipSet
+from larp_jax.sampling import SamplingOptions
+from larp_jax.steps import hold_last_frame
+from larp_jax.tokens import FORMAT, MANIFEST, VERSION, read_shard
+from larp_jax.writers import Progress, make_folder, write_json
+
+SETTINGS = "settings.json"
+SHEET = "samples.png"
+SHEET_ROWS = 16
+PREDICTED_CLIPS = 8
+
+
+class Sampler:
+    """Numbered samples of a seed, as codes and as videos. What is drawn for a number is always the same.
+
+    Codes become videos in a second compiled call: they are needed on their own anyway, and so neither part is compiled
+    again when the other one changes.
+
+    Args:
+      generator: to sample from.
+      tokenizer: the one that it was trained with.
+      seed: of the draws.
+      options: of the draws.
+      batch_size: sampled at a time.
+      cond_frames: of a generator that predicts frames, how many of a clip it is given.
+
+    Attributes:
+      tokenizer: as given.
+      batch_size: as given.
+      step: the generator's.
+
+    Raises:
+      InputError: generator, tokenizer and options do not fit each other.
+    """
+
+    def __init__(
+        self,
+        generator: LoadedGenerator,
+        tokenizer: LoadedTokenizer,
+        *,
+        seed: int = 0,
+        options: SamplingOptions,
+        batch_size: int = 8,
+        cond_frames: int = 0,
+    ):
+        generator.check_tokenizer(tokenizer)
+        config, frames = generator.config, tokenizer.config.frames
+        if config.frame_prediction and not 0 < cond_frames < frames:
+            raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
+        if options.cfg_scale > 1.0 and (config.frame_prediction or not config.class_dropout):
+            raise InputError(
+                f"--cfg-scale must be 1: the generator knows no null class to guide by; got {options.cfg_scale:g}"
+            )
+        self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
+        self._generator, self._options, self._cond_frames = generator, options, cond_frames
+        self._seed, self._key = seed, jax.random.key(seed)
+        # as many as the devices take
+        self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
+
+    def describe(self) -> dict[str, Any]:
+        """All that the samples depend on but their conditions, ready for JSON."""
+        described = {
+            "generator": self._generator.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "precision": self._generator.precision,
+            "seed": self._seed,
+            **vars(self._options),
+        }
+        return described | ({"cond_frames": self._cond_frames} if self._cond_frames else {})
+
+    def codes(
+        self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Samples.
+
+        Args:
+          numbers: of the samples, [M], at most `batch_size`.
+          classes: [M] int, for a generator that is conditional on them.
+          clips: [M, T, H, W, C] uint8, for a generator that predicts how they go on.
+
+        Returns:
+          [M, N] int32 in [0, K).
+        """
+        rows = np.resize(np.arange(len(numbers)), self._padded)
+        if clips is None:
+            condition = {"classes": classes[rows]}
+        else:
+            condition = {"condition": self.tokenizer.encode(hold_last_frame(clips[rows], self._cond_frames))}
+        indices = np.asarray(numbers)[rows]
+        codes = self._generator.sample(**condition, indices=indices, key=self._key, **vars(self._options))
+        return np.asarray(codes)[: len(numbers)]
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """At most `batch_size` codes [M, N] to videos [M, T, H, W, C], float32 in [0, 1]."""
+        padded = np.resize(codes, (self._padded, codes.shape[1]))
+        return np.asarray(self.tokenizer.decode(padded))[: len(codes)]
+
+
+def sample(
+    generator: LoadedGenerator,
+    tokenizer: LoadedTokenizer,
+    output: str | os.PathLike,
+    *,
+    counts: Mapping[int, int],
+    seed: int = 0,
+    options: SamplingOptions,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Samples videos by class; batches that an earlier call wrote are kept and not sampled again.
+
+    Writes NUMBER_CLASS.mp4 for each, a picture of the first 16 (a row each), and their codes. Each host samples its
+    share of the batches.
+
+    Args:
+      generator: conditional on classes.
+      tokenizer: the one that it was trained with.
+      output: folder to write to, made if missing.
+      counts: how many of each class; see `spread`. The classes take turns.
+      seed: of the draws; sample i of a seed is the same whatever the batch size and the devices.
+      options: of the draws.
+      batch_size: sampled at a time.
+
+    Returns:
+      The manifest, as `larp_jax.tokens.tokenize` has it.
+
+    Raises:
+      InputError: generator and tokenizer do not fit, or the folder holds something else.
+    """
+    classes = np.array(_taking_turns(counts), np.int32)
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
+    run = _Run("sample", sampler, output, len(classes), counts=class_counts(classes))
+    with Progress(len(classes), description="sample", unit="video", initial=run.done) as progress:
+        for number in run.share():
+            rows = run.rows(number)
+            codes = sampler.codes(rows, classes=classes[rows])
+            for i, video in zip(rows, sampler.decode(codes), strict=True):
+                write_video(run.path / f"{_name(i, classes)}.mp4", to_uint8(video), playable_fps(0.0))
+            run.keep(number, codes)
+            progress.update(len(rows))
+    return run.finish(_described(classes, tokenizer.config.frames), sheet=True)
+
+
+def _name(i: int, classes: np.ndarray) -> str:
+    return f"{i:06d}_{classes[i]}"
+
+
+def class_counts(classes: np.ndarray) -> dict[str, int]:
+    """How many there are of each, ready for JSON."""
+    return {str(label): int(count) for label, count in zip(*np.unique(classes, return_counts=True), strict=True)}
+
+
+def _described(classes: np.ndarray, frames: int) -> list[dict]:
+    """Rows of the manifest."""
+    return [
+        {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
+        for i, label in enumerate(classes)
+    ]
+
+
+def as_in_training(generator: LoadedGenerator, total: int) -> dict[int, int]:
+    """Shares a number out to classes as frequent as in training, where that is known, else all alike."""
+    counts = generator.class_counts
+    if counts is not None and not counts.any():
+        return {-1: total}  # trained without any class
+    return spread(total, [1] * generator.config.num_classes if counts is None else counts)
+
+
+def spread(total: int, weights: Sequence[float]) -> dict[int, int]:
+    """Shares a number out in proportion to weights, by largest remainders: {index: count}, empty shares left out."""
+    quotas = total * np.asarray(weights, np.float64) / np.sum(weights)
+    counts = np.floor(quotas).astype(int)
+    by_remainder = np.argsort(counts - quotas, kind="stable")
+    counts[by_remainder[: total - counts.sum()]] += 1
+    return {i: int(count) for i, count in enumerate(counts) if count}
+
+
+def _taking_turns(counts: Mapping[int, int]) -> list[int]:
+    """Each class as often as counted: 0, 3, 0, 3, 0 for {0: 3, 3: 2}."""
+    turns = [(turn, label) for label, count in counts.items() for turn in range(count)]
+    return [label for _, label in sorted(turns)]
+
+
+def predict(
+    generator: LoadedGenerator,
+    tokenizer: LoadedTokenizer,
+    source: str,
+    output: str | os.PathLike,
+    *,
+    cond_frames: int = 5,
+    max_clips: int = PREDICTED_CLIPS,
+    seed: int = 0,
+    options: SamplingOptions,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Predicts how clips go on after their first frames; resumable like `sample`.
+
+    Writes NAME-START.mp4 (truth left, prediction right) and NAME-START.png (truth above) for each window of T frames,
+    and the codes of the predictions.
+
+    Args:
+      generator: that predicts frames.
+      tokenizer: the one that it was trained with.
+      source: what `larp_jax.inputs.Inputs` takes; consecutive windows are predicted, each from its own first frames.
+      output: folder to write to, made if missing.
+      cond_frames: how many of T frames are given.
+      max_clips: at most so many windows; 0 takes all.
+      seed: as for `sample`.
+      options: as for `sample`.
+      batch_size: as for `sample`.
+
+    Returns:
+      The manifest, as `larp_jax.tokens.tokenize` has it.
+
+    Raises:
+      InputError: as for `sample`, or nothing can be read.
+    """
+    config = tokenizer.config
+    sampler = Sampler(
+        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames
+    )
+    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    total = min(inputs.windows, max_clips) if max_clips else inputs.windows
+    run = _Run("predict", sampler, output, total, input=str(source))
+    names = output_names([video.name for video in inputs.videos])
+    described = []
+    share = set(run.share())
+    with Progress(total, description="predict", unit="clip", initial=run.done) as progress:
+        for number, windows in enumerate(_windows(inputs, cond_frames, total, batch_size)):
+            sources = [f"{names[window.video]}-{window.start:06d}" for window in windows]
+            rates = [inputs.videos[window.video].fps for window in windows]
+            described += [
+                {"source": name, "start": 0, "frames": config.frames, "fps": fps, "label": int(window.label)}
+                for name, fps, window in zip(sources, rates, windows, strict=True)
+            ]
+            if number not in share:
+                continue
+            clips = np.stack([window.frames for window in windows])
+            codes = sampler.codes(run.rows(number)[: len(windows)], clips=clips)
+            videos = to_uint8(sampler.decode(codes))
+            for name, fps, truth, prediction in zip(sources, rates, clips, videos, strict=True):
+                path = run.path / f"{name}.mp4"
+                make_folder(path.parent)
+                write_video(path, np.concatenate([truth, prediction], axis=2), playable_fps(fps))
+                write_png(path.with_suffix(".png"), frame_grid([truth, prediction]))
+            run.keep(number, codes)
+            progress.update(len(windows))
+    if not described:
+        raise InputError(f"{source}: no clip in it has more than the {cond_frames} frames that are given")
+    return run.finish(described, sheet=False)
+
+
+def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> Iterator[list[Window]]:
+    """Batches of the windows that have something to predict."""
+    windows = (window for rows, _ in inputs.batches(1) for window in rows if window.valid > cond_frames)
+    windows = itertools.islice(windows, total)
+    while batch := list(itertools.islice(windows, batch_size)):
+        yield batch
+
+
+def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
+    """Classes [clips] int32 of videos to compare with a set of clips, as many.
+
+    They are as frequent as in training where the checkpoint knows that, and take turns; else they are those of the
+    clips.
+
+    Raises:
+      InputError: the clips have a class that the generator has not.
+    """
+    if generator.class_counts is not None:
+        return np.array(_taking_turns(as_in_training(generator, len(clips))), np.int32)
+    label_of = {video: clips.source.label(video) for video, _ in clips.windows}
+    least = -1 if generator.config.class_dropout else 0
+    if wrong := [label for label in label_of.values() if not least <= label < generator.config.num_classes]:
+        raise InputError(
+            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to"
+            f" {generator.config.num_classes - 1}, and its checkpoint does not know how frequent they are; give --data"
+            " of the same classes"
+        )
+    return np.array([label_of[video] for video, _ in clips.windows], np.int32)
+
+
+def videos_beside(
+    sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
+) -> Iterator[np.ndarray]:
+    """A video for each clip of a set, for `larp_jax.fvd.FvdEvaluator.run`; sample i is for clip i.
+
+    Args:
+      sampler: of the videos.
+      clips: whose number is sampled, and that are gone on with where the generator predicts frames. A prediction for a
+        clip that cannot be read is left out, as the clip itself is.
+      classes: [clips] int, where the generator is conditional on them.
+      folder: to keep the codes in, so that a stopped evaluation goes on; complete, it is one that `detokenize` reads.
+
+    Yields:
+      Batches of this host's share, float32 [B, T, H, W, C] in [0, 1].
+
+    Raises:
+      InputError: the folder holds something else.
+    """
+    host, hosts = jax.process_index(), jax.process_count()
+    with contextlib.ExitStack() as stack:
+        settings = {"clips": clips.describe()}
+        if classes is None:
+            # the batches of all hosts at a time, so that each gets whole ones
+            batches = clips.batches(sampler.batch_size * hosts, process_index=host, process_count=hosts)
+            stack.enter_context(batches)
+        else:
+            settings["counts"] = class_counts(classes)
+        path = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
+        run = _Run("evaluate", sampler, path, len(clips), option="--samples", **settings)
+        total = sum(len(run.rows(number)) for number in run.mine)
+        progress = stack.enter_context(Progress(total, description="sample", unit="video"))
+        for number in run.mine:
+            rows = run.rows(number)
+            real = np.ones(len(rows), bool)
+            if classes is None:
+                batch = next(batches)
+                real = batch["mask"][: len(rows)] > 0
+            codes = run.kept(number)
+            if codes is None:
+                given = {"clips": batch["video"][: len(rows)]} if classes is None else {"classes": classes[rows]}
+                codes = sampler.codes(rows, **given)
+                run.keep(number, codes)
+            videos = sampler.decode(codes)[real]
+            progress.update(len(rows))
+            yield videos
+        if folder is not None:
+            labels = np.full(len(clips), -1) if classes is None else classes
+            run.finish(_described(labels, clips.clip.frames), sheet=True)
+
+
+class _Run:
+    """A folder that is written batch by batch.
+
+    Attributes:
+      path: the folder.
+      mine: numbers of the batches that fall to this host.
+      done: rows of batches that are there already.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        sampler: Sampler,
+        output: str | os.PathLike,
+        total: int,
+        *,
+        option: str = "--output",
+        **settings,
+    ):
+        self._sampler, self._total, self._batch_size = sampler, total, sampler.batch_size
+        self.path = make_folder(output)
+        settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
+        if jax.process_index() == 0:
+            _claim(self.path, settings, option)
+        self._batches = range(-(-total // self._batch_size))
+        self.mine = self._batches[jax.process_index() :: jax.process_count()]
+        self.done = sum(len(self.rows(number)) for number in self._batches if self._shard(number).exists())
+
+    def rows(self, number: int) -> range:
+        """Rows of a batch."""
+        return range(number * self._batch_size, min((number + 1) * self._batch_size, self._total))
+
+    def share(self) -> list[int]:
+        """The batches that are missing and fall to this host."""
+        return [number for number in self.mine if not self._shard(number).exists()]
+
+    def kept(self, number: int) -> np.ndarray | None:
+        """The codes [M, N] of a batch, None where it is missing."""
+        return read_shard(self.path, self._manifest(self._total), number) if self._shard(number).exists() else None
+
+    def keep(self, number: int, codes: np.ndarray) -> None:
+        """Writes a batch's codes [M, N]: from here on it counts as done."""
+        path = self._shard(number)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, codes=codes)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _shard(self, number: int) -> pathlib.Path:
+        return self.path / f"codes-{number:05d}-of-{len(self._batches):05d}.npz"
+
+    def finish(self, rows: list[dict], *, sheet: bool) -> dict[str, Any]:
+        """Writes the manifest and, if wanted, the picture, when all hosts are done."""
+        manifest = self._manifest(len(rows)) | {"rows": rows}
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("all batches are written")
+        if jax.process_index() == 0:
+            if sheet:
+                write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))
+            write_json(self.path / MANIFEST, manifest)
+        return manifest
+
+    def _manifest(self, total: int) -> dict[str, Any]:
+        """The manifest of so many rows, but for themselves."""
+        tokenizer = self._sampler.tokenizer
+        config = tokenizer.config
+        sizes = [min(self._batch_size, total - start) for start in range(0, total, self._batch_size)]
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": tokenizer.fingerprint,
+            "step": tokenizer.step,
+            "generator_step": self._sampler.step,
+            "K": config.quantizer.codebook_size,
+            "N": config.num_tokens,
+            "clip": list(config.clip_shape),
+            "shards": [{"file": self._shard(i).name, "rows": size} for i, size in enumerate(sizes)],
+        }
+
+    def _first_videos(self, manifest: dict) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] of the first rows, from their codes: an earlier call may have written them."""
+        videos = []
+        for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
+            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
+        return videos[:SHEET_ROWS]
+
+
+def _claim(folder: pathlib.Path, settings: dict, option: str) -> None:
+    """Writes the settings into a new folder; refuses one that holds something else."""
+    path = folder / SETTINGS
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no samples of an earlier call; name another {option}")
+        write_json(path, settings)
+        return
+    try:
+        known = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}); name another {option}") from None
+    for name in sorted(settings.keys() | known.keys()):
+        if settings.get(name) != known.get(name):
+            raise InputError(
+                f"{folder} was begun with {name} {known.get(name)}, not {settings.get(name)}; name another {option}"
+            )

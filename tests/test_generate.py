@@ -1,0 +1,396 @@
+"""The commands sample and predict: what they write, that they go on where they stopped, and what they refuse."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from data_helpers import moving_frames
+from flax import nnx
+from network_weights import write_i3d
+from test_evaluators import IDENTITY, Stub
+
+from larp_jax import checkpoint, cli, fvd, generate, load_generator, perceptual, protocols, tokens
+from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
+from larp_jax.data import ClipSpec
+from larp_jax.data.video import probe, write_video
+from larp_jax.models.generator import Generator
+
+SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_classes=3, mlp_multiple=16)
+
+
+def write_generator(folder, metadata, **options):
+    """A generator with weights at random, as a checkpoint that knows where its codes are from."""
+    config = GeneratorConfig(**SIZES | options)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0))), nnx.Param))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes)
+    checkpoint.write_imported(folder, to_dict(GeneratorRecipe(model=config)), {"generator": params})
+    path = folder / "metadata" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | metadata))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_class(tokenizer, tmp_path_factory):
+    metadata = {"tokenizer_fingerprint": tokenizer.fingerprint, "class_counts": [6, 0, 2]}
+    return write_generator(tmp_path_factory.mktemp("g") / "by_class", metadata)
+
+
+@pytest.fixture(scope="module")
+def predictor(tokenizer, tmp_path_factory):
+    metadata = {"tokenizer_fingerprint": tokenizer.fingerprint}
+    return write_generator(tmp_path_factory.mktemp("g") / "predictor", metadata, frame_prediction=True)
+
+
+def run(command, generator, trained, output, *options):
+    return cli.main([command, f"--checkpoint={generator}", f"--tokenizer={trained}", f"--output={output}", *options])
+
+
+def fails(capsys, *arguments):
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("larp-jax: error: ")
+
+
+@pytest.fixture(scope="module")
+def samples(by_class, trained, tmp_path_factory):
+    """Five samples of seed 3, four at a time."""
+    output = tmp_path_factory.mktemp("samples") / "out"
+    assert run("sample", by_class, trained, output, *FIVE) == 0
+    return output
+
+
+FIVE = ("--num=5", "--seed=3", "--batch-size=4", "--cfg-scale=1.5")
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The numbers of the samples that commands draw, as a list to look into."""
+    numbers, codes = [], generate.Sampler.codes
+    monkeypatch.setattr(
+        generate.Sampler, "codes", lambda self, rows, **given: numbers.extend(rows) or codes(self, rows, **given)
+    )
+    return numbers
+
+
+def all_codes(folder):
+    manifest = tokens.read_manifest(folder)
+    return np.concatenate([tokens.read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))])
+
+
+def test_what_sample_writes(samples, by_class, tokenizer):
+    labels = [0, 2, 0, 0, 0]  # 6 : 0 : 2 in training
+    names = [f"{i:06d}_{label}" for i, label in enumerate(labels)]
+    codes = ["codes-00000-of-00002.npz", "codes-00001-of-00002.npz"]
+    assert {path.name for path in samples.iterdir()} == {
+        *(f"{name}.mp4" for name in names), *codes, "samples.png", "settings.json", "manifest.json"
+    }  # fmt: skip
+    info = probe(samples / f"{names[1]}.mp4")
+    assert (info.frames, info.width, info.height) == (8, 32, 32)
+    manifest = tokens.read_manifest(samples)
+    assert manifest["fingerprint"] == tokenizer.fingerprint
+    assert [row["source"] for row in manifest["rows"]] == names
+    assert [row["label"] for row in manifest["rows"]] == labels
+    expected = load_generator(by_class).sample(labels, key=jax.random.key(3), cfg_scale=1.5)
+    np.testing.assert_array_equal(all_codes(samples), expected)
+
+
+def test_detokenize_reads_samples(samples, tokenizer, tmp_path):
+    written = tokens.detokenize(tokenizer, samples, tmp_path / "again")
+    assert [path.stem for path in written] == [row["source"] for row in tokens.read_manifest(samples)["rows"]]
+
+
+def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(samples, output)
+    for name in ("manifest.json", "codes-00001-of-00002.npz", "000004_0.mp4", "samples.png"):
+        (output / name).unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert run("sample", by_class, trained, output, *FIVE) == 0
+    assert sampled == [4]
+    assert all((output / name).stat().st_mtime_ns == time for name, time in kept.items())
+    np.testing.assert_array_equal(all_codes(output), all_codes(samples))
+    assert (output / "samples.png").read_bytes() == (samples / "samples.png").read_bytes()
+
+    sampled.clear()
+    assert run("sample", by_class, trained, output, *FIVE) == 0
+    assert not sampled
+
+    for option, message in (
+        ("--seed=4", "begun with seed 3, not 4; name another --output"),
+        ("--cfg-scale=2", "begun with cfg_scale 1.5, not 2.0"),
+        ("--num=6", "begun with counts {'0': 4, '2': 1}, not"),
+    ):
+        assert message in fails(capsys, "sample", by_class, trained, output, *FIVE, option)
+
+
+def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
+    generator, met = load_generator(by_class), []
+
+    def sample():
+        options = generate.SamplingOptions()
+        generate.sample(generator, tokenizer, tmp_path, counts={0: 6}, options=options, batch_size=2)
+
+    def other_host(name):
+        """What happens until both have met: the second host samples its share."""
+        met.append(sorted(path.name for path in tmp_path.glob("codes-*")))
+        if len(met) == 1:
+            monkeypatch.setattr(jax, "process_index", lambda: 1)
+            sample()
+            assert not (tmp_path / "manifest.json").exists()
+            monkeypatch.setattr(jax, "process_index", lambda: 0)
+
+    monkeypatch.setattr(generate.multihost_utils, "sync_global_devices", other_host)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sample()
+    names = [f"codes-{i:05d}-of-00003.npz" for i in range(3)]
+    assert met == [[names[0], names[2]], names]
+    monkeypatch.undo()
+    np.testing.assert_array_equal(all_codes(tmp_path), generator.sample([0] * 6, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "options, labels",
+    [
+        (["--classes=2,0", "--num=3"], [0, 2, 0]),
+        (["--classes=1:1,0:2"], [0, 1, 0]),
+    ],
+)
+def test_classes_that_are_given(by_class, options, labels):
+    arguments = cli._parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
+    counts = cli._counts_of_classes(arguments, load_generator(by_class))
+    assert sorted(generate._taking_turns(counts)) == sorted(labels)
+
+
+def test_shares():
+    assert generate.spread(10, [1, 1, 1]) == {0: 4, 1: 3, 2: 3}
+    assert generate.spread(10_000, [121, 80, 0, 99]) == {0: 4033, 1: 2667, 3: 3300}
+    assert generate.spread(2, [5, 1, 4]) == {0: 1, 2: 1}
+    assert generate._taking_turns({0: 3, 3: 2}) == [0, 3, 0, 3, 0]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Two windows, and three frames that are too few to predict from."""
+    path = tmp_path_factory.mktemp("videos") / "walk.mp4"
+    write_video(path, moving_frames(19), 12.0)
+    return path
+
+
+def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["predict", predictor, trained, output, f"--input={video}", "--cond-frames=3", "--batch-size=8"]
+    assert run(*arguments) == 0
+    assert "2 predictions beside the truth" in capsys.readouterr().out
+    info = probe(output / "walk-000008.mp4")
+    assert (info.frames, info.width, info.height, info.fps) == (8, 64, 32, 12.0)
+    assert (output / "walk-000008.png").exists()
+    manifest = tokens.read_manifest(output)
+    assert [row["source"] for row in manifest["rows"]] == ["walk-000000", "walk-000008"]
+
+    clips = np.stack([window.frames for rows, _ in generate.Inputs(
+        str(video), generate.ClipSpec(frames=8, resolution=32)).batches(1) for window in rows[:1]])[:2]  # fmt: skip
+    condition = tokenizer.encode(generate.hold_last_frame(clips, 3))
+    expected = load_generator(predictor).sample(condition=condition, key=jax.random.key(0))
+    np.testing.assert_array_equal(all_codes(output), expected)
+
+    time = (output / "walk-000008.mp4").stat().st_mtime_ns
+    assert run(*arguments) == 0
+    assert (output / "walk-000008.mp4").stat().st_mtime_ns == time
+    assert "begun with cond_frames 3, not 4" in fails(capsys, *arguments, "--cond-frames=4")
+    assert "below the clip's 8" in fails(capsys, *arguments, "--cond-frames=8")
+
+
+def test_what_is_refused(by_class, predictor, trained, video, reference_dir, tmp_path, capsys):
+    output = tmp_path / "out"
+    source = f"--input={video}"
+    assert "use larp-jax predict" in fails(capsys, "sample", predictor, trained, output)
+    assert "use larp-jax sample" in fails(capsys, "predict", by_class, trained, output, source)
+    assert "holds a tokenizer; give a generator" in fails(capsys, "sample", trained, trained, output)
+    assert "holds a generator; give a tokenizer" in fails(capsys, "sample", by_class, by_class, output)
+    earlier = trained / "checkpoints" / "2"
+    assert "was trained on codes of tokenizer" in fails(capsys, "sample", by_class, earlier, output)
+    assert "the generator makes 12 codes of 64" in fails(capsys, "sample", reference_dir / "ar_class", trained, output)
+    for option, message in (
+        ("--classes=3", "3 is no class of the generator, which has 0 to 2"),
+        ("--classes=a", "'a' is no number"),
+        ("--classes=0,0", "each class once"),
+        ("--classes=0:1,2", "must be like 0,3 or 0:100,3:50"),
+        ("--cfg-scale=0", "cfg_scale must be at least 1"),
+        ("--top-p=2", "top_p must be"),
+        ("--num=0", "at least 1"),
+    ):
+        assert message in fails(capsys, "sample", by_class, trained, output, option)
+    assert "--num cannot be given" in fails(capsys, "sample", by_class, trained, output, "--classes=0:1", "--num=4")
+    output.mkdir(exist_ok=True)
+    (output / "mine.txt").write_text("")
+    assert "is not empty and holds no samples" in fails(capsys, "sample", by_class, trained, output)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Six windows of two classes."""
+    folder = tmp_path_factory.mktemp("real")
+    for name, count in (("run/a", 8), ("run/b", 17), ("walk/c", 30)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_video(folder / f"{name}.mp4", moving_frames(count, seed=count), 8.0)
+    return folder
+
+
+def clips_of(folder):
+    return protocols.ClipSet(f"folder:{folder}", ClipSpec(frames=8, resolution=32, flip=False))
+
+
+@pytest.fixture
+def no_i3d(tmp_path, monkeypatch):
+    """A network in place of I3D, which takes no clips as short as these."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(perceptual, "identify", lambda kind, path: IDENTITY)
+
+
+def evaluate(generator, trained, real, output, *options):
+    arguments = [f"--data=folder:{real}", "--batch-size=4", "--cfg-interval=-1", *options]
+    assert run("evaluate", generator, trained, output, *arguments) == 0
+    return json.loads(output.read_text())
+
+
+def test_fvd_of_samples(by_class, trained, tokenizer, real, tmp_path, no_i3d, sampled, capsys):
+    kept = tmp_path / "kept"
+    options = ["--metrics=fvd", "--seed=3", "--cfg-scale=1.5", f"--samples={kept}"]
+    written = evaluate(by_class, trained, real, tmp_path / "fvd.json", *options)
+    assert sampled == list(range(6))
+    assert "sample: " in capsys.readouterr().err
+
+    # what the same commands of Python give
+    labels = [0, 2, 0, 0, 0, 0]  # 6 : 0 : 2 in training
+    codes = load_generator(by_class).sample(labels, key=jax.random.key(3), cfg_scale=1.5)
+    evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
+    expected, _ = evaluator.run([np.asarray(tokenizer.decode(codes))])
+    assert written["metrics"].keys() == {"fvd"}
+    assert written["metrics"]["fvd"] == pytest.approx(expected["fvd"], rel=1e-4) and expected["fvd"] > 1e-3
+    protocol = written["protocol"]
+    wanted = {
+        "clips": 6, "made": 6, "clips_chosen": 6, "i3d": IDENTITY, "covariance": "population", "resolution": 32,
+        "given": "classes, as frequent as in training", "class_counts": {"0": 5, "2": 1},
+        "fingerprint": tokenizer.fingerprint, "tokenizer_step": 6, "weights": "ema",
+    }  # fmt: skip
+    assert wanted.items() <= protocol.items()
+    assert {"seed": 3, "cfg_scale": 1.5, "tokenizer": tokenizer.fingerprint}.items() <= protocol["sampling"].items()
+    assert {"checkpoint", "tokenizer", "generator_fingerprint", "versions"} <= protocol.keys()
+    assert protocol["definitions"].keys() == {"clips", "fvd"}
+
+    # stopped and started again, it samples what is missing; a finished folder is one of codes
+    np.testing.assert_array_equal(all_codes(kept), codes)
+    for name in ("manifest.json", "codes-00001-of-00002.npz"):
+        (kept / name).unlink()
+    sampled.clear()
+    again = evaluate(by_class, trained, real, tmp_path / "again.json", *options)
+    assert sampled == [4, 5] and again["metrics"] == written["metrics"]
+    arguments = [f"--data=folder:{real}", "--batch-size=4", *options, "--seed=4"]
+    message = fails(capsys, "evaluate", by_class, trained, tmp_path / "x.json", *arguments)
+    assert "begun with seed 3, not 4; name another --samples" in message
+
+
+def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no_i3d):
+    written = evaluate(predictor, trained, real, tmp_path / "fvd.json", "--metrics=cross_entropy,fvd")
+    with clips_of(real).batches(6) as batches:
+        clips = next(batches)["video"]
+    generator = load_generator(predictor)
+    condition = tokenizer.encode(generate.hold_last_frame(clips, 5))
+    codes = generator.sample(condition=condition, key=jax.random.key(0))
+    evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
+    expected, _ = evaluator.run([np.asarray(tokenizer.decode(codes))])
+    assert written["metrics"]["fvd"] == pytest.approx(expected["fvd"], rel=1e-4)
+    assert written["protocol"]["given"] == "the first 5 frames of each clip"
+    assert written["protocol"]["sampling"]["cond_frames"] == 5
+
+    found = checkpoint.load(predictor)
+    make = nnx.eval_shape(lambda: Generator(found.recipe.model, rngs=nnx.Rngs(0)))
+    module = nnx.merge(nnx.graphdef(make), found.params["generator"])
+    truth = np.asarray(tokenizer.encode(clips))
+    condition = np.pad(np.asarray(condition), ((0, 0), (0, 1)), constant_values=32)
+    logits = module.head(module.features(condition, truth[:, :-1]))
+    likelihoods = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), truth[..., None], axis=-1)
+    assert written["metrics"]["cross_entropy"] == pytest.approx(-likelihoods.mean(), rel=1e-4)
+    assert written["metrics"]["top1"] == pytest.approx(np.mean(np.argmax(logits, -1) == truth))
+    assert written["protocol"]["codes"] == {"K": 32, "N": 8}
+
+
+def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, monkeypatch):
+    options = generate.SamplingOptions()
+    sampler = generate.Sampler(load_generator(predictor), tokenizer, options=options, batch_size=2, cond_frames=3)
+
+    def videos(host, hosts):
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: hosts)
+        return list(generate.videos_beside(sampler, clips_of(real)))
+
+    whole = videos(0, 1)
+    first, second = videos(0, 2), videos(1, 2)
+    assert [len(batch) for batch in whole] == [2, 2, 2] and (len(first), len(second)) == (2, 1)
+    for batch, expected in zip((first[0], second[0], first[1]), whole, strict=True):
+        np.testing.assert_allclose(batch, expected, atol=1e-5)
+
+
+def test_classes_of_the_clips(trained, real, tmp_path):
+    unknown = load_generator(write_generator(tmp_path / "unknown", {}))
+    assert generate.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
+    few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
+    with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
+        generate.classes_beside(few, clips_of(real))
+    none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
+    assert generate.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
+
+
+def test_evaluations_that_are_refused(by_class, predictor, trained, real, reference_dir, tmp_path, capsys):
+    output, data = tmp_path / "x.json", f"--data=folder:{real}"
+    i3d = tmp_path / "i3d.safetensors"
+    source = write_i3d(tmp_path, reference_dir)
+    assert cli.main(["import", "--kind=i3d", f"--source={source}", f"--output={i3d}"]) == 0
+
+    def refused(generator, *options):
+        return fails(capsys, "evaluate", generator, trained, output, data, *options)
+
+    assert cli.main(["evaluate", f"--checkpoint={by_class}", data]) == 2
+    assert "holds a generator; add --tokenizer P" in capsys.readouterr().err
+    assert "psnr is for a tokenizer, this is a generator; choose from fvd" in refused(by_class, "--metrics=fvd,psnr")
+    assert "fid is not known; choose from fvd, cross_entropy" in refused(by_class, "--metrics=fid")
+    assert "no weights of i3d at" in refused(by_class, "--metrics=fvd", f"--i3d={tmp_path / 'absent'}")
+    assert "T at least 9; got [1, 8, 32, 32, 3]" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")
+    assert "--samples is for --metrics fvd" in refused(by_class, "--samples=y")
+    assert "--cfg-scale must be 1" in refused(predictor, "--cfg-scale=2")
+    assert "larp_ucf101 is for no generator" in refused(by_class, "--protocol=larp_ucf101")
+    assert "given 5 frames, this one is given classes" in refused(by_class, "--protocol=larp_k600_prediction")
+    assert "given classes, this one is given 5 frames" in refused(predictor, "--protocol=larp_ucf101_generation")
+    assert "clips of 16x128x128" in refused(by_class, "--protocol=larp_ucf101_generation")
+    earlier = trained / "checkpoints" / "2"
+    assert "was trained on codes of" in fails(capsys, "evaluate", by_class, earlier, output, data)
+    assert "--tokenizer is for generators" in refused(trained)
+    of_tokenizer = ["evaluate", f"--checkpoint={trained}", data]
+    assert cli.main([*of_tokenizer, "--metrics=fvd"]) == 2
+    assert "fvd is for a generator, this is a tokenizer; choose from psnr" in capsys.readouterr().err
+    assert cli.main([*of_tokenizer, "--protocol=larp_k600_prediction"]) == 2
+    assert "larp_k600_prediction is for no tokenizer" in capsys.readouterr().err
+
+
+def test_benchmark(tmp_path, capsys):
+    config = f"--config={cli.__file__.replace('larp_jax/cli.py', 'configs/generator_s.py')}"
+    small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]
+    output = tmp_path / "sample.json"
+    arguments = ["benchmark", "sample", config, *small, "--batch-size=2", "--seconds=1", f"--output={output}"]
+    assert cli.main(arguments) == 0
+    result = json.loads(output.read_text())
+    assert result["tokens_per_second"] == pytest.approx(4 * result["videos_per_second"])
+    # attention 48 x 144 and 48 x 48, the MLP, the head; 2.5 positions of 4 rows on average
+    read = 4 * (48 * 192 + 3 * 48 * 256 + 48 * 8192 + 4 * 2.5 * 96) / 1e6
+    assert result["megabytes_per_step"] == pytest.approx(read)
+    assert 0 < result["share_of_bandwidth_ceiling"] and 0 < result["share_of_matmul_ceiling"] < 1
+    assert "tokens per second" in capsys.readouterr().out
+    assert cli.main(["benchmark", "data", config]) == 2
+    assert "needs the config of a tokenizer, not of a generator" in capsys.readouterr().err

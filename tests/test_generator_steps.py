@@ -1,0 +1,224 @@
+"""The generator's training step: what it minimises, the same on every mesh, weight decay, sharding."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from larp_jax import sharding
+from larp_jax.config import (
+    DataConfig,
+    GeneratorConfig,
+    GeneratorOptimConfig,
+    GeneratorRecipe,
+    MeshConfig,
+    QuantizerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from larp_jax.errors import InputError
+from larp_jax.models.chunks import TOKENS_PER_CHUNK
+from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.paths import path_name
+from larp_jax.steps import GeneratorStage
+
+TOKENIZER = TokenizerConfig(
+    size="larp_s",
+    frames=4,
+    resolution=16,
+    patch_frames=2,
+    num_tokens=TOKENS_PER_CHUNK + 8,  # more than one piece
+    encoder=TransformerConfig(width=16, depth=1, heads=2),
+    decoder=TransformerConfig(width=16, depth=1, heads=2),
+    quantizer=QuantizerConfig(codebook_size=32, code_dim=4),
+)
+RECIPE = GeneratorRecipe(
+    steps=100,
+    model=GeneratorConfig(
+        width=32, depth=2, heads=2, codebook_size=32, num_tokens=TOKENIZER.num_tokens, num_classes=3, mlp_multiple=32
+    ),
+    data=DataConfig(batch_size=8),
+    optim=GeneratorOptimConfig(learning_rate=1e-2, ema_decay=0.9),
+)
+DROPOUTS = ("class", "token", "attention", "residual", "mlp", "path")
+STILL = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, **{f"{d}_dropout": 0.0 for d in DROPOUTS}))
+PREDICTION = dataclasses.replace(
+    STILL, cond_frames=2, model=dataclasses.replace(STILL.model, frame_prediction=True, num_classes=1)
+)
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def frozen():
+    """A tokenizer with weights at random."""
+    params = nnx.to_pure_dict(nnx.state(Tokenizer(TOKENIZER, rngs=nnx.Rngs(0)), nnx.Param))
+    return {"tokenizer": jax.device_get(params)}
+
+
+def clips(seed=0):
+    rng = np.random.default_rng(seed)
+    video = rng.integers(0, 256, (8, *TOKENIZER.clip_shape), dtype=np.uint8)
+    return {"video": video, "label": np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)}
+
+
+@functools.cache
+def codes_of_clips(recipe):
+    return jax.device_get(jax.jit(GeneratorStage(recipe, TOKENIZER).codes)(clips(), frozen()))
+
+
+def run(recipe, shape=(1, 1, 1), steps=2, from_codes=False):
+    """Logs of some steps on the same clips, and the last state."""
+    stage = GeneratorStage(recipe, None if from_codes else TOKENIZER)
+    batch = codes_of_clips(recipe) if from_codes else clips()
+    mesh = MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2])
+    mesh = sharding.make_mesh(mesh, jax.devices()[: math.prod(shape)])
+    key = jax.random.key(0)
+    placement = sharding.state_shardings(jax.eval_shape(stage.init, key), mesh)
+    weights = {} if from_codes else frozen()
+    weights = jax.device_put(weights, sharding.param_shardings(weights, mesh))
+    with jax.set_mesh(mesh):
+        state = quick_jit(stage.init, out_shardings=placement)(key)
+        step = quick_jit(stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        logs = []
+        for _ in range(steps):
+            state, log = step(state, sharding.to_mesh(batch, mesh), jax.random.key(1), weights)
+            logs.append({name: float(value) for name, value in log.items()})
+    return logs, state
+
+
+@functools.cache
+def from_clips():
+    return run(RECIPE, steps=4)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_losses_are_the_same_on_every_mesh(shape):
+    expected, _ = from_clips()
+    logs, state = run(RECIPE, shape, steps=4)
+    for one, other in zip(expected, logs, strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
+    assert int(state.step) == 4
+    if shape == (2, 2, 2):
+        kernel = lambda tree: tree["generator"]["blocks"]["mlp"]["gate"]["kernel"]  # noqa: E731
+        assert kernel(state.params).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
+        moments = state.opt_state["generator"][1]
+        assert kernel(moments.mu).sharding == kernel(moments.nu).sharding == kernel(state.params).sharding
+
+
+def test_codes_on_disk_train_like_the_clips_they_are_of():
+    online, state = from_clips()
+    offline, other = run(RECIPE, steps=4, from_codes=True)
+    for one, two in zip(online, offline, strict=True):
+        np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), state.params, other.params)
+
+
+@functools.cache
+def learned_by_heart():
+    return run(STILL, steps=80, from_codes=True)
+
+
+def test_a_few_clips_are_learned_by_heart():
+    logs, _ = learned_by_heart()
+    np.testing.assert_allclose(logs[0]["loss"], np.log(32), rtol=1e-4)  # the head starts at zero
+    assert logs[-1]["loss"] < 0.5 and logs[-1]["top1"] > 0.9
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_every_code():
+    """Against logits held whole, at weights that say something."""
+    stage, batch = GeneratorStage(STILL), codes_of_clips(STILL)
+    params = jax.device_get(learned_by_heart()[1].params)
+    logits = stage.module("generator", params)(jnp.asarray(batch["label"]), jnp.asarray(batch["codes"][:, :-1]))
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["codes"][..., None], axis=-1)[..., 0]
+    scored = stage.score(params, batch)
+    np.testing.assert_allclose(scored.cross_entropy, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(scored.rank == 0, logits.argmax(-1) == batch["codes"])
+
+
+def random_params(stage):
+    """Like the parameters of a state, drawn anew: nothing is zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
+    return jax.tree.map(lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def test_classes_are_dropped_for_the_null_class():
+    model = dataclasses.replace(STILL.model, class_dropout=0.99)
+    stage = GeneratorStage(dataclasses.replace(STILL, model=model))
+
+    @quick_jit
+    def gradient(params, batch):
+        loss = lambda params: stage.score(params, batch, jax.random.key(0)).cross_entropy.mean()  # noqa: E731
+        return jax.grad(loss)(params)["generator"]["class_embedding"]
+
+    def touched(label):
+        batch = codes_of_clips(STILL) | {"label": np.full(8, label, np.int32)}
+        return (np.abs(gradient(random_params(stage), batch)).max(axis=1) > 0).tolist()
+
+    assert touched(-1) == [False, False, False, True]
+    assert touched(0)[1:] == [False, False, True]
+
+
+def test_weight_decay_is_of_linear_kernels_only():
+    params = random_params(GeneratorStage(STILL))
+
+    def updates(decay):
+        optim = GeneratorOptimConfig(learning_rate=1e-2, weight_decay=decay)
+        optimizer = GeneratorStage(dataclasses.replace(STILL, optim=optim)).optimizer
+        return quick_jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0]
+
+    difference = jax.tree.map(lambda x, y: x - y, updates(0.5), updates(0.0))
+    kernels = set()
+    for (path, change), param in zip(
+        jax.tree_util.tree_leaves_with_path(difference), jax.tree.leaves(params), strict=True
+    ):
+        if np.abs(change).max() > 1e-9:
+            kernels.add(path_name(path).removeprefix("generator/"))
+            np.testing.assert_allclose(change, -1e-2 * 0.5 * param, rtol=1e-3, atol=1e-7)
+    blocks = ("attention/qkv", "attention/out", "mlp/gate", "mlp/up", "mlp/down")
+    assert kernels == {"head/kernel", *(f"blocks/{name}/kernel" for name in blocks)}
+
+
+def test_frame_prediction_is_given_its_first_frames():
+    batch = codes_of_clips(PREDICTION)
+    changed = clips()
+    changed["video"][:, 2:] = 0  # what comes after them
+    other = jax.jit(GeneratorStage(PREDICTION, TOKENIZER).codes)(changed, frozen())
+    np.testing.assert_array_equal(other["condition"], batch["condition"])
+    assert (np.asarray(other["codes"]) != batch["codes"]).any()
+
+    logs, _ = run(PREDICTION, from_codes=True)
+    assert logs[1]["loss"] < logs[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"), [({"accumulate": 2}, 1e-5), ({"remat": "block", "precision": "bfloat16"}, 1e-2)]
+)
+def test_a_batch_in_parts_or_in_half_precision(change, tolerance):
+    logs, _ = run(dataclasses.replace(STILL, **change), from_codes=True)
+    for one, other in zip(learned_by_heart()[0], logs, strict=False):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"frame_prediction": True}])
+def test_nearly_all_bytes_are_sharded(options):
+    stage = GeneratorStage(GeneratorRecipe(model=GeneratorConfig(size="LP", **options)))
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    placement = sharding.state_shardings(shapes, mesh)
+    whole, split = 0, 0
+    for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(placement), strict=True):
+        whole += math.prod(x.shape)
+        split += math.prod(x.shape) * (math.prod(s.shard_shape(x.shape)) * mesh.size == math.prod(x.shape))
+    assert split / whole > 0.999
+
+
+def test_sizes_must_be_known():
+    with pytest.raises(InputError, match="model.num_classes=0 leaves it open"):
+        GeneratorStage(dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, num_classes=0)))

@@ -1,0 +1,256 @@
+"""Sampling: as the authors' sampler does, the same from every batch and mesh, in one program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fidelity import build, sampling_deviations
+from flax import nnx
+
+from larp_jax.api import LoadedGenerator, load_generator
+from larp_jax.config import GeneratorConfig, MeshConfig
+from larp_jax.errors import InputError
+from larp_jax.importing import import_huggingface
+from larp_jax.models.generator import Generator
+from larp_jax.sampling import SamplingOptions, cache_parts, filter_logits
+from larp_jax.sharding import make_mesh
+from larp_jax.steps import hold_last_frame
+
+KEY = jax.random.key(5)
+GUIDED = dict(cfg_scale=3.0, temperature=1.5)
+
+
+@pytest.fixture(scope="module", params=["ar_class", "ar_frame_prediction"])
+def folder(request, reference_dir):
+    return reference_dir / request.param
+
+
+@pytest.fixture(scope="module")
+def generator(reference_dir):
+    """Conditional on 5 classes: 12 codes of 64."""
+    return load_generator(reference_dir / "ar_class")
+
+
+@pytest.fixture(scope="module")
+def eight(generator):
+    """Samples 0 to 7."""
+    return generator.sample(CLASSES, key=KEY, **GUIDED)
+
+
+CLASSES = np.array([0, 1, 2, 3, 4, 0, -1, 2])
+
+
+def test_every_sequence_of_the_reference(folder):
+    deviations = sampling_deviations(folder)
+    assert len(deviations) == (8 if folder.name == "ar_class" else 1)
+    assert not [d for d in deviations if not d.within]
+
+
+def test_cached_sampling_is_uncached_decoding_token_by_token(folder):
+    """Grouped heads and fixed positions too: the whole network is run again for each code."""
+    _, config, params = import_huggingface(folder)
+    io = np.load(folder / "io.npz")
+    network = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params["generator"])
+    forward = jax.jit(lambda tokens: network(io["cond"], tokens))
+    tokens = np.zeros((3, config.num_tokens - 1), np.int32)
+    codes = []
+    for i in range(config.num_tokens):
+        codes.append(np.argmax(forward(tokens)[:, i], axis=-1))
+        tokens[:, i : i + 1] = codes[-1][:, None]
+    condition = {"condition": io["cond"][:, :-1]} if config.frame_prediction else {"classes": io["cond"]}
+    cached = load_generator(folder).sample(**condition, key=KEY, top_k=1)
+    np.testing.assert_array_equal(cached, np.stack(codes, axis=1))
+
+
+def make(seed=0, **options) -> LoadedGenerator:
+    """A small generator with weights large enough for codes to differ."""
+    sizes = dict(width=32, depth=2, heads=4, codebook_size=16, num_tokens=6, num_classes=3, mlp_multiple=16)
+    config = GeneratorConfig(**sizes | {"init_std": 0.5} | options)
+    rngs = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: params_of(config))
+    params = jax.tree.map(lambda x: rngs.normal(0.0, 0.3, x.shape).astype(np.float32), shapes)
+    return LoadedGenerator(config, params)
+
+
+def params_of(config):
+    return nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+@pytest.mark.parametrize("options", [{"kv_heads": 2}, {"fixed_positions": True}], ids=str)
+def test_options_of_the_network(options):
+    """Each code is the likeliest after those before it, by the network without cache."""
+    generator = make(**options)
+    codes = np.asarray(generator.sample([0, 1, 2], key=KEY, top_k=1))
+    network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
+    logits = network(np.arange(3), codes[:, :-1])
+    np.testing.assert_array_equal(codes, np.argmax(logits, axis=-1))
+    assert len(np.unique(codes)) > 3
+
+
+def test_a_sample_does_not_depend_on_its_batch(generator, eight):
+    for rows in ([3], [6, 1]):
+        codes = generator.sample(CLASSES[rows], indices=rows, key=KEY, **GUIDED)
+        np.testing.assert_array_equal(codes, eight[np.array(rows)])
+    again = generator.sample(CLASSES, indices=np.arange(8, 16), key=KEY, **GUIDED)
+    assert np.mean(np.asarray(again) != eight) > 0.5
+    other = generator.sample(CLASSES, key=jax.random.key(6), **GUIDED)
+    assert np.mean(np.asarray(other) != eight) > 0.5
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_a_sample_does_not_depend_on_the_mesh(reference_dir, eight, shape):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "model"), shape, strict=True))))
+    generator = load_generator(reference_dir / "ar_class", mesh=mesh)
+    codes = generator.sample(CLASSES, key=KEY, **GUIDED)
+    np.testing.assert_array_equal(codes, eight)
+    if shape == (8, 1, 1):
+        text = generator.compile(8, cfg_scale=3.0, cfg_interval=4).as_text()
+        found = re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", loops(text))
+        assert not found, "devices talk to each other at every code"
+        for cache in ("f32[2,4,6,12]", "f32[1,4,12,12]"):  # of one sample: guided for 6 codes, then not
+            assert cache in text
+        with pytest.raises(InputError, match="does not split over data x fsdp = 8"):
+            generator.sample([0, 1, 2], key=KEY)
+
+
+def loops(text: str) -> str:
+    """The computations of a compiled program's text that its loops run, and all that these call."""
+    bodies = dict(re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    todo, seen = re.findall(r"body=%?([\w.-]+)", text), set()
+    while todo:
+        name = todo.pop()
+        if name in bodies and name not in seen:
+            seen.add(name)
+            todo += re.findall(r"%([\w.-]+)", bodies[name])
+    assert seen
+    return "\n".join(bodies[name] for name in seen)
+
+
+def test_one_program_that_keeps_to_the_device(generator, eight):
+    """Neither other values nor other classes compile again, and no loop leaves the device or copies a cache."""
+    fresh = make()
+    for scale, temperature, classes in ((1.5, 1.0, [0, 1]), (3.0, 0.5, [2, -1])):
+        fresh.sample(classes, key=KEY, cfg_scale=scale, temperature=temperature)
+    assert fresh._sample._cache_size() == 1
+    for k, p in ((2, 0.9), (5, 0.5)):
+        fresh.sample([0, 1], key=KEY, top_k=k, top_p=p)
+    assert fresh._sample._cache_size() == 2
+
+    text = loops(generator.compile(8, **GUIDED).as_text())
+    assert "dot(" in text or "fusion(" in text
+    assert not re.findall(r"\b(infeed|outfeed|send|recv)(?:-start|-done)?\(|callback", text)
+    cache = r"f32\[16,4,12,12\]"
+    assert re.search(cache, text)
+    assert not re.findall(rf"= {cache}\S* copy\(", text)
+
+
+def test_top_k_and_top_p_draw_from_the_filtered_distribution():
+    logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
+    kept = lambda k, p: np.isfinite(filter_logits(logits, k, p))[0].tolist()  # noqa: E731
+    assert kept(1, None) == [True, False, False, False, False]
+    assert kept(2, None) == [True, True, True, False, False]  # the tie stays
+    assert kept(None, 0.4) == [True, False, False, False, False]
+    assert kept(None, 0.6) == [True, True, True, False, False]
+    assert kept(None, 0.95) == [True, True, True, True, False]
+    assert kept(3, 0.54) == [True, False, False, False, False]  # 0.5 / 0.9 after top-k
+    assert kept(None, 1e-9) == [True, False, False, False, False]
+    assert kept(9, 1.0) == [True] * 5
+
+
+def test_draws_follow_the_distribution():
+    """The first code of many samples, against the softmax of its logits."""
+    generator = make(num_tokens=1)
+    network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
+    probs = np.asarray(jax.nn.softmax(network(np.array([1]), np.zeros((1, 0), int))[0, 0] / 2.0))
+    codes = np.asarray(generator.sample(np.ones(4000, int), key=KEY, temperature=2.0))[:, 0]
+    share = np.bincount(codes, minlength=16) / 4000
+    assert np.all(np.abs(share - probs) < 5 * np.sqrt(probs * (1 - probs) / 4000) + 1e-3)
+    best = np.argsort(-probs)[:3]
+    codes = np.asarray(generator.sample(np.ones(400, int), key=KEY, temperature=2.0, top_k=3))[:, 0]
+    assert set(codes) == set(best)
+
+
+def test_cache_parts_cover_every_code_once():
+    for num_tokens in (1, 2, 63, 64, 65, 256, 1024):
+        for guided in (0, 2, 70, num_tokens):
+            parts = cache_parts(num_tokens, min(guided, num_tokens))
+            assert [i for part in parts for i in range(*part)] == list(range(1, num_tokens))
+            assert all(start >= guided or stop <= guided for start, stop in parts)
+
+
+def test_several_parts_compute_what_one_does(monkeypatch, generator, eight):
+    monkeypatch.setattr("larp_jax.sampling.SHORTEST_PART", 3)
+    split = LoadedGenerator(generator.config, generator._params)
+    np.testing.assert_array_equal(split.sample(CLASSES, key=KEY, **GUIDED), eight)
+
+
+def test_bfloat16(reference_dir, eight):
+    generator = load_generator(reference_dir / "ar_class", precision="bfloat16")
+    codes = generator.sample(CLASSES, key=KEY, **GUIDED)
+    assert codes.dtype == jnp.int32
+    assert np.mean(np.asarray(codes)[:, 0] == np.asarray(eight)[:, 0]) >= 0.75
+    assert "bf16[16,4,12,12]" in generator.compile(8, **GUIDED).as_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(classes=[5]), r"classes must be \[B\] of integers in \[-1, 5\), got values from 5 to 5"),
+        (dict(classes=[[1]]), r"got shape \[1, 1\]"),
+        (dict(classes=[]), r"got shape \[0\]"),
+        (dict(classes=[0.5]), "got float64"),
+        (dict(classes=None), "give classes="),
+        (dict(classes=[0], condition=np.zeros((1, 12), int)), "no condition"),
+        (dict(classes=[0], indices=[1, 2]), r"indices must be \[1\], one for each sample; got \[2\]"),
+        (dict(classes=[0], indices=[-1]), "got values from -1"),
+        (dict(classes=[0], cfg_scale=0.5), "cfg_scale must be at least 1"),
+        (dict(classes=[0], cfg_interval=-2), "cfg_interval must be -1"),
+        (dict(classes=[0], temperature=0.0), "temperature must be above 0; for greedy sampling use top_k 1"),
+        (dict(classes=[0], temperature=float("nan")), "temperature must be above 0"),
+        (dict(classes=[0], top_k=-1), "top_k must be"),
+        (dict(classes=[0], top_p=0.0), "top_p must be above 0"),
+        (dict(classes=[0], top_p=1.1), "top_p must be"),
+    ],
+)
+def test_arguments_that_are_wrong(generator, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generator.sample(**arguments, key=KEY)
+
+
+def test_arguments_that_do_not_suit_the_generator(reference_dir):
+    predictor = load_generator(reference_dir / "ar_frame_prediction")
+    codes = np.zeros((2, 12), np.int32)
+    for arguments, message in (
+        (dict(classes=[0]), "give condition=codes"),
+        (dict(condition=codes[:, :-1]), r"condition must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
+        (dict(condition=codes + 64), "got values from 64 to 64"),
+        (dict(condition=codes, cfg_scale=2.0), "cfg_scale must be 1 for frame prediction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor.sample(**arguments, key=KEY)
+    without_null = make(class_dropout=0.0)
+    with pytest.raises(ValueError, match="without null class; got 2"):
+        without_null.sample([0], key=KEY, cfg_scale=2.0)
+    with pytest.raises(ValueError, match=r"in \[0, 3\)"):
+        without_null.sample([-1], key=KEY)
+    with pytest.raises(InputError, match="precision='float16' is not known"):
+        load_generator(reference_dir / "ar_class", precision="float16")
+    with pytest.raises(InputError, match="holds a tokenizer; give a generator"):
+        load_generator(reference_dir / "tokenizer")
+
+
+def test_hold_last_frame():
+    video = np.arange(8).reshape(1, 8, 1)
+    assert hold_last_frame(video, 3).ravel().tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
+    for frames in (0, 8):
+        with pytest.raises(ValueError, match="fewer than the clip's 8"):
+            hold_last_frame(video, frames)
+
+
+def test_plans():
+    assert SamplingOptions(cfg_scale=1.25, cfg_interval=4).plan(12).guided == 6
+    assert SamplingOptions(cfg_scale=1.25, cfg_interval=40).plan(12).guided == 12
+    assert SamplingOptions(cfg_interval=4).plan(12).guided == 0
+    assert not SamplingOptions(top_k=1, top_p=0.5).plan(12).top_p
