@@ -50,7 +50,8 @@ def benchmark_data(
 
     Returns:
       The settings, and `clips_per_second` (median over 5 windows), `slowest_window` and `fastest_window` (likewise
-      clips a second), `first_batch_seconds` (data set opened, workers started, first batch there),
+      clips a second), `cpu_ms` (processor time a clip in this process, which other programs disturb least; None with
+      workers), `first_batch_seconds` (data set opened, workers started, first batch there),
       `videos`, and of clips read one by one in one thread: `read_clip_ms` (median), the mean time of each stage of a
       clip until it lies in its batch, `read_ms` (file and container, or record), `decode_ms`, `resize_ms` (with the
       conversion to RGB) and `copy_ms` (everything else), and `bottleneck`, the longest of the four. With a
@@ -65,7 +66,8 @@ def benchmark_data(
         first_batch = time.perf_counter() - began
         for _ in range(2):
             next(batches)
-        rates = [_rate(batches, batch_size, seconds / WINDOWS) for _ in range(WINDOWS)]
+        windows = [_measure(batches, batch_size, seconds / WINDOWS) for _ in range(WINDOWS)]
+        rates = [clips / elapsed for clips, elapsed, _ in windows]
         source = batches.source
     result = {
         "data": spec,
@@ -76,6 +78,7 @@ def benchmark_data(
         "clips_per_second": statistics.median(rates),
         "slowest_window": min(rates),
         "fastest_window": max(rates),
+        "cpu_ms": None if workers else 1e3 * sum(spent for *_, spent in windows) / sum(clips for clips, *_ in windows),
         "first_batch_seconds": first_batch,
         **_time_stages(source, clip),
     }
@@ -106,12 +109,13 @@ def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
     }
 
 
-def _rate(batches, batch_size: int, seconds: float) -> float:
-    began, clips = time.perf_counter(), 0
+def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, float]:
+    """(clips, seconds, seconds of processor time) of so many seconds, and one batch at least."""
+    began, spent, clips = time.perf_counter(), time.process_time(), 0
     while (elapsed := time.perf_counter() - began) < seconds or not clips:
         next(batches)
         clips += batch_size
-    return clips / elapsed
+    return clips, elapsed, time.process_time() - spent
 
 
 def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from larp_jax.data.sources import StoredVideo
 DURATIONS = (1, 2, 5, 10, 20, 30, 60, 300)  # seconds, where one bar of the histogram ends and the next begins
 THUMBNAIL = 8  # side of the grey pictures that videos are compared by, three a video
 # Levels of 255 that those of one video, stored in two ways, differ by at most on average. Of 16 clips recoded at
-# another size and a low quality (CRF 30) 13 stay below; pairs of one person doing two things before one wall begin at
-# 3.1.
+# another size and low quality (CRF 30) 13 stay below; pairs of one person doing two things at one wall begin at 3.1.
 ALIKE = 2.5
 MANY_PAIRS = 1000  # that are listed
 MANY_BARS = 12  # that are printed
