@@ -265,7 +265,9 @@ class LoadedGenerator:
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
 
-        self._sample = jax.jit(sample, static_argnames="plan")
+        # with AVX-512, LLVM would use half of it
+        options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+        self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
 
     @classmethod
     def of(
