@@ -1,0 +1,159 @@
+"""Token analysis: each number is what its definition says, however clips are batched."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from larp_jax import analysis, api, cli, losses
+from larp_jax.checkpoint import load
+from larp_jax.data import eval_batches
+from larp_jax.data.pipeline import ClipSpec
+from larp_jax.errors import InputError
+from larp_jax.steps import TokenizerStage
+
+CLIPS = 5  # of 8 a batch: padded
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """What the command writes."""
+    folder = tmp_path_factory.mktemp("analysis")
+    counts = ["--max-clips=11", f"--ablated-clips={CLIPS}", "--batch-size=8"]
+    command = ["analyze", "--checkpoint", str(trained), "--data", "moving_shapes:test", "--output", str(folder)]
+    assert cli.main([*command, *counts]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    return json.loads((folder / "analysis.json").read_text())
+
+
+def clips(trained, count):
+    model = load(trained).recipe.model
+    spec = ClipSpec(frames=model.frames, resolution=model.resolution, flip=False)
+    with eval_batches("moving_shapes:test", spec, batch_size=count, max_clips=count) as batches:
+        return next(batches)["video"]
+
+
+def test_replacing_a_code_measured_by_hand(trained, tokenizer, folder, result):
+    videos = clips(trained, CLIPS)
+    codes = np.asarray(tokenizer.encode(videos))
+    whole = np.asarray(tokenizer.decode(codes), np.float64)
+    arrays = np.load(folder / "analysis.npz")
+    count, (t, h, w) = tokenizer.config.num_tokens, tokenizer.config.decoder_grid
+    assert arrays["patches"].shape == (count, t, h, w) and arrays["frames"].shape == (count, tokenizer.config.frames)
+    assert np.ptp(result["by_position"]["change"]) > 0
+    for position in (0, 3, count - 1):
+        changed = codes.copy()
+        changed[:, position] = np.roll(codes[:, position], CLIPS // 2)
+        decoded = np.asarray(tokenizer.decode(changed), np.float64)
+        difference = np.square(decoded - whole).mean(axis=(0, 4))  # [T, H, W]
+        np.testing.assert_allclose(arrays["frames"][position], difference.mean(axis=(1, 2)), rtol=1e-3, atol=1e-12)
+        pt, ph, pw = tokenizer.config.decoder_patch
+        by_patch = difference.reshape(t, pt, h, ph, w, pw).mean(axis=(1, 3, 5))
+        np.testing.assert_allclose(arrays["patches"][position], by_patch, rtol=1e-3, atol=1e-12)
+        assert result["by_position"]["change"][position] == pytest.approx(difference.mean(), rel=1e-3)
+        error = [np.square(x - videos / 255).mean() for x in (decoded, whole)]
+        assert result["by_position"]["rise"][position] == pytest.approx(error[0] - error[1], rel=1e-3, abs=1e-8)
+
+
+def test_codes_kept_measured_by_hand(trained, tokenizer, result):
+    videos = clips(trained, CLIPS)
+    codes = np.asarray(tokenizer.encode(videos))
+    other = np.roll(codes, CLIPS // 2, axis=0)
+    count = tokenizer.config.num_tokens
+    kept = result["kept"]
+    assert kept["tokens"] == list(range(count + 1))  # all there are, of so few
+    rise = np.array(result["by_position"]["rise"])
+    orders = {"first": np.arange(count), "last": np.arange(count)[::-1], "important": np.argsort(-rise, kind="stable")}
+    assert set(kept["psnr"]) == {*orders, "random"}
+    for name, order in orders.items():
+        for number in (0, 3, count):
+            mixed = other.copy()
+            mixed[:, order[:number]] = codes[:, order[:number]]
+            error = np.square(np.asarray(tokenizer.decode(mixed)) - videos / np.float32(255)).mean(axis=(1, 2, 3, 4))
+            expected = (-10 * np.log10(error)).mean()
+            assert kept["psnr"][name][number] == pytest.approx(expected, abs=1e-3), (name, number)
+    assert len({round(psnr[-1], 4) for psnr in kept["psnr"].values()}) == 1
+    assert result["summary"]["psnr_all_replaced"] == kept["psnr"]["first"][0]
+
+
+def test_statistics_by_position(trained, tokenizer, folder, result):
+    videos = clips(trained, 11)
+    found = load(trained)
+    stage = TokenizerStage(found.recipe)
+    quantized = stage.module("tokenizer", found.params).quantize(jnp.asarray(videos / np.float32(255)))
+    codes = np.asarray(quantized.indices)
+    counts = np.load(folder / "analysis.npz")["counts"]
+    for position, row in enumerate(counts):
+        np.testing.assert_array_equal(row, np.bincount(codes[:, position], minlength=len(row)))
+    shares = [np.bincount(column)[np.bincount(column) > 0] / 11 for column in codes.T]
+    np.testing.assert_allclose(result["by_position"]["entropy"], [-(p * np.log(p)).sum() for p in shares], atol=1e-9)
+    assert result["by_position"]["codes"] == [len(p) for p in shares]
+
+    prior = stage.module("prior", found.params)
+    codebook = tokenizer.codebook
+    scored = losses.next_code(prior(quantized.z_q[:, :-1]), quantized.indices[:, 1:], codebook)
+    by_position = result["by_position"]["prior_cross_entropy"]
+    assert by_position[0] is None
+    np.testing.assert_allclose(by_position[1:], scored.cross_entropy.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(result["by_position"]["prior_top5"][1:], (scored.rank < 5).mean(axis=0), atol=1e-6)
+    assert result["summary"]["prior_cross_entropy"] == pytest.approx(np.mean(by_position[1:]), rel=1e-5)
+    assert result["protocol"]["clips"] == 11 and result["protocol"]["ablated_clips"] == CLIPS
+
+
+def test_files(folder):
+    written = {path.name for path in folder.iterdir()}
+    assert written >= {"analysis.json", "analysis.npz", "maps.png", "kept.svg", "change.svg", "prior.svg"}
+    assert (folder / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_effective_share():
+    rows = np.array([[1.0, 1, 1, 1], [0, 3, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(analysis._effective_share(rows), [1, 0.25, 0.5, np.nan])
+
+
+def test_a_picture_shows_where():
+    patches, frames = np.zeros((3, 2, 2, 4)), np.zeros((3, 8))
+    patches[0, :, 1, 2] = frames[0, 5] = 4.0
+    picture = analysis.ablation_picture(patches, frames, side=2, gap=1)
+    dark, bright = analysis.SEQUENTIAL[[0, -1]].astype(np.uint8)
+    tile = picture[1:3, 1:5]  # one pixel a patch here
+    np.testing.assert_array_equal(tile[1, 2], bright)
+    assert (tile.reshape(-1, 3) == dark).all(axis=1).sum() == 7
+    np.testing.assert_array_equal(picture[5, 1:5], [dark, dark, dark, dark])  # frames 0, 2, 4, 6 of 8 fit
+
+
+def test_what_cannot_be_analysed(trained, tmp_path):
+    found = load(trained)
+    with pytest.raises(InputError, match="has one clip, which has no other.*--replace common"):
+        analysis.analyze(found, "moving_shapes:test", tmp_path / "a", max_clips=8, ablated_clips=1)
+    with pytest.raises(InputError, match="--replace mean is not known"):
+        analysis.analyze(found, "moving_shapes:test", tmp_path / "a", replace="mean")
+    model = dataclasses.replace(found.recipe.model, quantizer=dataclasses.replace(found.recipe.model.quantizer, kind="kl"))
+    recipe = dataclasses.replace(found.recipe, model=model, loss=dataclasses.replace(found.recipe.loss, prior_weight=0.0))
+    with pytest.raises(InputError, match="continuous latents"):
+        analysis.analyze(dataclasses.replace(found, recipe=recipe), "moving_shapes:test", tmp_path / "a")
+
+
+def test_the_most_frequent_code_as_the_replacement(trained, tokenizer):
+    """A clip that has nothing but the most frequent codes is left as it is."""
+    videos = clips(trained, 3)
+    codes = np.tile(np.arange(tokenizer.config.num_tokens), (3, 1)).astype(np.int32)
+    from larp_jax import sharding
+    from larp_jax.config import MeshConfig
+    from larp_jax.writers import Progress
+
+    mesh = sharding.make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        loaded = api.load_tokenizer(trained, mesh=mesh)
+        probe = analysis.Probe(loaded, mesh, videos, codes, codes, batch_size=8)
+        keep = np.zeros((3, codes.shape[1]), bool)
+        errors, patches, frames = probe.run(keep, Progress(probe.calls(3)))
+    assert errors.shape == (3, 3) and np.ptp(errors, axis=0).max() == 0
+    assert not patches.any() and not frames.any()
