@@ -12,6 +12,7 @@ import jinja2
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 32
 MOST_POINTS = 400  # of a series; of more, each stretch shows its smallest and largest
+FEW_POINTS = 60  # of dots that may be large
 LOG_RATIO = 100.0  # values further apart than this get a logarithmic axis
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -96,7 +97,8 @@ def geometry(chart: Chart) -> dict[str, Any]:
                     alone = pen == "M" and (i + 1 == len(at) or at[i + 1] is None)
                     path += f"{pen}{p[0]:.1f},{p[1]:.1f}" + ("h0" if alone else "")
                 pen = "L" if p else "M"
-        drawn.append({"name": series.name, "path": path, "dots": series.dots})
+        few = len(line) <= FEW_POINTS
+        drawn.append({"name": series.name, "path": path, "style": f"dots{' few' * few}" if series.dots else "line"})
     y_ticks = [(10.0**t, up(t)) for t in _log_ticks(y_low, y_high)] if log else [
         (t, up(t)) for t in _ticks(y_low, y_high, 4)
     ]  # fmt: skip

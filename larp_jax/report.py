@@ -33,7 +33,19 @@ PANELS = (
     ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch", "eval/usage": "evaluation"}),
     ("Perplexity of the codes", "codes", {"train/perplexity": "batch", "eval/perplexity": "evaluation"}),
     ("KL of the codes from uniform", "nats", {"train/kl_from_uniform": "batch", "eval/kl_from_uniform": "evaluation"}),
-    ("Quantiser loss", "", {"train/loss_quantizer": ""}),
+    (
+        "Quantiser losses",
+        "",
+        {
+            "train/loss_quantizer": "weighted sum",
+            "train/quantizer_commitment": "commitment",
+            "train/quantizer_codebook": "codebook",
+            "train/quantizer_entropy": "entropy",
+            "train/quantizer_kl": "KL",
+        },
+    ),
+    ("Entropy of the codes at a position", "nats", {"eval/position_entropy": "evaluation"}),
+    ("Temperature of the draw of codes", "", {"train/temperature": ""}),
     ("Prior: cross-entropy", "nats", {"train/loss_prior": "training", "eval/prior_cross_entropy": "evaluation"}),
     (
         "Prior: accuracy",
@@ -160,7 +172,7 @@ def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
 
 def _series(rows: list[dict], name: str, label: str) -> Series:
     points = [(row["step"], row[name]) for row in rows if name in row]
-    return Series(label, points, dots=name.startswith("eval/") and sum(y is not None for _, y in points) > 1)
+    return Series(label, points, dots=name.startswith("eval/"))
 
 
 def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, float | None]]:
@@ -281,7 +293,7 @@ def _analysis(path: pathlib.Path, name: str, held: Mapping) -> dict[str, Any]:
 
 
 def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
-    """(name, value, default of the published recipe where that is another) of every setting."""
+    """(name, value, that of the published recipe where it is another) of every setting."""
     if config is None:
         return []
     stage = str(config.get("stage", "tokenizer"))

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larp_jax import analysis, api, cli, losses
+from larp_jax import analysis, cli, losses
 from larp_jax.checkpoint import load
 from larp_jax.data import eval_batches
 from larp_jax.data.pipeline import ClipSpec
@@ -135,25 +134,20 @@ def test_what_cannot_be_analysed(trained, tmp_path):
         analysis.analyze(found, "moving_shapes:test", tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):
         analysis.analyze(found, "moving_shapes:test", tmp_path / "a", replace="mean")
-    model = dataclasses.replace(found.recipe.model, quantizer=dataclasses.replace(found.recipe.model.quantizer, kind="kl"))
-    recipe = dataclasses.replace(found.recipe, model=model, loss=dataclasses.replace(found.recipe.loss, prior_weight=0.0))
+    quantizer = dataclasses.replace(found.recipe.model.quantizer, kind="kl")
+    loss = dataclasses.replace(found.recipe.loss, prior_weight=0.0)
+    model = dataclasses.replace(found.recipe.model, quantizer=quantizer)
+    found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, model=model, loss=loss))
     with pytest.raises(InputError, match="continuous latents"):
-        analysis.analyze(dataclasses.replace(found, recipe=recipe), "moving_shapes:test", tmp_path / "a")
+        analysis.analyze(found, "moving_shapes:test", tmp_path / "a")
 
 
-def test_the_most_frequent_code_as_the_replacement(trained, tokenizer):
-    """A clip that has nothing but the most frequent codes is left as it is."""
-    videos = clips(trained, 3)
-    codes = np.tile(np.arange(tokenizer.config.num_tokens), (3, 1)).astype(np.int32)
-    from larp_jax import sharding
-    from larp_jax.config import MeshConfig
-    from larp_jax.writers import Progress
-
-    mesh = sharding.make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        loaded = api.load_tokenizer(trained, mesh=mesh)
-        probe = analysis.Probe(loaded, mesh, videos, codes, codes, batch_size=8)
-        keep = np.zeros((3, codes.shape[1]), bool)
-        errors, patches, frames = probe.run(keep, Progress(probe.calls(3)))
-    assert errors.shape == (3, 3) and np.ptp(errors, axis=0).max() == 0
-    assert not patches.any() and not frames.any()
+def test_the_most_frequent_code_as_the_replacement(trained, tokenizer, result, tmp_path):
+    options = {"max_clips": 11, "ablated_clips": CLIPS, "replace": "common"}
+    common = analysis.analyze(load(trained), "moving_shapes:test", tmp_path, **options)
+    counts = np.load(tmp_path / "analysis.npz")["counts"]
+    decoded = np.asarray(tokenizer.decode(np.tile(counts.argmax(axis=1), (CLIPS, 1))))
+    error = np.square(decoded - clips(trained, CLIPS) / np.float32(255)).mean(axis=(1, 2, 3, 4))
+    assert common["kept"]["psnr"]["first"][0] == pytest.approx((-10 * np.log10(error)).mean(), abs=1e-3)
+    assert common["summary"]["psnr"] == pytest.approx(result["summary"]["psnr"], abs=1e-3)
+    assert common["protocol"]["replaced_by"] != result["protocol"]["replaced_by"]
