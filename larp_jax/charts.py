@@ -45,6 +45,7 @@ class Chart:
       series: at least one.
       x_label: what is counted.
       y_label: the unit.
+      x_limits: what the axis covers at least.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Chart:
     series: Sequence[Series]
     x_label: str = "step"
     y_label: str = ""
+    x_limits: tuple[float, ...] = ()
 
 
 @functools.cache
@@ -73,8 +75,8 @@ def as_file(chart: Chart) -> str:
 
 def geometry(chart: Chart) -> dict[str, Any]:
     """Where everything of a chart lies, in pixels of its `WIDTH` x `HEIGHT`, and what its readers may look up."""
-    lines = [_thinned([(x, y if _finite(y) else None) for x, y in series.points]) for series in chart.series]
-    xs = [x for line in lines for x, _ in line] or [0.0]
+    lines = [_thinned([(x, y if is_number(y) else None) for x, y in series.points]) for series in chart.series]
+    xs = [*chart.x_limits, *(x for line in lines for x, _ in line)] or [0.0]
     ys = [y for line in lines for _, y in line if y is not None]
     log = bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_RATIO
     scale = math.log10 if log else float
@@ -123,21 +125,22 @@ def geometry(chart: Chart) -> dict[str, Any]:
     }
 
 
-def short(value: float | int | str | None) -> str:
-    """A number in a few characters."""
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be drawn: finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def short(value: Any) -> str:
+    """A number in a few characters; other values as they are."""
     if value is None:
         return "–"
-    if isinstance(value, str | bool):
+    if not is_number(value):
         return str(value)
     size = abs(value)
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
             return f"{value / min(unit, 1e3 if letter == 'k' else unit):.4g}{letter}"
     return f"{value:.4g}"
-
-
-def _finite(y: Any) -> bool:
-    return isinstance(y, int | float) and math.isfinite(y)
 
 
 def _thinned(points: list[Point]) -> list[Point]:
@@ -155,8 +158,8 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def _range(low: float, high: float, margin: float) -> tuple[float, float]:
-    if low == high:
-        room = abs(low) * 0.1 or 1.0
+    if high - low <= 1e-12 * abs(low) + 1e-290:  # the same, as far as a picture can show
+        room = abs(low) * 0.1 if abs(low) > 1e-290 else 1.0
         return low - room, high + room
     room = (high - low) * margin
     return low - room, high + room
@@ -168,7 +171,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{n * step:.12g}") for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from larp_jax import analysis, charts, checkpoint
-from larp_jax.charts import Chart, Series
-from larp_jax.config import STAGES, default_recipe
+from larp_jax.charts import Chart, Series, is_number
+from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
 from larp_jax.version import __version__
@@ -128,9 +128,9 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
     """What stands at the top."""
     steps = (config or {}).get("steps")
     done = rows[-1]["step"] if rows else 0
-    times = [row["wall_time"] for row in rows if _is_number(row.get("wall_time"))]
+    times = [row["wall_time"] for row in rows if is_number(row.get("wall_time"))]
     latest = {name: value for row in rows for name, value in row.items() if value is not None}
-    facts = [("step", f"{done:,}" + (f" of {steps:,}" if _is_number(steps) else ""))]
+    facts = [("step", f"{done:,}" + (f" of {steps:,}" if is_number(steps) else ""))]
     for name, label in (
         ("eval/psnr", "PSNR, evaluation (dB)"),
         ("train/psnr", "PSNR, training batch (dB)"),
@@ -141,14 +141,14 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
         ("eval/top1", "top-1 accuracy, evaluation"),
         ("train/loss", "loss"),
     ):
-        if _is_number(latest.get(name)):
+        if is_number(latest.get(name)):
             facts.append((label, FORMATS.get(name.partition("/")[2], "{:.4g}").format(latest[name])))
     speed = [y for _, y in _throughput(config, rows) if y is not None]
     if speed:
         facts.append(("clips a second, median", f"{float(np.median(speed)):.3g}"))
     return {
         "stage": (config or {}).get("stage", "run"),
-        "finished": _is_number(steps) and done >= steps,
+        "finished": is_number(steps) and done >= steps,
         "when": f"{_time(times[0])} to {_time(times[-1])}" if times else "",
         "facts_of_run": facts,
     }
@@ -156,18 +156,19 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
 
 def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
     named = {name: value for row in rows for name, value in row.items() if "/" in name}
-    scalars = {name for name, value in named.items() if value is None or _is_number(value)}
-    panels, shown = [], set()
+    scalars = {name for name, value in named.items() if value is None or is_number(value)}
+    panels, shown, limits = [], set(), (0, rows[-1]["step"] if rows else 0)
     for title, unit, names in PANELS:
         present = {name: label for name, label in names.items() if name in scalars}
         shown |= present.keys()
         if present:
             series = [_series(rows, name, label) for name, label in present.items()]
-            panels.append(Chart(title, title, series, y_label=unit))
+            panels.append(Chart(title, title, series, y_label=unit, x_limits=limits))
     speed = _throughput(config, rows)
     if speed:
-        panels.append(Chart("speed", "Throughput", [Series("", speed)], y_label="clips/s"))
-    return panels + [Chart(name, name, [_series(rows, name, "")]) for name in sorted(scalars - shown)]
+        panels.append(Chart("speed", "Throughput", [Series("", speed)], y_label="clips/s", x_limits=limits))
+    rest = sorted(scalars - shown)
+    return panels + [Chart(name, name, [_series(rows, name, "")], x_limits=limits) for name in rest]
 
 
 def _series(rows: list[dict], name: str, label: str) -> Series:
@@ -178,8 +179,8 @@ def _series(rows: list[dict], name: str, label: str) -> Series:
 def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, float | None]]:
     """Clips a second between logged steps; evaluations and saves count as time. A pause between two runs is a gap."""
     size = dict(_flat(config or {})).get("data.batch_size")
-    timed = [row for row in rows if _is_number(row.get("wall_time")) and "train/loss" in row]
-    if not _is_number(size) or len(timed) < 2:
+    timed = [row for row in rows if is_number(row.get("wall_time")) and "train/loss" in row]
+    if not is_number(size) or len(timed) < 2:
         return []
     points = []
     for before, row in zip(timed, timed[1:], strict=False):
@@ -297,10 +298,11 @@ def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
     if config is None:
         return []
     stage = str(config.get("stage", "tokenizer"))
-    defaults = dict(_flat(default_recipe(stage).to_dict())) if stage in STAGES else {}
-    # sizes that a name stands for are 0 in the default, and filled in
-    return [(name, value, defaults[name] if name in defaults and defaults[name] not in (value, 0) else None)
-            for name, value in _flat(config)]  # fmt: skip
+    published = dict(_flat(to_dict(parse_recipe(default_recipe(stage))))) if stage in STAGES else {}
+    return [
+        (name, value, published.get(name, "–") if published and published.get(name) != value else None)
+        for name, value in _flat(config)
+    ]
 
 
 def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
@@ -316,10 +318,6 @@ def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _time(seconds: float) -> str:

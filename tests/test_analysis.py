@@ -3,27 +3,56 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_helpers import moving_frames
+from test_steps import RECIPE
 
-from larp_jax import analysis, cli, losses
-from larp_jax.checkpoint import load
-from larp_jax.data import eval_batches
-from larp_jax.data.pipeline import ClipSpec
+from larp_jax import analysis, cli, load_tokenizer, losses
+from larp_jax.checkpoint import load, write_imported
+from larp_jax.config import to_dict
+from larp_jax.data import ClipSpec, eval_batches
+from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.steps import TokenizerStage
 
 CLIPS = 5  # of 8 a batch: padded
+CLIP = ClipSpec(frames=4, resolution=16, flip=False)
 
 
 @pytest.fixture(scope="module")
-def folder(trained, tmp_path_factory):
+def found(tmp_path_factory):
+    """A checkpoint with random weights throughout, none as blank as they start."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(TokenizerStage(RECIPE).init, jax.random.key(0)).params
+    params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), shapes)
+    path = tmp_path_factory.mktemp("analysis") / "checkpoint"
+    write_imported(path, to_dict(RECIPE), {name: params[name] for name in ("tokenizer", "prior")})
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(found):
+    return load_tokenizer(found.path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eleven windows of five videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, frames in enumerate((4, 9, 12, 17, 5)):
+        write_video(folder / f"{i}.mp4", moving_frames(frames, 16, 24, seed=i), 8.0)
+    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def folder(found, data, tmp_path_factory):
     """What the command writes."""
     folder = tmp_path_factory.mktemp("analysis")
     counts = ["--max-clips=11", f"--ablated-clips={CLIPS}", "--batch-size=8"]
-    command = ["analyze", "--checkpoint", str(trained), "--data", "moving_shapes:test", "--output", str(folder)]
-    assert cli.main([*command, *counts]) == 0
+    assert cli.main(["analyze", "--checkpoint", str(found.path), "--data", data, "--output", str(folder), *counts]) == 0
     return folder
 
 
@@ -32,15 +61,13 @@ def result(folder):
     return json.loads((folder / "analysis.json").read_text())
 
 
-def clips(trained, count):
-    model = load(trained).recipe.model
-    spec = ClipSpec(frames=model.frames, resolution=model.resolution, flip=False)
-    with eval_batches("moving_shapes:test", spec, batch_size=count, max_clips=count) as batches:
+def clips(data, count):
+    with eval_batches(data, CLIP, batch_size=count, max_clips=count) as batches:
         return next(batches)["video"]
 
 
-def test_replacing_a_code_measured_by_hand(trained, tokenizer, folder, result):
-    videos = clips(trained, CLIPS)
+def test_replacing_a_code_measured_by_hand(tokenizer, data, folder, result):
+    videos = clips(data, CLIPS)
     codes = np.asarray(tokenizer.encode(videos))
     whole = np.asarray(tokenizer.decode(codes), np.float64)
     arrays = np.load(folder / "analysis.npz")
@@ -61,8 +88,8 @@ def test_replacing_a_code_measured_by_hand(trained, tokenizer, folder, result):
         assert result["by_position"]["rise"][position] == pytest.approx(error[0] - error[1], rel=1e-3, abs=1e-8)
 
 
-def test_codes_kept_measured_by_hand(trained, tokenizer, result):
-    videos = clips(trained, CLIPS)
+def test_codes_kept_measured_by_hand(tokenizer, data, result):
+    videos = clips(data, CLIPS)
     codes = np.asarray(tokenizer.encode(videos))
     other = np.roll(codes, CLIPS // 2, axis=0)
     count = tokenizer.config.num_tokens
@@ -82,9 +109,8 @@ def test_codes_kept_measured_by_hand(trained, tokenizer, result):
     assert result["summary"]["psnr_all_replaced"] == kept["psnr"]["first"][0]
 
 
-def test_statistics_by_position(trained, tokenizer, folder, result):
-    videos = clips(trained, 11)
-    found = load(trained)
+def test_statistics_by_position(found, tokenizer, data, folder, result):
+    videos = clips(data, 11)
     stage = TokenizerStage(found.recipe)
     quantized = stage.module("tokenizer", found.params).quantize(jnp.asarray(videos / np.float32(255)))
     codes = np.asarray(quantized.indices)
@@ -128,26 +154,25 @@ def test_a_picture_shows_where():
     np.testing.assert_array_equal(picture[5, 1:5], [dark, dark, dark, dark])  # frames 0, 2, 4, 6 of 8 fit
 
 
-def test_what_cannot_be_analysed(trained, tmp_path):
-    found = load(trained)
+def test_what_cannot_be_analysed(found, data, tmp_path):
     with pytest.raises(InputError, match="has one clip, which has no other.*--replace common"):
-        analysis.analyze(found, "moving_shapes:test", tmp_path / "a", max_clips=8, ablated_clips=1)
+        analysis.analyze(found, data, tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):
-        analysis.analyze(found, "moving_shapes:test", tmp_path / "a", replace="mean")
+        analysis.analyze(found, data, tmp_path / "a", replace="mean")
     quantizer = dataclasses.replace(found.recipe.model.quantizer, kind="kl")
     loss = dataclasses.replace(found.recipe.loss, prior_weight=0.0)
     model = dataclasses.replace(found.recipe.model, quantizer=quantizer)
     found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, model=model, loss=loss))
     with pytest.raises(InputError, match="continuous latents"):
-        analysis.analyze(found, "moving_shapes:test", tmp_path / "a")
+        analysis.analyze(found, data, tmp_path / "a")
 
 
-def test_the_most_frequent_code_as_the_replacement(trained, tokenizer, result, tmp_path):
+def test_the_most_frequent_code_as_the_replacement(found, tokenizer, data, result, tmp_path):
     options = {"max_clips": 11, "ablated_clips": CLIPS, "replace": "common"}
-    common = analysis.analyze(load(trained), "moving_shapes:test", tmp_path, **options)
+    common = analysis.analyze(found, data, tmp_path, **options)
     counts = np.load(tmp_path / "analysis.npz")["counts"]
     decoded = np.asarray(tokenizer.decode(np.tile(counts.argmax(axis=1), (CLIPS, 1))))
-    error = np.square(decoded - clips(trained, CLIPS) / np.float32(255)).mean(axis=(1, 2, 3, 4))
+    error = np.square(decoded - clips(data, CLIPS) / np.float32(255)).mean(axis=(1, 2, 3, 4))
     assert common["kept"]["psnr"]["first"][0] == pytest.approx((-10 * np.log10(error)).mean(), abs=1e-3)
     assert common["summary"]["psnr"] == pytest.approx(result["summary"]["psnr"], abs=1e-3)
     assert common["protocol"]["replaced_by"] != result["protocol"]["replaced_by"]
