@@ -43,7 +43,15 @@ setup(
             "tensorboard",
         ],
         "docs": ["matplotlib"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "setuptools>=77"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "setuptools>=77",
+            "nbclient>=0.10",  # the notebook
+            "ipykernel>=6",
+        ],
     },
     entry_points={"console_scripts": ["larp-jax = larp_jax.cli:main"]},
     classifiers=[

@@ -161,8 +161,7 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
             params = reader.restore(directory / item, restore_args=as_numpy)
     except Exception as error:  # damage shows in many ways
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"checkpoint {directory} cannot be read ({first_line}); use another step") from error
+        raise InputError(f"checkpoint {directory} cannot be read ({_first_line(error)}); use another step") from error
     try:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
@@ -183,6 +182,26 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
         tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
         class_counts=class_counts,
     )
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What the checkpoint that a path names says about itself, without its arrays; None where there is none.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    directory = newest(path)
+    if directory is None:
+        return None
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(directory.absolute() / "metadata")
+    except Exception as error:  # damage shows in many ways
+        raise InputError(f"checkpoint {directory} cannot be read ({_first_line(error)}); use another step") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:

@@ -191,6 +191,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     over_processes(sub)
 
     sub = command(
+        _analyze,
+        "find out what each token position of a tokenizer carries",
+        "--checkpoint runs/quickstart --data moving_shapes:test --output runs/quickstart/analysis",
+    )
+    needs_checkpoint(sub)
+    sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for numbers and pictures")
+    sub.add_argument(
+        "--max-clips", type=_count, default=256, metavar="N",
+        help="statistics of codes are of at most N clips; 0 for all (default: 256)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ablated-clips", type=_count, default=16, metavar="N",
+        help="codes are replaced in at most N clips, which takes one decoding a position each (default: 16)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--replace", choices=("other", "common"), default="other",
+        help="by the code of another clip, or by the most frequent one, of the same position (default: other)",
+    )  # fmt: skip
+    batch_size(sub)
+
+    sub = command(
         _reconstruct,
         "write videos beside their reconstructions, with their PSNR",
         "--checkpoint runs/quickstart --input videos --output reconstructions",
@@ -344,6 +366,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument(
         "--model-rate", type=_positive, metavar="R", help="clips a second that training takes: can data keep up?"
     )
+
+    sub = command(
+        _report,
+        "show a run on one HTML page: curves, pictures, codes, metrics, configuration",
+        "--workdir runs/quickstart",
+    )
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, finished or not")
+    sub.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the workdir)")
 
     command(_doctor, "show versions, devices and what is missing", "")
 
@@ -554,7 +584,7 @@ def _evaluate_tokenizer(arguments, found):
     by_position = {}
     if extras["codes"] is not None:
         by_position["entropy_by_position"] = extras["codes"].position_entropy().tolist()
-    _report(arguments, found, scores, protocol, by_position)
+    _write_scores(arguments, found, scores, protocol, by_position)
 
 
 def _evaluate_generator(arguments, found):
@@ -604,7 +634,7 @@ def _evaluate_generator(arguments, found):
         "tokenizer": os.path.relpath(arguments.tokenizer),
         "tokenizer_step": tokenizer.step,
     }
-    _report(arguments, found, scores, protocol)
+    _write_scores(arguments, found, scores, protocol)
 
 
 def _next_code_scores(found, tokenizer, clips, batch_size):
@@ -652,7 +682,7 @@ def _clips(arguments, found, config, cond_frames: int | None = None):
     )
 
 
-def _report(arguments, found, scores, protocol, more=None):
+def _write_scores(arguments, found, scores, protocol, more=None):
     """Shows scores and writes them with their protocol, and what else there is."""
     import math
 
@@ -731,6 +761,23 @@ DEFINITIONS = {
     "prior_top1": "share of codes 1 .. N-1 that this prior thinks likeliest",
     "prior_top5": "share of them that are among its likeliest five",
 }
+
+
+def _analyze(arguments):
+    from larp_jax import analysis, api
+
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    result = analysis.analyze(
+        found,
+        arguments.data,
+        arguments.output,
+        max_clips=arguments.max_clips,
+        ablated_clips=arguments.ablated_clips,
+        replace=arguments.replace,
+        batch_size=arguments.batch_size,
+    )
+    _print_table(result["summary"])
+    print(f"written to {arguments.output}")
 
 
 def _reconstruct(arguments):
@@ -970,6 +1017,13 @@ def _plan(arguments):
     print(plan.format_table(result))
     if arguments.output:
         writers.write_json(arguments.output, result)
+
+
+def _report(arguments):
+    from larp_jax import report
+
+    path = report.report(arguments.workdir, arguments.output)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
 def _doctor(arguments):

@@ -50,7 +50,7 @@ class MetricWriter:
         self._media = self._workdir / "media"
         self._media.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
-        rows = [row for row in _read_rows(path) if row["step"] <= restored_step]
+        rows = [row for row in read_metrics(self._workdir) if row["step"] <= restored_step]
         self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
         lines = [_encode(row) for row in rows]
         replacement = path.with_suffix(".tmp")
@@ -176,9 +176,9 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl that are whole; none without the file."""
-    rows = []
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of a workdir's metrics.jsonl that are whole; none without the file."""
+    path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
