@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ def load_checkpoint(
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:
-        held, recipe, params = importing.import_huggingface(path)
-        recipe = GeneratorRecipe(model=recipe) if held == "generator" else recipe
+        _, held, params = importing.import_huggingface(path)
+        recipe = GeneratorRecipe(model=held) if isinstance(held, GeneratorConfig) else held
         found = checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
     if kind not in (None, found.recipe.stage):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
@@ -111,7 +112,7 @@ class LoadedTokenizer:
         def reconstruct(params, video):
             return jnp.clip(self.module(params)(as_float_video(video))[0], 0.0, 1.0)
 
-        self._encode, self._decode, self._reconstruct = map(jax.jit, (encode, decode, reconstruct))
+        self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
 
     @property
     def params(self) -> dict:
@@ -257,9 +258,8 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self._mesh, dtype = mesh, jnp.dtype(precision)
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
-        params = cast_params(params, dtype)
-        self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
+        cast = cast_params(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)), dtype)
+        self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
         def sample(params, condition, indices, key, scalars, plan):
@@ -301,7 +301,7 @@ class LoadedGenerator:
         key: jax.Array,
         condition: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
-        **options,
+        **options: Any,
     ) -> jax.Array:
         """Draws sequences of codes.
 
@@ -321,19 +321,19 @@ class LoadedGenerator:
         Raises:
           ValueError: something is not as described; the message says what was expected and what came.
         """
-        options = SamplingOptions(**options)
-        arguments = self._arguments(classes, condition, indices, key, options)
+        chosen = SamplingOptions(**options)
+        arguments = self._arguments(classes, condition, indices, key, chosen)
         with self._precisely():
-            return self._sample(*arguments, options.plan(self.config.num_tokens))
+            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
 
-    def compile(self, batch_size: int, **options) -> jax.stages.Compiled:
+    def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
         """The program that `sample` runs for this batch size and these options."""
-        options = SamplingOptions(**options)
+        chosen = SamplingOptions(**options)
         zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
-        conditions = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
-        arguments = self._arguments(*conditions, None, jax.random.key(0), options)
+        classes, condition = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
+        arguments = self._arguments(classes, condition, None, jax.random.key(0), chosen)
         with self._precisely():
-            return self._sample.lower(*arguments, options.plan(self.config.num_tokens)).compile()
+            return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
         """`InputError` unless the tokenizer is the one whose codes the generator makes, as far as is known."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import runpy
@@ -416,6 +417,7 @@ def _load_recipe(arguments: argparse.Namespace):
     from larp_jax.config import parse_recipe
 
     path, _, variant = arguments.config.partition(":")
+    path = path if os.path.isfile(path) else _shipped(path)
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
     try:
@@ -448,6 +450,14 @@ def _load_recipe(arguments: argparse.Namespace):
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     return parse_recipe(values.config)
+
+
+def _shipped(path: str) -> str:
+    """The recipe configs/X.py that an installed package brings along; other paths, and unknown ones, as they are."""
+    folder, name = os.path.split(path)
+    found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
+    places = found.submodule_search_locations if found and found.submodule_search_locations else ()
+    return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
 
 
 def _check_name(config, keys: Sequence[str]) -> None:

@@ -149,8 +149,7 @@ def paired(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
 def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:
     """Codes after the first as (start, stop), cut where caches grow and where guidance ends."""
     length = max(SHORTEST_PART, -(-num_tokens // CACHE_PARTS))
-    cuts = {1, num_tokens, *range(length, num_tokens, length)} | ({guided} if guided else set())
-    cuts = sorted(cuts)
+    cuts = sorted({1, num_tokens, *range(length, num_tokens, length)} | ({guided} if guided else set()))
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 

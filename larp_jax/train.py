@@ -15,7 +15,7 @@ import signal
 import jax
 
 from larp_jax import checkpoint, sharding
-from larp_jax.config import to_dict
+from larp_jax.config import GeneratorRecipe, TokenizerRecipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.tasks import TASKS
 from larp_jax.writers import MetricWriter, Progress
@@ -34,7 +34,7 @@ class Diverged(RuntimeError):
     """A logged value became NaN or infinite; checkpoints on disk are from before."""
 
 
-def train(recipe, workdir: str | os.PathLike) -> dict[str, float]:
+def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:
