@@ -19,6 +19,7 @@ from larp_jax.fingerprint import digest, fingerprint
 from larp_jax.models.generator import Generator
 from larp_jax.models.quantizer import normalize
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.paths import path_name
 from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.steps import as_float_video
 
@@ -99,9 +100,10 @@ class LoadedTokenizer:
 
     def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
         self.config, self.step, self._mesh = config, step, mesh
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
+        params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
-        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
+        self._graphdef = nnx.graphdef(module)
 
         def encode(params, video, key):
             return self.module(params).quantize(as_float_video(video), key=key).indices
@@ -258,9 +260,10 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self._mesh, dtype = mesh, jnp.dtype(precision)
-        cast = cast_params(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)), dtype)
+        module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
+        cast = cast_params(_checked_params(module, params, "generator"), dtype)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype)))
+        graphdef = nnx.graphdef(module)
 
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
@@ -381,6 +384,17 @@ class LoadedGenerator:
             sharding.check_batch(rows, self._mesh)
             condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
         return self._params, condition, indices, key, options.scalars()
+
+
+def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
+    """The parameters as float32 NumPy arrays; `InputError` unless they are those of the module, by name and shape."""
+
+    def by_name(tree):
+        return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    expected = by_name(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    importing.compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
 def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from larp_jax import checkpoint, cli, writers
+from larp_jax import checkpoint, cli, tasks, writers
 from larp_jax.train import StopRequest
 from larp_jax.writers import MetricWriter
 
@@ -125,9 +125,36 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(train
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), checkpoint.load(workdir).params))
 
 
-def test_a_workdir_holds_one_run(trained, capsys):
-    assert train(trained, "--config.seed=1") == 2
-    assert "holds a run with another seed" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("seed=1", "holds a run with seed=0, not 1"),
+        ("data.batch_size=16", "holds a run with data.batch_size=8, not 16"),
+        ("data.train=moving_shapes:test", "with data.train='moving_shapes', not 'moving_shapes:test'"),
+        ("model.num_tokens=16", "with model.num_tokens=8, not 16"),
+    ],
+)
+def test_a_workdir_holds_one_run(trained, capsys, setting, message):
+    assert train(trained, f"--config.{setting}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and "choose another --workdir, or the settings it was started with" in line
+
+
+def test_resuming_with_workers_and_more_steps(trained, tmp_path, capsys):
+    workdir = as_if_killed(trained, tmp_path / "run", newest=2)
+    assert train(workdir, "--config.data.workers=2") == 0
+    assert "changed since the run began: data.workers from 0 to 2" in capsys.readouterr().err
+    assert rows(workdir) == rows(trained)
+    assert_same_weights(workdir, trained)
+    assert train(workdir, "--config.steps=4") == 0  # fewer than it has done
+    assert steps(workdir) == [2, 4, 6]
+
+
+def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys, monkeypatch):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(tasks, "_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
+    assert train(workdir) == 0
+    assert "data.train has 31 videos, it had 32 when the checkpoint was saved" in capsys.readouterr().err
 
 
 def test_perceptual_weights_that_are_missing(tmp_path, capsys, monkeypatch):

@@ -657,4 +657,7 @@ def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
         raise InputError(f"TFDS data set {data_set} has no split {split!r}; it has {', '.join(known)}") from error
     if not instructions:
         raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
+    for file in instructions:
+        if not pathlib.Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
+            raise InputError(f"TFDS data set {data_set} names a file outside of {folder}: {file.filename}")
     return instructions
