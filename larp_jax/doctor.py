@@ -129,7 +129,8 @@ def _unmet_requirements() -> Iterator[str]:
     """Of larp_jax and of what it needs: pip does not look at them again when one package is changed."""
     if _version("larp_jax") is None:
         yield "larp_jax itself is not installed: pip install -e . in its repository"
-    wanted, unmet = {}, {}  # by package: versions that suit all; whom the installed one does not suit
+    wanted: dict[str, SpecifierSet] = {}  # by package, what suits all that need it
+    unmet: dict[str, str] = {}  # by package, whom the installed one does not suit
     for package in ("larp_jax", *PACKAGES):
         try:
             requirements = importlib.metadata.requires(package) or ()
