@@ -10,13 +10,15 @@ ones only; what happens to them later shows when they are read.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +35,8 @@ CHECKSUMS = "checksums.json"
 LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save at INFO, and restoring at WARNING
+# Orbax reports every save at INFO, restoring at WARNING, and what it raises with its traceback at ERROR.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class SaveFailed(RuntimeError):
@@ -176,13 +179,23 @@ class CheckpointManager:
             yield
         except Exception as error:
             if jax.process_count() > 1:  # the others may have succeeded, and wait for this one
-                raise SaveFailed(f"checkpoint {self._saving} cannot be written ({_first_line(error)})") from error
+                raise
             self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({_first_line(error)})"
             logger.warning("%s; the run goes on and will try again", self._unsaved)
             self._saving = None
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._manager = self._open()  # which removes the part that was written
+            self._remove_partial()
+            self._manager = self._open()
+
+    def _remove_partial(self) -> None:
+        """Removes what a failed save left; threads of it may still be writing there for a moment."""
+        for _ in range(20):
+            for directory in self._root.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(directory, ignore_errors=True)
+            time.sleep(0.1)
+            if not any(self._root.glob("*.orbax-checkpoint-tmp*")):
+                break
 
     def close(self) -> None:
         """Waits for the writing and lets go."""
@@ -217,18 +230,17 @@ def _free_name(folder: pathlib.Path, name: str) -> str:
 def _first_line(error: Exception) -> str:
     """Why something could not be read or written: what the system said, if it is in there somewhere."""
     text = str(error).strip()
-    if said := re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", text):
-        return said[1]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    for said in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)):
+        if said in text:
+            return said
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _digests(directory: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file of the items of a checkpoint, by path."""
+def _digests(directory: pathlib.Path, items: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of every file of these items of a checkpoint, of all without, by path."""
     digests = {}
     for path in sorted(directory.glob("*/**/*")):
-        if path.is_file():
+        if path.is_file() and (not items or path.relative_to(directory).parts[0] in items):
             with path.open("rb") as file:
                 digests[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
@@ -238,17 +250,21 @@ def _write_digests(directory: pathlib.Path) -> None:
     (directory / CHECKSUMS).write_text(json.dumps(_digests(directory), indent=1) + "\n")
 
 
-def damage(directory: pathlib.Path) -> str:
-    """What is wrong with the files of a checkpoint by their checksums; empty if nothing, or if it has none."""
+def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
+    """What is wrong with these items of a checkpoint (all without) by their checksums; empty if nothing is known."""
     path = directory / CHECKSUMS
     if not path.exists():  # of an earlier version
         return ""
     try:
-        expected = dict(json.loads(path.read_bytes()))
-        found = _digests(directory)
+        expected = json.loads(path.read_bytes())
+        if not isinstance(expected, dict):
+            raise ValueError("no names")
+        found = _digests(directory, items)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{CHECKSUMS} cannot be read: {_first_line(error)}"
     for name, digest in expected.items():
+        if items and name.partition("/")[0] not in items:
+            continue
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
@@ -336,12 +352,12 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
     if directory is None:
         raise InputError(f"no checkpoint in {path}: give a workdir, one of its checkpoints, or an imported directory")
     directory = directory.absolute()
-    if reason := damage(directory):
+    item = "ema" if weights == "ema" and (directory / "ema").is_dir() else "params"
+    if reason := damage(directory, ("metadata", item)):
         raise InputError(f"checkpoint {directory} is damaged ({reason}); use another step")
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             metadata = reader.restore(directory / "metadata")
-        item = "ema" if weights == "ema" and (directory / "ema").is_dir() else "params"
         with ocp.PyTreeCheckpointer() as reader:
             arrays = reader.metadata(directory / item).item_metadata
             if arrays is None:
@@ -452,6 +468,9 @@ def read_config(workdir: str | os.PathLike) -> dict | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+        return values
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); restore it or choose another --workdir") from error
+        raise InputError(f"{path} is no recipe ({error}); restore it or choose another --workdir") from error

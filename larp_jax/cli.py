@@ -505,8 +505,10 @@ def _logging() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logger, handler = logging.getLogger("larp_jax"), _Lines()
     before = logger.level, logger.propagate
-    for name in ("absl", "jax", "orbax", "grain", "tensorflow"):
+    for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):  # Orbax shows tracebacks there of what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # some package always gives the root logger a handler of its own

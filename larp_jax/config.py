@@ -561,6 +561,7 @@ def _defaults(cls) -> dict:
 
 def parse_recipe(values: typing.Mapping):
     """A recipe (ConfigDict, or what `config.json` holds) as its stage's frozen dataclass; `InputError` if wrong."""
+    _require(isinstance(values, typing.Mapping) or hasattr(values, "to_dict"), f"config holds settings, got {values!r}")
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     _one_of("config.stage", stage, STAGES)

@@ -27,7 +27,7 @@ STEPS, SAVE_EVERY, EVAL_EVERY = 24, 3, 4
 # What a process does when it is killed, and how many seconds later at most.
 MOMENTS = {"start": 6.0, "data": 0.3, "save": 0.05, "evaluation": 0.3}
 POLL = 0.002
-PATIENCE = 600  # seconds without an end
+PATIENCE = 3600  # seconds until a moment comes
 
 
 def make_videos(folder: pathlib.Path) -> None:

@@ -377,7 +377,7 @@ def attempt(kind: str, good: pathlib.Path, seed: int, number: int, *, show: bool
         except _input_error() as error:
             if show:
                 print(error)
-            return "refused" if len(str(error).splitlines()) == 1 else f"not one line: {error!r}"
+            return "refused" if str(error).strip() and "\n" not in str(error) else f"not one line: {error!r}"
         except BaseException as error:
             if show:
                 traceback.print_exc()
