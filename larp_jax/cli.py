@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from larp_jax import distributed
+from larp_jax import allocator, distributed
 from larp_jax.errors import InputError
 from larp_jax.version import __version__
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, 1 where something failed while running, 2 where what was given is wrong.
     """
     debug = False
+    if argv is None:  # a process of its own, in which JAX has not started yet
+        allocator.keep_freed_memory()
     try:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax.config import PriorConfig
+from larp_jax.models.categorical import draw
 from larp_jax.models.chunks import map_token_chunks
 from larp_jax.models.quantizer import similarities
 
@@ -75,8 +76,7 @@ def score_tokens(
         rank = jnp.sum((scores > target) | ((scores == target) & earlier), axis=-1, dtype=jnp.int32)
         sampled = None
         if key is not None:
-            noise = jax.random.gumbel(jax.random.fold_in(key, i), scores.shape)
-            sampled = jnp.argmax(jax.lax.stop_gradient(scores) + noise, axis=-1).astype(jnp.int32)
+            sampled = draw(jax.random.fold_in(key, i), jax.lax.stop_gradient(scores))
         return NextCode(cross_entropy, rank, sampled)
 
     return map_token_chunks(score, features, targets)

@@ -34,7 +34,7 @@ LAYERS = (
     {"models"},
     {"config"},
     {"distributed"},
-    {"errors", "paths", "version", "charts"},
+    {"allocator", "charts", "errors", "paths", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -20,8 +20,9 @@ from larp_jax.config import (
     TransformerConfig,
 )
 from larp_jax.errors import InputError
-from larp_jax.models import chunks, embeddings, layers, quantizer
+from larp_jax.models import attention, categorical, chunks, embeddings, layers, quantizer
 from larp_jax.models.data_init import data_init
+from larp_jax.models.dropout import dropout
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 
@@ -132,13 +133,47 @@ def test_attention_equals_the_plain_form_with_its_gradients(causal):
     q, k, v, weights = jax.random.normal(jax.random.key(0), (4, 2, 20, 3, 8))
 
     def ours(q, k, v):
-        return jnp.sum(layers.attention(q, k, v, causal=causal) * weights)
+        return jnp.sum(attention.attention(q, k, v, causal=causal) * weights)
 
     def plain(q, k, v):
         return jnp.sum(jax.nn.dot_product_attention(q, k, v, is_causal=causal) * weights)
 
     for a, b in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_cpu_drops_what_the_plain_form_drops(causal):
+    q, k, v, weights = jax.random.normal(jax.random.key(0), (4, 2, 20, 3, 8))
+    key = jax.random.key(1)
+
+    def ours(q, k, v):
+        return jnp.sum(attention.attention(q, k, v, causal=causal, dropout_rate=0.3, key=key) * weights)
+
+    def plain(q, k, v):
+        return jnp.sum(attention._with_dropout(q, k, v, causal, 0.3, key) * weights)
+
+    for a, b in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_dropout_keeps_each_number_at_its_rate_whatever_its_neighbours_and_other_calls():
+    x = jnp.ones((4, 500, 256))
+    one, other = (np.asarray(dropout(x, 0.1, jax.random.key(i))) > 0 for i in (1, 2))
+    pairs = {
+        "columns": (one[..., :-1], one[..., 1:]),
+        "rows": (one[:, :-1], one[:, 1:]),
+        "clips": (one[:-1], one[1:]),
+        "calls": (one, other),
+    }
+    np.testing.assert_allclose(one.mean(), 0.9, atol=5 * 0.3 / one.size**0.5)
+    for name, (a, b) in pairs.items():
+        np.testing.assert_allclose((a & b).mean(), 0.81, atol=5 * 0.4 / a.size**0.5, err_msg=name)
+    # of whole rows and columns too
+    np.testing.assert_allclose(one.mean(-1).std(), 0.3 / 256**0.5, rtol=0.1)
+    np.testing.assert_allclose(one.mean((0, 1)).std(), 0.3 / 2000**0.5, rtol=0.25)
+    np.testing.assert_allclose(dropout(x, 0.1, jax.random.key(1)).max(), 1 / 0.9, rtol=1e-6)
+    assert dropout(x, 0.1, None) is x
 
 
 @pytest.mark.parametrize("length", [3, 10, 20, 21])
@@ -155,6 +190,22 @@ def test_chunked_map_equals_the_whole(length):
 
     for chunk in (4, 10):
         np.testing.assert_allclose(jax.grad(total)(x, chunk), jax.grad(total)(x, 1000), atol=1e-5)
+
+
+def test_a_draw_follows_the_softmax_over_several_blocks():
+    logits = jax.random.normal(jax.random.key(0), (200,)).at[jnp.array([0, 64, 65, 199])].set(-jnp.inf)
+    count = 200_000
+    drawn = categorical.draw(jax.random.key(1), jnp.broadcast_to(logits, (count, 200)))
+    found = np.bincount(drawn, minlength=200)
+    expected = count * np.asarray(jax.nn.softmax(logits), np.float64)
+    assert len(found) == 200 and not found[expected == 0].any()
+    chi_square = np.sum(np.square(found - expected)[expected > 0] / expected[expected > 0])
+    assert abs(chi_square - 195) < 5 * np.sqrt(2 * 195)
+
+
+def test_the_largest_is_the_first_of_equals():
+    logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-jnp.inf, -1.0, -2.0, -1.0]])
+    np.testing.assert_array_equal(categorical.largest(logits), [1, 0, 1])
 
 
 def test_stochastic_codes_follow_the_softmax():

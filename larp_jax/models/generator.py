@@ -7,8 +7,10 @@ from einops import rearrange
 from flax import nnx
 
 from larp_jax.config import GeneratorConfig
+from larp_jax.models.attention import attention
+from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, attention, attention_with_dropout, dropout, run_stack, stack, unstack
+from larp_jax.models.layers import Dtype, Linear, run_stack, stack, unstack
 
 # Of one block: keys and values of the positions so far, [B, kv heads, positions, d] each. The products of one query
 # with them read rows that lie together.
@@ -52,10 +54,7 @@ class GroupedAttention(nnx.Module):
         q, k, v = self.project(x)
         cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
-        if key is None or self.dropout_rate == 0.0:
-            y = attention(q, k, v, causal=True)
-        else:
-            y = attention_with_dropout(q, k, v, causal=True, rate=self.dropout_rate, key=key)
+        y = attention(q, k, v, causal=True, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:

@@ -1,11 +1,9 @@
-"""The few layers everything is built from: linear, layer norm, dropout, attention, the pre-LN transformer stack.
+"""The few layers everything is built from: linear, layer norm, the pre-LN transformer stack.
 
 Parameters are float32; `dtype` is the dtype of the computation (activations are cast to it, statistics of norms and
 softmaxes stay in float32). Modules know nothing of meshes, losses or files.
 """
 
-import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +12,8 @@ from einops import rearrange
 from flax import nnx
 
 from larp_jax.config import TransformerConfig
+from larp_jax.models.attention import attention
+from larp_jax.models.dropout import dropout
 
 Dtype = jnp.dtype | type
 
@@ -23,9 +23,9 @@ def _with_cpu_form(general: Callable, on_cpu: Callable) -> Callable:
     return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=general)
 
 
-# XLA's CPU backend runs `dy @ W^T` at little more than half the speed of a plain row-major product, because the
-# contraction is over the last axis of both operands. Transposing W first (behind a barrier, so that the transpose is
-# not folded back into the product) costs D*F moves against B*N*D*F multiplications.
+# XLA's CPU backend runs `dy @ W^T` and `x^T @ dy` at little more than half the speed of a plain row-major product.
+# Transposing first (behind a barrier, so that the transpose is not folded back into the product) costs D*F or B*N*D
+# moves against B*N*D*F multiplications.
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
@@ -45,9 +45,8 @@ def _matmul_bwd(residuals, dy):
         return dy @ jax.lax.optimization_barrier(kernel.T)
 
     dx = _with_cpu_form(general, on_cpu)(dy, kernel)
-    flat = math.prod(x.shape[:-1])
-    dkernel = x.reshape(flat, x.shape[-1]).T @ dy.reshape(flat, dy.shape[-1])
-    return dx, dkernel
+    x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
+    return dx, _with_cpu_form(lambda x, dy: x.T @ dy, lambda x, dy: jax.lax.optimization_barrier(x.T) @ dy)(x, dy)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -93,74 +92,6 @@ class LayerNorm(nnx.Module):
         return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity where `key` is None (evaluation) or the rate is 0."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
-    """Scaled dot-product attention, [B, N, H, d] each -> [B, N, H, d]; scale 1/sqrt(d), softmax in float32.
-
-    Chooses per lowering platform: cuDNN's fused kernel on GPUs where dtype and head width allow it, batched matrix
-    products with a hand-written backward pass on CPUs, `jax.nn.dot_product_attention` otherwise.
-    """
-    # every branch is traced everywhere, and tracing the fused kernel already asks for a cuDNN
-    has_gpu = jax.default_backend() == "gpu"
-    fused = has_gpu and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-
-    def on_gpu(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
-
-    def general(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
-
-    def on_cpu(q, k, v):
-        heads = q.shape[2]
-        q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))
-        return rearrange(_matmul_attention(causal, q, k, v), "(b h) n d -> b n h d", h=heads)
-
-    return jax.lax.platform_dependent(q, k, v, cpu=on_cpu, cuda=on_gpu, default=general)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_attention(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return _matmul_attention_fwd(causal, q, k, v)[0]
-
-
-def _matmul_attention_fwd(causal, q, k, v):
-    scores = jnp.einsum("bqd,bkd->bqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    if causal:
-        n = scores.shape[-1]
-        scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, -jnp.inf)
-    scores = jnp.exp(scores - scores.max(-1, keepdims=True))
-    probs = (scores / scores.sum(-1, keepdims=True)).astype(v.dtype)
-    out = jnp.einsum("bqk,bkd->bqd", probs, v)
-    return out, (q, k, v, probs, out)
-
-
-def _matmul_attention_bwd(causal, residuals, dout):
-    q, k, v, probs, out = residuals
-    scale = q.shape[-1] ** -0.5
-
-    def transposed(x):  # made explicit: XLA's CPU backend is several times slower when it contracts over the rows
-        return jax.lax.optimization_barrier(x.transpose(0, 2, 1))
-
-    dv = jnp.einsum("bkq,bqd->bkd", transposed(probs), dout)
-    dprobs = jnp.einsum("bqd,bkd->bqk", dout, v)
-    # sum_k probs * dprobs = dout . out, which is d instead of N terms a row
-    row = jnp.einsum("bqd,bqd->bq", dout.astype(jnp.float32), out.astype(jnp.float32))[..., None]
-    dscores = (probs.astype(jnp.float32) * (dprobs.astype(jnp.float32) - row) * scale).astype(q.dtype)
-    dq = jnp.einsum("bqk,bkd->bqd", dscores, k)
-    dk = jnp.einsum("bkq,bqd->bkd", transposed(dscores), q)
-    return dq, dk, dv
-
-
-_matmul_attention.defvjp(_matmul_attention_fwd, _matmul_attention_bwd)
-
-
 class SelfAttention(nnx.Module):
     """Multi-head self-attention; q, k and v are one product with columns [q; k; v], heads contiguous (METHOD 1)."""
 
@@ -185,21 +116,8 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        if key is None or self.dropout_rate == 0.0:
-            y = attention(q, k, v, causal=self.causal)
-        else:
-            y = attention_with_dropout(q, k, v, causal=self.causal, rate=self.dropout_rate, key=key)
+        y = attention(q, k, v, causal=self.causal, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
-
-
-def attention_with_dropout(q, k, v, *, causal: bool, rate: float, key: jax.Array) -> jax.Array:
-    """The plain form of `attention`, with dropout on the probabilities (fused kernels offer none that is portable)."""
-    n = q.shape[1]
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    if causal:
-        scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, -jnp.inf)
-    probs = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", probs, v)
 
 
 class Mlp(nnx.Module):

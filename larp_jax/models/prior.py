@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax.config import PriorConfig
-from larp_jax.models.layers import Block, Dtype, LayerNorm, Linear, dropout, run_stack, stack
+from larp_jax.models.dropout import dropout
+from larp_jax.models.layers import Block, Dtype, LayerNorm, Linear, run_stack, stack
 from larp_jax.models.quantizer import normalize
 
 

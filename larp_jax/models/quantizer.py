@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax.config import QuantizerConfig
+from larp_jax.models.categorical import draw, largest
 from larp_jax.models.chunks import map_token_chunks
 from larp_jax.models.layers import LayerNorm, Linear
 
@@ -123,7 +124,7 @@ def nearest_codes(
     Args:
       z: [B, N, d] unit vectors.
       codebook: [K, d] unit vectors.
-      key: for the draw, made as argmax of logits plus Gumbel noise: no normalised softmax is needed.
+      key: for the draw.
       temperature: tau.
 
     Returns:
@@ -134,8 +135,8 @@ def nearest_codes(
     def pick(i, z):
         logits = similarities(z, codebook)
         if key is not None:
-            logits = logits / temperature + jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return draw(jax.random.fold_in(key, i), logits / temperature)
+        return largest(logits)
 
     return map_token_chunks(pick, z)
 

@@ -1,0 +1,57 @@
+"""Freed memory stays: what a program on CPUs takes for its temporaries is mapped once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from larp_jax import allocator
+
+# Page faults of each run of a program with 64 MiB of temporaries.
+PROGRAM = """
+import resource, sys
+from larp_jax import allocator
+if sys.argv[1] == "keep":
+    assert allocator.keep_freed_memory()
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 8))
+f = jax.jit(lambda x: (x @ x.T) @ x)
+for _ in range(6):  # until the heap has its shape
+    f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    f(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+"""
+
+
+def page_faults(how):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PROGRAM, how]
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc")
+def test_temporaries_are_mapped_once():
+    pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert page_faults("keep") < pages / 10
+    assert page_faults("let go") > pages / 10  # otherwise there is no need
+
+
+@pytest.mark.parametrize(
+    ("platforms", "devices", "expected"),
+    [
+        ("cpu", ["/dev/nvidia0"], False),
+        ("cuda,cpu", [], True),
+        ("", ["/dev/nvidia0"], True),
+        ("", ["/dev/accel0"], True),
+        ("", [], False),
+    ],
+)
+def test_beside_an_accelerator_nothing_is_changed(monkeypatch, platforms, devices, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(
+        allocator.glob, "glob", lambda pattern: [name for name in devices if name[:9] == pattern[:9]]
+    )
+    assert allocator._may_have_accelerator() == expected
