@@ -114,7 +114,8 @@ def readme_ran(place, reference_dir):
 
 def test_the_commands_of_the_readme_run(readme_ran):
     written = {path.name for path in readme_ran.iterdir()}
-    assert {"evaluation.json", "reconstructions", "codes", "decoded", "samples", "predictions"} <= written
+    assert {"reconstructions", "codes", "decoded", "samples", "predictions"} <= written
+    assert "evaluation.json" in (readme_ran / "runs" / "mine" / "report.html").read_text("utf-8")
     assert {"codebook.npz", "codebook.safetensors"} <= written
 
 
