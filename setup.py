@@ -15,6 +15,10 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
+# Figures and site. MkDocs 2 and later releases of the theme are other programs.
+DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]
+
+
 def long_description() -> str:
     """The README, or nothing in a source tree stripped of it."""
     readme = ROOT / "README.md"
@@ -29,7 +33,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["larp_jax", "larp_jax.*"]),
+    packages=[*find_packages(include=["larp_jax", "larp_jax.*"]), "larp_jax.configs"],
+    package_dir={"larp_jax.configs": "configs"},  # so that --config configs/X.py works without the repository
     include_package_data=True,  # what MANIFEST.in names inside the package
     python_requires=">=3.11,<3.14",
     install_requires=requirements(),
@@ -42,8 +47,19 @@ setup(
             'tensorflow; platform_machine != "x86_64"',
             "tensorboard",
         ],
-        "docs": ["matplotlib"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "setuptools>=77"],
+        "docs": DOCS,
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.15,<3",
+            "pre-commit>=4",
+            "setuptools>=77",
+            "nbclient>=0.10",  # the notebook
+            "ipykernel>=6",
+            *DOCS,
+        ],
     },
     entry_points={"console_scripts": ["larp-jax = larp_jax.cli:main"]},
     classifiers=[

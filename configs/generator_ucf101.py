@@ -12,7 +12,8 @@ the step, in float32; made beforehand they cost nothing, and nothing else change
 
     larp-jax tokenize --checkpoint runs/larp_l_long --input folder:data/ucf101/train --output data/ucf101_codes \
         --windows 10 --flips
-    larp-jax train ... --config.data.train=tokens:data/ucf101_codes
+    larp-jax train --config configs/generator_ucf101.py --workdir runs/generator_ucf101 \
+        --config.data.train=tokens:data/ucf101_codes
 """
 
 from larp_jax.config import default_recipe

@@ -1,7 +1,7 @@
 """A small tokenizer for 64x64x16 clips that trains on two CPU cores: 256 tokens of 9 bits, 1.6 M parameters.
 
     larp-jax train --config configs/quickstart.py --workdir runs/quickstart
-    larp-jax train --config configs/quickstart.py:adversarial --workdir runs/adversarial    (with a discriminator)
+    larp-jax train --config configs/quickstart.py:adversarial --workdir runs/adversarial  # with a discriminator
 
 Your own clips: --config.data.train=folder:PATH --config.data.eval=folder:PATH. Where it differs from the published
 recipe it is because a small model and few steps need another start: see "Small runs" in the README.

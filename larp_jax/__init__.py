@@ -1,8 +1,12 @@
 """LARP: a video tokenizer with a learned autoregressive generative prior (arXiv 2410.21264), in JAX and Flax NNX."""
 
 import importlib
+import typing
 
 from larp_jax.version import __version__
+
+if typing.TYPE_CHECKING:
+    from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_generator, load_tokenizer
 
 __all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "load_generator", "load_tokenizer"]
 

@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from larp_jax.fingerprint import digest, fingerprint
 from larp_jax.models.generator import Generator
 from larp_jax.models.quantizer import normalize
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.paths import path_name
 from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.steps import as_float_video
 
@@ -71,8 +73,8 @@ def load_checkpoint(
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:
-        held, recipe, params = importing.import_huggingface(path)
-        recipe = GeneratorRecipe(model=recipe) if held == "generator" else recipe
+        _, held, params = importing.import_huggingface(path)
+        recipe = GeneratorRecipe(model=held) if isinstance(held, GeneratorConfig) else held
         found = checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
     if kind not in (None, found.recipe.stage):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
@@ -98,9 +100,10 @@ class LoadedTokenizer:
 
     def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
         self.config, self.step, self._mesh = config, step, mesh
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
+        params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
-        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
+        self._graphdef = nnx.graphdef(module)
 
         def encode(params, video, key):
             return self.module(params).quantize(as_float_video(video), key=key).indices
@@ -111,7 +114,7 @@ class LoadedTokenizer:
         def reconstruct(params, video):
             return jnp.clip(self.module(params)(as_float_video(video))[0], 0.0, 1.0)
 
-        self._encode, self._decode, self._reconstruct = map(jax.jit, (encode, decode, reconstruct))
+        self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
 
     @property
     def params(self) -> dict:
@@ -257,15 +260,17 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self._mesh, dtype = mesh, jnp.dtype(precision)
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
-        params = cast_params(params, dtype)
-        self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype)))
+        module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
+        cast = cast_params(_checked_params(module, params, "generator"), dtype)
+        self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
+        graphdef = nnx.graphdef(module)
 
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
 
-        self._sample = jax.jit(sample, static_argnames="plan")
+        # with AVX-512, LLVM would use half of it
+        options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+        self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
 
     @classmethod
     def of(
@@ -299,7 +304,7 @@ class LoadedGenerator:
         key: jax.Array,
         condition: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
-        **options,
+        **options: Any,
     ) -> jax.Array:
         """Draws sequences of codes.
 
@@ -319,19 +324,19 @@ class LoadedGenerator:
         Raises:
           ValueError: something is not as described; the message says what was expected and what came.
         """
-        options = SamplingOptions(**options)
-        arguments = self._arguments(classes, condition, indices, key, options)
+        chosen = SamplingOptions(**options)
+        arguments = self._arguments(classes, condition, indices, key, chosen)
         with self._precisely():
-            return self._sample(*arguments, options.plan(self.config.num_tokens))
+            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
 
-    def compile(self, batch_size: int, **options) -> jax.stages.Compiled:
+    def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
         """The program that `sample` runs for this batch size and these options."""
-        options = SamplingOptions(**options)
+        chosen = SamplingOptions(**options)
         zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
-        conditions = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
-        arguments = self._arguments(*conditions, None, jax.random.key(0), options)
+        classes, condition = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
+        arguments = self._arguments(classes, condition, None, jax.random.key(0), chosen)
         with self._precisely():
-            return self._sample.lower(*arguments, options.plan(self.config.num_tokens)).compile()
+            return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
         """`InputError` unless the tokenizer is the one whose codes the generator makes, as far as is known."""
@@ -379,6 +384,17 @@ class LoadedGenerator:
             sharding.check_batch(rows, self._mesh)
             condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
         return self._params, condition, indices, key, options.scalars()
+
+
+def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
+    """The parameters as float32 NumPy arrays; `InputError` unless they are those of the module, by name and shape."""
+
+    def by_name(tree):
+        return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    expected = by_name(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    importing.compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
 def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:

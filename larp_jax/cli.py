@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import runpy
@@ -193,6 +194,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     over_processes(sub)
 
     sub = command(
+        _analyze,
+        "find out what each token position of a tokenizer carries",
+        "--checkpoint runs/quickstart --data moving_shapes:test --output runs/quickstart/analysis",
+    )
+    needs_checkpoint(sub)
+    sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for numbers and pictures")
+    sub.add_argument(
+        "--max-clips", type=_count, default=256, metavar="N",
+        help="statistics of codes are of at most N clips; 0 for all (default: 256)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ablated-clips", type=_count, default=16, metavar="N",
+        help="codes are replaced in at most N clips, which takes one decoding a position each (default: 16)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--replace", choices=("other", "common"), default="other",
+        help="by the code of another clip, or by the most frequent one, of the same position (default: other)",
+    )  # fmt: skip
+    batch_size(sub)
+
+    sub = command(
         _reconstruct,
         "write videos beside their reconstructions, with their PSNR",
         "--checkpoint runs/quickstart --input videos --output reconstructions",
@@ -347,6 +370,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--model-rate", type=_positive, metavar="R", help="clips a second that training takes: can data keep up?"
     )
 
+    sub = command(
+        _report,
+        "show a run on one HTML page: curves, pictures, codes, metrics, configuration",
+        "--workdir runs/quickstart",
+    )
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, finished or not")
+    sub.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the workdir)")
+
     command(_doctor, "show versions, devices and what is missing", "")
 
     arguments, rest = parser.parse_known_args(argv)
@@ -388,6 +419,7 @@ def _load_recipe(arguments: argparse.Namespace):
     from larp_jax.config import parse_recipe
 
     path, _, variant = arguments.config.partition(":")
+    path = path if os.path.isfile(path) else _shipped(path)
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
     try:
@@ -420,6 +452,14 @@ def _load_recipe(arguments: argparse.Namespace):
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     return parse_recipe(values.config)
+
+
+def _shipped(path: str) -> str:
+    """The recipe configs/X.py that an installed package brings along; other paths, and unknown ones, as they are."""
+    folder, name = os.path.split(path)
+    found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
+    places = found.submodule_search_locations if found and found.submodule_search_locations else ()
+    return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
 
 
 def _check_name(config, keys: Sequence[str]) -> None:
@@ -467,8 +507,10 @@ def _logging() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logger, handler = logging.getLogger("larp_jax"), _Lines()
     before = logger.level, logger.propagate
-    for name in ("absl", "jax", "orbax", "grain", "tensorflow"):
+    for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):  # Orbax shows tracebacks there of what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # some package always gives the root logger a handler of its own
@@ -556,7 +598,7 @@ def _evaluate_tokenizer(arguments, found):
     by_position = {}
     if extras["codes"] is not None:
         by_position["entropy_by_position"] = extras["codes"].position_entropy().tolist()
-    _report(arguments, found, scores, protocol, by_position)
+    _write_scores(arguments, found, scores, protocol, by_position)
 
 
 def _evaluate_generator(arguments, found):
@@ -606,7 +648,7 @@ def _evaluate_generator(arguments, found):
         "tokenizer": os.path.relpath(arguments.tokenizer),
         "tokenizer_step": tokenizer.step,
     }
-    _report(arguments, found, scores, protocol)
+    _write_scores(arguments, found, scores, protocol)
 
 
 def _next_code_scores(found, tokenizer, clips, batch_size):
@@ -654,7 +696,7 @@ def _clips(arguments, found, config, cond_frames: int | None = None):
     )
 
 
-def _report(arguments, found, scores, protocol, more=None):
+def _write_scores(arguments, found, scores, protocol, more=None):
     """Shows scores and writes them with their protocol, and what else there is."""
     import math
 
@@ -733,6 +775,23 @@ DEFINITIONS = {
     "prior_top1": "share of codes 1 .. N-1 that this prior thinks likeliest",
     "prior_top5": "share of them that are among its likeliest five",
 }
+
+
+def _analyze(arguments):
+    from larp_jax import analysis, api
+
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
+    result = analysis.analyze(
+        found,
+        arguments.data,
+        arguments.output,
+        max_clips=arguments.max_clips,
+        ablated_clips=arguments.ablated_clips,
+        replace=arguments.replace,
+        batch_size=arguments.batch_size,
+    )
+    _print_table(result["summary"])
+    print(f"written to {arguments.output}")
 
 
 def _reconstruct(arguments):
@@ -972,6 +1031,13 @@ def _plan(arguments):
     print(plan.format_table(result))
     if arguments.output:
         writers.write_json(arguments.output, result)
+
+
+def _report(arguments):
+    from larp_jax import report
+
+    path = report.report(arguments.workdir, arguments.output)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
 def _doctor(arguments):

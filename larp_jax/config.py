@@ -441,14 +441,13 @@ class MeshConfig:
 
     def shape(self, devices: int) -> tuple[int, int, int]:
         """The mesh's (data, fsdp, model) over a number of devices."""
-        sizes = [self.data, self.fsdp, self.model]
-        if -1 in sizes:
-            sizes[sizes.index(-1)] = devices // max(1, -math.prod(sizes))
+        rest = devices // max(1, -math.prod((self.data, self.fsdp, self.model)))
+        data, fsdp, model = (rest if size == -1 else size for size in (self.data, self.fsdp, self.model))
         _require(
-            math.prod(sizes) == devices,
+            data * fsdp * model == devices,
             f"mesh data={self.data} fsdp={self.fsdp} model={self.model} does not fill {devices} device(s)",
         )
-        return tuple(sizes)
+        return data, fsdp, model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -554,7 +553,7 @@ def _defaults(cls) -> dict:
         field.name: _defaults(field.type)
         if dataclasses.is_dataclass(field.type)
         else field.default_factory()
-        if field.type is dict
+        if field.default_factory is not dataclasses.MISSING
         else field.default
         for field in dataclasses.fields(cls)
     }
@@ -562,6 +561,7 @@ def _defaults(cls) -> dict:
 
 def parse_recipe(values: typing.Mapping):
     """A recipe (ConfigDict, or what `config.json` holds) as its stage's frozen dataclass; `InputError` if wrong."""
+    _require(isinstance(values, typing.Mapping) or hasattr(values, "to_dict"), f"config holds settings, got {values!r}")
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     _one_of("config.stage", stage, STAGES)

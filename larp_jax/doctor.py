@@ -1,14 +1,19 @@
-"""What is installed, what it runs on, what is missing, and how to get it: the text of `larp-jax doctor`."""
+"""What is installed, what it runs on, what is wrong or missing, and how to mend it: the text of `larp-jax doctor`."""
 
 import collections
 import importlib.metadata
+import os
+import pathlib
 import platform
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from larp_jax.version import __version__
 
@@ -34,40 +39,53 @@ BROKEN_PAIRS = (
     ("flax", ">=0.12.10", "jax", "<0.11", "pip install 'jax>=0.11.2' (needs Python 3.12), or 'flax<0.12.10'"),
 )
 
+# What brings CUDA to JAX: (package, extra of jax that installs it, oldest driver that its CUDA runs on).
+CUDA_PLUGINS = (("jax-cuda12-plugin", "cuda12", 525), ("jax-cuda13-plugin", "cuda13", 580))
+
+# Of FFmpeg, by their names there; AV1 is decoded by a library.
+DECODERS = ("h264", "hevc", "mpeg4", "mpeg2video", "vp8", "vp9", "libdav1d", "mjpeg")
+ENCODERS = ("h264", "mjpeg", "png")
+
 # (package, what it is for, what to give to pip install).
 OPTIONAL_PACKAGES = (
-    ("tensorflow", "TensorBoard summaries; TFDS data sets that only TensorFlow can read", "-e '.[tensorboard]'"),
-    ("tensorboard", "TensorBoard summaries", "-e '.[tensorboard]'"),
+    ("tensorflow", "TensorBoard summaries; TFDS data sets that only TensorFlow can read", "tensorflow-cpu tensorboard"),
+    ("tensorboard", "TensorBoard summaries", "tensorflow-cpu tensorboard"),
     ("huggingface_hub", "importing released weights by their repository id", "huggingface_hub"),
     ("torch", "comparisons with PyTorch in the tests; never needed to run", "torch"),
-    ("libtpu", "TPUs; planning for TPU pods on any machine", "-e '.[tpu]'"),
+    ("libtpu", "TPUs; planning for TPU pods on any machine", "libtpu"),
 )
+
+DEVICE_FILES = pathlib.Path("/dev")
+NVIDIA_VERSION = pathlib.Path("/proc/driver/nvidia/version")
+BUSY = 0.1  # share of a GPU's memory from which its being taken is told
 
 
 def report() -> str:
-    """Versions, devices, version pairs that break and optional parts, as text to print.
+    """What is wrong, versions, devices and optional parts, as text to print.
 
     Never raises: what cannot be found out is said in its place.
     """
     sections = {
-        f"larp_jax {__version__}": _system,
-        "Packages": _packages,
-        "Version conflicts": _conflicts,
-        "Devices": _devices,
-        "Optional parts": _optional_parts,
-        "Weights for metrics": _weights,
+        f"larp_jax {__version__}": [_system],
+        # memory before devices: JAX takes its share when it is asked for them
+        "Problems": [_broken_pairs, _unmet_requirements, _gpu_memory, _tensorflow, _gpus, _tpus, _codecs],
+        "Packages": [_packages],
+        "Devices": [_devices],
+        "Optional parts": [_optional_parts],
+        "Weights for metrics": [_weights],
     }
-    return "\n\n".join("\n".join([title, *_lines(section)]) for title, section in sections.items())
+    return "\n\n".join("\n".join([title, *(_lines(parts) or ["  none"])]) for title, parts in sections.items())
 
 
-def _lines(section: Callable[[], Iterator[str]]) -> list[str]:
-    """The section's lines, indented; the error as a last line where it fails."""
+def _lines(parts: Iterable[Callable[[], Iterator[str]]]) -> list[str]:
+    """The lines of a section's parts, indented; the error as a last line of a part that fails."""
     lines = []
-    try:
-        for line in section():
-            lines.append(f"  {line}")
-    except Exception as error:  # a report on broken installations must survive them
-        lines.append(f"  could not be found out: {type(error).__name__}: {error}")
+    for part in parts:
+        try:
+            for line in part():
+                lines.append(f"  {line}")
+        except Exception as error:  # a report on broken installations must survive them
+            lines.append(f"  could not be found out: {type(error).__name__}: {error}")
     return lines
 
 
@@ -95,9 +113,7 @@ def _packages() -> Iterator[str]:
         yield f"{package:<20} {_version(package) or 'missing'}"
 
 
-def _conflicts() -> Iterator[str]:
-    conflicts = [*_broken_pairs(), *_unmet_requirements()]
-    yield from conflicts or ["none"]
+# ------------------------------------------------------------------------------------------------------------ problems
 
 
 def _broken_pairs() -> Iterator[str]:
@@ -110,18 +126,137 @@ def _broken_pairs() -> Iterator[str]:
 
 
 def _unmet_requirements() -> Iterator[str]:
-    try:
-        requirements = importlib.metadata.requires("larp_jax") or ()
-    except importlib.metadata.PackageNotFoundError:
+    """Of larp_jax and of what it needs: pip does not look at them again when one package is changed."""
+    if _version("larp_jax") is None:
         yield "larp_jax itself is not installed: pip install -e . in its repository"
-        return
-    for requirement in map(Requirement, requirements):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+    wanted: dict[str, SpecifierSet] = {}  # by package, what suits all that need it
+    unmet: dict[str, str] = {}  # by package, whom the installed one does not suit
+    for package in ("larp_jax", *PACKAGES):
+        try:
+            requirements = importlib.metadata.requires(package) or ()
+        except importlib.metadata.PackageNotFoundError:
             continue
-        version = _version(requirement.name)
-        if version is None or not _within(version, str(requirement.specifier)):
-            wanted = f"{requirement.name}{requirement.specifier}"
-            yield f"{requirement.name} {version or 'is missing'}: pip install '{wanted}'"
+        for requirement in map(Requirement, requirements):
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            name, version = requirement.name, _version(requirement.name)
+            wanted[name] = wanted.get(name, SpecifierSet()) & requirement.specifier
+            if version is None or not _within(version, str(requirement.specifier)):
+                unmet.setdefault(name, package)
+    for name, package in unmet.items():
+        yield f"{name} {_version(name) or 'is missing'}: pip install '{name}{wanted[name]}', which {package} needs"
+
+
+def _gpu_files() -> list[pathlib.Path]:
+    """Device files of NVIDIA GPUs; Windows' Linux has one for all."""
+    return sorted(DEVICE_FILES.glob("nvidia[0-9]*")) or sorted(DEVICE_FILES.glob("dxg"))
+
+
+def _driver() -> int | None:
+    """Major version of the NVIDIA driver that is loaded, None without one."""
+    text = NVIDIA_VERSION.read_text() if NVIDIA_VERSION.exists() else ""
+    found = re.search(r"Kernel Module.*?\s(\d+)\.\d", text)
+    return int(found[1]) if found else None
+
+
+def _gpus() -> Iterator[str]:
+    """Why JAX does not see an NVIDIA GPU that is there."""
+    files, driver = _gpu_files(), _driver()
+    if not files and driver is None and not shutil.which("nvidia-smi"):
+        return
+    jax, jaxlib = _version("jax"), _version("jaxlib")
+    if not files:
+        yield (
+            f"an NVIDIA driver but no device file in {DEVICE_FILES}: start the container with --gpus all (docker) or"
+            " --nv (apptainer); outside of one, run nvidia-modprobe"
+        )
+    for path in files:
+        if not os.access(path, os.R_OK | os.W_OK):
+            yield f"{path} may not be opened: add this user to the group that owns it (ls -l {path})"
+    installed = [(*plugin, _version(plugin[0])) for plugin in CUDA_PLUGINS if _version(plugin[0])]
+    if not installed:
+        best = [extra for _, extra, oldest in CUDA_PLUGINS if driver is None or driver >= oldest] or ["cuda12"]
+        yield f"an NVIDIA GPU, and jax has no CUDA plugin: pip install 'jax[{best[0]}]=={jax}'"
+    if len(installed) > 1:
+        names = " and ".join(name for name, *_ in installed)
+        yield f"{names} are both installed, and get in each other's way: pip uninstall one of them"
+    for name, extra, oldest, version in installed:
+        if version and jaxlib and Version(version).release != Version(jaxlib).release:  # as jaxlib compares them
+            yield f"{name} {version} is ignored by jaxlib {jaxlib}: pip install 'jax[{extra}]=={jax}'"
+        if driver is not None and driver < oldest:
+            yield f"driver {driver} is too old for {name}, which needs {oldest}: install a newer driver"
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        yield f"JAX_PLATFORMS={platforms} keeps JAX from the GPU: unset JAX_PLATFORMS"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) in ("", "-1"):
+        yield f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset CUDA_VISIBLE_DEVICES"
+    if files and installed and _backend() == "cpu" and os.environ.get("LD_LIBRARY_PATH"):
+        yield "LD_LIBRARY_PATH is set, and may lead the CUDA plugin to other libraries than its own: unset it"
+
+
+def _backend() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def _tpus() -> Iterator[str]:
+    if any(DEVICE_FILES.glob("accel[0-9]*")) and _version("libtpu") is None:
+        yield f"a TPU, and jax has no libtpu: pip install 'jax[tpu]=={_version('jax')}'"
+
+
+def _gpu_memory() -> Iterator[str]:
+    """What other processes hold, TensorFlow above all, which takes everything."""
+    for index, used, total in _nvidia_smi("gpu=index,memory.used,memory.total"):
+        if float(used) > BUSY * float(total):
+            rows = _nvidia_smi("compute-apps=pid,process_name,used_memory")
+            holders = ", ".join(f"{name} (process {pid}, {mib} MiB)" for pid, name, mib in rows) or "unseen processes"
+            yield (
+                f"GPU {index}: {used} of {total} MiB are taken (on all GPUs by {holders}); JAX asks for three quarters"
+                " at once: end that, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+            )
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of a query; none where it cannot be asked."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return [line.split(", ") for line in result.stdout.splitlines()] if result.returncode == 0 else []
+
+
+def _tensorflow() -> Iterator[str]:
+    try:
+        version = importlib.metadata.version("tensorflow")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if _gpu_files() and os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH") != "true":
+        yield (
+            f"tensorflow {version} is built for GPUs and takes all their memory wherever it is imported (larp_jax"
+            " forbids it, other code may not): pip uninstall -y tensorflow && pip install tensorflow-cpu"
+        )
+
+
+def _codecs() -> Iterator[str]:
+    try:
+        import av
+    except Exception as error:  # not only ImportError: libraries that are there and do not fit
+        yield f"videos can be neither read nor written, PyAV fails ({error}): pip install --force-reinstall av"
+        return
+    for what, mode, names in (("decoders", "r", DECODERS), ("encoders", "w", ENCODERS)):
+        if missing := [name for name in names if not _has_codec(av, name, mode)]:
+            yield f"PyAV lacks the {what} {', '.join(missing)}: pip install --force-reinstall --only-binary av av"
+
+
+def _has_codec(av, name: str, mode: str) -> bool:
+    try:
+        return bool(av.codec.Codec(name, mode))
+    except Exception:  # of several kinds, by version
+        return False
+
+
+# --------------------------------------------------------------------------------------------------------------- state
 
 
 def _devices() -> Iterator[str]:
@@ -130,15 +265,12 @@ def _devices() -> Iterator[str]:
     devices = jax.devices()
     for (kind, process), count in collections.Counter((d.device_kind, d.process_index) for d in devices).items():
         yield f"{count} x {kind}" + (f" (process {process})" if jax.process_count() > 1 else "")
-    if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
-        yield "there is an NVIDIA driver, which JAX does not use: pip install -e '.[cuda]'"
 
 
 def _optional_parts() -> Iterator[str]:
     for package, purpose, source in OPTIONAL_PACKAGES:
         version = _version(package)
         yield f"{package:<20} " + (version or f"missing: {purpose}; pip install {source}")
-    yield f"{'H.264 encoder':<20} " + (_h264_encoder() or "missing: mp4 files; pip install --force-reinstall av")
 
 
 def _weights() -> Iterator[str]:
@@ -150,13 +282,3 @@ def _weights() -> Iterator[str]:
             f"found at {path} ({origin})" if path.is_file() else
             f"missing: looked for at {path} ({origin}); {perceptual.how_to_get(kind)}"
         )  # fmt: skip
-
-
-def _h264_encoder() -> str | None:
-    """Name of PyAV's encoder, None without one."""
-    try:
-        import av
-
-        return av.codec.Codec("h264", "w").name
-    except Exception:  # PyAV is missing, cannot be loaded, or was built without H.264
-        return None

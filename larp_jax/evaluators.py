@@ -188,6 +188,10 @@ class PriorScore(Average):
 
     def values(self, weights, batch):
         """See `Metric`."""
+        return {name: value.mean(axis=1) for name, value in self.by_position(batch).items()}
+
+    def by_position(self, batch: Reconstructed) -> dict[str, jax.Array]:
+        """The same of each code 1 .. N-1: [B, N-1] by name."""
         prior = nnx.merge(self._graphdef, batch.params["prior"])
         scored = losses.next_code(
             prior(batch.quantized.z_q[:, :-1]),
@@ -196,8 +200,7 @@ class PriorScore(Average):
             temperature=self._temperature,
         )
         values = {"prior_cross_entropy": scored.cross_entropy}
-        values |= {f"prior_top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
-        return {name: value.mean(axis=1) for name, value in values.items()}
+        return values | {f"prior_top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
 
 
 def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ...]:

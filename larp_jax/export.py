@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def codebook_manifest(
       usage_counts: how often each of the K codes was used, if known.
     """
     q = config.quantizer
-    manifest = {
+    manifest: dict[str, Any] = {
         "K": q.codebook_size,
         "d": q.code_dim,
         "normalisation": "l2",

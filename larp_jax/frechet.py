@@ -76,7 +76,7 @@ class FeatureStatistics:
             return self if self.count else other
         difference = other.mean - self.mean
         between = np.outer(difference, difference) * (self.count * other.count / count)
-        return FeatureStatistics(
+        return type(self)(
             count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between
         )
 
@@ -145,7 +145,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, covariance: 
     eigenvalues of C_a C_b, whose rounding errors a root would blow up to 1e-8, nothing is seen.)
 
     Args:
-      a, b: of features of one dimension.
+      a: of features.
+      b: of features of the same dimension.
       covariance: of `COVARIANCES`; the released code of LARP takes `population`.
 
     Returns:

@@ -4,6 +4,7 @@ PyTorch is needed only for the last, and no file is ever unpickled into arbitrar
 """
 
 import collections
+import hashlib
 import json
 import os
 import pathlib
@@ -83,12 +84,31 @@ def _download(repository: str) -> pathlib.Path:
             f" or download {CONFIG} and {WEIGHTS} yourself and give their directory"
         ) from None
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
+        folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # of many kinds: no network, no such repository, no access
         raise InputError(
             f"{repository} is no directory here, and fetching it failed ({_one_line(error)}); check the name and the"
             f" network, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
         ) from None
+    for name in (CONFIG, WEIGHTS):
+        if (folder / name).exists():
+            _check_download(folder / name)
+    return folder
+
+
+def _check_download(path: pathlib.Path) -> None:
+    """Holds a file in the cache of huggingface_hub to the hash that the server gave it, which is its name there.
+
+    It is the SHA-256 of large files, and what Git calls other ones.
+    """
+    stored = path.resolve()
+    with stored.open("rb") as file:
+        if len(stored.name) == 64:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            found = hashlib.sha1(b"blob %d\0" % stored.stat().st_size + file.read()).hexdigest()
+    if found != stored.name:
+        raise InputError(f"{path} is not what its server has (its hash differs); remove {stored} and fetch it again")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -165,7 +165,8 @@ class Mean:
 
     def merge(self, other: Self) -> Self:
         """Of both, on the host in float64: float32 would round away clips of a long evaluation."""
-        return Mean(np.float64(self.total) + np.float64(other.total), np.float64(self.count) + np.float64(other.count))
+        total, count = np.float64(self.total), np.float64(self.count)
+        return type(self)(total + np.float64(other.total), count + np.float64(other.count))
 
     def compute(self) -> float:
         """The average; NaN of nothing."""
@@ -200,7 +201,7 @@ class CodeStatistics:
 
     def merge(self, other: Self) -> Self:
         """Of both."""
-        return CodeStatistics(self.counts + other.counts)
+        return type(self)(self.counts + other.counts)
 
     def compute(self) -> dict[str, float]:
         """`usage`, `perplexity` and `kl_from_uniform` over all positions, and the `position_entropy` in nats.
@@ -218,7 +219,7 @@ class CodeStatistics:
 
     def position_entropy(self) -> np.ndarray:
         """Entropy in nats of the codes seen at each position, [N]."""
-        return entropy(self.counts)
+        return np.asarray(entropy(self.counts))
 
 
 def _check_same_shape(name: str, x: Array, y: Array) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax.errors import InputError
+from larp_jax.models.categorical import draw, largest
 from larp_jax.models.generator import Generator
 from larp_jax.models.layers import Dtype
 from larp_jax.paths import path_name
@@ -102,7 +103,7 @@ def sample_codes(
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
-    def draw(logits, number, guided):
+    def next_codes(logits, number, guided):
         if guided:
             conditional, unconditional = logits[0::2], logits[1::2]
             logits = unconditional + scalars["cfg_scale"] * (conditional - unconditional)
@@ -118,7 +119,7 @@ def sample_codes(
             codes, caches = carry
             tokens = paired(codes, codes) if guided else codes
             logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
-            codes = draw(logits, number, guided)
+            codes = next_codes(logits, number, guided)
             return (codes, caches), codes
 
         (codes, caches), drawn = jax.lax.scan(step, (codes, caches), jnp.arange(start, stop))
@@ -128,7 +129,7 @@ def sample_codes(
     if guided:
         condition = paired(condition, jnp.full_like(condition, -1))
     logits, caches = generator.prefill(blocks, condition)
-    codes = draw(logits, 0, guided)
+    codes = next_codes(logits, 0, guided)
     done = [codes[:, None]]
     for start, stop in cache_parts(c.num_tokens, plan.guided):
         if guided and start >= plan.guided:
@@ -149,21 +150,17 @@ def paired(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
 def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:
     """Codes after the first as (start, stop), cut where caches grow and where guidance ends."""
     length = max(SHORTEST_PART, -(-num_tokens // CACHE_PARTS))
-    cuts = {1, num_tokens, *range(length, num_tokens, length)} | ({guided} if guided else set())
-    cuts = sorted(cuts)
+    cuts = sorted({1, num_tokens, *range(length, num_tokens, length)} | ({guided} if guided else set()))
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
 def draw_codes(logits: jax.Array, keys: jax.Array, scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
     """One code a row: logits [B, K] float32 and a key for each row -> [B] int32."""
-    if not plan.greedy:
-        logits = logits / scalars["temperature"]
-        logits = filter_logits(
-            logits, scalars["top_k"] if plan.top_k else None, scalars["top_p"] if plan.top_p else None
-        )
-        # the largest of logits plus Gumbel noise is a draw from their softmax
-        logits = logits + jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(keys)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if plan.greedy:
+        return largest(logits)
+    logits = logits / scalars["temperature"]
+    logits = filter_logits(logits, scalars["top_k"] if plan.top_k else None, scalars["top_p"] if plan.top_p else None)
+    return jax.vmap(draw)(keys, logits)
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:

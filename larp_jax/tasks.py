@@ -1,11 +1,12 @@
 """What a run of each stage reads, measures and shows: all that the trainer leaves to the stage but its jitted step."""
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -77,6 +78,9 @@ class Task(Protocol):
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says about the run beside its recipe, ready for JSON."""
 
+    def resume(self, metadata: Mapping[str, Any]) -> None:
+        """Takes up what `metadata` gave when the checkpoint was saved that the run continues from."""
+
 
 class TokenizerTask:
     """Training a tokenizer; see `Task`."""
@@ -91,7 +95,8 @@ class TokenizerTask:
         self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
         model = recipe.model
         self._clip = data.ClipSpec(frames=model.frames, resolution=model.resolution, flip=recipe.data.flip)
-        data.open_source(recipe.data.train, self._clip)
+        source = data.open_source(recipe.data.train, self._clip)
+        self._identity = _identity(map(source.name, range(len(source))))
         self._evaluator = self._code_counts = None
 
     def start(self, state, placement, key):
@@ -158,7 +163,14 @@ class TokenizerTask:
 
     def metadata(self):
         """See `Task`."""
-        return {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
+        counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
+        return {"data": self._identity} | counts
+
+    def resume(self, metadata):
+        """See `Task`."""
+        _compare_data(metadata, self._identity)
+        if (counts := metadata.get("code_counts")) is not None:
+            self._code_counts = np.asarray(counts, np.int64)
 
     def _some_clips(self, count: int) -> np.ndarray:
         """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
@@ -201,6 +213,7 @@ class GeneratorTask:
             if theirs != names and not recipe.model.frame_prediction:
                 ours, theirs = (", ".join(n) or "none" for n in (names, theirs))
                 raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
+        self._identity = _identity(self._names())
         self.recipe, self._class_counts = self._with_classes(recipe)
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
         if isinstance(self._train, CodeSet) and recipe.model.frame_prediction:
@@ -242,6 +255,12 @@ class GeneratorTask:
         if found.min() < 0 and not recipe.model.class_dropout:
             raise InputError("data.train has videos without a class, which need model.class_dropout above 0")
         return recipe, np.bincount(found[found >= 0], minlength=count)
+
+    def _names(self) -> Iterable[str]:
+        """What the training data is made of, in its order."""
+        if isinstance(self._train, CodeSet):
+            return (f"{row['source']} {row['start']}" for row in self._train.manifest["rows"])
+        return map(self._train.name, range(len(self._train)))
 
     def start(self, state, placement, key):
         """See `Task`."""
@@ -317,11 +336,15 @@ class GeneratorTask:
 
     def metadata(self):
         """See `Task`."""
-        found = {"tokenizer_fingerprint": self.recipe.tokenizer_fingerprint}
+        found = {"tokenizer_fingerprint": self.recipe.tokenizer_fingerprint, "data": self._identity}
         if self._class_counts is not None:
             found["class_counts"] = self._class_counts.tolist()
             found["class_names"] = list(self._train.label_names)
         return found
+
+    def resume(self, metadata):
+        """See `Task`."""
+        _compare_data(metadata, self._identity)
 
 
 TASKS = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
@@ -355,6 +378,25 @@ def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, wh
         if wanted not in (0, value):
             raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to 0")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
+
+
+def _identity(names: Iterable[str]) -> dict[str, Any]:
+    """How many clips or videos there are and a digest of their names, on which the order depends that they come in."""
+    digest, count = hashlib.sha256(), 0
+    for count, name in enumerate(names, 1):  # noqa: B007
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return {"count": count, "names": digest.hexdigest()[:16]}
+
+
+def _compare_data(metadata: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    before = metadata.get("data", identity)
+    if before != identity:
+        logger.warning(
+            "data.train has %d videos, it had %d when the checkpoint was saved, or others: clips come in another order "
+            "than in a run that was never stopped",
+            identity["count"],
+            before["count"],
+        )
 
 
 def _train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:

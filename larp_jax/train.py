@@ -6,6 +6,7 @@ everywhere: so many updates done. Writing comes last and speaks of the step befo
 while there is work to hand it.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import signal
 import jax
 
 from larp_jax import checkpoint, sharding
-from larp_jax.config import to_dict
+from larp_jax.config import GeneratorRecipe, TokenizerRecipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.tasks import TASKS
 from larp_jax.writers import MetricWriter, Progress
@@ -34,7 +35,7 @@ class Diverged(RuntimeError):
     """A logged value became NaN or infinite; checkpoints on disk are from before."""
 
 
-def train(recipe, workdir: str | os.PathLike) -> dict[str, float]:
+def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:
@@ -51,14 +52,14 @@ def train(recipe, workdir: str | os.PathLike) -> dict[str, float]:
     """
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
-    with jax.set_mesh(mesh), StopRequest() as stop:
-        return Run(recipe, pathlib.Path(workdir), mesh, stop).loop()
+    with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as held:
+        return Run(recipe, pathlib.Path(workdir), mesh, stop, held).loop()
 
 
 class Run:
-    """Everything a run holds on to: task, state, checkpoints, writers."""
+    """Everything a run holds on to: task, state, checkpoints, writers; `held` gets what is let go of in the end."""
 
-    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: "StopRequest"):
+    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: "StopRequest", held: contextlib.ExitStack):
         self.workdir, self.mesh, self.stop = workdir, mesh, stop
         self.key = jax.random.key(recipe.seed)
         # the data is opened before anything is written, so that a wrong path leaves no workdir behind
@@ -70,29 +71,30 @@ class Run:
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
-        self._claim_workdir()
+        self._claim_workdir(held)
         self.manager = checkpoint.CheckpointManager(workdir, keep=recipe.keep, best_metric=recipe.best_metric)
-        latest = self.manager.latest_step()
-        if latest is None:
+        found = self.manager.restore_newest(shapes, placement)
+        if found is None:
             state = jax.jit(stage.init, out_shardings=placement)(self.key)
             self.state = self.task.start(state, placement, jax.random.fold_in(self.key, 1))
         else:
-            self.state = self.manager.restore(shapes, placement, latest)
-            logger.info("continuing %s from step %d", workdir, latest)
-        self.first_step = self.step = latest or 0
+            self.state, metadata = found
+            self.task.resume(metadata)
+            logger.info("continuing %s from step %d", workdir, self.state.step)
+        self.first_step = self.step = int(self.state.step)
         self.writer = MetricWriter(workdir, restored_step=self.first_step)
         self.task.open_evaluation(workdir)
 
     def loop(self) -> dict[str, float]:
         """Runs to the last step; on the way out, whatever happens, what is being saved is saved whole."""
         recipe = self.recipe
-        scores = {}
         pending = None  # the logs of the last step, not yet waited for
         batches = self.task.batches(self.first_step)
         with batches, self.writer, self._progress() as progress:
             try:
                 while True:
-                    done = self.step == recipe.steps
+                    scores = {}
+                    done = self.step >= recipe.steps
                     stopping = self.stop.requested()
                     new = self.step > self.first_step
                     save = done or stopping or self.step % recipe.save_every == 0
@@ -114,27 +116,30 @@ class Run:
                     pending = (self.step, logs)
             finally:
                 self.manager.close()
+        self.manager.check_saved()
         if self.stop.signal is not None and self.step < recipe.steps:
             name = signal.Signals(self.stop.signal).name
             raise Stopped(f"stopped by {name} at step {self.step}, saved; the same command continues")
         return scores
 
-    def _claim_workdir(self) -> None:
+    def _claim_workdir(self, held: contextlib.ExitStack) -> None:
         """Makes the workdir and its config.json, or checks that the run in it is this one."""
         recipe = to_dict(self.recipe)
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
             if before is not None:
-                changed = sorted(_differences(before, recipe))
-                refused = [name for name in changed if not {name, name.partition(".")[0]} & MAY_CHANGE]
+                changed = _differences(before, recipe)
+                refused = [name for name in sorted(changed) if not {name, name.partition(".")[0]} & MAY_CHANGE]
                 if refused:
+                    said = ", ".join(f"{name}={changed[name][0]!r}, not {changed[name][1]!r}" for name in refused[:3])
                     raise InputError(
-                        f"{self.workdir} holds a run with another {', '.join(refused[:3])}; "
-                        "choose another --workdir, or the settings it was started with (its config.json)"
+                        f"{self.workdir} holds a run with {said}; it could not continue as if never stopped: choose "
+                        "another --workdir, or the settings it was started with (its config.json)"
                     )
                 if changed:
-                    logger.warning("changed since the run began: %s", ", ".join(changed))
+                    said = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in sorted(changed.items()))
+                    logger.warning("changed since the run began: %s", said)
             if jax.process_index() == 0:
                 checkpoint.write_config(self.workdir, recipe)
         except OSError as error:
@@ -204,13 +209,13 @@ class StopRequest:
         return bool(multihost_utils.process_allgather(self.signal is not None).any())
 
 
-def _differences(a: dict, b: dict, prefix: str = "") -> set[str]:
-    """Dotted names of the settings in which two configurations differ."""
-    names = set()
+def _differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
+    """The values of the settings in which two configurations differ, by their dotted names."""
+    found = {}
     for key in a.keys() | b.keys():
         one, other = a.get(key), b.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            names |= _differences(one, other, f"{prefix}{key}.")
+            found |= _differences(one, other, f"{prefix}{key}.")
         elif one != other:
-            names.add(prefix + key)
-    return names
+            found[prefix + key] = one, other
+    return found

@@ -32,7 +32,7 @@ class MetricWriter:
     `write_scalars` returns. `media/` holds `STEP_name.png` and `STEP_name.mp4`. `tensorboard/` gets the scalars and
     pictures too where TensorFlow and TensorBoard are installed.
 
-    A full disk does not stop a run: it is logged once, and writing goes on when there is room again.
+    A full disk does not stop a run: it is logged once, and scalars are written when there is room again.
 
     Args:
       workdir: folder of the run, made if missing.
@@ -50,7 +50,7 @@ class MetricWriter:
         self._media = self._workdir / "media"
         self._media.mkdir(parents=True, exist_ok=True)
         path = self._workdir / "metrics.jsonl"
-        rows = [row for row in _read_rows(path) if row["step"] <= restored_step]
+        rows = [row for row in read_metrics(self._workdir) if row["step"] <= restored_step]
         self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
         lines = [_encode(row) for row in rows]
         replacement = path.with_suffix(".tmp")
@@ -58,8 +58,11 @@ class MetricWriter:
         os.replace(replacement, path)
         # Unbuffered: a failed write leaves nothing behind to fail again, or to be written twice.
         self._file = path.open("r+b", buffering=0)
+        # The last line and any before it that are on no disk yet, from where they belong.
+        self._lines = lines[-1:] or [b""]
         self._end = sum(map(len, lines))
-        self._row_start = self._end - (len(lines[-1]) if lines else 0)
+        self._start = self._end - len(self._lines[0])
+        self._written = True
         self._tensorboard = _open_tensorboard(self._workdir / "tensorboard")
 
     def __enter__(self) -> Self:
@@ -89,19 +92,24 @@ class MetricWriter:
             raise ValueError(f"metrics of step {step} come after those of step {self._row['step']}")
         values = {name: np.asarray(value).item() for name, value in scalars.items()}
         same_step = step == self._row["step"]
-        start = self._row_start if same_step else self._end
-        row = {**(self._row if same_step else {}), "step": int(step), "wall_time": time.time(), **values}
-        data = _encode(row)
+        self._row = {**(self._row if same_step else {}), "step": int(step), "wall_time": time.time(), **values}
+        if not same_step:
+            # Lines that there was no room for are written with the next ones.
+            self._start, self._lines = (self._end, []) if self._written else (self._start, self._lines)
+            self._lines.append(b"")
+        self._lines[-1] = _encode(self._row)
+        data = b"".join(self._lines)
 
         def write():
-            self._file.seek(start)
-            self._file.truncate()
+            self._file.seek(self._start)
             rest = data
             while rest:  # an unbuffered write may take only a part
                 rest = rest[self._file.write(rest) :]
+            self._file.truncate()  # last, for a process that is killed here should not have lost the line
 
-        if self._unless_disk_full("metrics.jsonl", write):
-            self._row, self._row_start, self._end = row, start, start + len(data)
+        self._written = self._unless_disk_full("metrics.jsonl", write)
+        if self._written:
+            self._end = self._start + len(data)
         if self._tensorboard:
             self._unless_disk_full("tensorboard", lambda: self._tensorboard.write_scalars(step, values))
 
@@ -176,9 +184,9 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl that are whole; none without the file."""
-    rows = []
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of a workdir's metrics.jsonl that are whole; none without the file."""
+    path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)

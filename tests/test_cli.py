@@ -19,7 +19,7 @@ from larp_jax.config import to_dict
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
-COMMANDS += ("plan", "benchmark", "doctor")
+COMMANDS += ("plan", "benchmark", "doctor", "analyze", "report")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

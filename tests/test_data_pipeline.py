@@ -124,7 +124,10 @@ def test_what_fails_later_is_replaced_and_named_once(spec, tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING):
         first = batches()
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["another video is drawn in place of 1.mp4"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith("another video is drawn in place of 1.mp4: ") and len(said) == 2
+    count, _, rest = said[1].partition(" ")
+    assert int(count) > 1 and rest == "clips came from other videos than drawn; not read: 1.mp4"
     assert_same(batches(), first)
 
 

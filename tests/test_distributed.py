@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,16 +92,20 @@ def test_two_processes_do_what_one_does_die_together_and_resume(one_process, tmp
     assert survived < 60
     assert "another process of this run has ended" in errors or "another task died" in errors, errors
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"2", "4"}
+    alone = shutil.copytree(workdir, tmp_path / "alone")
 
     ((code, printed, errors), (other, silent, _)), _ = together(*command)
     assert (code, other) == (0, 0), errors
     assert "continuing" in errors and "trained to step 6" in printed and not silent
-    found, expected = rows(workdir), rows(one_process)
-    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
-    for one, other in zip(expected, found, strict=True):
-        assert one.keys() == other.keys()
-        for name in one.keys() - {"wall_time"}:
-            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
+    # as many devices in another number of processes
+    assert cli.main(["train", "--config", CONFIG, "--workdir", str(alone)]) == 0
+    expected = rows(one_process)
+    for found in (rows(workdir), rows(alone)):
+        assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+        for one, other in zip(expected, found, strict=True):
+            assert one.keys() == other.keys()
+            for name in one.keys() - {"wall_time"}:
+                assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
 
     arguments = ["--data", "moving_shapes:test", "--max-clips", "12"]
     ((code, printed, errors), (other, silent, _)), _ = together(

@@ -1,6 +1,11 @@
 import importlib.metadata
+import os
+import pathlib
+import shutil
+import subprocess
 import sys
 
+import av
 import jax
 import pytest
 
@@ -24,6 +29,39 @@ def versions(monkeypatch):
     return pretended
 
 
+@pytest.fixture
+def gpu(monkeypatch, tmp_path, versions):
+    """A machine with one NVIDIA GPU and all that it needs, which tests then break; JAX itself stays on the CPU."""
+    (tmp_path / "nvidia0").touch()
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\n")
+    monkeypatch.setattr(doctor, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(doctor, "NVIDIA_VERSION", driver)
+    monkeypatch.setattr(doctor, "_backend", lambda: "gpu")
+    monkeypatch.setattr(shutil, "which", lambda name, known=shutil.which: name if name == "nvidia-smi" else known(name))
+    smi = {"gpu": "0, 400, 81559\n", "compute-apps": ""}
+
+    def run(command, known=subprocess.run, **options):
+        if command[0] != "nvidia-smi":
+            return known(command, **options)
+        query = command[1].removeprefix("--query-").partition("=")[0]
+        return subprocess.CompletedProcess(command, 0, smi[query], "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TF_FORCE_GPU_ALLOW_GROWTH"):
+        monkeypatch.delenv(name, raising=False)
+    versions.update({"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "jax-cuda12-plugin": "0.10.2"})
+    versions.update({"jax-cuda13-plugin": None, "tensorflow": None, "tensorflow-cpu": "2.19.0"})
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [])
+    return smi
+
+
+def problems():
+    """The lines below that title."""
+    section = doctor.report().split("\n\nProblems\n")[1].split("\n\n")[0]
+    return [line.strip() for line in section.splitlines()]
+
+
 def test_report_names_versions_and_devices():
     report = doctor.report()
     assert larp_jax.__version__ in report
@@ -44,21 +82,116 @@ def test_pairs_that_work_are_not_told(versions):
         assert "does not work with" not in doctor.report()
 
 
-def test_unmet_requirements_are_told(versions, monkeypatch):
+def test_unmet_requirements_are_told_once(versions, monkeypatch):
     listed = ["optax>=0.2.8", "einops>=0.8", 'pytest>=99; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: listed)
-    versions.update(optax="0.1.0", einops=None)
+    versions.update({"optax": "0.1.0", "einops": None})
     report = doctor.report()
-    assert "optax 0.1.0: pip install 'optax>=0.2.8'" in report
-    assert "einops is missing: pip install 'einops>=0.8'" in report
+    assert report.count("optax 0.1.0: pip install 'optax>=0.2.8', which larp_jax needs") == 1
+    assert report.count("einops is missing: pip install 'einops>=0.8'") == 1
     assert "pytest" not in report
 
 
-def test_missing_parts_come_with_how_to_get_them(versions, monkeypatch):
-    versions.update({package: None for package, *_ in doctor.OPTIONAL_PACKAGES} | {"tensorflow-cpu": None})
+@pytest.mark.parametrize(
+    ("package", "version", "wanted_by"), [("jaxlib", "0.4.1", "jax"), ("orbax-checkpoint", "0.5.0", "larp_jax"),
+                                         ("flax", "0.7.0", "larp_jax")]  # fmt: skip
+)
+def test_packages_that_were_changed_alone_are_told(versions, package, version, wanted_by, monkeypatch):
+    known = importlib.metadata.requires
+    ours = ["flax>=0.12.8", "orbax-checkpoint>=0.12,<0.13"]  # whatever is installed as larp_jax here
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ours if name == "larp_jax" else known(name))
+    versions[package] = version
+    (line,) = [line for line in problems() if line.startswith(f"{package} {version}: pip install")]
+    assert line.endswith(f"which {wanted_by} needs")
+
+
+def test_a_machine_in_order_has_no_problems(gpu):
+    assert problems() == ["none"]
+
+
+def only(*, starts: str, mend: str):
+    (line,) = problems()
+    assert line.startswith(starts) and mend in line, line
+
+
+def test_a_gpu_without_a_plugin(gpu, versions):
+    versions["jax-cuda12-plugin"] = None
+    only(starts="an NVIDIA GPU, and jax has no CUDA plugin", mend="pip install 'jax[cuda12]==0.10.2'")
+
+
+def test_a_plugin_of_another_version(gpu, versions):
+    versions["jax-cuda12-plugin"] = "0.9.0"
+    only(starts="jax-cuda12-plugin 0.9.0 is ignored by jaxlib 0.10.2", mend="pip install 'jax[cuda12]==0.10.2'")
+
+
+def test_two_plugins_and_a_driver_too_old_for_one(gpu, versions):
+    versions["jax-cuda13-plugin"] = "0.10.2"
+    assert [line.partition(":")[2] for line in problems()] == [" pip uninstall one of them", " install a newer driver"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")])
+def test_an_environment_that_forbids_the_gpu(gpu, name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    only(starts=f"{name}=", mend=f"unset {name}")
+
+
+def test_libraries_of_another_cuda(gpu, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda-11/lib64")
+    assert problems() == ["none"]  # JAX is on the GPU all the same
+    monkeypatch.setattr(doctor, "_backend", lambda: "cpu")
+    only(starts="LD_LIBRARY_PATH is set", mend="unset it")
+
+
+def test_a_container_without_the_gpu(gpu, tmp_path):
+    (tmp_path / "nvidia0").unlink()
+    only(starts="an NVIDIA driver but no device file", mend="--gpus all")
+
+
+def test_a_device_file_that_may_not_be_opened(gpu, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path).name != "nvidia0")
+    (line,) = [line for line in problems() if "may not be opened" in line]
+    assert "add this user to the group" in line
+
+
+def test_memory_that_others_hold(gpu):
+    gpu |= {"gpu": "0, 79000, 81559\n1, 4, 81559\n", "compute-apps": "4711, python, 78990\n"}
+    (line,) = problems()
+    assert line.startswith("GPU 0: 79000 of 81559 MiB are taken") and "python (process 4711, 78990 MiB)" in line
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in line
+
+
+def test_tensorflow_for_gpus(gpu, versions, monkeypatch):
+    versions["tensorflow"] = "2.19.0"
+    only(starts="tensorflow 2.19.0 is built for GPUs", mend="pip install tensorflow-cpu")
+    monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    assert problems() == ["none"]
+
+
+def test_a_tpu_without_libtpu(gpu, versions, tmp_path):
+    (tmp_path / "accel0").touch()
+    versions["libtpu"] = None
+    only(starts="a TPU, and jax has no libtpu", mend="pip install 'jax[tpu]==0.10.2'")
+
+
+def test_codecs_that_are_missing(gpu, monkeypatch):
+    def codec(name, mode, known=av.codec.Codec):
+        if name in ("hevc", "libdav1d"):
+            raise ValueError("unknown codec")
+        return known(name, mode)
+
+    monkeypatch.setattr(av.codec, "Codec", codec)
+    only(starts="PyAV lacks the decoders hevc, libdav1d", mend="pip install --force-reinstall")
+
+
+def test_without_pyav(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # its import raises
+    only(starts="videos can be neither read nor written", mend="pip install --force-reinstall av")
+
+
+def test_missing_parts_come_with_how_to_get_them(versions):
+    versions.update({package: None for package, *_ in doctor.OPTIONAL_PACKAGES} | {"tensorflow-cpu": None})
     report = doctor.report()
-    for name in ("tensorflow", "tensorboard", "huggingface_hub", "torch", "libtpu", "H.264 encoder"):
+    for name in ("tensorflow", "tensorboard", "huggingface_hub", "torch", "libtpu"):
         (line,) = [line for line in report.splitlines() if line.strip().startswith(f"{name} ")]
         assert "missing" in line and "pip install" in line
 

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"benchmark", "plan", "doctor"},
-    {"generate"},
+    {"benchmark", "plan", "doctor", "report"},
+    {"generate", "analysis"},
     {"train", "reconstruct"},
     {"tasks"},
     {"code_sets"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"models"},
     {"config"},
     {"distributed"},
-    {"allocator", "errors", "paths", "version"},
+    {"allocator", "charts", "errors", "paths", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -147,7 +147,7 @@ def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
     shard.write_bytes(good[:200] + b"\xff" * 20 + good[220:])
     refused("is damaged")
     np.savez(shard, codes=np.array([{}], object))
-    refused("is damaged")
+    refused("holds object")
     np.savez(shard, other=stored)
     refused("is damaged")
     np.savez(shard, codes=stored[:-1])

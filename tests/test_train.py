@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from larp_jax import checkpoint, cli, writers
+from larp_jax import checkpoint, cli, tasks, writers
 from larp_jax.train import StopRequest
 from larp_jax.writers import MetricWriter
 
@@ -62,11 +62,12 @@ def test_what_a_run_leaves(trained):
     assert json.loads((trained / "config.json").read_text())["steps"] == 6
 
 
-def test_resuming_is_never_having_stopped(trained, tmp_path):
+def test_resuming_is_never_having_stopped(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train/lo')  # cut short by the kill
-    assert train(workdir) == 0
+    assert train(workdir, "--config.data.workers=2") == 0  # which may change
+    assert "changed since the run began: data.workers from 0 to 2" in capsys.readouterr().err
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
 
@@ -99,13 +100,14 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
 
 
 def test_a_second_interrupt_does_not_wait():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with StopRequest() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(trained, tmp_path, capsys, monkeypatch):
@@ -125,9 +127,27 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(train
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), checkpoint.load(workdir).params))
 
 
-def test_a_workdir_holds_one_run(trained, capsys):
-    assert train(trained, "--config.seed=1") == 2
-    assert "holds a run with another seed" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("seed=1", "holds a run with seed=0, not 1"),
+        ("data.batch_size=16", "holds a run with data.batch_size=8, not 16"),
+        ("data.train=moving_shapes:test", "with data.train='moving_shapes', not 'moving_shapes:test'"),
+        ("model.num_tokens=16", "with model.num_tokens=8, not 16"),
+    ],
+)
+def test_a_workdir_holds_one_run(trained, capsys, setting, message):
+    assert train(trained, f"--config.{setting}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and "choose another --workdir, or the settings it was started with" in line
+
+
+def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys, monkeypatch):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(tasks, "_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
+    assert train(workdir, "--config.steps=4") == 0  # fewer than it has done
+    assert steps(workdir) == [2, 4, 6]
+    assert "data.train has 31 videos, it had 32 when the checkpoint was saved" in capsys.readouterr().err
 
 
 def test_perceptual_weights_that_are_missing(tmp_path, capsys, monkeypatch):

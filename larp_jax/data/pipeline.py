@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from larp_jax.data.clips import ClipSpec, mirror, window_starts
-from larp_jax.data.sources import NO_LABEL, Source, cores, open_source
+from larp_jax.data.sources import MANY_NAMES, NO_LABEL, Source, cores, open_source
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ def train_batches(
 
     A mixture with weights runs through epochs of each part on its own; without, the parts are one list.
 
-    A video that fails to be read is named in the log, once, and another is drawn in its place.
+    A video that fails to be read is named in the log, once, and another is drawn in its place; how often that happened
+    is said in the end.
 
     Args:
       spec: the data set, as `parse_spec` reads it; the split is `train` if it names none.
@@ -101,7 +102,37 @@ def train_batches(
     source = open_source(spec, clip)
     clips = _draw_videos(source, seed).random_map(DrawClip(source, clip))
     clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
-    return Batches(source, _iterate(clips, rows.local, workers))
+    return Batches(source, _Reported(_iterate(clips, rows.local, workers)))
+
+
+class _Reported:
+    """Batches without their column `unread`, which is logged instead: here, because workers have no log."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]):
+        self._batches = batches
+        self._named: set[str] = set()
+        self._replaced = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._batches)
+        reasons = [reason for text in batch.pop("unread") for reason in text.splitlines()]
+        self._replaced += len(reasons)
+        for reason in dict.fromkeys(reasons):
+            if (name := reason.partition(": ")[0]) not in self._named:
+                self._named.add(name)
+                logger.warning("another video is drawn in place of %s", reason)
+        return batch
+
+    def close(self) -> None:
+        """Closes the batches below."""
+        if self._replaced:
+            names = ", ".join(sorted(self._named)[:MANY_NAMES])
+            logger.warning("%d clips came from other videos than drawn; not read: %s", self._replaced, names)
+        self._replaced = 0
+        self._batches.close()
 
 
 def _draw_videos(source: Source, seed: int):
@@ -231,22 +262,24 @@ class DrawClip:
 
     def __init__(self, source: Source, clip: ClipSpec):
         self._source, self._clip = source, clip
-        self._failed: set[int] = set()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The clip of a video, or of another where that fails: "video" uint8 [T, H, W, 3] and "label" int32."""
+        """The clip of a video, or of another where that fails.
+
+        Returns:
+          "video" uint8 [T, H, W, 3], "label" int32 and "unread", a line "NAME: REASON" for each video that failed.
+        """
+        unread = []
         for _ in range(MAX_DRAWS):
             try:
                 video, label = self._source.read_clip(index, rng, self._clip)
             except InputError as error:
-                if index not in self._failed:
-                    self._failed.add(index)
-                    logger.warning("another video is drawn in place of %s: %s", self._source.name(index), error)
+                unread.append(" ".join(f"{self._source.name(index)}: {error}".split()))
                 index = int(rng.integers(len(self._source)))
                 continue
             if self._clip.flip and rng.random() < 0.5:
                 video = mirror(video)
-            return {"video": video, "label": np.int32(label)}
+            return {"video": video, "label": np.int32(label), "unread": "\n".join(unread)}
         raise InputError(f"{MAX_DRAWS} videos drawn in a row cannot be read, the last one {self._source.name(index)}")
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ NO_LABEL = -1
 MANY_FILES = 500
 # The most files that a warning names.
 MANY_NAMES = 50
+# The most classes that a data set may claim.
+MANY_CLASSES = 1_000_000
 # The file of a prepared data set that says which videos its records hold.
 VIDEOS = "videos.json"
 
@@ -286,7 +289,10 @@ class TfdsSource:
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
         self.skipped = []
         self._data_set, self._split = str(data_set), split
-        folder = _find_data_set(self._data_set)
+        with _damage_is_told(f"TFDS data set {data_set}"):
+            self._open(_find_data_set(self._data_set))
+
+    def _open(self, folder: pathlib.Path) -> None:
         features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
         self._video, self._shape, self._encoding = _video_feature(self._data_set, features)
         labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
@@ -295,10 +301,12 @@ class TfdsSource:
         if self._label:
             names = folder / f"{self._label}.labels.txt"
             count = int(labels[self._label].get("numClasses", 0))
+            if count > MANY_CLASSES:
+                raise ValueError(f"{count} classes")
             self.label_names = tuple(
                 names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
             )
-        self._records = _open_records(self._data_set, folder, split)
+        self._records = _open_records(self._data_set, folder, self._split)
 
     def __len__(self):
         return len(self._records)
@@ -321,17 +329,15 @@ class TfdsSource:
 
     def read_clip(self, index, start, clip):
         """See `Source`."""
-        try:
+        with _damage_is_told(self.name(index)):
             record = self._read(index)
             stored = self._stored_frames(record)
             if isinstance(start, np.random.Generator):
                 start = int(start.integers(last_start(len(stored), clip.frames) + 1))
             elif start and start + clip.frames > len(stored):
-                raise InputError(f"it ends after {len(stored)} frames, before frame {start + clip.frames}")
+                raise InputError(f"{self.name(index)} ends after {len(stored)} frames, before {start + clip.frames}")
             frames = _decoded(stored[start : start + clip.frames], clip.resolution)
-        except (ValueError, zlib.error) as error:
-            raise InputError(f"{self.name(index)} cannot be read ({error}); prepare the data set again") from error
-        return repeat_last(frames, clip.frames), self._label_of(record)
+            return repeat_last(frames, clip.frames), self._label_of(record)
 
     def _label_of(self, record) -> int:
         return record[self._label].int64_list.value[0] if self._label else NO_LABEL
@@ -351,7 +357,7 @@ class TfdsSource:
     def _read(self, record):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        with stage("read"):
+        with stage("read"), _damage_is_told(f"record {record} of {self._data_set}"):
             return tf_example_pb2.Example.FromString(self._records[record]).features.feature
 
     def _stored_frames(self, record) -> Sequence[bytes] | np.ndarray:
@@ -398,14 +404,13 @@ class PreparedSource(TfdsSource):
     those that begin in it.
     """
 
-    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
+    def _open(self, folder: pathlib.Path) -> None:
         from array_record.python import array_record_data_source
 
-        super().__init__(data_set, split)
-        folder = _find_data_set(self._data_set)
+        super()._open(folder)
         index = json.loads((folder / VIDEOS).read_text(encoding="utf-8"))
         self._run = index["frames_per_record"]
-        instructions = _instructions(self._data_set, folder, split)
+        instructions = _instructions(self._data_set, folder, self._split)
         stored = {}
         for rows in index["splits"].values():
             for row in itertools.starmap(StoredVideo, rows["videos"]):
@@ -416,11 +421,16 @@ class PreparedSource(TfdsSource):
         self._videos, self._records_of = [], []
         for file in instructions:
             for row in stored.get(os.path.basename(file.filename), ()):
+                last = row.record + -(-row.frames // self._run)
+                if not (row.frames > 0 <= row.record and last <= whole[file.filename].take):
+                    raise ValueError(f"{row.source!r} has records that are not there")
                 if file.skip <= row.record < file.skip + file.take:
                     self._videos.append(row)
                     self._records_of.append(offsets[file.filename] + row.record)
         if not self._videos:
-            raise InputError(f"no video of TFDS data set {data_set} begins in split {split!r}; choose a larger part")
+            raise InputError(
+                f"no video of TFDS data set {self._data_set} begins in split {self._split!r}; choose a larger part"
+            )
         self._records = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
 
     def __len__(self):
@@ -446,7 +456,7 @@ class PreparedSource(TfdsSource):
         elif start and start + clip.frames > row.frames:
             raise InputError(f"{self.name(index)} ends after {row.frames} frames, before {start + clip.frames}")
         stop = min(start + clip.frames, row.frames)
-        try:
+        with _damage_is_told(f"{self.name(index)} of {self._data_set}"):
             runs = []
             for number in range(start // self._run, -(-stop // self._run)):
                 run = self._stored_frames(self._read(self._records_of[index] + number))
@@ -454,10 +464,7 @@ class PreparedSource(TfdsSource):
                 runs.append(run[max(0, start - first) : stop - first])
             stored = np.concatenate(runs) if self._encoding == "bytes" else list(itertools.chain.from_iterable(runs))
             frames = _decoded(stored, clip.resolution)
-        except (ValueError, InputError) as error:
-            name = f"{self.name(index)} of {self._data_set}"
-            raise InputError(f"{name} cannot be read ({error}); prepare it anew") from error
-        return repeat_last(frames, clip.frames), row.label
+            return repeat_last(frames, clip.frames), row.label
 
     def size(self, index):
         """See `Source`."""
@@ -540,6 +547,18 @@ class MixtureSource:
         """(number of the data set, number of the video in it)."""
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
+
+
+@contextlib.contextmanager
+def _damage_is_told(what: str) -> Iterator[None]:
+    """A block that reads files of TFDS: what it raises becomes one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes in json, protobuf, array_record, zlib and NumPy
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{what} is damaged ({reason}); prepare the data set again") from error
 
 
 def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
@@ -632,7 +651,8 @@ def _open_records(data_set: str, folder: pathlib.Path, split: str):
 
 def split_names(data_set: str) -> list[str]:
     """The splits of a TFDS data set that hold anything."""
-    return [name for name, split in _splits(data_set, _find_data_set(data_set)).items() if split.num_examples]
+    with _damage_is_told(f"TFDS data set {data_set}"):
+        return [name for name, split in _splits(data_set, _find_data_set(data_set)).items() if split.num_examples]
 
 
 def _splits(data_set: str, folder: pathlib.Path):
@@ -657,4 +677,9 @@ def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
         raise InputError(f"TFDS data set {data_set} has no split {split!r}; it has {', '.join(known)}") from error
     if not instructions:
         raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
+    for file in instructions:
+        if not pathlib.Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
+            raise InputError(f"TFDS data set {data_set} names a file outside of {folder}: {file.filename}")
+        if file.examples_in_shard > os.path.getsize(file.filename):
+            raise ValueError(f"{file.filename} cannot hold {file.examples_in_shard} records")
     return instructions

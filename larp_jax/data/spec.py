@@ -84,8 +84,8 @@ def _parse_one(text: str) -> DataSpec:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
         return DataSpec("tfds", match["name"].rstrip("/"), match["split"] or "")
-    if kind.partition("/")[0] == "moving_shapes" and (not colon or rest):
-        match = _NAME_AND_SPLIT.fullmatch(text)
+    shapes = kind.partition("/")[0] == "moving_shapes" and (not colon or rest)
+    if shapes and (match := _NAME_AND_SPLIT.fullmatch(text)):
         head, slash, config = match["name"].partition("/")
         if head == "moving_shapes" and bool(slash) == bool(config):
             return DataSpec("moving_shapes", config, match["split"] or "")

@@ -2,26 +2,27 @@
 
 import collections
 import contextlib
-import threading
+import contextvars
 import time
 
-_thread = threading.local()
+_seconds: contextvars.ContextVar[collections.Counter | None] = contextvars.ContextVar("seconds", default=None)
 _NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def measure():
-    """Gives a Counter that gathers the seconds of each `stage` entered by this thread inside of the block."""
-    _thread.seconds = collections.Counter()
+    """Gives a Counter that gathers the seconds of each `stage` entered inside of the block, in this context."""
+    seconds = collections.Counter()
+    token = _seconds.set(seconds)
     try:
-        yield _thread.seconds
+        yield seconds
     finally:
-        _thread.seconds = None
+        _seconds.reset(token)
 
 
 def stage(name: str):
     """A block whose time counts as `name`; blocks do not nest."""
-    seconds = getattr(_thread, "seconds", None)
+    seconds = _seconds.get()
     return _NOTHING if seconds is None else _timed(seconds, name)
 
 

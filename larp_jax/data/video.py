@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
+from larp_jax.data.limits import within_limit
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
 
@@ -36,6 +37,8 @@ SEEKABLE_CODECS = frozenset("av1 ffv1 h264 hevc libdav1d mjpeg mpeg4 vp9".split(
 TIMELESS_FORMATS = frozenset(["avi"])
 # Pixels of which two in a row share their chroma.
 HALF_CHROMA = frozenset(["yuv420p", "yuvj420p"])
+# Frames of 8192x8192 at most: a damaged header may claim any size, and FFmpeg would allocate it.
+LIMITS = {"max_pixels": str(2**26)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,12 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     """Reads the header and decodes the first frame; counts packets where the header does not count frames.
 
     Raises:
-      InputError: there is no such file, or no frame of it can be decoded.
+      InputError: there is no such file, or no frame of it can be decoded within the time limit.
     """
+    return _in_time(path, _probe, path)
+
+
+def _probe(path) -> VideoInfo:
     with _open(path) as (container, stream):
         first = next(_decode(container, stream), None)
         if first is None:
@@ -76,7 +83,8 @@ class VideoFile:
     read opens the file, seeks to the last keyframe before its window and decodes from there. What it returns is
     what decoding from the beginning and slicing gives; if the times of the decoded frames are not exactly those of the
     index (damage, or times that cannot be trusted), it does decode from the beginning. Behind damage that ends a
-    decoding from the beginning, frames are still found if a keyframe lies between.
+    decoding from the beginning, frames are still found if a keyframe lies between. A file that once took longer than
+    the time limit (`larp_jax.data.limits`) is not touched again.
 
     Safe to use from several threads, and can be pickled.
 
@@ -93,6 +101,7 @@ class VideoFile:
         self.info = probe(path)
         self._times: Sequence[int] | None = None  # of the frames in order of presentation; empty: do not seek
         self._key_times: Sequence[int] = ()
+        self._too_slow = ""  # why it is not touched again
 
     def read(self, start: int, count: int, resolution: int, *, exact: bool = False) -> np.ndarray:
         """Reads consecutive frames, resized and cropped to squares.
@@ -108,8 +117,18 @@ class VideoFile:
           uint8 [n, resolution, resolution, 3], 1 <= n <= count.
 
         Raises:
-          InputError: the file cannot be read, or `exact` is not met although it has more than `count` frames.
+          InputError: the file cannot be read in time, or `exact` is not met although it has more than `count` frames.
         """
+        if self._too_slow:
+            raise InputError(self._too_slow)
+        try:
+            return _in_time(self.path, self._read, start, count, resolution, exact)
+        except InputError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self._too_slow = str(error)
+            raise
+
+    def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
         if self._times is None:
             self._make_index()
         # No frames after a start above 0 are too few: the file holds less than its header claims.
@@ -182,8 +201,15 @@ def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int,
       may have fewer than T of the video's frames; its last one is repeated.
 
     Raises:
-      InputError: no frame of the file can be decoded. Damage further on ends the video there and is logged.
+      InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage further on
+        ends the video there and is logged.
     """
+    windows = _read_windows(path, clip)
+    while (window := _in_time(path, next, windows, None)) is not None:
+        yield window
+
+
+def _read_windows(path, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
     with _open(path) as (container, stream):
         frames = _decode(container, stream)
         start = 0
@@ -338,6 +364,16 @@ def frame_grid(videos: Sequence[np.ndarray], *, columns: int = 8, gap: int = 2) 
     return grid
 
 
+def _in_time(path, function, *arguments):
+    """The function's result, within the time limit."""
+    try:
+        return within_limit(function, *arguments)
+    except TimeoutError as error:
+        raise InputError(
+            f"{path}: reading {error}; replace the file or leave it out, or raise LARP_VIDEO_TIME_LIMIT"
+        ) from error
+
+
 def _av():
     try:
         import av
@@ -355,13 +391,14 @@ def _open(path):
     try:
         with stage("read"):
             # `file:` keeps a colon in a name from being taken for a protocol.
-            container = av.open(f"file:{os.fspath(path)}", **lenient)
+            container = av.open(f"file:{os.fspath(path)}", options=LIMITS, **lenient)
         with container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream; replace the file or leave it out")
             # Clips are read in parallel already.
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = LIMITS
             yield container, stream
     except InputError:
         raise

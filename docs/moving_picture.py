@@ -1,0 +1,57 @@
+"""Makes docs/moving.webp out of a quickstart run and a generator of its codes: needs pillow (the extra `docs`).
+
+    bash launch/quickstart.sh
+    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
+        --windows 2 --flips
+    larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
+    python docs/moving_picture.py runs/quickstart runs/quickstart_generator docs/moving.webp
+"""
+
+import sys
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+import larp_jax
+from larp_jax.data import ClipSpec, open_source
+
+COLUMNS, SCALE, GAP, LEFT = 8, 2, 4, 104
+MILLISECONDS = 125
+CLIPS = range(0, 2 * COLUMNS, 2)  # classes take turns in the data set: two motions of each of the four shapes
+SAMPLING = {"cfg_scale": 1.5, "top_k": 40, "key": jax.random.key(0)}
+
+
+def main(tokenizer_path: str, generator_path: str, output: str) -> None:
+    """Rows of held-out clips, their reconstructions, and samples of the same classes, as an animation."""
+    tokenizer, generator = larp_jax.load_tokenizer(tokenizer_path), larp_jax.load_generator(generator_path)
+    frames, size, _, _ = tokenizer.config.clip_shape
+    spec = ClipSpec(frames=frames, resolution=size)
+    source = open_source("moving_shapes:test", spec)
+    clips, classes = zip(*(source.read_clip(index, 0, spec) for index in CLIPS), strict=True)
+    clips = np.stack(clips)
+    sampled = tokenizer.decode(generator.sample(classes=classes, **SAMPLING))
+    videos = [np.asarray(video) * 255 for video in (tokenizer.reconstruct(clips), sampled)]
+    rows = {"held-out": clips, "reconstructed": videos[0], "sampled": videos[1]}
+    pictures = [picture({name: row[:, frame] for name, row in rows.items()}, size * SCALE) for frame in range(frames)]
+    # forth and back, so that it does not jump
+    pictures += pictures[-2:0:-1]
+    first, *others = pictures
+    first.save(output, save_all=True, append_images=others, duration=MILLISECONDS, loop=0, quality=75, method=6)
+
+
+def picture(rows: dict[str, np.ndarray], side: int) -> Image.Image:
+    """One frame: a row of images [columns, H, W, 3] in 0 to 255 for each name."""
+    step = side + GAP
+    canvas = Image.new("RGB", (LEFT + COLUMNS * step, len(rows) * step - GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, (name, images) in enumerate(rows.items()):
+        draw.text((4, y * step + side // 2), name, fill="black", anchor="lm", font_size=14)
+        for x, image in enumerate(images):
+            tile = Image.fromarray(np.asarray(image).round().astype(np.uint8))
+            canvas.paste(tile.resize((side, side), Image.Resampling.BICUBIC), (LEFT + x * step, y * step))
+    return canvas
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

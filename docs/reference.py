@@ -1,0 +1,79 @@
+"""Writes the pages of the reference from the code while the documentation is built: a hook of mkdocs.yml."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+
+from mkdocs.structure.files import File
+
+from larp_jax import cli, config
+
+SIZES = {
+    "TOKENIZER_SIZES": "Tokenizers (`model.size`)",
+    "PRIOR_SIZES": "Priors (`prior.size`)",
+    "GENERATOR_SIZES": "Generators (`model.size`)",
+}
+
+
+def settings(cls, path: str):
+    """Markdown of a dataclass and of those that it holds, each setting under the name that the command line knows."""
+    fields = dataclasses.fields(cls)
+    leaves = [field for field in fields if not dataclasses.is_dataclass(field.type)]
+    yield f"### `{path}`\n\n{prose(cls)}\n\n| setting | type | default |\n|---|---|---|\n"
+    for field in leaves:
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        yield f"| `{path}.{field.name}` | {field.type.__name__} | `{default!r}` |\n"
+    yield "\n"
+    for field in fields:
+        if field not in leaves:
+            yield from settings(field.type, f"{path}.{field.name}")
+
+
+def prose(cls) -> str:
+    """The docstrings of a dataclass and of those that it inherits settings from, the most general first."""
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return "\n\n".join(inspect.getdoc(base) for base in bases)
+
+
+def configuration() -> str:
+    """The page of all settings."""
+    lines = [
+        "# Configuration\n\nA recipe is a Python file whose `get_config()` returns `larp_jax.config.default_recipe"
+        "(stage)`, changed. Every setting can also be changed from the command line under the name given here, as in"
+        " `--config.model.num_tokens=256`. Defaults are the published settings; a size of 0 is filled in from the"
+        " named one. METHOD n in the text stands for section n of [the method](method.md).\n\n"
+    ]
+    for stage, cls in config.STAGES.items():
+        lines += [f"## Stage `{stage}`\n\n", *settings(cls, "config")]
+    lines.append("## Sizes\n\n")
+    for table, title in SIZES.items():
+        lines.append(f"### {title}\n\n| size | width | depth | heads |\n|---|---|---|---|\n")
+        for size, numbers in getattr(config, table).items():
+            lines.append(f"| `{size}` | {' | '.join(map(str, numbers))} |\n")
+        lines.append("\n")
+    return "".join(lines)
+
+
+def help_of(*command: str) -> str:
+    """What `larp-jax COMMAND --help` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
+        cli.main([*command, "--help"])
+    return output.getvalue()
+
+
+def commands() -> str:
+    """The page of all commands."""
+    os.environ["COLUMNS"] = "100"  # as wide as argparse writes
+    names = re.findall(r"^    (\w+)\b", help_of(), flags=re.MULTILINE)
+    pages = [f"## {name}\n\n```text\n{help_of(name)}```\n\n" for name in names]
+    return "# Commands\n\nWhat `larp-jax COMMAND --help` prints.\n\n" + "".join(pages)
+
+
+def on_files(files, config):
+    """Called by mkdocs with the files of the documentation: adds the pages."""
+    for page, text in {"configuration.md": configuration(), "commands.md": commands()}.items():
+        files.append(File.generated(config, page, content=text))
+    return files

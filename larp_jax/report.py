@@ -1,0 +1,325 @@
+"""A run as one HTML page that needs nothing else: no network, no other file."""
+
+import base64
+import datetime
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from larp_jax import analysis, charts, checkpoint
+from larp_jax.charts import Chart, Series, is_number
+from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
+from larp_jax.errors import InputError
+from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
+from larp_jax.version import __version__
+from larp_jax.writers import make_folder, read_metrics
+
+logger = logging.getLogger(__name__)
+
+MOST_VIDEOS = 12  # steps whose pictures a page carries
+CELLS = {"reconstruction": "original left, reconstruction right", "samples": "samples"}
+
+# (title, unit, {scalar: label}); what no panel names gets one of its own
+PANELS = (
+    ("Loss", "", {"train/loss": "", "eval/cross_entropy": "evaluation"}),
+    ("Reconstruction loss", "", {"train/loss_reconstruction": "pixels", "train/loss_perceptual": "perceptual"}),
+    ("PSNR", "dB", {"train/psnr": "training", "eval/psnr": "evaluation", "eval/psnr_mean_clip": "mean clip"}),
+    ("SSIM", "", {"train/ssim": "training", "eval/ssim": "evaluation"}),
+    ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch", "eval/usage": "evaluation"}),
+    ("Perplexity of the codes", "codes", {"train/perplexity": "batch", "eval/perplexity": "evaluation"}),
+    ("KL of the codes from uniform", "nats", {"train/kl_from_uniform": "batch", "eval/kl_from_uniform": "evaluation"}),
+    (
+        "Quantiser losses",
+        "",
+        {
+            "train/loss_quantizer": "weighted sum",
+            "train/quantizer_commitment": "commitment",
+            "train/quantizer_codebook": "codebook",
+            "train/quantizer_entropy": "entropy",
+            "train/quantizer_kl": "KL",
+        },
+    ),
+    ("Entropy of the codes at a position", "nats", {"eval/position_entropy": "evaluation"}),
+    ("Temperature of the draw of codes", "", {"train/temperature": ""}),
+    ("Prior: cross-entropy", "nats", {"train/loss_prior": "training", "eval/prior_cross_entropy": "evaluation"}),
+    (
+        "Prior: accuracy",
+        "share",
+        {
+            "train/prior_top1": "top 1",
+            "train/prior_top5": "top 5",
+            "eval/prior_top1": "top 1, evaluation",
+            "eval/prior_top5": "top 5, evaluation",
+        },
+    ),
+    (
+        "Accuracy of the next code",
+        "share",
+        {
+            "train/top1": "top 1",
+            "train/top5": "top 5",
+            "eval/top1": "top 1, evaluation",
+            "eval/top5": "top 5, evaluation",
+        },
+    ),
+    ("Adversarial losses", "", {"train/loss_adversarial": "tokenizer", "train/loss_discriminator": "discriminator"}),
+    ("Logits of the discriminator", "", {"train/logits_real": "real", "train/logits_fake": "reconstruction"}),
+    ("Learning rate", "", {"train/learning_rate": ""}),
+    ("Norm of the gradient", "", {"train/grad_norm": ""}),
+)
+FORMATS = {name: f"{{:{spec}}}" for name, spec in {"psnr": ".2f", "ssim": ".3f", "usage": ".1%", "top1": ".1%"}.items()}
+
+
+def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> pathlib.Path:
+    """Writes the page: what the workdir holds of configuration, metrics, pictures, checkpoints and evaluations.
+
+    Evaluations (`larp-jax evaluate --output`) and analyses (`larp-jax analyze`) are found in the workdir and the
+    folders in it. What is missing is said so in its place.
+
+    Args:
+      workdir: of a run of any stage, finished or not; nothing in it is changed but the page.
+      output: file to write; `report.html` in the workdir by default.
+
+    Returns:
+      The file.
+
+    Raises:
+      InputError: there is no run, or the page cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
+    if config is None and not rows:
+        raise InputError(f"{workdir} holds no run (neither config.json nor metrics.jsonl); give the --workdir of one")
+    notes: list[str] = []
+    template = charts.environment().get_template("report.html")
+    page = template.render(
+        name=workdir.absolute().name,
+        version=__version__,
+        made=_time(datetime.datetime.now().timestamp()),
+        **_run(config, rows),
+        panels=_panels(config, rows),
+        pictures=_pictures(workdir),
+        codebook=_codebook(workdir, notes),
+        **_results(workdir, notes),
+        settings=_settings(config),
+        notes=notes,
+    )
+    output = workdir / "report.html" if output is None else pathlib.Path(output)
+    make_folder(output.parent)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error.strerror or error}); name another") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output
+
+
+def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
+    """What stands at the top."""
+    steps = (config or {}).get("steps")
+    done = rows[-1]["step"] if rows else 0
+    times = [row["wall_time"] for row in rows if is_number(row.get("wall_time"))]
+    latest = {name: value for row in rows for name, value in row.items() if value is not None}
+    facts = [("step", f"{done:,}" + (f" of {steps:,}" if is_number(steps) else ""))]
+    for name, label in (
+        ("eval/psnr", "PSNR, evaluation (dB)"),
+        ("train/psnr", "PSNR, training batch (dB)"),
+        ("eval/ssim", "SSIM, evaluation"),
+        ("eval/usage", "codes in use, evaluation"),
+        ("eval/perplexity", "perplexity, evaluation"),
+        ("eval/cross_entropy", "cross-entropy, evaluation (nats)"),
+        ("eval/top1", "top-1 accuracy, evaluation"),
+        ("train/loss", "loss"),
+    ):
+        if is_number(latest.get(name)):
+            facts.append((label, FORMATS.get(name.partition("/")[2], "{:.4g}").format(latest[name])))
+    speed = [y for _, y in _throughput(config, rows) if y is not None]
+    if speed:
+        facts.append(("clips a second, median", f"{float(np.median(speed)):.3g}"))
+    return {
+        "stage": (config or {}).get("stage", "run"),
+        "finished": is_number(steps) and done >= steps,
+        "when": f"{_time(times[0])} to {_time(times[-1])}" if times else "",
+        "facts_of_run": facts,
+    }
+
+
+def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
+    named = {name: value for row in rows for name, value in row.items() if "/" in name}
+    scalars = {name for name, value in named.items() if value is None or is_number(value)}
+    panels, shown, limits = [], set(), (0, rows[-1]["step"] if rows else 0)
+    for title, unit, names in PANELS:
+        present = {name: label for name, label in names.items() if name in scalars}
+        shown |= present.keys()
+        if present:
+            series = [_series(rows, name, label) for name, label in present.items()]
+            panels.append(Chart(title, title, series, y_label=unit, x_limits=limits))
+    speed = _throughput(config, rows)
+    if speed:
+        panels.append(Chart("speed", "Throughput", [Series("", speed)], y_label="clips/s", x_limits=limits))
+    rest = sorted(scalars - shown)
+    return panels + [Chart(name, name, [_series(rows, name, "")], x_limits=limits) for name in rest]
+
+
+def _series(rows: list[dict], name: str, label: str) -> Series:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return Series(label, points, dots=name.startswith("eval/"))
+
+
+def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, float | None]]:
+    """Clips a second between logged steps; evaluations and saves count as time. A pause between two runs is a gap."""
+    size = dict(_flat(config or {})).get("data.batch_size")
+    timed = [row for row in rows if is_number(row.get("wall_time")) and "train/loss" in row]
+    if not is_number(size) or len(timed) < 2:
+        return []
+    points = []
+    for before, row in zip(timed, timed[1:], strict=False):
+        seconds = row["wall_time"] - before["wall_time"]
+        points.append((row["step"], size * (row["step"] - before["step"]) / seconds if seconds > 0 else None))
+    return points
+
+
+def _pictures(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Videos of `media/` by kind, of some steps from the first to the last, as data URIs."""
+    found = []
+    for kind, caption in CELLS.items():
+        paths = sorted((workdir / "media").glob(f"*_{kind}.mp4"))
+        if len(paths) > MOST_VIDEOS:
+            paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MOST_VIDEOS).round().astype(int)]
+        videos = [{"step": _step(path), "uri": _data_uri("video/mp4", path.read_bytes())} for path in paths]
+        if videos:
+            found.append({"kind": kind, "caption": caption, "videos": videos})
+    return found
+
+
+def _step(path: pathlib.Path) -> int:
+    digits = path.name.partition("_")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
+    """How often the newest checkpoint's last evaluation used each code."""
+    try:
+        metadata = checkpoint.read_metadata(workdir)
+    except InputError as error:
+        notes.append(str(error))
+        return None
+    counts = np.asarray(metadata.get("code_counts") or [], np.int64) if metadata else np.zeros(0)
+    if counts.ndim != 1 or not counts.sum():
+        return None
+    ranked = np.sort(counts)[::-1]
+    points = [(rank + 1, float(count / counts.sum())) for rank, count in enumerate(ranked) if count]
+    level = 1 / len(counts)
+    series = [Series("codes by rank", points), Series("all alike", [(1, level), (len(counts), level)])]
+    return {
+        "step": metadata.get("step"),
+        "facts": [
+            ("codes", f"{len(counts):,}"),
+            ("in use", f"{codebook_usage(counts):.1%}"),
+            ("perplexity", f"{perplexity(counts):.1f}"),
+            ("KL from uniform (nats)", f"{kl_from_uniform(counts):.3f}"),
+            ("most frequent", f"{counts.max() / counts.sum():.2%} of tokens"),
+        ],
+        "chart": Chart("codebook", "Frequency of the codes", series, x_label="rank", y_label="share of tokens"),
+    }
+
+
+def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+    """Evaluations and analyses in the workdir."""
+    evaluations, analyses = [], []
+    for path in sorted([*workdir.glob("*.json"), *workdir.glob("*/*.json")]):
+        name = path.relative_to(workdir).as_posix()
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            notes.append(f"{name} cannot be read ({error})")
+            continue
+        if not isinstance(held, dict) or not isinstance(held.get("protocol"), dict):
+            continue
+        try:
+            if held.get("format") == analysis.FORMAT:
+                analyses.append(_analysis(path, name, held))
+            elif isinstance(held.get("metrics"), dict):
+                evaluations.append(_evaluation(name, held))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            notes.append(f"{name} is not as larp-jax writes it ({type(error).__name__}: {error})")
+    return {"evaluations": evaluations, "analyses": analyses}
+
+
+def _evaluation(name: str, held: Mapping) -> dict[str, Any]:
+    protocol = dict(held["protocol"])
+    definitions = dict(protocol.pop("definitions", {}))
+    entropy = held.get("entropy_by_position")
+    chart = None
+    if entropy:
+        series = [Series("", list(enumerate(entropy)), dots=True)]
+        chart = Chart("entropy", "Entropy of the codes by position", series, x_label="position", y_label="nats")
+        charts.geometry(chart)  # whatever it holds is found out here
+    return {
+        "name": name,
+        "metrics": [(metric, value, definitions.get(metric, "")) for metric, value in held["metrics"].items()],
+        "protocol": _flat({"clips are": definitions.get("clips"), **protocol}),
+        "chart": chart,
+    }
+
+
+def _analysis(path: pathlib.Path, name: str, held: Mapping) -> dict[str, Any]:
+    protocol = dict(held["protocol"])
+    definitions = dict(protocol.pop("definitions", {}))
+    maps = path.with_name(analysis.MAPS)
+    figures = analysis.figures(held)
+    for chart in figures:
+        charts.geometry(chart)
+    positions = len(held["by_position"]["change"])
+    return {
+        "name": name,
+        "summary": list(held["summary"].items()),
+        "maps": _data_uri("image/png", maps.read_bytes()) if maps.is_file() else None,
+        "shown": min(positions, analysis.TILES),
+        "positions": positions,
+        "charts": figures,
+        "definitions": list(definitions.items()),
+        "protocol": _flat(protocol),
+    }
+
+
+def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
+    """(name, value, that of the published recipe where it is another) of every setting."""
+    if config is None:
+        return []
+    stage = str(config.get("stage", "tokenizer"))
+    published = dict(_flat(to_dict(parse_recipe(default_recipe(stage))))) if stage in STAGES else {}
+    return [
+        (name, value, published.get(name, "–") if published and published.get(name) != value else None)
+        for name, value in _flat(config)
+    ]
+
+
+def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as (dotted name, value); nothing where there is no value."""
+    pairs: Iterable[tuple[str, Any]] = ((f"{prefix}{key}", value) for key, value in values.items())
+    return [
+        pair
+        for name, value in pairs
+        for pair in (_flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)])
+        if pair[1] is not None
+    ]
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _time(seconds: float) -> str:
+    try:
+        return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    except (OverflowError, ValueError, OSError):  # no time that there is
+        return str(seconds)

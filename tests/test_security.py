@@ -1,0 +1,186 @@
+"""Files from elsewhere are data: nothing in them is executed, unpickled or followed out of its folder."""
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+from data_helpers import moving_frames
+
+from larp_jax import importing, tokens
+from larp_jax.config import parse_recipe
+from larp_jax.data import open_source, prepare, video
+from larp_jax.errors import InputError
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
+# Modules that make objects or code of bytes, and functions that do.
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "code"}
+EXCEPTIONAL = {"runpy", "subprocess", "ctypes"}
+FUNCTIONS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+# The recipe that users name on the command line is a Python file, and runs as one.
+# `doctor` asks nvidia-smi, and `allocator` sets what the C library does with freed memory.
+EXCEPTIONS = {("cli.py", "runpy"), ("doctor.py", "subprocess"), ("allocator.py", "ctypes")}
+
+
+def dotted(node):
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def complaints(name, source):
+    """What in a module could execute what it reads."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for module in names:
+                root = module.split(".")[0]
+                if root in MODULES or (root in EXCEPTIONAL and (name, root) not in EXCEPTIONS):
+                    yield f"line {node.lineno}: import {module}"
+        elif isinstance(node, ast.Call):
+            called, given = dotted(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+            constant = lambda key: getattr(given.get(key), "value", None)  # noqa: E731, B023
+            if called in FUNCTIONS:
+                yield f"line {node.lineno}: {called}"
+            if called in ("np.load", "numpy.load") and constant("allow_pickle") is not False:
+                yield f"line {node.lineno}: np.load without allow_pickle=False"
+            if called == "torch.load" and constant("weights_only") is not True:
+                yield f"line {node.lineno}: torch.load without weights_only=True"
+            if constant("shell") is True:
+                yield f"line {node.lineno}: a shell"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_executes_what_it_reads(path):
+    assert not list(complaints(path.name, path.read_text("utf-8")))
+
+
+def test_the_rule_sees_every_way():
+    source = "import pickle\nfrom yaml import load\nimport runpy, subprocess\neval(x)\nnp.load(p)\n"
+    source += "np.load(p, allow_pickle=True)\ntorch.load(p)\ntorch.load(p, weights_only=False)\nrun(c, shell=True)\n"
+    assert len(list(complaints("x.py", source))) == 10
+    assert not list(complaints("cli.py", "import runpy\nnp.load(p, allow_pickle=False)\nmodel.eval(x)"))
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_pickles_in_the_place_of_arrays(tmp_path):
+    sprung = tmp_path / "sprung"
+    rows = [{"source": "a.mp4", "start": 0, "frames": 8, "fps": 8.0, "label": 0}]
+    name = "codes-00000-of-00001.npz"
+    manifest = {"N": 1, "K": 2, "shards": [{"file": name, "rows": 1}], "rows": rows}
+    np.savez(tmp_path / name, codes=np.array([[Trap(sprung)]], object))
+    with pytest.raises(InputError, match="holds object"):
+        tokens.read_shard(tmp_path, manifest, 0)
+    with pytest.raises(InputError, match="not a sound npz file"):
+        importing.read_npz(tmp_path / name)
+    assert not sprung.exists()
+
+
+def test_arrays_that_claim_more_than_there_is_memory(tmp_path):
+    header = io.BytesIO()
+    shape = (1, 2**31 - 1)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i4", "fortran_order": False, "shape": (2**40, 8)})
+    name = "codes-00000-of-00001.npz"
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("codes.npy", header.getvalue())
+    manifest = {"N": shape[1], "K": 2, "shards": [{"file": name, "rows": shape[0]}], "rows": [{}]}
+    with pytest.raises(InputError, match=r"holds int32 \[1099511627776, 8\] where int32 \[1, 2147483647\]"):
+        tokens.read_shard(tmp_path, manifest, 0)
+
+
+def test_settings_of_a_checkpoint_are_values(tmp_path):
+    for text in ("__import__('os').system('true')", "${oc.env:HOME}", "!!python/object:os.system", "{0.__class__}"):
+        with pytest.raises(InputError):
+            parse_recipe({"steps": text})
+        assert parse_recipe({"data": {"train": text}}).data.train == text  # a name, which no data set has
+        with pytest.raises(InputError):
+            open_source(text)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    video.write_video(tmp_path / "videos.mp4", moving_frames(20, 16, 16), 8)
+    (tmp_path / "videos").mkdir()
+    shutil.move(tmp_path / "videos.mp4", tmp_path / "videos" / "a.mp4")
+    folder = tmp_path / "prepared"
+    prepare.prepare([str(tmp_path / "videos")], folder, prepare.Settings(16, "raw"), workers=1, say=lambda text: None)
+    assert len(open_source(f"tfds:{folder}:train")) == 1
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_data_sets_name_no_files_outside_of_their_folder(prepared, tmp_path):
+    path = prepared / "dataset_info.json"
+    split = json.loads(path.read_text())["splits"][0]
+    shutil.copy(next(prepared.glob("videos-train*")), tmp_path / "x-train.array_record-00000-of-00001")
+    for template in (
+        "../x-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}-of-{NUM_SHARDS}",
+        str(tmp_path / "x-{SPLIT}.array_record"),
+    ):
+        change(path, splits=[split | {"filepathTemplate": template}])
+        with pytest.raises(InputError, match="names a file outside of"):
+            open_source(f"tfds:{prepared}:train")
+
+
+def test_data_sets_name_no_code(prepared, tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Feature: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    features = json.loads((prepared / "features.json").read_text())
+    text = json.dumps(features)
+    names = {value for value in _strings(features) if value.startswith("tensorflow_datasets.")}
+    assert names
+    for name in names:
+        text = text.replace(f'"{name}"', '"trap.Feature"')
+    (prepared / "features.json").write_text(text)
+    change(prepared / "dataset_info.json", moduleName="trap", name="trap")
+    with contextlib.suppress(InputError):
+        open_source(f"tfds:{prepared}:train")
+    assert "trap" not in sys.modules and not (tmp_path / "sprung").exists()
+
+
+def _strings(values):
+    if isinstance(values, str):
+        yield values
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from _strings(value)
+
+
+@pytest.mark.parametrize("damaged", [None, "config.json", "model.safetensors"])
+def test_downloads_are_held_to_their_hashes(tmp_path, monkeypatch, reference_dir, damaged):
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "prior.json"):
+        content = (reference_dir / "tokenizer" / name).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if name != "model.safetensors":  # as Git names files
+            digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        blob = tmp_path / digest
+        blob.write_bytes(content + b" " if name == damaged else content)
+        (snapshot / name).symlink_to(blob)
+    hub = types.SimpleNamespace(snapshot_download=lambda repository, allow_patterns: str(snapshot))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    if damaged:
+        with pytest.raises(InputError, match=rf"{damaged} is not what its server has .* fetch it again"):
+            importing.import_huggingface("someone/something")
+    else:
+        assert importing.import_huggingface("someone/something")[0] == "tokenizer"
