@@ -25,8 +25,6 @@ from larp_jax.steps import DTYPES, TokenizerStage, as_float_video
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
-CEILING_WIDTH = {"cpu": 2048}  # of the square matrices whose product is the ceiling
-CEILING_WIDTH_ELSEWHERE = 8192
 
 
 def benchmark_data(
@@ -123,7 +121,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
 
     Beside the whole step, in and between the discriminator's turns, its parts are measured as programs of their own:
     the step without a discriminator, and the discriminator's update. All take turns, so that whatever else the machine
-    does slows them alike, and among them is the product of two large matrices whose speed is the ceiling.
+    does slows them alike, and among them are the ceilings: products of large matrices, and reading memory.
 
     Args:
       recipe: a tokenizer's.
@@ -147,7 +145,8 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         whole = _Step(recipe, mesh)
         every = recipe.loss.discriminator_every if has_gan else 1
         turn = -(-recipe.loss.adversarial_start // every) * every
-        programs = {"ceiling": _ceiling(recipe, mesh), "turn": lambda: whole(turn)}
+        ceilings = _Ceilings(mesh, recipe.precision)
+        programs = ceilings.programs | {"turn": lambda: whole(turn)}
         if every > 1:
             programs["between"] = lambda: whole(turn + 1)
         if has_gan:
@@ -161,7 +160,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     each_turn = counts.pop("discriminator")
     per_clip = sum(counts.values()) + each_turn / every
     step = (times["turn"] + (every - 1) * times.get("between", 0.0)) / every
-    ceiling = mesh.size * _ceiling_flops() / times["ceiling"]
+    ceiling = ceilings.rates(times)
     compiled = sum(flops.as_compiled(recipe).values()) * clips / parts / mesh.size
     result = {
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
@@ -176,8 +175,8 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         **{f"gflops_clip_{name}": count / 1e9 for name, count in counts.items()},
         "gflops_clip_discriminator_turn": each_turn / 1e9,
         "compiler_flops_share": whole.flops / compiled,
-        "ceiling_tflops_second": ceiling / 1e12,
-        "mfu": per_clip * clips / step / ceiling,
+        **ceiling,
+        "mfu": per_clip * clips / step / 1e12 / ceiling["ceiling_tflops_second"],
         "memory_step_mb": whole.memory / 1e6,
     }
     if has_gan:
@@ -204,7 +203,7 @@ def benchmark_codec(
 ) -> dict[str, Any]:
     """Measures how fast a tokenizer with random weights encodes clips of noise or decodes random codes.
 
-    The batch is split over all devices. The products whose speed is the ceiling take turns with it.
+    The batch is split over all devices. The ceilings take turns with it, as in `benchmark_train`.
 
     Args:
       recipe: a tokenizer's.
@@ -248,9 +247,10 @@ def benchmark_codec(
         else:
             function, batch = decode, jax.jit(random_codes, out_shardings=rows)()
         program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
-        calls = {"ceiling": _ceiling(recipe, mesh), "batch": lambda: program.compiled(params, batch)}
+        ceilings = _Ceilings(mesh, precision)
+        calls = ceilings.programs | {"batch": lambda: program.compiled(params, batch)}
         times = _times_in_turns(calls, seconds)
-    count, ceiling = flops.codec(config)[what], mesh.size * _ceiling_flops() / times["ceiling"]
+    count, ceiling = flops.codec(config)[what], ceilings.rates(times)
     return {
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "clip": list(config.clip_shape),
@@ -261,9 +261,8 @@ def benchmark_codec(
         "clips_per_second": clips / times["batch"],
         "gflops_clip": count / 1e9,
         "compiler_flops_share": program.flops / (flops.codec_as_compiled(config)[what] * clips / mesh.size),
-        "ceiling_tflops_second": ceiling / 1e12,
-        "mfu": count * clips / times["batch"] / ceiling,
-        "ceiling_gigabytes_second": mesh.size * bandwidth_ceiling(),
+        **ceiling,
+        "mfu": count * clips / times["batch"] / 1e12 / ceiling["ceiling_tflops_second"],
         "memory_mb": program.memory / 1e6,
     }
 
@@ -336,22 +335,35 @@ def _noise_clips(recipe: TokenizerRecipe, count: int, mesh) -> jax.Array:
     return jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))()
 
 
-def _ceiling_width() -> int:
-    return CEILING_WIDTH.get(jax.default_backend(), CEILING_WIDTH_ELSEWHERE)
+class _Ceilings:
+    """What the devices of a mesh do at best, all at once: products of square matrices, and reading memory."""
 
+    def __init__(self, mesh, precision: str):
+        on_cpu = jax.default_backend() == "cpu"
+        # CPUs that are emulated share the cores and the memory of one
+        width, count = (2048, max(1, 8 // mesh.size)) if on_cpu else (8192, 8)
+        numbers = 2**26 // mesh.size if on_cpu else 2**28
+        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
 
-def _ceiling_flops() -> float:
-    """Of the product on each device."""
-    return 2.0 * _ceiling_width() ** 3
+        def full(shape, value, dtype):
+            return jax.jit(lambda: jnp.full((mesh.size, *shape), value, dtype), out_shardings=spread)()
 
+        def products(x):  # of matrices of 1/width, which are that again
+            return jax.lax.fori_loop(0, count, lambda _, y: jnp.matmul(y, x), x)
 
-def _ceiling(recipe: TokenizerRecipe, mesh) -> Callable:
-    """A product of square matrices on every device at once, in the precision of the recipe."""
-    shape = (mesh.size, _ceiling_width(), _ceiling_width())
-    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    x = jax.jit(lambda: jnp.ones(shape, DTYPES[recipe.precision]), out_shardings=placement)()
-    product = jax.jit(jnp.matmul, out_shardings=placement)
-    return lambda: product(x, x)
+        matrix = full((width, width), 1 / width, DTYPES[precision])
+        rows = full((numbers >> 12, 1 << 12), 1, jnp.float32)
+        multiply = jax.jit(products, out_shardings=spread).lower(matrix).compile()
+        read = jax.jit(lambda x: x.sum(axis=-1), out_shardings=spread)
+        self.programs = {"products": lambda: multiply(matrix), "reading": lambda: read(rows)}
+        self.flops, self.bytes = mesh.size * count * 2.0 * width**3, rows.nbytes
+
+    def rates(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Over all devices, from the programs' times."""
+        return {
+            "ceiling_tflops_second": self.flops / times["products"] / 1e12,
+            "ceiling_gigabytes_second": self.bytes / times["reading"] / 1e9,
+        }
 
 
 def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, float]:
@@ -361,7 +373,7 @@ def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[st
         for call in programs.values():
             jax.block_until_ready(call())
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ceiling"]) < 3:
+    while time.perf_counter() < end or any(len(taken) < 3 for taken in times.values()):
         for name, call in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(call())
@@ -384,15 +396,15 @@ def benchmark_sample(
       options: of sampling.
       batch_size: samples at a time.
       precision: of the computation.
-      seconds: how long to measure; compiling and single videos come on top.
+      seconds: how long to measure; compiling and a warm-up of 2 rounds come on top, and 3 rounds are the least.
 
     Returns:
       The settings, and medians: `tokens_per_second` and `videos_per_second` of whole batches, the prefill included;
       `single_video_seconds` of a batch of one; `compile_seconds`; `step_ms` for a token of every sample;
       `megabytes_per_step` and `gigaflops_per_step` that no implementation can do without (every weight read once, the
       filled part of the caches read once; products with weights and caches), averaged over the codes; what these
-      come to in a second; what the device does at best (see `bandwidth_ceiling` and `matmul_ceiling`, measured in the
-      same run); and the share that is reached.
+      come to in a second; what the device does at best (the ceilings take turns with the samples); and the share that
+      is reached.
     """
     params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
     generator = LoadedGenerator(config, params, precision=precision)
@@ -401,19 +413,18 @@ def benchmark_sample(
         zeros = np.zeros((rows, config.num_tokens), np.int32)
         return {"condition": zeros} if config.frame_prediction else {"classes": zeros[:, 0]}
 
-    def once(rows):
-        began = time.perf_counter()
-        generator.sample(**condition(rows), key=jax.random.key(0), **vars(options)).block_until_ready()
-        return time.perf_counter() - began
+    def sample(rows):
+        return generator.sample(**condition(rows), key=jax.random.key(0), **vars(options))
 
-    def median_time(rows):
-        first = once(rows)
-        return first, statistics.median(_repeat(lambda: once(rows), seconds / 2))
-
-    first, batch_seconds = median_time(batch_size)
-    _, single = median_time(1)
-    bandwidth, matmul = bandwidth_ceiling(), matmul_ceiling(precision)
-    step = batch_seconds / config.num_tokens
+    began = time.perf_counter()
+    sample(batch_size).block_until_ready()
+    first = time.perf_counter() - began
+    with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
+        ceilings = _Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), precision)
+    calls = {"batch": lambda: sample(batch_size), "single": lambda: sample(1)}
+    times = _times_in_turns(ceilings.programs | calls, seconds)
+    ceiling = ceilings.rates(times)
+    step = times["batch"] / config.num_tokens
     megabytes, gigaflops = _least_work(config, options, batch_size, jnp.dtype(precision).itemsize)
     return {
         "size": config.size,
@@ -425,28 +436,19 @@ def benchmark_sample(
         **vars(options),
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "tokens_per_second": batch_size * config.num_tokens / batch_seconds,
-        "videos_per_second": batch_size / batch_seconds,
-        "single_video_seconds": single,
-        "compile_seconds": first - batch_seconds,
+        "tokens_per_second": batch_size / step,
+        "videos_per_second": batch_size / times["batch"],
+        "single_video_seconds": times["single"],
+        "compile_seconds": first - times["batch"],
         "step_ms": 1e3 * step,
         "megabytes_per_step": megabytes,
         "gigabytes_per_second": megabytes / step / 1e3,
-        "ceiling_gigabytes_per_second": bandwidth,
-        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / bandwidth,
         "gigaflops_per_step": gigaflops,
         "gigaflops_per_second": gigaflops / step,
-        "ceiling_gigaflops_per_second": matmul,
-        "share_of_matmul_ceiling": gigaflops / step / matmul,
+        **ceiling,
+        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
+        "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
     }
-
-
-def _repeat(run: Callable[[], float], seconds: float) -> list[float]:
-    """Results of calls, at least three, for so long."""
-    began, results = time.perf_counter(), []
-    while len(results) < 3 or time.perf_counter() - began < seconds:
-        results.append(run())
-    return results
 
 
 def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: int, itemsize: int) -> tuple:
@@ -460,30 +462,6 @@ def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: i
     read = weights + rows * positions * c.depth * 2 * c.kv_heads * head_width
     multiplied = rows * (weights + positions * c.depth * 2 * c.width)
     return itemsize * read / 1e6, 2 * multiplied / 1e9
-
-
-def bandwidth_ceiling() -> float:
-    """GB/s at which the default device reads memory: the best of three sums over 1 GiB of float32."""
-    rows = jnp.ones((1 << 16, 1 << 12), jnp.float32)
-    return rows.nbytes / _best_time(jax.jit(lambda x: x.sum(axis=1)), rows) / 1e9
-
-
-def matmul_ceiling(precision: str = "float32") -> float:
-    """Gigaflops a second of the default device in products of square matrices, 4096 wide: the best of three."""
-    matrix = jnp.ones((1 << 12, 1 << 12), jnp.dtype(precision))
-    with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
-        product = jax.jit(lambda x: x @ x)
-        return 2 * len(matrix) ** 3 / _best_time(product, matrix) / 1e9
-
-
-def _best_time(function: Callable, *arguments) -> float:
-    def once():
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        return time.perf_counter() - began
-
-    once()
-    return min(once() for _ in range(3))
 
 
 def format_table(result: Mapping[str, Any]) -> str:

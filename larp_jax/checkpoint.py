@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import logging
+import operator
 import os
 import pathlib
 import shutil
@@ -358,6 +359,13 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             metadata = reader.restore(directory / "metadata")
+        if not isinstance(metadata, dict) or "config" not in metadata:
+            raise ValueError("its metadata holds no config")
+        counts, class_counts = (
+            None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
+            for name in ("code_counts", "class_counts")
+        )
+        step = operator.index(metadata.get("step", 0))
         with ocp.PyTreeCheckpointer() as reader:
             arrays = reader.metadata(directory / item).item_metadata
             if arrays is None:
@@ -370,17 +378,13 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
         raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
-    counts, class_counts = (
-        None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
-        for name in ("code_counts", "class_counts")
-    )
     in_workdir = directory.parent.name == CHECKPOINTS
     mean_clip = directory.parent.parent / MEAN_CLIP
     return Checkpoint(
         path=directory,
         recipe=recipe,
         params=params,
-        step=metadata.get("step", 0),
+        step=step,
         code_counts=counts,
         mean_clip=read_mean_clip(mean_clip) if in_workdir and mean_clip.exists() else None,
         tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),

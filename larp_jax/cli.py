@@ -447,8 +447,8 @@ def _load_recipe(arguments: argparse.Namespace):
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         rest = [f"--{error.flagname}"]
-    except (flags.Error, TypeError, ValueError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+    except Exception as error:  # of many kinds: what they hold, their types, their order
+        raise InputError((str(error).splitlines() or [type(error).__name__])[0]) from error
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     return parse_recipe(values.config)
@@ -506,7 +506,9 @@ def _logging() -> Iterator[None]:
     """Shows what larp_jax logs, and of other packages only errors."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logger, handler = logging.getLogger("larp_jax"), _Lines()
-    before = logger.level, logger.propagate
+    before = logger.level, logger.propagate, sys.excepthook
+    # Nothing gets past main(), but for what threads of TensorStore raise after a save has failed.
+    sys.excepthook = lambda *error: logger.debug("in a thread: %s", error)
     for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("absl", "asyncio"):  # Orbax shows tracebacks there of what it raises
@@ -518,7 +520,7 @@ def _logging() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.level, logger.propagate, sys.excepthook = before
 
 
 # ----------------------------------------------------------------------------------------------------------- commands

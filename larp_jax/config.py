@@ -44,7 +44,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
-    _require(value in allowed, f"{name}={value!r} is not known; choose one of {', '.join(allowed)}")
+    _require(
+        isinstance(value, str) and value in allowed,
+        f"{name}={value!r} is not known; choose one of {', '.join(allowed)}",
+    )
 
 
 def _from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:

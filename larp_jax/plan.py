@@ -276,8 +276,9 @@ def _chip(topology: str) -> Chip:
 def _topology_devices(topology: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("--topology needs libtpu, which compiles for TPUs on any machine; pip install -e '.[tpu]'")
-    # there is no TPU here: none should be looked for, nor its absence reported
+    # there is no TPU here: none should be looked for, nor its absence reported, nor be locked against other programs
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies
 
     with contextlib.suppress(RuntimeError):  # where JAX runs already

@@ -93,8 +93,6 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     """
     workdir = pathlib.Path(workdir)
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
-    if not isinstance(config, Mapping | None):
-        raise InputError(f"{workdir / checkpoint.CONFIG} holds no settings; restore it")
     if config is None and not rows:
         raise InputError(f"{workdir} holds no run (neither config.json nor metrics.jsonl); give the --workdir of one")
     notes: list[str] = []

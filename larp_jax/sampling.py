@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax.errors import InputError
+from larp_jax.models.categorical import draw, largest
 from larp_jax.models.generator import Generator
 from larp_jax.models.layers import Dtype
 from larp_jax.paths import path_name
@@ -102,7 +103,7 @@ def sample_codes(
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
-    def draw(logits, number, guided):
+    def next_codes(logits, number, guided):
         if guided:
             conditional, unconditional = logits[0::2], logits[1::2]
             logits = unconditional + scalars["cfg_scale"] * (conditional - unconditional)
@@ -118,7 +119,7 @@ def sample_codes(
             codes, caches = carry
             tokens = paired(codes, codes) if guided else codes
             logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
-            codes = draw(logits, number, guided)
+            codes = next_codes(logits, number, guided)
             return (codes, caches), codes
 
         (codes, caches), drawn = jax.lax.scan(step, (codes, caches), jnp.arange(start, stop))
@@ -128,7 +129,7 @@ def sample_codes(
     if guided:
         condition = paired(condition, jnp.full_like(condition, -1))
     logits, caches = generator.prefill(blocks, condition)
-    codes = draw(logits, 0, guided)
+    codes = next_codes(logits, 0, guided)
     done = [codes[:, None]]
     for start, stop in cache_parts(c.num_tokens, plan.guided):
         if guided and start >= plan.guided:
@@ -156,40 +157,10 @@ def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:
 def draw_codes(logits: jax.Array, keys: jax.Array, scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
     """One code a row: logits [B, K] float32 and a key for each row -> [B] int32."""
     if plan.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return largest(logits)
     logits = logits / scalars["temperature"]
     logits = filter_logits(logits, scalars["top_k"] if plan.top_k else None, scalars["top_p"] if plan.top_p else None)
-    return draw_from(logits, jax.vmap(jax.random.uniform)(keys))
-
-
-# Codes whose weights are summed together before one of them is looked for.
-DRAW_BLOCK = 128
-
-
-def draw_from(logits: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Draws from the softmax of each row: the code at which the cumulated weights exceed a share of their sum.
-
-    One random number a row, where Gumbel noise needs one and two logarithms for each of K codes. Weights are cumulated
-    over blocks and then in the block that was hit, which is quicker and rounds less than over all K.
-
-    Args:
-      logits: [B, K] float32; -inf is never drawn.
-      uniform: [B] float32 in [0, 1), the shares.
-
-    Returns:
-      [B] int32.
-    """
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % DRAW_BLOCK)))
-    weights = weights.reshape(len(weights), -1, DRAW_BLOCK)
-    reached = jnp.cumsum(weights.sum(axis=-1), axis=-1)
-    share = uniform[:, None] * reached[:, -1:]
-    block = jnp.argmax(reached > share, axis=-1)[:, None]
-    before = jnp.take_along_axis(jnp.pad(reached, ((0, 0), (1, 0))), block, axis=1)
-    inside = jnp.cumsum(jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0], axis=-1)
-    # the two sums of a block may differ in their last bit, and the last code of a weight above 0 is still one of them
-    share = jnp.minimum(share - before, jnp.nextafter(inside[:, -1:], 0.0))
-    return (block[:, 0] * DRAW_BLOCK + jnp.argmax(inside > share, axis=-1)).astype(jnp.int32)
+    return jax.vmap(draw)(keys, logits)
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:

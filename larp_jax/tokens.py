@@ -267,6 +267,9 @@ def _complaint(manifest: dict) -> str | None:
         return "clip is not [T, H, W, C]"
     if not is_count(manifest.get("cond_frames", 0), 0):
         return "cond_frames is no number"
+    names = manifest.get("label_names", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return "label_names are no names"
     shards, rows = manifest.get("shards"), manifest.get("rows")
     if not (isinstance(shards, list) and isinstance(rows, list) and rows):
         return "no shards or no rows"

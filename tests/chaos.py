@@ -24,7 +24,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 STEPS, SAVE_EVERY, EVAL_EVERY = 24, 3, 4
-# What a process does when it is killed, and how many seconds later at most.
+# What a process does when it is killed, at the latest so many seconds after it began to.
 MOMENTS = {"start": 6.0, "data": 0.3, "save": 0.05, "evaluation": 0.3}
 POLL = 0.002
 PATIENCE = 3600  # seconds until a moment comes
@@ -45,7 +45,7 @@ def make_videos(folder: pathlib.Path) -> None:
 class Training:
     """The command, in a workdir."""
 
-    def __init__(self, workdir: pathlib.Path, videos: pathlib.Path, steps: int, workers: int):
+    def __init__(self, workdir: pathlib.Path, videos: pathlib.Path, steps: int, workers: int, variant: str = ""):
         self.workdir = workdir
         settings = {
             "steps": steps,
@@ -56,7 +56,8 @@ class Training:
             "data.eval_clips": 12,
             "data.workers": workers,
         }
-        self._command = [sys.executable, "-m", "larp_jax", "train", "--config", str(HERE / "configs" / "tiny.py")]
+        config = f"{HERE / 'configs' / 'tiny.py'}:{variant}".rstrip(":")
+        self._command = [sys.executable, "-m", "larp_jax", "train", "--config", config]
         self._command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in settings.items())]
         # every process compiles the same programs, so they come from a cache
         self._environment = os.environ | {
@@ -72,14 +73,18 @@ class Training:
         with self.workdir.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log)
 
-    def kill_at(self, moment: str, delay: float) -> bool:
-        """Starts it and kills it so long after the moment has come; whether it was killed before its end."""
-        arrived = getattr(self, f"_at_{moment}")()
-        process, deadline = self.start(), time.monotonic() + PATIENCE
-        while process.poll() is None and not next(arrived):
+    def kill_at(self, moment: str, times: int, delay: float) -> bool:
+        """Starts it and kills it so long after the moment has come so many times; whether it was killed before its end.
+
+        Moments that pass between two looks do not count.
+        """
+        before = self._now(moment)
+        process, deadline, seen = self.start(), time.monotonic() + PATIENCE, set()
+        while process.poll() is None and len(seen) < times:
+            seen |= {self._now(moment)} - {before, None}
             if time.monotonic() > deadline:
                 process.kill()
-                raise SystemExit(f"no end after {PATIENCE} seconds; see {self.workdir.with_suffix('.log')}")
+                raise SystemExit(f"no {moment} in {PATIENCE} seconds; see {self.workdir.with_suffix('.log')}")
             time.sleep(POLL)
         try:
             process.wait(delay)
@@ -89,28 +94,16 @@ class Training:
             raise SystemExit(f"exit code {process.returncode}; see {self.workdir.with_suffix('.log')}")
         return process.returncode != 0
 
-    def _at_start(self):
-        while True:
-            yield True
-
-    def _at_data(self):
-        """Between steps, which wait for data: a line more in metrics.jsonl than when it began."""
-        before = len(self._rows())
-        while True:
-            yield len(self._rows()) not in (0, before)
-
-    def _at_save(self):
-        """A checkpoint that is being written."""
-        left = set(self._unfinished())
-        while True:
-            yield bool(set(self._unfinished()) - left)
-
-    def _at_evaluation(self):
-        """The last line is of a step to evaluate and has no scores yet."""
-        before = self._rows()[-1:]
-        while True:
-            last = self._rows()[-1:]
-            yield bool(last) and last != before and last[0]["step"] % EVAL_EVERY == 0 and "eval/psnr" not in last[0]
+    def _now(self, moment: str):
+        """What tells one such moment from the next, None if it is none."""
+        if moment == "save":  # a checkpoint is being written
+            return max(self._unfinished(), default=None)
+        rows = self._rows()
+        if moment == "data":  # a step is done, the next one waits for its batch
+            return len(rows)
+        # evaluation: the last line is of a step to evaluate and has no scores yet
+        evaluates = rows and rows[-1]["step"] % EVAL_EVERY == 0 and "eval/psnr" not in rows[-1]
+        return rows[-1]["step"] if evaluates else None
 
     def _unfinished(self):
         # by when it was begun, for one that a killed process left has the name of the next
@@ -185,11 +178,13 @@ def _without_times(workdir: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "wall_time"} for line in lines]
 
 
-def chaos(folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: int, say=print) -> list[str]:
+def chaos(
+    folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: int, variant: str = "", say=print
+) -> list[str]:
     """Runs all of it below a folder; what differed in the end, nothing if all is well."""
     videos = folder / "videos"
     make_videos(videos)
-    undisturbed = Training(folder / "undisturbed" / "run", videos, steps, workers)
+    undisturbed = Training(folder / "undisturbed" / "run", videos, steps, workers, variant)
     began = time.monotonic()
     if undisturbed.start().wait() != 0:
         raise SystemExit(f"the undisturbed run fails; see {undisturbed.workdir.with_suffix('.log')}")
@@ -197,11 +192,12 @@ def chaos(folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: i
     rng, done, found, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), [], 0
     while sum(done.values()) < kills:
         number += 1
-        training = Training(folder / f"killed_{number}" / "run", videos, steps, workers)
+        training = Training(folder / f"killed_{number}" / "run", videos, steps, workers, variant)
         ended = False
         while not ended and sum(done.values()) < kills:
             moment = rng.choice(list(MOMENTS))
-            if training.kill_at(moment, rng.random() * MOMENTS[moment]):
+            times, delay = 0 if moment == "start" else rng.randint(1, 3), rng.random() * MOMENTS[moment]
+            if training.kill_at(moment, times, delay):
                 done[moment] += 1
             else:
                 ended = True
@@ -223,10 +219,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of a run (default: {STEPS})")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data (default: none)")
+    parser.add_argument("--variant", default="", help="of the recipe; plain is quick: no prior, no discriminator")
     parser.add_argument("--keep", metavar="DIR", help="folder for runs and logs, which stay there")
     arguments = parser.parse_args()
     folder = pathlib.Path(arguments.keep or tempfile.mkdtemp(prefix="chaos"))
-    options = {name: getattr(arguments, name) for name in ("kills", "seed", "steps", "workers")}
+    options = {name: getattr(arguments, name) for name in ("kills", "seed", "steps", "workers", "variant")}
     try:
         found = chaos(folder, **options, say=lambda text: print(text, flush=True))
     finally:

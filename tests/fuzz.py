@@ -5,8 +5,9 @@
     python tests/fuzz.py videos --only 1234            # one input again, with its traceback
 
 A good file of each kind is made once. Input i of a seed is it with bytes flipped, cut out, repeated or replaced, or
-with values of its JSON exchanged. Allowed are success and `InputError` of one line. Inputs are read by a process of
-their own with limited memory, which is watched: if it dies or hangs, that is what was found, and another goes on.
+with values of its JSON exchanged. Allowed are success and `InputError`, of which users see one line. Inputs are read by
+a process of their own with limited memory, which is watched: if it dies or hangs, that is what was found, and another
+goes on.
 """
 
 import argparse
@@ -377,7 +378,7 @@ def attempt(kind: str, good: pathlib.Path, seed: int, number: int, *, show: bool
         except _input_error() as error:
             if show:
                 print(error)
-            return "refused" if str(error).strip() and "\n" not in str(error) else f"not one line: {error!r}"
+            return "refused" if str(error).strip() else "refused without a word"
         except BaseException as error:
             if show:
                 traceback.print_exc()

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from test_generate import all_codes, write_generator
 
-from larp_jax import cli, distributed
+from larp_jax import cli, distributed, load_tokenizer
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 
@@ -82,7 +84,7 @@ def one_process(tmp_path, monkeypatch):
     return tmp_path / "one"
 
 
-def test_two_processes_train_as_one_does_die_together_and_resume(one_process, tmp_path):
+def test_two_processes_do_what_one_does_die_together_and_resume(one_process, tmp_path):
     workdir = tmp_path / "two"
     command = ["train", "--config", CONFIG, "--workdir", workdir]
     ((code, _, errors), (victim, _, _)), survived = together(*command, dies_at=5)
@@ -115,6 +117,16 @@ def test_two_processes_train_as_one_does_die_together_and_resume(one_process, tm
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["protocol"] == two["protocol"] and one["protocol"]["clips"] == 12
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+    metadata = {"tokenizer_fingerprint": load_tokenizer(workdir).fingerprint}
+    generator = write_generator(tmp_path / "generator", metadata)
+    arguments = [f"--checkpoint={generator}", f"--tokenizer={workdir}", "--num=5", "--batch-size=2", "--seed=3"]
+    ((code, printed, errors), (other, silent, _)), _ = together("sample", *arguments, "--output", tmp_path / "by_two")
+    assert (code, other, silent) == (0, 0, ""), errors
+    assert cli.main(["sample", *arguments, "--output", str(tmp_path / "by_one")]) == 0
+    names = [{path.name for path in (tmp_path / by).iterdir()} for by in ("by_two", "by_one")]
+    assert names[0] == names[1] and sum(name.endswith(".mp4") for name in names[0]) == 5
+    np.testing.assert_array_equal(all_codes(tmp_path / "by_two"), all_codes(tmp_path / "by_one"))
 
 
 @pytest.fixture

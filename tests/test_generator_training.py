@@ -177,7 +177,7 @@ def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, ca
     ):  # fmt: skip
         assert message in error_of(capsys, run, tokenizer, *overrides), message
         assert not run.exists()
-    assert "another tokenizer_fingerprint" in error_of(capsys, online, other)
+    assert "holds a run with tokenizer_fingerprint=" in error_of(capsys, online, other)
 
 
 def test_codes_are_no_videos(codes, trained, tmp_path, capsys):

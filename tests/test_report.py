@@ -187,7 +187,7 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run .neither config.json nor metrics.jsonl"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InputError, match="holds no settings"):
+    with pytest.raises(InputError, match="is no recipe .it holds a list"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be written"):

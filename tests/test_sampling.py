@@ -14,7 +14,7 @@ from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
-from larp_jax.sampling import SamplingOptions, cache_parts, draw_from, filter_logits
+from larp_jax.sampling import SamplingOptions, cache_parts, filter_logits
 from larp_jax.sharding import make_mesh
 from larp_jax.steps import hold_last_frame
 
@@ -170,23 +170,6 @@ def test_draws_follow_the_distribution():
     best = np.argsort(-probs)[:3]
     codes = np.asarray(generator.sample(np.ones(400, int), key=KEY, temperature=2.0, top_k=3))[:, 0]
     assert set(codes) == set(best)
-
-
-@pytest.mark.parametrize("codes", [7, 128, 1000])
-def test_a_draw_is_where_the_cumulated_weights_pass_the_share(codes):
-    rng = np.random.default_rng(codes)
-    rows = 4000
-    logits = rng.normal(size=(rows, codes)).astype(np.float32) * 3
-    logits[:, rng.permutation(codes)[: codes // 2]] = -np.inf
-    shares = rng.uniform(size=rows).astype(np.float32)
-    shares[:20], shares[20:40] = 0.0, np.nextafter(np.float32(1), np.float32(0))
-    drawn = np.asarray(draw_from(jnp.asarray(logits), jnp.asarray(shares)))
-    assert np.isfinite(logits[np.arange(rows), drawn]).all()
-    weights = np.exp(logits.astype(np.float64))
-    reached = weights.cumsum(axis=1) / weights.sum(axis=1, keepdims=True)
-    after = reached[np.arange(rows), drawn]
-    before = after - (weights / weights.sum(axis=1, keepdims=True))[np.arange(rows), drawn]
-    assert (before <= shares + 1e-6).all() and (after >= shares - 1e-6).all()
 
 
 def test_cache_parts_cover_every_code_once():

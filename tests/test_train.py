@@ -100,13 +100,14 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
 
 
 def test_a_second_interrupt_does_not_wait():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with StopRequest() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(trained, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """The stage-2 generator: a Llama-like decoder over codes, given a class or the frames before (METHOD 4)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from larp_jax.config import GeneratorConfig
 from larp_jax.models.attention import attention
 from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, run_stack, stack, unstack
+from larp_jax.models.layers import Dtype, Linear, lean, run_stack, stack, unstack
 
 # Of one block: keys and values of the positions so far, [B, kv heads, positions, d] each. The products of one query
 # with them read rows that lie together.
@@ -49,9 +51,11 @@ class GroupedAttention(nnx.Module):
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=self.heads + 2 * self.kv_heads)
         return tuple(jnp.split(qkv, (self.heads, self.heads + self.kv_heads), axis=2))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Cache]:
-        """x [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
-        q, k, v = self.project(x)
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable
+    ) -> tuple[jax.Array, Cache]:
+        """norm(x), [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
+        q, k, v = lean(lambda x: self.project(norm(x)))(x)
         cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         y = attention(q, k, v, causal=True, dropout_rate=self.dropout_rate, key=key)
@@ -83,9 +87,10 @@ class SwiGLU(nnx.Module):
         self.up = linear(config.width, config.mlp_width)
         self.down = linear(config.mlp_width, config.width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> the same shape."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
+        """norm(x), [..., D] -> the same shape."""
+        gate, up = lean(lambda x: (self.gate(y := norm(x)), self.up(y)))(x)
+        return lean(lambda gate, up: self.down(jax.nn.silu(gate) * up))(gate, up)
 
 
 class GeneratorBlock(nnx.Module):
@@ -109,16 +114,16 @@ class GeneratorBlock(nnx.Module):
         c = self.config
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         path_keys = keys[3:] if c.path_dropout else (None, None)
-        y, cache = self.attention(self.norm1(x), keys[0])
+        y, cache = self.attention(x, keys[0], norm=self.norm1)
         x = x + drop_path(dropout(y, c.residual_dropout, keys[1]), path_dropout, path_keys[0])
-        y = dropout(self.mlp(self.norm2(x)), c.mlp_dropout, keys[2])
+        y = dropout(self.mlp(x, norm=self.norm2), c.mlp_dropout, keys[2])
         return x + drop_path(y, path_dropout, path_keys[1]), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """`__call__` for one position, see `GroupedAttention.decode_step`."""
         y, cache = self.attention.decode_step(self.norm1(x), cache, position)
         x = x + y
-        return x + self.mlp(self.norm2(x)), cache
+        return x + self.mlp(x, norm=self.norm2), cache
 
 
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:

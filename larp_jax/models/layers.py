@@ -75,6 +75,14 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+def lean(f: Callable) -> Callable:
+    """f of arrays, to be used in a stack: of its values in between the backward pass computes again what it needs.
+
+    For what is cheap beside the product that it ends in: norms, activations. The product itself is not computed again.
+    """
+    return jax.checkpoint(f, prevent_cse=False)  # forward and backward pass of a stack are loops of their own
+
+
 class LayerNorm(nnx.Module):
     """Layer norm over the last axis; mean and (two-pass) variance in float32, whatever the compute dtype."""
 
@@ -113,9 +121,10 @@ class SelfAttention(nnx.Module):
         self.causal = causal
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable) -> jax.Array:
+        """norm(x), [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
+        qkv = lean(lambda x: self.qkv(norm(x)))(x)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
         y = attention(q, k, v, causal=self.causal, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
@@ -127,9 +136,16 @@ class Mlp(nnx.Module):
         self.up = Linear(width, 4 * width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
         self.down = Linear(4 * width, width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+    def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
+        """norm(x), [..., D] -> [..., D]."""
+        x = lean(lambda x: self.up(norm(x)))(x)
+        return lean(lambda x: self.down(gelu(x)))(x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function, in float32 by erf as in PyTorch: half the work of JAX's, by erfc."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -166,8 +182,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [B, N, D] -> [B, N, D]; `key` turns on dropout."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + dropout(self.attention(self.norm1(x), keys[0]), self.residual_dropout, keys[1])
-        return x + dropout(self.mlp(self.norm2(x)), self.residual_dropout, keys[2])
+        x = x + dropout(self.attention(x, keys[0], norm=self.norm1), self.residual_dropout, keys[1])
+        return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
 
 
 REMAT = ("none", "block", "dots")

@@ -1,0 +1,38 @@
+"""The script that measures everything on a GPU, at small size on what there is."""
+
+import json
+import pathlib
+import runpy
+import sys
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "bench_gpu.py"
+
+
+def test_small(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--small", "--seconds", "0.1", "--output", str(output)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    found = json.loads(output.read_text())
+    train = [f"train, batch 8, remat {remat}" for remat in ("none", "block")]
+    assert list(found) == [*train, "encode, batch 8", "decode, batch 8", "sample"]
+    assert not [name for name, result in found.items() if "failed" in result]
+    for name in (*train, "encode, batch 8", "decode, batch 8"):
+        assert found[name]["precision"] == "bfloat16" and 0 < found[name]["mfu"] < 1
+    assert found[train[0]]["gan_time_ratio"] > 0  # the full objective
+    assert 0 < found["sample"]["share_of_bandwidth_ceiling"] < 1
+    assert f"best training: {max(train, key=lambda name: found[name]['clips_per_second'])}" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_noted(tmp_path, monkeypatch):
+    from larp_jax import benchmark
+
+    def out_of_memory(*arguments, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+    for name in ("benchmark_train", "benchmark_codec", "benchmark_sample"):
+        monkeypatch.setattr(benchmark, name, out_of_memory)
+    output = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--small", "--output", str(output)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    found = json.loads(output.read_text())
+    assert {result["failed"] for result in found.values()} == {"RESOURCE_EXHAUSTED: Out of memory"}
