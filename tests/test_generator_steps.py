@@ -37,6 +37,8 @@ TOKENIZER = TokenizerConfig(
     decoder=TransformerConfig(width=16, depth=1, heads=2),
     quantizer=QuantizerConfig(codebook_size=32, code_dim=4),
 )
+STEPS = 10
+
 RECIPE = GeneratorRecipe(
     steps=100,
     model=GeneratorConfig(
@@ -94,16 +96,16 @@ def run(recipe, shape=(1, 1, 1), steps=2, from_codes=False):
 
 @functools.cache
 def from_clips():
-    return run(RECIPE, steps=4)
+    return run(RECIPE, steps=STEPS)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
 def test_losses_are_the_same_on_every_mesh(shape):
     expected, _ = from_clips()
-    logs, state = run(RECIPE, shape, steps=4)
+    logs, state = run(RECIPE, shape, steps=STEPS)
     for one, other in zip(expected, logs, strict=True):
         np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
-    assert int(state.step) == 4
+    assert int(state.step) == STEPS
     if shape == (2, 2, 2):
         kernel = lambda tree: tree["generator"]["blocks"]["mlp"]["gate"]["kernel"]  # noqa: E731
         assert kernel(state.params).sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
@@ -113,7 +115,7 @@ def test_losses_are_the_same_on_every_mesh(shape):
 
 def test_codes_on_disk_train_like_the_clips_they_are_of():
     online, state = from_clips()
-    offline, other = run(RECIPE, steps=4, from_codes=True)
+    offline, other = run(RECIPE, steps=STEPS, from_codes=True)
     for one, two in zip(online, offline, strict=True):
         np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), state.params, other.params)

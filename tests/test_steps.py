@@ -41,11 +41,12 @@ RECIPE = TokenizerRecipe(
         quantizer=QuantizerConfig(codebook_size=64, code_dim=4, entropy_weight=0.1),
     ),
     prior=PriorConfig(size="XXS", width=16, depth=2, heads=2),
-    # steps 0: no discriminator yet; 1: the tokenizer hears it; 2: it learns and is heard; 3: as 1
+    # step 0: no discriminator yet; odd steps: the tokenizer hears it; even steps: it learns and is heard
     discriminator=DiscriminatorConfig(width=16, depth=2, heads=2, patch_frames=2),
     loss=LossConfig(perceptual="none", adversarial_start=1, discriminator_every=2),
     data=DataConfig(batch_size=8),
-    optim=OptimConfig(learning_rate=1e-3, multipliers={"prior": 5.0}, warmup_steps=5, ema_decay=0.9),
+    # At a higher rate rounding decides within ten steps which of two near codes is drawn: Adam's first steps are signs.
+    optim=OptimConfig(learning_rate=1e-4, multipliers={"prior": 5.0}, warmup_steps=5, ema_decay=0.9),
 )
 
 
@@ -136,16 +137,16 @@ def test_every_term_is_logged_and_the_total_is_their_weighted_sum():
 
 def test_the_discriminator_starts_and_takes_its_turns():
     logs, states = on_one_device()
-    assert [log["loss_adversarial"] != 0.0 for log in logs] == [False, True, True, True]
-    assert [log["loss_discriminator"] != 0.0 for log in logs] == [False, False, True, True]
+    assert [log["loss_adversarial"] != 0.0 for log in logs] == [step >= 1 for step in range(STEPS)]
+    assert [log["loss_discriminator"] != 0.0 for log in logs] == [step >= 2 for step in range(STEPS)]
     for name in ("loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real"):
         assert logs[2][name] == logs[3][name], name  # of the last turn
     for side in ("real", "fake"):
         np.testing.assert_allclose(logs[2][f"lecam_{side}"], 0.001 * logs[2][f"logits_{side}"], rtol=1e-4)
     heads = [state.params["discriminator"]["head"]["kernel"] for state in states]
     changes = [np.abs(after - before) for before, after in itertools.pairwise(heads)]
-    assert [change.any() for change in changes] == [False, False, True, False]
-    # its turn is Adam's first step, at the rate of step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of the full one
+    assert [change.any() for change in changes] == [step in (2, 4, 6, 8) for step in range(STEPS)]
+    # its first turn is Adam's first step, at step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of the full rate
     np.testing.assert_allclose(changes[2], 3e-5 * 0.406, rtol=0.05)
 
 
@@ -217,7 +218,7 @@ def test_smoothed_targets_stay_within_their_bounds():
 
 def test_ssim_is_logged_in_logged_steps_only():
     logs, _ = on_one_device()
-    assert [np.isfinite(log["ssim"]) for log in logs] == [False, True, False, True]
+    assert [np.isfinite(log["ssim"]) for log in logs] == [step % 2 == 1 for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("change", [
