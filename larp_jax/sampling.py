@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import draw, largest
-from larp_jax.models.generator import Generator
+from larp_jax.models.generator import Generator, lengthen
 from larp_jax.models.layers import Dtype
 from larp_jax.paths import path_name
 
@@ -112,8 +112,7 @@ def sample_codes(
 
     def decode(start, stop, guided, codes, caches):
         """Codes number `start` up to `stop`, [B, stop - start], with caches as long as the last of them needs."""
-        longer = c.condition_tokens + stop - 1 - caches[0][0].shape[2]
-        caches = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, longer), (0, 0))), caches)
+        caches = [lengthen(cache, c.condition_tokens + stop - 1) for cache in caches]
 
         def step(carry, number):
             codes, caches = carry

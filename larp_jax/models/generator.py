@@ -14,9 +14,16 @@ from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
 from larp_jax.models.layers import Dtype, Linear, lean, run_stack, stack, unstack
 
-# Of one block: keys and values of the positions so far, [B, kv heads, positions, d] each. The products of one query
-# with them read rows that lie together.
+# Of one block: keys [B, kv heads, d, positions] and values [B, kv heads, positions, d] of the positions so far. The
+# products of one query with them read along the last axis and add up rows: a third faster on CPUs than sums along it.
 Cache = tuple[jax.Array, jax.Array]
+
+
+def lengthen(cache: Cache, positions: int) -> Cache:
+    """A cache with room for so many positions."""
+    keys, values = cache
+    more = ((0, 0), (0, positions - values.shape[2]))
+    return jnp.pad(keys, ((0, 0), (0, 0), *more)), jnp.pad(values, ((0, 0), *more, (0, 0)))
 
 
 class RMSNorm(nnx.Module):
@@ -56,7 +63,7 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """norm(x), [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
         q, k, v = lean(lambda x: self.project(norm(x)))(x)
-        cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        cache = rearrange(k, "b n h d -> b h d n"), rearrange(v, "b n h d -> b h n d")
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         y = attention(q, k, v, causal=True, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
@@ -64,13 +71,12 @@ class GroupedAttention(nnx.Module):
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """One position: x [B, D] -> [B, D], and the cache with its keys and values written at `position`."""
         q, k, v = self.project(x[:, None])
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), position, axis=2)
-            for old, new in zip(cache, (k, v), strict=True)
-        )
+        keys, values = cache
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b 1 h d -> b h d 1"), position, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b 1 h d -> b h 1 d"), position, axis=2)
         q = rearrange(q, "b 1 (h group) d -> b h group d", h=self.kv_heads) * q.shape[-1] ** -0.5
-        scores = jnp.einsum("bhgd,bhnd->bhgn", q, keys).astype(jnp.float32)
-        scores = jnp.where(jnp.arange(keys.shape[2]) <= position, scores, -jnp.inf)
+        scores = jnp.einsum("bhgd,bhdn->bhgn", q, keys).astype(jnp.float32)
+        scores = jnp.where(jnp.arange(keys.shape[3]) <= position, scores, -jnp.inf)
         y = jnp.einsum("bhgn,bhnd->bhgd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
         return self.out(rearrange(y, "b h g d -> b (h g d)")), (keys, values)
 
