@@ -53,8 +53,6 @@ PREDICTION = dataclasses.replace(
     STILL, cond_frames=2, model=dataclasses.replace(STILL.model, frame_prediction=True, num_classes=1)
 )
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @functools.cache
 def frozen():
@@ -85,8 +83,8 @@ def run(recipe, shape=(1, 1, 1), steps=2, from_codes=False):
     weights = {} if from_codes else frozen()
     weights = jax.device_put(weights, sharding.param_shardings(weights, mesh))
     with jax.set_mesh(mesh):
-        state = quick_jit(stage.init, out_shardings=placement)(key)
-        step = quick_jit(stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        state = jax.jit(stage.init, out_shardings=placement)(key)
+        step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
         logs = []
         for _ in range(steps):
             state, log = step(state, sharding.to_mesh(batch, mesh), jax.random.key(1), weights)
@@ -154,7 +152,7 @@ def test_classes_are_dropped_for_the_null_class():
     model = dataclasses.replace(STILL.model, class_dropout=0.99)
     stage = GeneratorStage(dataclasses.replace(STILL, model=model))
 
-    @quick_jit
+    @jax.jit
     def gradient(params, batch):
         loss = lambda params: stage.score(params, batch, jax.random.key(0)).cross_entropy.mean()  # noqa: E731
         return jax.grad(loss)(params)["generator"]["class_embedding"]
@@ -173,7 +171,7 @@ def test_weight_decay_is_of_linear_kernels_only():
     def updates(decay):
         optim = GeneratorOptimConfig(learning_rate=1e-2, weight_decay=decay)
         optimizer = GeneratorStage(dataclasses.replace(STILL, optim=optim)).optimizer
-        return quick_jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0]
+        return jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0]
 
     difference = jax.tree.map(lambda x, y: x - y, updates(0.5), updates(0.0))
     kernels = set()

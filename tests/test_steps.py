@@ -55,10 +55,6 @@ def video(step):
     return rng.integers(0, 256, (8, *RECIPE.model.clip_shape), dtype=np.uint8)
 
 
-# Steps here are compiled more often than run: less than half the time to compile, for slower programs.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def run(recipe, shape, steps=4, watch=lambda state: None):
     """Losses of some steps, and the last state, on a mesh; `watch` is called with each state."""
     stage = TokenizerStage(recipe)
@@ -67,8 +63,8 @@ def run(recipe, shape, steps=4, watch=lambda state: None):
     key = jax.random.key(0)
     placement = sharding.state_shardings(jax.eval_shape(stage.init, key), mesh)
     with jax.set_mesh(mesh):
-        state = quick_jit(stage.init, out_shardings=placement)(key)
-        step = quick_jit(
+        state = jax.jit(stage.init, out_shardings=placement)(key)
+        step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
         logs = []
@@ -186,7 +182,7 @@ def test_perceptual_weights_are_an_argument_and_frames_may_be_drawn():
     assert jax.eval_shape(stage.init, jax.random.key(0)).params.keys() == {"tokenizer"}
     frozen = {"lpips": nnx.to_pure_dict(nnx.state(Lpips(rngs=nnx.Rngs(0)), nnx.Param))}
     assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, stage.frozen_shapes())
-    step, state, batch = quick_jit(stage.train_step), quick_jit(stage.init)(jax.random.key(0)), {"video": video(0)}
+    step, state, batch = jax.jit(stage.train_step), jax.jit(stage.init)(jax.random.key(0)), {"video": video(0)}
     _, log = step(state, batch, jax.random.key(1), frozen)
     total = log["loss_reconstruction"] + 0.1 * log["loss_quantizer"] + 2.0 * log["loss_perceptual"]
     np.testing.assert_allclose(log["loss"], total, rtol=1e-5)
