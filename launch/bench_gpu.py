@@ -60,7 +60,7 @@ def main() -> None:
         pathlib.Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
 
     for size in batches:
-        for remat in ("none", "block"):
+        for remat in ("none",) if arguments.small else ("none", "block"):
             tokenizer.data.batch_size, tokenizer.remat = size, remat
             recipe = parse_recipe(tokenizer)
             measure(

@@ -13,14 +13,14 @@ def test_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--small", "--seconds", "0.1", "--output", str(output)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     found = json.loads(output.read_text())
-    train = [f"train, batch 8, remat {remat}" for remat in ("none", "block")]
-    assert list(found) == [*train, "encode, batch 8", "decode, batch 8", "sample"]
+    train = "train, batch 8, remat none"
+    assert list(found) == [train, "encode, batch 8", "decode, batch 8", "sample"]
     assert not [name for name, result in found.items() if "failed" in result]
-    for name in (*train, "encode, batch 8", "decode, batch 8"):
+    for name in (train, "encode, batch 8", "decode, batch 8"):
         assert found[name]["precision"] == "bfloat16" and 0 < found[name]["mfu"] < 1
-    assert found[train[0]]["gan_time_ratio"] > 0  # the full objective
+    assert found[train]["gan_time_ratio"] > 0  # the full objective
     assert 0 < found["sample"]["share_of_bandwidth_ceiling"] < 1
-    assert f"best training: {max(train, key=lambda name: found[name]['clips_per_second'])}" in capsys.readouterr().out
+    assert f"best training: {train}, " in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_noted(tmp_path, monkeypatch):
