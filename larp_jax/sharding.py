@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from larp_jax.config import MeshConfig
@@ -36,10 +37,14 @@ RULES = (
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of a configuration over the given (default: all) devices."""
+    """The mesh of a configuration over the given (default: all) devices.
+
+    Neighbours in the mesh lie near each other in a slice of TPUs, of which an axis may take parts: 8 chips of 4x4x4.
+    """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

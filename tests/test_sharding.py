@@ -1,6 +1,7 @@
 """Placement by rules: what is split, and what is refused where too little would be."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from larp_jax import sharding
-from larp_jax.config import default_recipe, parse_recipe
+from larp_jax.config import MeshConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.state import TrainState
 from larp_jax.steps import GeneratorStage, TokenizerStage
@@ -75,3 +76,14 @@ def test_models_so_small_that_it_does_not_matter_pass():
     )
     mesh = mesh_of(1, 8, 1)
     assert sharding.check_sharded(small, sharding.state_shardings(small, mesh), mesh) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (1, 64, 1), (16, 2, 2), (2, 32, 1)])
+def test_a_mesh_axis_may_take_part_of_one_of_the_slice(shape):
+    chips = [
+        # what a mesh is made of must hash
+        type("Chip", (), dict(id=i, coords=at, core_on_chip=0, platform="tpu", device_kind="TPU v5p", slice_index=0))()
+        for i, at in enumerate(itertools.product(range(4), repeat=3))
+    ]
+    mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), chips)
+    assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(chips)
