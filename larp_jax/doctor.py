@@ -52,7 +52,7 @@ OPTIONAL_PACKAGES = (
     ("tensorboard", "TensorBoard summaries", "tensorflow-cpu tensorboard"),
     ("huggingface_hub", "importing released weights by their repository id", "huggingface_hub"),
     ("torch", "comparisons with PyTorch in the tests; never needed to run", "torch"),
-    ("libtpu", "TPUs; planning for TPU pods on any machine", "libtpu"),
+    ("libtpu", "TPUs; planning for TPU pods on any machine", "'jax[tpu]'"),
 )
 
 DEVICE_FILES = pathlib.Path("/dev")
@@ -97,6 +97,12 @@ def _version(package: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _wanted(package: str, other: str) -> str:
+    """The versions of another that an extra of a package asks for; empty if none does."""
+    found = (Requirement(text) for text in importlib.metadata.requires(package) or ())
+    return next((str(r.specifier) for r in found if r.name == other), "")
 
 
 def _within(version: str, specifier: str) -> bool:
@@ -203,6 +209,11 @@ def _backend() -> str:
 def _tpus() -> Iterator[str]:
     if any(DEVICE_FILES.glob("accel[0-9]*")) and _version("libtpu") is None:
         yield f"a TPU, and jax has no libtpu: pip install 'jax[tpu]=={_version('jax')}'"
+    if (libtpu := _version("libtpu")) and (wanted := _wanted("jax", "libtpu")) and not _within(libtpu, wanted):
+        yield (
+            f"libtpu {libtpu}, where jax {_version('jax')} wants libtpu{wanted}: some programs fail to compile;"
+            f" pip install 'jax[tpu]=={_version('jax')}'"
+        )
 
 
 def _gpu_memory() -> Iterator[str]:

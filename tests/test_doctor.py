@@ -173,6 +173,15 @@ def test_a_tpu_without_libtpu(gpu, versions, tmp_path):
     only(starts="a TPU, and jax has no libtpu", mend="pip install 'jax[tpu]==0.10.2'")
 
 
+def test_a_libtpu_of_another_jax(gpu, versions, monkeypatch):
+    wanted = {"jax": ["numpy>=2", 'libtpu==0.0.42.*; extra == "tpu"']}
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted.get(name, []))
+    versions["libtpu"] = "0.0.42.1"
+    assert problems() == ["none"]
+    versions["libtpu"] = "0.0.52"
+    only(starts="libtpu 0.0.52, where jax 0.10.2 wants libtpu==0.0.42.*", mend="pip install 'jax[tpu]==0.10.2'")
+
+
 def test_codecs_that_are_missing(gpu, monkeypatch):
     def codec(name, mode, known=av.codec.Codec):
         if name in ("hevc", "libdav1d"):
