@@ -2,7 +2,7 @@
 
     bash launch/quickstart.sh
     larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
-        --windows 2 --flips
+        --windows 4 --flips
     larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
     python docs/moving_picture.py runs/quickstart runs/quickstart_generator docs/moving.webp
 """
