@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import shutil
 import socket
 import subprocess
@@ -20,12 +19,12 @@ from larp_jax.errors import InputError
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py:plain")
 
-# "[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1", whole or in pieces
-GLOO = re.compile(r"Gloo|onnected|peer|ank|Expect|number of|is : \d|^[\s\d:.]*$")
-
-# A command line with four devices that may die as by `kill -9` when a step is to be written.
+# A command line with four devices that may die as by `kill -9` when a step is to be written. Its standard output is
+# what Python prints: Gloo, which is C++ and prints there too, gets standard error.
 WORKER = """
 import os, signal, sys
+sys.stdout = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from larp_jax import cli, train
@@ -66,14 +65,6 @@ def together(*arguments, dies_at=0):
     ended = time.monotonic()
     first = processes[0].communicate(timeout=600)
     survived = time.monotonic() - ended
-    # Gloo itself writes to standard output, and the two threads of it may break each other's lines
-    first, second = (
-        (
-            "".join(line for line in output.splitlines(keepends=True) if not GLOO.search(line)),
-            errors,
-        )
-        for output, errors in (first, second)
-    )
     return [(process.returncode, *output) for process, output in zip(processes, (first, second), strict=True)], survived
 
 
