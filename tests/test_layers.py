@@ -34,6 +34,7 @@ LAYERS = (
     {"models"},
     {"config"},
     {"distributed"},
+    {"files"},
     {"allocator", "charts", "errors", "paths", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,280 @@
+"""Every file that larp_jax writes: whole or not at all, and never in place of something that is not ours.
+
+A file is written under a temporary name beside its target and renamed when it is complete. Temporary files are locked
+while their writer lives, so that what a killed process left behind can be told from work in progress and removed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from larp_jax.errors import InputError, reason
+
+LOCK = ".lock"
+# Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
+_TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
+    """A path on this machine, with `~` expanded.
+
+    Args:
+      path: as the user gave it.
+      what: the option it came from, for the message.
+
+    Raises:
+      InputError: it is a URL such as `gs://bucket/run`, or names no file at all.
+    """
+    text = os.fspath(path)
+    if found := _SCHEME.match(text):
+        raise InputError(f"{what} {text}: {found[1]}:// is not supported; give a path on this machine")
+    if not text or "\0" in text:
+        raise InputError(f"{what} {text!r} is not a path; give one on this machine")
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{what} {text}: {error}; give the path in full") from None
+
+
+def check_output(
+    path: str | os.PathLike, what: str = "--output", *, ours: Callable[[pathlib.Path], bool] = lambda path: False
+) -> pathlib.Path:
+    """Checks before any work that an output file can be written at the end.
+
+    Args:
+      path: the file.
+      what: the option it came from, for the message.
+      ours: whether an existing regular file may be replaced, because an earlier call of the same kind wrote it.
+
+    Returns:
+      The path, with `~` expanded.
+
+    Raises:
+      InputError: it exists and is not ours, or its folder cannot be made or written.
+    """
+    path = local_path(path, what)
+    if path.is_dir():
+        raise InputError(f"{what} {path} is a folder; name a file in it")
+    _check_replaceable(path, what)
+    if path.exists() and path.stat().st_size and not _recognized(path, ours):
+        raise InputError(f"{what} {path} exists and was not written by this command; name another file, or remove it")
+    folder = make_folder(path.parent, what)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{what} {path} cannot be written (no permission in {folder}); name another")
+    return path
+
+
+def _recognized(path: pathlib.Path, ours: Callable[[pathlib.Path], bool]) -> bool:
+    try:
+        return ours(path)
+    except Exception:  # a file of any other kind may provoke anything in its reader
+        return False
+
+
+def _check_replaceable(path: pathlib.Path, what: str) -> None:
+    """`InputError` where a path exists and is no regular file: renaming onto a device or a pipe would remove it."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be written ({reason(error)}); name another") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{what} {path} is not a regular file; name another")
+
+
+def make_folder(path: str | os.PathLike, what: str = "output folder") -> pathlib.Path:
+    """Makes a folder for output, and those above it, unless it is there.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    path = local_path(path, what)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be made ({reason(error)}); name another") from error
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A block that writes a file under a temporary path; it becomes `path` if the block ends well, else it is removed.
+
+    Temporary files that killed processes left for the same target are removed too. A link is followed.
+
+    Raises:
+      InputError: the target is a folder, a device, a pipe or the like.
+      OSError: the folder cannot be written.
+    """
+    target = pathlib.Path(path)
+    _check_replaceable(target, "output")
+    if target.is_symlink():
+        target = target.resolve()
+    prefix = _prefix(target)
+    remove_leftovers(target.parent, prefix)
+    temporary, descriptor = _create(target.parent, prefix)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """`replacing`, with the temporary file open for writing bytes."""
+    with replacing(path) as temporary, temporary.open("w+b") as file:
+        yield file
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a whole file; see `replacing`."""
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Writes strict JSON, and makes the folder if missing; see `replacing`.
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+      InputError: the folder cannot be made, or the path is no regular file.
+      OSError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    data = (json.dumps(values, indent=indent, allow_nan=False) + "\n").encode()
+    make_folder(path.parent)
+    write_bytes(path, data)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
+    """A folder to fill that becomes `path` if the block ends well, and is removed otherwise.
+
+    Raises:
+      InputError: the path exists and is not an empty folder, or cannot be made.
+    """
+    target = local_path(path, what).absolute()
+    if target.is_symlink() or target.exists():
+        if not target.is_dir() or any(target.iterdir()):
+            raise InputError(f"{what} {target} exists already; name another, or remove it")
+    make_folder(target.parent, what)
+    prefix = _prefix(target)
+    remove_leftovers(target.parent, prefix)
+    temporary, descriptor = _create(target.parent, prefix, folder=True)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _prefix(target: pathlib.Path) -> str:
+    return f".larp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
+
+
+def _create(parent: pathlib.Path, prefix: str, folder: bool = False) -> tuple[pathlib.Path, int]:
+    """A new temporary file or folder, and a descriptor that locks it."""
+    while True:
+        path = parent / f"{prefix}{secrets.token_hex(8)}.tmp"
+        try:
+            if folder:
+                path.mkdir()
+                descriptor = os.open(path, os.O_RDONLY)
+            else:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except FileExistsError:
+            continue
+        _lock(descriptor)
+        if path.exists():  # else another process took it for a leftover in the moment before the lock
+            return path, descriptor
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike, prefix: str = ".larp-") -> None:
+    """Removes the temporary files and folders of killed processes from a folder, not from those below it."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(prefix) and _TEMPORARY.fullmatch(name)]
+    except OSError:
+        return
+    for path in (pathlib.Path(folder, name) for name in names):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Locks an open file until it is closed; False if another process has it, None if it cannot be locked here."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
+    """A block in which this process alone writes to a folder, which is made if missing.
+
+    The system lets go of the lock when the process ends, however that happens. What killed processes left half written
+    in the folder is removed.
+
+    Raises:
+      InputError: another process has it, or it cannot be written.
+    """
+    folder = make_folder(folder, what)
+    path = folder / LOCK
+    while True:
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise InputError(f"{what} {folder} cannot be written ({reason(error)}); name another") from error
+        locked = _lock(descriptor)
+        if locked is False:
+            os.close(descriptor)
+            raise InputError(f"another process is writing {what} {folder}; wait for it, or name another")
+        try:
+            current = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except FileNotFoundError:
+            current = False
+        if current:
+            break
+        os.close(descriptor)  # its owner removed it between our opening and locking it
+    try:
+        remove_leftovers(folder)
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is still locked
+        os.close(descriptor)
+
+
+def is_empty(folder: pathlib.Path) -> bool:
+    """Whether a folder holds nothing but our lock."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
