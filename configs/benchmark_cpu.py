@@ -1,15 +1,16 @@
-"""The published tokenizer's structure at a size that two CPU cores can be measured with: 56 GFLOP a clip.
+"""The structure of the published tokenizer, small enough to benchmark on two CPU cores: 56 GFLOP per clip.
 
     larp-jax benchmark train --config configs/benchmark_cpu.py
 
-256 tokens for 64x64x16 clips, width 256, 6 + 6 layers, the smallest prior; L1, quantiser and prior, in float32.
+256 tokens for clips of 64x64x16, width 256, 6 + 6 layers, the smallest prior. Losses: L1, quantizer and prior, in
+float32.
 """
 
 from larp_jax.config import default_recipe
 
 
 def get_config():
-    """The recipe of docs/performance.md; it is to be measured, not trained."""
+    """The recipe of docs/performance.md, for benchmarks, not for training."""
     config = default_recipe("tokenizer")
     config.model.size = "larp_s"
     config.model.resolution = 64

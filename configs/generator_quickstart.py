@@ -1,11 +1,11 @@
-"""A small class-conditional generator for tokenizers of configs/quickstart.py; trains on two CPU cores.
+"""A small class-conditional generator for tokenizers trained with configs/quickstart.py; trains on two CPU cores.
 
     larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
         --windows 4 --flips
     larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
 
-Your own clips: tokenize --input folder:PATH, and --config.data.eval=folder:PATH of others. The classes are the folders.
-The codes are made beforehand, so that a step costs nothing but the generator's own.
+For your own clips, use --input folder:PATH for tokenize, and --config.data.eval=folder:PATH with held-out clips.
+Subfolders are the classes. Codes are written in advance, so that a training step computes only the generator.
 """
 
 from larp_jax.config import default_recipe
@@ -21,10 +21,10 @@ def get_config():
     model.size = "S"
     model.width, model.depth, model.heads = 128, 4, 4
     model.mlp_multiple = 32
-    model.codebook_size = model.num_tokens = model.num_classes = 0  # the tokenizer's, the data's
-    # few videos are soon known by heart: more dropout than published
+    model.codebook_size = model.num_tokens = model.num_classes = 0  # taken from tokenizer and data
+    # a few videos are soon memorized: more dropout than published
     model.token_dropout = model.residual_dropout = model.mlp_dropout = 0.1
-    # the published 0.02 is for ten times the width: with it, and a rate of 1e-3, this learns half as fast
+    # the published 0.02 is for ten times the width; with it, and a rate of 1e-3, this model learns half as fast
     model.init_std = model.width**-0.5
 
     optim = config.optim

@@ -1,4 +1,4 @@
-"""A generator of size S: 12 layers, 384 wide, 256 tokens of 8,192 codes.
+"""A generator of size S to benchmark sampling: 12 layers, width 384, 256 tokens, codebook size 8,192.
 
     larp-jax benchmark sample --config configs/generator_s.py --batch-size 8 --cfg-scale 1.25
 """

@@ -2,13 +2,13 @@
 
     larp-jax train --config configs/generator_ucf101.py --workdir runs/generator_ucf101
 
-Hardware: 111 exaFLOP in the generator's weights (6 x 632 M x 1024 codes x 64 clips x 447,000 steps), some 10 hours of
-8 H100 GPUs at 40 % of their bfloat16 peak, attention and tokenizer not counted. With
---config.mesh.fsdp=8 parameters and moments are split over 8 devices; --config.remat=block trades time for memory.
-Published score: gFVD 57 at guidance 1.25 (102 with size L). This recipe has not been run to its end yet.
+Hardware (estimated): 111 exaFLOP in the weights of the generator (6 x 632 M x 1024 codes x 64 clips x 447,000 steps),
+about 10 hours on 8 H100 GPUs at 40% of their bfloat16 peak, without attention and tokenizer. --config.mesh.fsdp=8
+splits parameters and optimizer state over 8 devices; --config.remat=block saves memory and costs time. Published score:
+gFVD 57 at guidance scale 1.25 (102 with size L). This recipe has not been run to completion yet.
 
-The tokenizer is what configs/larp_l_long.py trains, or the published one: larp-jax import writes it. Codes are made in
-the step, in float32; made beforehand they cost nothing, and nothing else changes:
+Use the tokenizer trained by configs/larp_l_long.py, or import the published one with larp-jax import. By default, the
+training step computes the codes, in float32. To save this time, write the codes in advance:
 
     larp-jax tokenize --checkpoint runs/larp_l_long --input folder:data/ucf101/train --output data/ucf101_codes \
         --windows 10 --flips
@@ -23,7 +23,7 @@ STEPS_PER_EPOCH = 9_537 // BATCH  # training videos of split 1
 
 
 def get_config():
-    """The recipe: the defaults are the published settings, epochs become steps here."""
+    """The recipe: the defaults are the published settings; epochs are converted to steps."""
     config = default_recipe("generator")
     config.tokenizer = "runs/larp_l_long"
     config.steps = 3000 * STEPS_PER_EPOCH

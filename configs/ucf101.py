@@ -2,13 +2,15 @@
 
     larp-jax train --config configs/ucf101.py --workdir runs/ucf101
 
-Hardware: one GPU; 20 exaFLOP in all, some 14 hours of an H100 at 40 % of its bfloat16 peak. A batch of 64 is taken in
-8 parts of 8 clips; --config.accumulate=4 (2, 1) is faster where memory allows. No score is published for UCF101 alone:
-PSNR 28.70, LPIPS 0.0755 and rFVD 20 are those of the same model trained on Kinetics-600 as well
-(configs/larp_l_long.py), which 9,537 videos should not reach. This recipe has not been run to its end yet.
+Hardware (estimated): one GPU; 20 exaFLOP in total, about 14 hours on an H100 at 40% of its bfloat16 peak. Gradients of
+a batch of 64 are accumulated over 8 parts of 8 clips; --config.accumulate=4 (2, 1) is faster if memory allows. No score
+is published for UCF101 alone. The published PSNR 28.70, LPIPS 0.0755 and rFVD 20 are from the same model trained on
+Kinetics-600 as well (configs/larp_l_long.py); 9,537 videos should not reach them. This recipe has not been run to
+completion yet.
 
-Data: the videos of split 1 in a folder for training and one for testing, class sub-folders in both. The perceptual term
-needs the weights that `larp-jax doctor` names; --config.loss.perceptual=none does without, and is another recipe.
+Data: the videos of split 1 in one folder for training and one for testing, with class subfolders in both. The
+perceptual loss needs weights; `larp-jax doctor` tells you how to get them. --config.loss.perceptual=none trains without
+it, but is another recipe.
 """
 
 from larp_jax.config import default_recipe

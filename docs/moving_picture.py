@@ -1,4 +1,4 @@
-"""Makes docs/moving.webp out of a quickstart run and a generator of its codes: needs pillow (the extra `docs`).
+"""Draws docs/moving.webp from a quickstart run and a generator trained on its codes. Needs pillow (extra `docs`).
 
     bash launch/quickstart.sh
     larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
@@ -18,12 +18,12 @@ from larp_jax.data import ClipSpec, open_source
 
 COLUMNS, SCALE, GAP, LEFT = 8, 2, 4, 104
 MILLISECONDS = 125
-CLIPS = range(0, 2 * COLUMNS, 2)  # classes take turns in the data set: two motions of each of the four shapes
+CLIPS = range(0, 2 * COLUMNS, 2)  # classes alternate in the data set: two motions of each of the four shapes
 SAMPLING = {"cfg_scale": 1.5, "top_k": 40, "key": jax.random.key(0)}
 
 
 def main(tokenizer_path: str, generator_path: str, output: str) -> None:
-    """Rows of held-out clips, their reconstructions, and samples of the same classes, as an animation."""
+    """Draws an animation: rows of held-out clips, their reconstructions, and samples of the same classes."""
     tokenizer, generator = larp_jax.load_tokenizer(tokenizer_path), larp_jax.load_generator(generator_path)
     frames, size, _, _ = tokenizer.config.clip_shape
     spec = ClipSpec(frames=frames, resolution=size)

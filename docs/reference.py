@@ -1,4 +1,4 @@
-"""Writes the pages of the reference from the code while the documentation is built: a hook of mkdocs.yml."""
+"""Generates the reference pages from the code when the documentation is built: a hook of mkdocs.yml."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ SIZES = {
 
 
 def settings(cls, path: str):
-    """Markdown of a dataclass and of those that it holds, each setting under the name that the command line knows."""
+    """Markdown of a dataclass and the dataclasses it contains, each setting under its name on the command line."""
     fields = dataclasses.fields(cls)
     leaves = [field for field in fields if not dataclasses.is_dataclass(field.type)]
     yield f"### `{path}`\n\n{prose(cls)}\n\n| setting | type | default |\n|---|---|---|\n"
@@ -33,7 +33,7 @@ def settings(cls, path: str):
 
 
 def prose(cls) -> str:
-    """The docstrings of a dataclass and of those that it inherits settings from, the most general first."""
+    """The docstrings of a dataclass and of its dataclass base classes, the most general first."""
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     return "\n\n".join(inspect.getdoc(base) for base in bases)
 
@@ -41,10 +41,10 @@ def prose(cls) -> str:
 def configuration() -> str:
     """The page of all settings."""
     lines = [
-        "# Configuration\n\nA recipe is a Python file whose `get_config()` returns `larp_jax.config.default_recipe"
-        "(stage)`, changed. Every setting can also be changed from the command line under the name given here, as in"
-        " `--config.model.num_tokens=256`. Defaults are the published settings; a size of 0 is filled in from the"
-        " named one. METHOD n in the text stands for section n of [the method](method.md).\n\n"
+        "# Configuration\n\nLook up the name, type and default of every setting. A recipe is a Python file whose"
+        " `get_config()` returns `larp_jax.config.default_recipe(stage)` with changes. You can also change every setting"
+        " on the command line under the name given here, for example `--config.model.num_tokens=256`. Defaults are the"
+        " published settings. A width, depth or number of heads of 0 is taken from the named size.\n\n"
     ]
     for stage, cls in config.STAGES.items():
         lines += [f"## Stage `{stage}`\n\n", *settings(cls, "config")]
@@ -58,7 +58,7 @@ def configuration() -> str:
 
 
 def help_of(*command: str) -> str:
-    """What `larp-jax COMMAND --help` prints."""
+    """The output of `larp-jax COMMAND --help`."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
         cli.main([*command, "--help"])
     return output.getvalue()
@@ -66,14 +66,14 @@ def help_of(*command: str) -> str:
 
 def commands() -> str:
     """The page of all commands."""
-    os.environ["COLUMNS"] = "100"  # as wide as argparse writes
+    os.environ["COLUMNS"] = "100"  # width of the help texts
     names = re.findall(r"^    (\w+)\b", help_of(), flags=re.MULTILINE)
     pages = [f"## {name}\n\n```text\n{help_of(name)}```\n\n" for name in names]
-    return "# Commands\n\nWhat `larp-jax COMMAND --help` prints.\n\n" + "".join(pages)
+    return "# Commands\n\nLook up the options of every command, as printed by `larp-jax COMMAND --help`.\n\n" + "".join(pages)
 
 
 def on_files(files, config):
-    """Called by mkdocs with the files of the documentation: adds the pages."""
+    """Called by mkdocs with the files of the documentation; adds the generated pages."""
     for page, text in {"configuration.md": configuration(), "commands.md": commands()}.items():
         files.append(File.generated(config, page, content=text))
     return files

@@ -1,10 +1,11 @@
-"""Everything that is measured on a GPU, in one run: training, encoding, decoding and sampling.
+"""Benchmark a GPU in one run: training, encoding, decoding and sampling.
 
     python launch/bench_gpu.py --output bench.json
 
-For one large GPU (an H200). The published tokenizer with its full objective, in bfloat16, at each of several batches;
-the published 632 M generator, 64 videos at a time with guidance 1.25. Weights and clips are random: nothing is read.
-What does not fit is noted and left out. `--small` runs the same with small models, on anything.
+For one large GPU (H200). Measures the published tokenizer with its full objective, in bfloat16, at several batch sizes,
+and the published 632 M generator with 64 videos at a time and guidance 1.25. Weights and clips are random, so no files
+are needed. A measurement that does not fit in memory is recorded as failed and skipped. `--small` runs the same with
+small models on any machine.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from larp_jax.sampling import SamplingOptions
 
 
 def recipes(small: bool):
-    """The tokenizer's recipe (to be changed) and the generator's."""
+    """The recipe of the tokenizer, for `main` to change, and the parsed recipe of the generator."""
     tokenizer, generator = default_recipe("tokenizer"), default_recipe("generator")
     tokenizer.precision = "bfloat16"
     if small:
@@ -35,11 +36,11 @@ def recipes(small: bool):
 
 
 def main() -> None:
-    """Measures, prints as it goes, and writes everything after each part."""
+    """Runs all measurements, printing each and writing all results so far after it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="bench.json", help="JSON file (default: bench.json)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="to measure each (default: 15)")
-    parser.add_argument("--batches", default="", help="of training, and of encoding (default: 16,32,64,128)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement (default: 15)")
+    parser.add_argument("--batches", default="", help="batch sizes, except for sampling (default: 16,32,64,128)")
     parser.add_argument("--small", action="store_true", help="small models, to try this script")
     arguments = parser.parse_args()
     batches = [int(size) for size in (arguments.batches or ("8" if arguments.small else "16,32,64,128")).split(",")]
@@ -53,7 +54,7 @@ def main() -> None:
             print(f"\n{name}\n{benchmark.format_table(found[name])}", flush=True)
         except InputError:
             raise
-        except Exception as error:  # of all that may go wrong it is most often the memory
+        except Exception as error:  # most often out of memory
             found[name] = {"failed": str(error).splitlines()[0]}
             print(f"\n{name}: {found[name]['failed']}", flush=True)
         found[name]["took_seconds"] = time.perf_counter() - began

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One machine, all its NVIDIA GPUs: installs, then runs a command of larp-jax, one process for all GPUs.
+# Installs larp_jax and runs a larp-jax command on all NVIDIA GPUs of this machine, in one process.
 #   bash launch/gpu.sh [--dry-run] train --config configs/larp_l_long.py --workdir runs/larp_l_long
-# Fewer of them: CUDA_VISIBLE_DEVICES=0,1 bash launch/gpu.sh ...   --dry-run prints the commands and runs none.
+# For fewer GPUs: CUDA_VISIBLE_DEVICES=0,1 bash launch/gpu.sh ...   --dry-run only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source-path=SCRIPTDIR source=venv.sh
@@ -13,11 +13,11 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 if [[ $# -eq 0 ]]; then
-  echo "usage: bash launch/gpu.sh [--dry-run] COMMAND... (as larp-jax takes it: train --config ... --workdir ...)" >&2
+  echo "usage: bash launch/gpu.sh [--dry-run] COMMAND... (a larp-jax command: train --config ... --workdir ...)" >&2
   exit 2
 fi
 
-# Shows the command as one would type it, then runs it, unless this is a dry run.
+# Prints the command as you would type it, then runs it, unless this is a dry run.
 run() {
   printf '$'
   printf ' %q' "$@"
@@ -25,7 +25,7 @@ run() {
   [[ -n "$dry_run" ]] || "$@"
 }
 
-run nvidia-smi --list-gpus || { echo "no NVIDIA GPU: nvidia-smi fails, see above" >&2; exit 2; }
+run nvidia-smi --list-gpus || { echo "no NVIDIA GPU found: nvidia-smi failed, see above" >&2; exit 2; }
 run install_into_venv '.[cuda]'
-# XLA takes three quarters of a GPU's memory unless told otherwise
+# by default, XLA reserves only three quarters of a GPU's memory
 run env XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.94}" larp-jax "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained tokenizer: installs, trains a small LARP on the embedded moving shapes, evaluates it,
-# writes reconstructions of held-out clips and exports the codebook. A few minutes on two CPU cores.
-#   bash launch/quickstart.sh [WORKDIR]        (default: runs/quickstart; run again, training resumes)
+# Installs larp_jax, trains a small tokenizer on the built-in moving shapes, evaluates it, writes reconstructions of
+# held-out clips and exports the codebook. Takes a few minutes on two CPU cores.
+#   bash launch/quickstart.sh [WORKDIR]        (default: runs/quickstart; if run again, training resumes)
 set -euo pipefail
 workdir="${1:-runs/quickstart}"
 [[ "$workdir" = /* ]] || workdir="$PWD/$workdir"
@@ -10,7 +10,7 @@ workdir="${workdir#"$PWD"/}"
 # shellcheck source-path=SCRIPTDIR source=venv.sh
 source launch/venv.sh
 
-# Shows the command as one would type it, then runs it.
+# Prints the command as you would type it, then runs it.
 run() {
   printf '\n$'
   printf ' %q' "$@"
@@ -29,9 +29,9 @@ cat <<EOF
 Everything is in $workdir:
   checkpoints/       the trained tokenizer: larp_jax.load_tokenizer("$workdir")
   metrics.jsonl      losses and metrics by step
-  media/             reconstructions while training
+  media/             reconstructions during training
   evaluation.json    metrics on held-out clips
-  reconstructions/   held-out clips, original beside reconstruction
+  reconstructions/   held-out clips, original next to reconstruction
   codebook.npz       the codebook, for any framework
-The commands above run by themselves once .venv is active: source .venv/bin/activate
+To run the commands above yourself, activate .venv first: source .venv/bin/activate
 EOF

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs with the test extras into .venv, lints, checks types, runs the tests. Arguments go to pytest:
+# Installs with the test extras into .venv, lints, checks types and runs the tests. Arguments are passed to pytest:
 #   bash launch/test.sh -k metrics
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,5 +9,5 @@ source launch/venv.sh
 install_into_venv '.[dev]'
 ruff check .
 mypy
-# Compiling keeps a test busy on one core; a file stays on one process, which has its fixtures.
+# Compilation uses one core per test. All tests of a file run in one process, because they share fixtures.
 pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A slice of Cloud TPUs, of any number of hosts: makes it or takes the one that is there, installs this working tree on
-# all its hosts, runs a command of larp-jax on all of them and follows the log of the first.
+# Runs a larp-jax command on a Cloud TPU slice with any number of hosts: creates the slice if it does not exist,
+# installs this working tree on all hosts, starts the command on all of them, and follows the log of the first host.
 #   bash launch/tpu_pod.sh --name larp --zone us-west4-a --type v5litepod-256 \
 #     train --config configs/larp_l_long.py --workdir /mnt/runs/larp_l_long
-#   bash launch/tpu_pod.sh --name larp --zone us-west4-a logs      (follow again)
-#   bash launch/tpu_pod.sh --name larp --zone us-west4-a stop      (SIGTERM: it saves first)
+#   bash launch/tpu_pod.sh --name larp --zone us-west4-a logs      (follow the log again)
+#   bash launch/tpu_pod.sh --name larp --zone us-west4-a stop      (SIGTERM: saves a checkpoint first)
 #   bash launch/tpu_pod.sh --name larp --zone us-west4-a delete
-# Options: --project P, --runtime VERSION (default: by type), --spot, --setup COMMAND (run on every host first, to mount
-# what all must see: --workdir and the data), --dry-run (print the commands and run none).
-# shellcheck disable=SC2016 # what stands in single quotes is for the hosts to expand
+# Options: --project P, --runtime VERSION (default: by type), --spot, --setup COMMAND (run on every host first, for
+# example to mount the storage that all hosts need for --workdir and the data), --dry-run (only print the commands).
+# shellcheck disable=SC2016 # text in single quotes is expanded on the hosts
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,12 +32,12 @@ while [[ "${1:-}" == --* ]]; do
   shift
 done
 [[ -n "$name" && -n "$zone" ]] || usage "--name and --zone are needed"
-[[ $# -gt 0 ]] || usage "say what to run: a command of larp-jax, or logs, stop, delete"
+[[ $# -gt 0 ]] || usage "say what to run: a larp-jax command, or logs, stop, delete"
 
 where=(--zone="$zone")
 [[ -z "$project" ]] || where+=(--project="$project")
 
-# Shows the command as one would type it, then runs it, unless this is a dry run.
+# Prints the command as you would type it, then runs it, unless this is a dry run.
 run() {
   printf '$'
   printf ' %q' "$@"
@@ -65,7 +65,7 @@ if [[ -z "$runtime" ]]; then
   esac
 fi
 
-# In a dry run nobody knows whether it is there: both commands are shown.
+# A dry run cannot know whether the slice exists, so it prints both commands.
 if ! tpu describe --format='value(state)' || [[ -n "$dry_run" ]]; then
   create=(--accelerator-type="$type" --version="$runtime")
   [[ -z "$spot" ]] || create+=(--spot)
@@ -78,7 +78,7 @@ run tar --create --gzip --file "$archive" --exclude=.git --exclude=.venv --exclu
 run gcloud compute tpus tpu-vm scp "$archive" "$name:larp_jax.tar.gz" "${where[@]}" --worker=all
 [[ -z "$setup" ]] || on all "$setup"
 
-# The hosts come with an older Python than 3.11; uv brings its own.
+# The Python of the hosts is older than 3.11; uv installs a newer one.
 on all 'set -e
 mkdir -p larp_jax && tar --extract --gzip --file larp_jax.tar.gz --directory larp_jax && cd larp_jax
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh

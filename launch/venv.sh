@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, from the repository root.
+# Sourced by the other scripts in this folder, from the repository root.
 #
-# install_into_venv WHAT: makes .venv with $PYTHON (default: python3) unless it is there, installs WHAT ('.' or
-# '.[extras]') into it unless that was done for the same requirements, and puts its commands first on PATH.
+# install_into_venv WHAT: creates .venv with $PYTHON (default: python3) if it does not exist, installs WHAT ('.' or
+# '.[extras]') into it unless the same requirements are installed already, and puts its commands first on PATH.
 
 install_into_venv() {
   local what="$1" python="${PYTHON:-python3}" stamp fingerprint
@@ -11,16 +11,16 @@ install_into_venv() {
     return 2
   fi
 
-  # pip is missing where an earlier attempt failed half-way, as it does on Debian without python3-venv.
+  # pip is missing if an earlier attempt failed halfway, as on Debian without python3-venv.
   if [[ ! -x .venv/bin/pip || "$(.venv/bin/python -VV 2>/dev/null)" != "$("$python" -VV)" ]]; then
-    echo "Making .venv with $("$python" -V)"
+    echo "Creating .venv with $("$python" -V)"
     "$python" -m venv --clear .venv
   fi
 
   stamp=".venv/installed-${what//[^a-z]/}"
   fingerprint="$(cat requirements.txt setup.py pyproject.toml larp_jax/version.py | cksum) $PWD"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]]; then
-    echo "Installing larp_jax into .venv (a minute or two, the first time)"
+    echo "Installing larp_jax into .venv (the first time, this takes a minute or two)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
     echo "$fingerprint" >"$stamp"
   fi
