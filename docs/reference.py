@@ -42,9 +42,9 @@ def configuration() -> str:
     """The page of all settings."""
     lines = [
         "# Configuration\n\nLook up the name, type and default of every setting. A recipe is a Python file whose"
-        " `get_config()` returns `larp_jax.config.default_recipe(stage)` with changes. You can also change every setting"
-        " on the command line under the name given here, for example `--config.model.num_tokens=256`. Defaults are the"
-        " published settings. A width, depth or number of heads of 0 is taken from the named size.\n\n"
+        " `get_config()` returns `larp_jax.config.default_recipe(stage)` with changes. You can also change every"
+        " setting on the command line under the name given here, for example `--config.model.num_tokens=256`. Defaults"
+        " are the published settings. A width, depth or number of heads of 0 is taken from the named size.\n\n"
     ]
     for stage, cls in config.STAGES.items():
         lines += [f"## Stage `{stage}`\n\n", *settings(cls, "config")]
@@ -69,7 +69,8 @@ def commands() -> str:
     os.environ["COLUMNS"] = "100"  # width of the help texts
     names = re.findall(r"^    (\w+)\b", help_of(), flags=re.MULTILINE)
     pages = [f"## {name}\n\n```text\n{help_of(name)}```\n\n" for name in names]
-    return "# Commands\n\nLook up the options of every command, as printed by `larp-jax COMMAND --help`.\n\n" + "".join(pages)
+    intro = "# Commands\n\nLook up the options of every command, as printed by `larp-jax COMMAND --help`.\n\n"
+    return intro + "".join(pages)
 
 
 def on_files(files, config):
