@@ -357,8 +357,9 @@ class LossConfig:
         _one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
         _require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got nothing")
         _require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
-        for name in ("adversarial_weight", "adversarial_start", "lecam_weight", "r1_weight", "perceptual_frames"):
-            _require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)):
+                _require(value >= 0, f"loss.{name} must not be negative, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

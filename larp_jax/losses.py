@@ -191,25 +191,57 @@ def r1_penalty(discriminator: Callable, video: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.square(gradient), axis=(1, 2, 3, 4)))
 
 
-def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean perceptual distance of frames, and its gradient with respect to the reconstruction.
+def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Array) -> jax.Array:
+    """Mean perceptual distance of frames, a scalar.
 
-    Each frame's gradient is taken as soon as its distance is known: the features of one frame a clip are held at a
-    time, and none are computed twice.
+    Each frame's gradient is computed together with its distance: the features of one frame a clip are held at a time,
+    and none are computed twice.
 
     Args:
       distance: of frames [B, H, W, C] from others, [B].
       video: [B, T, H, W, C].
-      reconstruction: as video.
-
-    Returns:
-      A scalar, and an array like the reconstruction.
+      reconstruction: as video; the only argument that a gradient reaches.
     """
 
-    def compare(frames):
-        truth, guess = frames
-        return jax.value_and_grad(lambda x: distance(truth, x).mean())(guess)
+    def compare(x):
+        frames = tuple(jnp.moveaxis(y, 1, 0) for y in (video, x))
+        distances, gradients = jax.lax.map(
+            lambda pair: jax.value_and_grad(lambda frame: distance(pair[0], frame).mean())(pair[1]), frames
+        )
+        return distances.mean(), jnp.moveaxis(gradients, 0, 1) / video.shape[1]
 
-    frames = tuple(jnp.moveaxis(x, 1, 0) for x in (video, reconstruction))
-    distances, gradients = jax.lax.map(compare, frames)
-    return distances.mean(), jnp.moveaxis(gradients, 0, 1) / video.shape[1]
+    return eager_gradient(compare, reconstruction)
+
+
+def eager_gradient(value_and_gradient: Callable, x: jax.Array) -> jax.Array:
+    """A scalar function of x whose gradient is computed along with its value, so that nothing is kept for later.
+
+    Where the backward pass of the whole objective would hold every term's activations at once, terms given like this
+    release theirs one after the other. The gradient is that of first order only.
+
+    Args:
+      value_and_gradient: of x, (scalar, array like x).
+      x: any array.
+    """
+    value, gradient = jax.lax.stop_gradient(value_and_gradient(jax.lax.stop_gradient(x)))
+    return _with_gradient(value, gradient, x)
+
+
+def started(condition: jax.Array, loss: Callable, x: jax.Array) -> jax.Array:
+    """loss(x), a scalar, where the condition holds; else 0, and nothing is computed."""
+
+    def nothing(x):
+        return jnp.zeros(()), jnp.zeros_like(x)
+
+    return eager_gradient(lambda x: jax.lax.cond(condition, jax.value_and_grad(loss), nothing, x), x)
+
+
+@jax.custom_jvp
+def _with_gradient(value: jax.Array, gradient: jax.Array, x: jax.Array) -> jax.Array:
+    return value
+
+
+@_with_gradient.defjvp
+def _with_gradient_jvp(primals, tangents):
+    value, gradient, _ = primals
+    return value, jnp.vdot(gradient, tangents[2])

@@ -215,7 +215,7 @@ class TokenizerStage:
         def gradient(i, video):
             (reconstruction, _), pullback, (codes, logs) = forward(i, video)
             part_key = jax.random.fold_in(key, 2 * recipe.accumulate + i)
-            loss, cotangent, terms = self._judge(
+            (loss, terms), cotangent = jax.value_and_grad(self._reconstruction_losses, has_aux=True)(
                 reconstruction, as_float_video(video), params, frozen, state.step, part_key
             )
             (grads,) = pullback((cotangent, jnp.ones(())))
@@ -268,37 +268,24 @@ class TokenizerStage:
         logs["loss"] = loss
         return (reconstruction, loss), (codes, logs)
 
-    def _judge(self, reconstruction, video, params, frozen, step, key):
-        """The losses of a reconstruction: their weighted sum, its gradient with respect to it, and each by name."""
-        weights, terms = self.recipe.loss, {}
-
-        def pixels(x):
-            return losses.reconstruction_loss(video, x, weights.reconstruction)
-
-        loss, gradient = jax.value_and_grad(pixels)(reconstruction)
-        terms["loss_reconstruction"] = loss
+    def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
+        """The objective as a function of the reconstruction: the weighted sum of its terms, and each by name."""
+        weights = self.recipe.loss
+        terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
         if frozen:
             lpips, frames = self.module("lpips", frozen), slice(None)
             if weights.perceptual_frames:
                 frames = jax.random.choice(key, video.shape[1], (weights.perceptual_frames,), replace=False)
-            seen, pull = jax.vjp(lambda x: x[:, frames], reconstruction)
-            term, direction = losses.perceptual_loss(lpips.distance, video[:, frames], seen)
-            terms["loss_perceptual"] = term
-            loss += weights.perceptual_weight * term
-            gradient += weights.perceptual_weight * pull(direction)[0]
+            terms["perceptual"] = losses.perceptual_loss(lpips.distance, video[:, frames], reconstruction[:, frames])
         if "discriminator" in params:
             discriminator = self.module("discriminator", params)
-
-            def fooled(x):
-                return jax.value_and_grad(lambda x: losses.adversarial_loss(weights.adversarial, discriminator(x)))(x)
-
-            started = step >= weights.adversarial_start
-            nothing = lambda x: (jnp.zeros(()), jnp.zeros_like(x))  # noqa: E731
-            term, direction = jax.lax.cond(started, fooled, nothing, reconstruction)
-            terms["loss_adversarial"] = term
-            loss += weights.adversarial_weight * term
-            gradient += weights.adversarial_weight * direction
-        return loss, gradient, terms
+            terms["adversarial"] = losses.started(
+                step >= weights.adversarial_start,
+                lambda x: losses.adversarial_loss(weights.adversarial, discriminator(x)),
+                reconstruction,
+            )
+        total = sum(getattr(weights, f"{name}_weight", 1.0) * term for name, term in terms.items())
+        return total, {f"loss_{name}": term for name, term in terms.items()}
 
     def discriminator_gradient(
         self, params: dict, opt_state: dict, video: jax.Array, reconstruction: jax.Array, key: jax.Array
