@@ -11,7 +11,7 @@ from larp_jax.config import default_recipe
 def get_config():
     """The recipe of docs/performance.md; it is to be measured, not trained."""
     config = default_recipe("tokenizer")
-    config.model.size = "larp_s"
+    config.model.size = "custom"
     config.model.resolution = 64
     config.model.num_tokens = 256
     for part in (config.model.encoder, config.model.decoder):

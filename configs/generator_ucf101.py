@@ -11,7 +11,7 @@ The tokenizer is what configs/larp_l_long.py trains, or the published one: larp-
 the step, in float32; made beforehand they cost nothing, and nothing else changes:
 
     larp-jax tokenize --checkpoint runs/larp_l_long --input folder:data/ucf101/train --output data/ucf101_codes \
-        --windows 10 --flips
+        --windows 10
     larp-jax train --config configs/generator_ucf101.py --workdir runs/generator_ucf101 \
         --config.data.train=tokens:data/ucf101_codes
 """
