@@ -12,7 +12,7 @@ from larp_jax.config import default_recipe
 def get_config():
     """The recipe of docs/performance.md, for benchmarks, not for training."""
     config = default_recipe("tokenizer")
-    config.model.size = "larp_s"
+    config.model.size = "custom"
     config.model.resolution = 64
     config.model.num_tokens = 256
     for part in (config.model.encoder, config.model.decoder):

@@ -18,7 +18,7 @@ def get_config():
     config.steps = 2000
 
     model = config.model
-    model.size = "S"
+    model.size = "custom"
     model.width, model.depth, model.heads = 128, 4, 4
     model.mlp_multiple = 32
     model.codebook_size = model.num_tokens = model.num_classes = 0  # taken from tokenizer and data

@@ -11,7 +11,7 @@ Use the tokenizer trained by configs/larp_l_long.py, or import the published one
 training step computes the codes, in float32. To save this time, write the codes in advance:
 
     larp-jax tokenize --checkpoint runs/larp_l_long --input folder:data/ucf101/train --output data/ucf101_codes \
-        --windows 10 --flips
+        --windows 10
     larp-jax train --config configs/generator_ucf101.py --workdir runs/generator_ucf101 \
         --config.data.train=tokens:data/ucf101_codes
 """

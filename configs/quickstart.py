@@ -18,7 +18,7 @@ def get_config(variant=""):
     config.steps = 1000
 
     model = config.model
-    model.size = "larp_s"
+    model.size = "custom"
     model.resolution = 64
     model.num_tokens = 256  # one per patch, so that each starts as one patch
     for part in (model.encoder, model.decoder):
@@ -30,7 +30,7 @@ def get_config(variant=""):
     model.quantizer.temperature = 0.002  # codes start close together: 0.03 would mix them
     config.data_init_clips = 256
 
-    config.prior.size = "XXS"
+    config.prior.size = "custom"
     config.prior.width, config.prior.depth, config.prior.heads = 64, 2, 2
     config.loss.reconstruction = "l2"
     config.loss.prior_weight = 0.01  # squared errors are small: 0.06 would dominate them
@@ -52,6 +52,7 @@ def get_config(variant=""):
 
     config.data.train = "moving_shapes:train"
     config.data.eval = "moving_shapes:test"
+    config.data.flip = True  # few videos
     config.data.batch_size = 8
     config.data.eval_clips = 128
     config.log_every = 20

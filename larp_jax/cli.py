@@ -416,7 +416,7 @@ def _load_recipe(arguments: argparse.Namespace):
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    from larp_jax.config import parse_recipe
+    from larp_jax.config import parse_recipe, take_sizes
 
     path, _, variant = arguments.config.partition(":")
     path = path if os.path.isfile(path) else _shipped(path)
@@ -451,6 +451,7 @@ def _load_recipe(arguments: argparse.Namespace):
         raise InputError((str(error).splitlines() or [type(error).__name__])[0]) from error
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
+    take_sizes(values.config, config_flags.get_override_values(values["config"]))
     return parse_recipe(values.config)
 
 

@@ -7,10 +7,13 @@ The defaults are the published recipe (LARP-L-Long).
 
 import dataclasses
 import difflib
+import logging
 import math
 import typing
 
 from larp_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # width, depth, heads. `larp_l` is the published LARP-L-Long: 172.18 M parameters at 1024 tokens and 8,192 codes.
 TOKENIZER_SIZES = {
@@ -37,6 +40,13 @@ GENERATOR_SIZES = {
     "XXXL": (2560, 48, 40),
 }
 
+# What a size fills: by stage and section its table, and the parts whose width, depth and heads are left at 0.
+NUMBERS = ("width", "depth", "heads")
+SIZED = {
+    "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
+    "generator": {"model": (GENERATOR_SIZES, ("model",))},
+}
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -51,7 +61,7 @@ def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
 
 
 def _from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:
-    """The size's numbers, each replaced where one is given (not 0); where all are given, any size is a mere label."""
+    """The size's numbers, each replaced where one is given (not 0); where all are, the size is a label: any will do."""
     if width and depth and heads:
         return width, depth, heads
     _one_of(name, size, table)
@@ -69,7 +79,7 @@ class TransformerConfig:
 
     def check(self, name: str) -> None:
         """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
-        for field in ("width", "depth", "heads"):
+        for field in NUMBERS:
             _require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
         _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {self.heads} heads")
         _require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
@@ -107,7 +117,7 @@ class QuantizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer. `size` names widths and depths; `encoder` and `decoder` may override them one by one.
+    """The tokenizer. `size` names width, depth and heads; `encoder` and `decoder` may override them one by one.
 
     `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
     may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
@@ -231,7 +241,7 @@ class PriorConfig:
 
     def __post_init__(self):
         numbers = _from_size("prior.size", self.size, PRIOR_SIZES, self.width, self.depth, self.heads)
-        for name, value in zip(("width", "depth", "heads"), numbers, strict=True):
+        for name, value in zip(NUMBERS, numbers, strict=True):
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
         _require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
@@ -272,7 +282,7 @@ class GeneratorConfig:
 
     def __post_init__(self):
         numbers = _from_size("model.size", self.size, GENERATOR_SIZES, self.width, self.depth, self.heads)
-        for name, value in zip(("width", "depth", "heads"), numbers, strict=True):
+        for name, value in zip(NUMBERS, numbers, strict=True):
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -388,11 +398,12 @@ class OptimConfig(AdamConfig):
     """Of a tokenizer.
 
     `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
-    matches counts; 0 freezes. The discriminator has an Adam of its own that differs in nothing but the rate.
+    matches counts; 0 freezes. The paper names 50 for the prior; the released trainer overwrites it with 1 before each
+    step. The discriminator has an Adam of its own that differs in nothing but the rate.
     """
 
     discriminator_learning_rate: float = 3e-5
-    multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 50.0})
+    multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 1.0})
 
     def __post_init__(self):
         super().__post_init__()
@@ -416,14 +427,18 @@ class GeneratorOptimConfig(AdamConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where clips come from. `batch_size` counts clips over all hosts; `workers` 0 reads in threads."""
+    """Where clips come from. `batch_size` counts clips over all hosts; `workers` 0 reads in threads.
+
+    `flip` mirrors half of the training clips, drawn at random. The released configuration asks for it, but the released
+    data set never does it.
+    """
 
     train: str = ""
     eval: str = ""
     batch_size: int = 128
     eval_clips: int = 256
     workers: int = 0
-    flip: bool = True
+    flip: bool = False
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
@@ -549,6 +564,38 @@ def default_recipe(stage: str = "tokenizer"):
 
     _one_of("stage", stage, STAGES)
     return ConfigDict(_defaults(STAGES[stage]))
+
+
+def take_sizes(recipe, given: typing.Collection[str]) -> None:
+    """Makes a size count that was given on top of a recipe, as `--config.model.size=larp_l` on the command line.
+
+    What it names (width, depth, heads) is its own then, whatever the recipe sets, but for the numbers that were given
+    beside it. A warning tells of a size that changes nothing, since all of its numbers are set.
+
+    Args:
+      recipe: a `ConfigDict`, changed in place.
+      given: dotted names of the settings that were given on top of it.
+    """
+    stage = str(recipe.get("stage", "tokenizer"))
+    for section, (table, names) in SIZED.get(stage, {}).items():
+        setting, size = f"{section}.size", _at(recipe, section).get("size")
+        parts = {name: _at(recipe, name) for name in names}
+        if setting in given:
+            for name, part in parts.items():
+                part.update({number: 0 for number in NUMBERS if f"{name}.{number}" not in given})
+        chosen = setting in given or size != _defaults(STAGES[stage])[section]["size"]
+        numbers = {tuple(part.get(number, 0) for number in NUMBERS) for part in parts.values()}
+        if chosen and size in table and all(map(all, numbers)) and numbers != {table[size]}:
+            logger.warning(
+                f"config.{setting}={size!r} changes nothing: width, depth and heads of {' and '.join(names)} are given, too"
+            )
+
+
+def _at(recipe, name: str):
+    """The section of a recipe of that dotted name; an empty one where there is none."""
+    for key in name.split("."):
+        recipe = recipe.get(key, {}) if hasattr(recipe, "get") else {}
+    return recipe if hasattr(recipe, "get") else {}
 
 
 def _defaults(cls) -> dict:

@@ -1,4 +1,7 @@
-"""Optimisers and the schedules that depend on the step (METHOD 3 and 4)."""
+"""Optimizers and the schedules that depend on the step.
+
+Schedules are functions of a step that counts from 1, as in the released code: that of the first update is 1.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +16,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def learning_rate(config: AdamConfig, steps: int, rate: float | None = None) -> Schedule:
-    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step.
+    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step, `steps`.
 
     `rate` is that of the configuration unless given.
     """
@@ -63,22 +66,30 @@ def decay_kernels(weight: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam for the tokenizer and the prior: one optimiser, the prior's rate a multiple of the tokenizer's."""
-    return _adam(config, learning_rate(config, steps), scale_by_path(config.multipliers))
+    """Adam for the tokenizer and the prior, at one rate but for the multipliers."""
+    return _adam(config, _of_update(learning_rate(config, steps)), scale_by_path(config.multipliers))
 
 
 def make_discriminator_optimizer(
     config: OptimConfig, steps: int, *, start: int, every: int
 ) -> optax.GradientTransformation:
-    """Adam for the discriminator, which learns on the multiples of `every` from `start` on; its rate is the step's."""
-    rate = learning_rate(config, steps, config.discriminator_learning_rate)
+    """Adam for the discriminator, which learns after `start` updates of the tokenizer or the next multiple of `every`.
+
+    Its rate is that of the step.
+    """
+    rate = _of_update(learning_rate(config, steps, config.discriminator_learning_rate))
     first = -(-start // every) * every
-    return _adam(config, lambda updates: rate(first + every * updates))
+    return _adam(config, lambda turn: rate(first + every * turn))
 
 
 def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.GradientTransformation:
     """AdamW for the generator."""
-    return _adam(config, learning_rate(config, steps), decay_kernels(config.weight_decay))
+    return _adam(config, _of_update(learning_rate(config, steps)), decay_kernels(config.weight_decay))
+
+
+def _of_update(schedule: Schedule) -> Schedule:
+    """The schedule as a function of the updates before, which Optax counts."""
+    return lambda updates: schedule(updates + 1)
 
 
 def _adam(

@@ -184,7 +184,7 @@ class TokenizerStage:
         def forward(i, video):
             """(reconstruction, what else is minimised), pullback, (codes, logs)"""
             video = as_float_video(video)
-            f = functools.partial(self._forward, video=video, step=state.step, key=jax.random.fold_in(key, i))
+            f = functools.partial(self._forward, video=video, step=state.step + 1, key=jax.random.fold_in(key, i))
             return jax.vjp(f, model, has_aux=True)
 
         if recipe.accumulate == 1:
@@ -230,9 +230,9 @@ class TokenizerStage:
 
         logs |= last
         logs["grad_norm"] = optax.tree.norm(grads)
-        logs["learning_rate"] = self.learning_rate(state.step)
+        logs["learning_rate"] = self.learning_rate(state.step + 1)
         if codes is not None:
-            logs["temperature"] = self.temperature(state.step)
+            logs["temperature"] = self.temperature(state.step + 1)
             logs["usage_batch"] = metrics.codebook_usage(codes)
             logs["perplexity"] = metrics.perplexity(codes)
             logs["kl_from_uniform"] = metrics.kl_from_uniform(codes)
@@ -240,7 +240,10 @@ class TokenizerStage:
         return TrainState(state.step + 1, params | model, opt_state, ema), logs
 
     def _forward(self, model: dict, *, video, step, key):
-        """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs))."""
+        """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs)).
+
+        `step` counts from 1, as the schedules do.
+        """
         recipe = self.recipe
         draw_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
@@ -441,7 +444,7 @@ class GeneratorStage:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
         logs["grad_norm"] = optax.tree.norm(grads)
-        logs["learning_rate"] = self.learning_rate(state.step)
+        logs["learning_rate"] = self.learning_rate(state.step + 1)
         return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
 
 

@@ -25,7 +25,7 @@ def recipes(small: bool):
     tokenizer.precision = "bfloat16"
     if small:
         model = tokenizer.model
-        model.size, model.frames, model.resolution, model.num_tokens = "larp_s", 8, 32, 8
+        model.size, model.frames, model.resolution, model.num_tokens = "custom", 8, 32, 8
         for part in (model.encoder, model.decoder, tokenizer.prior, tokenizer.discriminator):
             part.width, part.depth, part.heads = 32, 1, 2
         model.quantizer.codebook_size, model.quantizer.code_dim = 32, 4

@@ -16,12 +16,19 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from network_weights import write_i3d, write_lpips
 
-from larp_jax import losses, metrics, perceptual, released
+from larp_jax import losses, metrics, optim, perceptual, released
 from larp_jax.api import load_generator
-from larp_jax.config import DiscriminatorConfig, LossConfig, OptimConfig
+from larp_jax.config import (
+    DiscriminatorConfig,
+    GeneratorOptimConfig,
+    LossConfig,
+    OptimConfig,
+    TokenizerRecipe,
+)
 from larp_jax.frechet import FeatureStatistics, frechet_distance
 from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
 from larp_jax.models.discriminator import Discriminator
@@ -363,6 +370,108 @@ def frechet_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [*deviations, Deviation("fd_aa", distance("fd_aa"), 1e-8, "absolute")]
 
 
+def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the statistics of every fresh parameter, under its released name, of all modules."""
+    setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
+    positions = (1, setup["tokenizer"]["prior_model"]["args"]["max_seq_len"], 256)
+    recipe, generator = (
+        released.config_from_released(setup[name], {"prior_model.pos_emb": positions}, where=str(folder))
+        for name in ("tokenizer", "generator")
+    )
+    recipe = dataclasses.replace(recipe, discriminator=discriminator_config(setup["discriminator"]))
+    params = TokenizerStage(recipe).init(jax.random.key(0)).params
+    network = Generator(generator, rngs=nnx.Rngs(0))
+    discriminator = list(released.discriminator_tensors(recipe.discriminator, recipe.model.clip_shape))
+    fresh = {
+        "tokenizer": released.params_to_released(released.model_tensors(recipe), params),
+        "discriminator": released.params_to_released(discriminator, params["discriminator"]),
+        "generator": released.params_to_released(
+            released.model_tensors(generator), {"generator": nnx.to_pure_dict(nnx.state(network, nnx.Param))}
+        ),
+    }
+    deviations = []
+    for name, tensors in fresh.items():
+        names = [str(n) for n in io[f"{name}_names"]]
+        assert set(names) <= set(tensors), set(names) - set(tensors)
+        shares = [
+            _start(np.asarray(tensors[n], np.float64), *numbers)
+            for n, numbers in zip(names, io[f"{name}_mean_std_max"], strict=True)
+        ]
+        deviations.append(Deviation(f"{name} ({len(names)})", max(shares), 1.0, "share of its limit"))
+    return deviations
+
+
+def _start(x: np.ndarray, mean: float, std: float, largest: float) -> float:
+    """Of a fresh tensor and one of the same distribution, drawn anew: five standard errors of mean and deviation.
+
+    The largest magnitude tells uniform from normal: of one deviation, the one is more than 1.5 times the other.
+    """
+    if std == 0.0:
+        return float(np.abs(x - mean).max() > 0) * 2.0
+    error = std / x.size**0.5
+    shares = abs(x.mean() - mean) / (5 * 2**0.5 * error), abs(x.std() - std) / (5 * error)
+    return max(*shares, abs(np.log(np.abs(x).max() / largest)) / np.log(1.5))
+
+
+def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the step's own schedules at every step of the released trainer, and of AdamW's updates."""
+    setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
+    epoch, steps = setup["steps_per_epoch"], setup["steps_per_epoch"] * setup["epochs"]
+    start, end, epochs = setup["temperature_start_end_epochs"]
+    recipe = TokenizerRecipe(steps=steps)
+    quantizer = dataclasses.replace(
+        recipe.model.quantizer, temperature=end, temperature_start=start, temperature_ramp=epochs / setup["epochs"]
+    )
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, quantizer=quantizer),
+        prior=dataclasses.replace(
+            recipe.prior, mix_max=setup["mix_ss_max_ratio"], mix_ramp=setup["mix_ss_peak_steps_ratio"]
+        ),
+        optim=dataclasses.replace(
+            recipe.optim,
+            learning_rate=setup["lr"],
+            discriminator_learning_rate=setup["discriminator_lr"],
+            warmup_steps=setup["warmup_epochs"] * epoch,
+            floor=setup["min_lr_mult"],
+        ),
+    )
+    stage = TokenizerStage(recipe)
+    # Adam's update of a constant gradient is the rate
+    rates = _updates(stage.optimizer, {"tokenizer": jnp.ones(()), "prior": jnp.ones(())}, steps)
+    every_step = optim.make_discriminator_optimizer(recipe.optim, steps, start=0, every=1)
+    turns = _updates(every_step, {"discriminator": jnp.ones(())}, steps)
+    values = {
+        "tokenizer_lr": rates["tokenizer"],
+        "prior_lr": rates["prior"],
+        "discriminator_lr": turns["discriminator"],
+        "mix_ratio": [stage.mix_ratio(k) for k in io["global_step"]],
+        "temperature": [stage.temperature(k) for k in io["global_step"]],
+    }
+    deviations = [relative(name, value, io[name]) for name, value in values.items()]
+
+    config = GeneratorOptimConfig(weight_decay=setup["adamw"]["weight_decay"])
+    assert (config.b1, config.b2) == tuple(setup["adamw"]["betas"])
+    adamw = optim._adam(config, lambda i: jnp.asarray(io["adamw_lrs"])[i], optim.decay_kernels(config.weight_decay))
+    params = {"kernel": jnp.asarray(io["adamw_start"])}
+    state = adamw.init(params)
+    for gradient in io["adamw_gradients"]:
+        updates, state = adamw.update({"kernel": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+    return [*deviations, relative("adamw_end", params["kernel"], io["adamw_end"], 1e-5)]
+
+
+def _updates(optimizer, gradients: dict, steps: int) -> dict[str, np.ndarray]:
+    """How far each parameter goes down at each step, with gradients that stay the same."""
+
+    def step(state, _):
+        updates, state = optimizer.update(gradients, state, gradients)
+        return state, updates
+
+    _, updates = jax.lax.scan(step, optimizer.init(gradients), length=steps)
+    return {name: -np.asarray(x) for name, x in updates.items()}
+
+
 def psnr_ssim_deviations(folder: pathlib.Path) -> list[Deviation]:
     io = np.load(folder / "io.npz")
     pair = [np.moveaxis(io[name], 1, -1) for name in ("video", "reconstruction")]
@@ -383,6 +492,8 @@ def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
         "i3d": i3d_deviations(reference / "i3d"),
         "frechet": frechet_deviations(reference / "frechet"),
         "psnr_ssim": psnr_ssim_deviations(reference / "psnr_ssim"),
+        "initialisation": initialisation_deviations(reference / "initialisation"),
+        "schedules": schedules_deviations(reference / "schedules"),
     }
 
 

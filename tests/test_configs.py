@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from larp_jax.config import parse_recipe
+from larp_jax import cli
+from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
 from larp_jax.steps import GeneratorStage, TokenizerStage
 
@@ -82,3 +83,59 @@ def test_the_published_generators():
     for published in (recipe, prediction):
         optim = published.optim
         assert (optim.learning_rate, optim.b1, optim.b2, optim.weight_decay) == (6e-4, 0.9, 0.95, 0.05)
+
+
+PUBLISHED = ("larp_l_long", "ucf101", "generator_ucf101", "generator_k600_prediction")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_do_what_the_released_code_does(name):
+    """It never mirrors a clip, and its prior learns at the tokenizer's rate."""
+    recipe = load(name)
+    assert not recipe.data.flip
+    assert "--flips" not in runpy.run_path(str(FOLDER / f"{name}.py"))["__doc__"]
+    if recipe.stage == "tokenizer":
+        assert set(recipe.optim.multipliers.values()) == {1.0}
+
+
+def on_command_line(name, *overrides):
+    return cli._load_recipe(cli._parse(["train", "--workdir=x", "--config", str(FOLDER / f"{name}.py"), *overrides]))
+
+
+def numbers(part):
+    return part.width, part.depth, part.heads
+
+
+def test_a_size_on_the_command_line_brings_its_numbers_whatever_the_recipe_sets(caplog):
+    found = on_command_line("quickstart", "--config.model.size=larp_b", "--config.prior.size", "XS")
+    assert numbers(found.model.encoder) == numbers(found.model.decoder) == TOKENIZER_SIZES["larp_b"]
+    assert numbers(found.prior) == PRIOR_SIZES["XS"]
+    found = on_command_line("quickstart", "--config.model.size=larp_b")
+    assert numbers(found.prior) == (64, 2, 2)  # whose size was not given
+    assert numbers(on_command_line("generator_quickstart", "--config.model.size=L").model) == GENERATOR_SIZES["L"]
+    assert not caplog.records
+
+
+def test_numbers_beside_a_size_on_the_command_line_count():
+    found = on_command_line("quickstart", "--config.model.size=larp_b", "--config.model.decoder.depth=3")
+    assert numbers(found.model.encoder) == (768, 6, 12) and numbers(found.model.decoder) == (768, 3, 12)
+    with pytest.raises(ValueError, match=r"model.size='custom' is not known; choose one of larp_s"):
+        on_command_line("quickstart", "--config.model.size=custom")
+
+
+def test_a_size_that_changes_nothing_is_told(caplog):
+    all_numbers = [f"--config.model.{name}={n}" for name, n in (("width", 128), ("depth", 1), ("heads", 2))]
+    found = on_command_line("generator_s", "--config.model.size=B", *all_numbers)
+    assert numbers(found.model) == (128, 1, 2)
+    assert "config.model.size='B' changes nothing: width, depth and heads of model are given, too" in caplog.text
+    caplog.clear()
+    recipe = default_recipe()
+    recipe.prior.size, recipe.prior.width, recipe.prior.depth, recipe.prior.heads = "XS", 64, 1, 2
+    take_sizes(recipe, ())
+    assert "config.prior.size='XS' changes nothing" in caplog.text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_recipes_name_no_size_that_they_do_not_have(path, caplog):
+    take_sizes(runpy.run_path(str(path))["get_config"](), ())
+    assert not caplog.records

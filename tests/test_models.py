@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fidelity import initialisation_deviations
 from flax import nnx
 
 from larp_jax import losses
 from larp_jax.config import (
     PRIOR_SIZES,
     TOKENIZER_SIZES,
+    DiscriminatorConfig,
+    GeneratorConfig,
     PriorConfig,
     QuantizerConfig,
     TokenizerConfig,
@@ -22,9 +25,12 @@ from larp_jax.config import (
 from larp_jax.errors import InputError
 from larp_jax.models import attention, categorical, chunks, embeddings, layers, quantizer
 from larp_jax.models.data_init import data_init
+from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.dropout import dropout
+from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.sampling import cast_params
 
 SMALL = TokenizerConfig(
     size="larp_s",
@@ -97,6 +103,75 @@ def test_any_size_reconstructs(change):
 def test_bfloat16_keeps_the_bottleneck_and_the_output_in_float32():
     reconstruction, quantized = Tokenizer(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)(clip(SMALL))
     assert reconstruction.dtype == quantized.z.dtype == quantized.z_q.dtype == jnp.float32
+
+
+def half_precision_modules():
+    """Each network that computes in bfloat16, and what it is called with."""
+    dtype, prior = jnp.bfloat16, PriorConfig(width=16, depth=1, heads=2)
+    generator = GeneratorConfig(width=16, depth=1, heads=2, codebook_size=8, num_tokens=5, num_classes=2)
+    judge = DiscriminatorConfig(width=16, depth=1, heads=2)
+    return {
+        "tokenizer": (Tokenizer(SMALL, rngs=nnx.Rngs(0), dtype=dtype), (clip(SMALL),)),
+        "prior": (Prior(prior, 6, 4, rngs=nnx.Rngs(0), dtype=dtype), (jnp.ones((2, 5, 4)),)),
+        "discriminator": (Discriminator(judge, SMALL.clip_shape, rngs=nnx.Rngs(0), dtype=dtype), (clip(SMALL),)),
+        "generator": (
+            Generator(generator, rngs=nnx.Rngs(0), dtype=dtype),
+            (jnp.zeros(2, jnp.int32), jnp.ones((2, 4), jnp.int32)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "prior", "discriminator", "generator"])
+def test_the_residual_stream_is_float32_whatever_is_computed_in(name, monkeypatch):
+    module, arguments = half_precision_modules()[name]
+    scan, streams = jax.lax.scan, []
+
+    def spy(f, init, *rest, **options):
+        streams.extend(x.dtype for x in jax.tree.leaves(init) if x.ndim == 3)
+        return scan(f, init, *rest, **options)
+
+    monkeypatch.setattr(jax.lax, "scan", spy)
+    jax.eval_shape(module, *arguments)
+    assert len(streams) == (2 if name == "tokenizer" else 1)
+    assert set(streams) == {jnp.dtype(jnp.float32)}
+
+
+def test_the_residual_stream_of_sampling_is_float32_although_the_cache_is_not():
+    generator, (classes, _) = half_precision_modules()["generator"]
+    graphdef, params = nnx.split(generator, nnx.Param)
+    generator = nnx.merge(graphdef, cast_params(nnx.to_pure_dict(params), jnp.bfloat16))
+    (block,) = generator.unstacked()
+    _, ((keys, values),) = generator.prefill([block], classes)
+    assert keys.dtype == values.dtype == jnp.bfloat16
+    x = generator.embed_condition(classes)[:, 0]
+    assert x.dtype == generator.embed_tokens(classes).dtype == jnp.float32
+    assert block.decode_step(x, (keys, values), 0)[0].dtype == jnp.float32
+
+
+def test_fresh_weights_are_those_of_the_released_code(reference_dir):
+    deviations = initialisation_deviations(reference_dir / "initialisation")
+    assert len(deviations) == 3
+    assert not [d for d in deviations if not d.within]
+
+
+def test_the_base_is_that_of_fixed_tables_only():
+    def tables(learned):
+        config = dataclasses.replace(
+            SMALL,
+            encoder_query_gaussian_init=False,
+            learned_encoder_latent_query_embed=learned,
+            learned_decoder_latent_pe=learned,
+            latent_position_base=100.0,
+        )
+        tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+        return tokenizer.encoder.queries(), tokenizer.decoder.latent_positions()
+
+    places = np.arange(SMALL.num_tokens)
+    fixed, start = tables(learned=False), tables(learned=True)
+    np.testing.assert_allclose(fixed[0], embeddings.sincos_1d(places, 32, 100.0), atol=1e-6)
+    np.testing.assert_allclose(fixed[1], embeddings.sincos_1d(places, 48, 100.0), atol=1e-6)
+    np.testing.assert_allclose(start[0], embeddings.sincos_1d(places, 32), atol=1e-6)
+    assert 0.015 < start[1].std() < 0.025
 
 
 @pytest.mark.parametrize("remat", layers.REMAT)

@@ -114,7 +114,7 @@ def test_everything_of_a_run_is_there(workdir, capsys):
     assert scores["protocol"]["fingerprint"] in page.texts["metrics"]
     differing, everything = page.texts["configuration"].split("All ")
     assert "model.quantizer.codebook_size32 8192" in differing and "data.flip" not in differing
-    assert "model.quantizer.codebook_size32" in everything and "data.flipTrue" in everything
+    assert "model.quantizer.codebook_size32" in everything and "data.flipFalse" in everything
     assert "notes" not in page.texts
 
 

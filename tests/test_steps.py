@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fidelity import schedules_deviations
 from flax import nnx
 
 from larp_jax import losses, optim, sharding
@@ -142,8 +143,8 @@ def test_the_discriminator_starts_and_takes_its_turns():
     heads = [state.params["discriminator"]["head"]["kernel"] for state in states]
     changes = [np.abs(after - before) for before, after in itertools.pairwise(heads)]
     assert [change.any() for change in changes] == [step in (2, 4, 6, 8) for step in range(STEPS)]
-    # its first turn is Adam's first step, at step 2 of 5 of the warm-up: 0.01 + 2 / 5 * 0.99 of the full rate
-    np.testing.assert_allclose(changes[2], 3e-5 * 0.406, rtol=0.05)
+    # its first turn is Adam's first step, at the third of 5 steps of the warm-up: 0.01 + 3 / 5 * 0.99 of the full rate
+    np.testing.assert_allclose(changes[2], 3e-5 * 0.604, rtol=0.05)
 
 
 PLAIN = dataclasses.replace(
@@ -244,6 +245,34 @@ def test_learning_rate_warms_up_and_decays_per_step():
     np.testing.assert_allclose(rate(10), 1e-3, rtol=1e-5)
     np.testing.assert_allclose(rate(60), 1e-3 * 0.505, rtol=1e-5)
     np.testing.assert_allclose(rate(110), 1e-5, rtol=1e-5)
+
+
+def test_schedules_are_those_of_the_released_trainer(reference_dir):
+    deviations = schedules_deviations(reference_dir / "schedules")
+    assert len(deviations) == 6
+    assert not [d for d in deviations if not d.within]
+
+
+def test_the_first_update_is_step_1_of_every_schedule():
+    """Of the rate, the temperature and the mixing ratio, as in the released trainer."""
+    quantizer = QuantizerConfig(
+        codebook_size=64, code_dim=4, temperature_start=0.3, temperature=0.1, temperature_ramp=0.5
+    )
+
+    def first(mix_max):
+        recipe = dataclasses.replace(
+            RECIPE,
+            model=dataclasses.replace(RECIPE.model, quantizer=quantizer),
+            prior=dataclasses.replace(RECIPE.prior, mix_max=mix_max, mix_ramp=1 / RECIPE.steps),
+            loss=LossConfig(perceptual="none", adversarial_weight=0.0),
+        )
+        stage = TokenizerStage(recipe)
+        return jax.jit(stage.train_step)(stage.init(jax.random.key(0)), {"video": video(0)}, jax.random.key(1), {})[1]
+
+    mixed, plain = first(1.0), first(0.0)
+    np.testing.assert_allclose(mixed["temperature"], 0.3 - 0.2 / 10, rtol=1e-5)
+    np.testing.assert_allclose(mixed["learning_rate"], 1e-4 * (0.01 + 0.99 / 5), rtol=1e-5)
+    assert abs(mixed["loss_prior"] - plain["loss_prior"]) > 1e-5
 
 
 def test_multiplier_of_the_longest_path_counts_and_zero_freezes():

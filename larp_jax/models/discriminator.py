@@ -42,15 +42,16 @@ class Discriminator(nnx.Module):
         grid = tuple(n // patch for n, patch in zip(size, config.patch, strict=True))
         self.patch_embed = PatchEmbed(config.patch, channels, config.width, rngs=rngs, dtype=dtype)
         self.positions = Positions3d(grid, config.width, rngs=rngs, learned=False, token_type=False)
-        self.class_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.width,), jnp.float32))
+        # Xavier-uniform, as the released [1, 1, D] is
+        token = nnx.initializers.xavier_uniform(in_axis=1, out_axis=0)(rngs.params(), (1, 1, config.width), jnp.float32)
+        self.class_token = nnx.Param(token[0, 0])
         self.transformer = Transformer(config, rngs=rngs, remat=remat, dtype=dtype)
         self.norm = LayerNorm(config.width, epsilon=1e-6, dtype=dtype)
         self.head = Linear(config.width, 1, rngs=rngs, dtype=dtype)
-        self.dtype = dtype
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Clips [B, T, H, W, C] in [0, 1] -> logits [B] float32."""
-        patches = self.patch_embed(video) + self.positions().astype(self.dtype)
-        token = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(patches), 1, patches.shape[-1]))
+        patches = self.patch_embed(video) + self.positions()
+        token = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
         x = self.transformer(jnp.concatenate([token, patches], axis=1))
         return self.head(self.norm(x[:, 0]))[:, 0].astype(jnp.float32)

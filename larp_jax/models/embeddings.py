@@ -61,7 +61,8 @@ def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
 class Positions1d(nnx.Module):
     """A table [N, D] for a sequence: fixed sine-cosine or learned, optionally with a token-type vector on every row.
 
-    `init` is what a learned table starts as, [N, D]; by default the sine-cosine table.
+    A learned table starts normal with the deviation `init_std`, or where that is None as the sine-cosine table of base
+    10000: `base` is that of fixed tables only, as in the released code.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Positions1d(nnx.Module):
         rngs: nnx.Rngs,
         learned: bool,
         token_type: bool,
-        base: float = 10000.0,
-        init: jax.Array | np.ndarray | None = None,
+        base: float,
+        init_std: float | None,
     ):
-        if learned and init is None:
-            init = sincos_1d(np.arange(length), width, base)
-        self.table = nnx.Param(jnp.asarray(init, jnp.float32)) if learned else None
+        if init_std is None:
+            start = jnp.asarray(sincos_1d(np.arange(length), width), jnp.float32)
+        else:
+            start = init_std * jax.random.normal(rngs.params(), (length, width), jnp.float32)
+        self.table = nnx.Param(start) if learned else None
         self.token_type = _token_type(width, rngs) if token_type else None
         self.length, self.width, self.base = length, width, base
 

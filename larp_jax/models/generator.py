@@ -100,7 +100,7 @@ class SwiGLU(nnx.Module):
 
 
 class GeneratorBlock(nnx.Module):
-    """x += attention(norm1(x)); x += mlp(norm2(x))."""
+    """x += attention(norm1(x)); x += mlp(norm2(x)); x in float32."""
 
     def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs, dtype: Dtype):
         self.norm1 = RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
@@ -110,7 +110,7 @@ class GeneratorBlock(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, key: jax.Array | None, path_dropout: jax.Array) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]; `key` turns on dropout, and stochastic depth at the rate `path_dropout`."""
+        """x [B, N, D] float32 -> the same; `key` turns on dropout, and stochastic depth at the rate `path_dropout`."""
         return self.with_cache(x, key, path_dropout)[0]
 
     def with_cache(
@@ -170,7 +170,7 @@ class Generator(nnx.Module):
         self.head = Linear(
             c.width, c.codebook_size, rngs=rngs, bias=False, kernel_init=nnx.initializers.zeros, dtype=dtype
         )
-        self.config, self.remat, self.dtype = c, remat, dtype
+        self.config, self.remat = c, remat
 
     def __call__(self, condition: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Logits of each next code.
@@ -191,7 +191,7 @@ class Generator(nnx.Module):
         c = self.config
         class_key, embed_key, block_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = jnp.concatenate([self.embed_condition(condition, key=class_key), self.embed_tokens(tokens)], axis=1)
-        x = dropout(x, c.token_dropout, embed_key) + self.position_table()[: x.shape[1]].astype(self.dtype)
+        x = dropout(x, c.token_dropout, embed_key) + self.position_table()[: x.shape[1]]
         # the rate of stochastic depth rises from 0 in the first block to its full value in the last
         rates = jnp.linspace(0.0, c.path_dropout, c.depth)
         x = run_stack(self.blocks, x, rates, remat=self.remat, key=block_key)
@@ -213,7 +213,7 @@ class Generator(nnx.Module):
           condition: as in `__call__`.
         """
         x = self.embed_condition(condition)
-        x = x + self.position_table()[: x.shape[1]].astype(self.dtype)
+        x = x + self.position_table()[: x.shape[1]]
         caches = []
         for block in blocks:
             x, cache = block.with_cache(x)
@@ -231,7 +231,7 @@ class Generator(nnx.Module):
           caches: by block; positions from `position` on are overwritten or not read.
           position: int scalar, the position of `tokens`, counted from the condition's first.
         """
-        x = self.embed_tokens(tokens) + self.position_table()[position].astype(self.dtype)
+        x = self.embed_tokens(tokens) + self.position_table()[position]
         written = []
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.decode_step(x, cache, position)
@@ -239,7 +239,7 @@ class Generator(nnx.Module):
         return self.head(self.norm(x)).astype(jnp.float32), written
 
     def embed_condition(self, condition: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """The condition as [B, condition positions, D]; with a key, classes are dropped for the null class."""
+        """The condition as [B, condition positions, D] float32; with a key, classes are dropped for the null class."""
         c = self.config
         if c.frame_prediction:
             return self.embed_tokens(condition)
@@ -247,11 +247,11 @@ class Generator(nnx.Module):
         if key is not None and c.class_dropout > 0:
             null |= jax.random.bernoulli(key, c.class_dropout, condition.shape)
         classes = jnp.where(null, c.num_classes, condition)
-        return self.class_embedding[...].astype(self.dtype)[classes][:, None]
+        return self.class_embedding[...][classes][:, None].astype(jnp.float32)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Codes [...] int -> [..., D]."""
-        return self.token_embedding[...].astype(self.dtype)[tokens]
+        """Codes [...] int -> [..., D] float32."""
+        return self.token_embedding[...][tokens].astype(jnp.float32)
 
     def position_table(self) -> jax.Array:
         """[condition positions + N - 1, D] float32, learned or sine-cosine."""

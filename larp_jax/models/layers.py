@@ -1,7 +1,8 @@
 """The few layers everything is built from: linear, layer norm, the pre-LN transformer stack.
 
-Parameters are float32; `dtype` is the dtype of the computation (activations are cast to it, statistics of norms and
-softmaxes stay in float32). Modules know nothing of meshes, losses or files.
+Parameters are float32; `dtype` is the dtype of the computation: what goes into products is cast to it. Statistics of norms
+and softmaxes stay in float32, and so does the residual stream, which blocks add to: rounded to bfloat16 after every layer,
+it would move more codes than the products do. Modules know nothing of meshes, losses or files.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,10 @@ class LayerNorm(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention; q, k and v are one product with columns [q; k; v], heads contiguous (METHOD 1)."""
+    """Multi-head self-attention; q, k and v are one product with columns [q; k; v], heads contiguous.
+
+    With `separate_qkv` they are three linear layers in what they start as, and have biases.
+    """
 
     def __init__(
         self,
@@ -110,13 +114,13 @@ class SelfAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         causal: bool,
-        qkv_bias: bool,
+        separate_qkv: bool,
         dropout_rate: float,
-        kernel_init: Callable,
         dtype: Dtype,
     ):
-        self.qkv = Linear(width, 3 * width, rngs=rngs, bias=qkv_bias, kernel_init=kernel_init, dtype=dtype)
-        self.out = Linear(width, width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
+        init = _three_xavier_uniform if separate_qkv else nnx.initializers.xavier_uniform()
+        self.qkv = Linear(width, 3 * width, rngs=rngs, bias=separate_qkv, kernel_init=init, dtype=dtype)
+        self.out = Linear(width, width, rngs=rngs, dtype=dtype)
         self.heads = heads
         self.causal = causal
         self.dropout_rate = dropout_rate
@@ -129,12 +133,19 @@ class SelfAttention(nnx.Module):
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
 
+def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
+    """Three kernels side by side, each Xavier-uniform by its own number of columns."""
+    rows, columns = shape
+    kernels = nnx.initializers.xavier_uniform(batch_axis=0)(key, (3, rows, columns // 3), dtype)
+    return jnp.concatenate(kernels, axis=1)
+
+
 class Mlp(nnx.Module):
     """Linear, exact (erf) GELU, linear; hidden width 4 D."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, kernel_init: Callable, dtype: Dtype):
-        self.up = Linear(width, 4 * width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
-        self.down = Linear(4 * width, width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
+        self.up = Linear(width, 4 * width, rngs=rngs, dtype=dtype)
+        self.down = Linear(4 * width, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
         """norm(x), [..., D] -> [..., D]."""
@@ -149,7 +160,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Pre-LN transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-LN transformer block: x += attention(norm(x)); x += mlp(norm(x)); x in float32."""
 
     def __init__(
         self,
@@ -158,10 +169,9 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
         causal: bool = False,
-        qkv_bias: bool = False,
+        separate_qkv: bool = False,
         attention_dropout: float = 0.0,
         residual_dropout: float = 0.0,
-        kernel_init: Callable = nnx.initializers.xavier_uniform(),
         dtype: Dtype = jnp.float32,
     ):
         self.norm1 = LayerNorm(width, epsilon=1e-5, dtype=dtype)
@@ -170,17 +180,16 @@ class Block(nnx.Module):
             heads,
             rngs=rngs,
             causal=causal,
-            qkv_bias=qkv_bias,
+            separate_qkv=separate_qkv,
             dropout_rate=attention_dropout,
-            kernel_init=kernel_init,
             dtype=dtype,
         )
         self.norm2 = LayerNorm(width, epsilon=1e-5, dtype=dtype)
-        self.mlp = Mlp(width, rngs=rngs, kernel_init=kernel_init, dtype=dtype)
+        self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
         self.residual_dropout = residual_dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]; `key` turns on dropout."""
+        """x [B, N, D] float32 -> the same; `key` turns on dropout."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = x + dropout(self.attention(x, keys[0], norm=self.norm1), self.residual_dropout, keys[1])
         return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
@@ -196,7 +205,7 @@ def run_stack(
 
     Args:
       blocks: what `stack` returned.
-      x: [B, N, D].
+      x: [B, N, D] float32, the residual stream.
       *per_layer: [depth, ...] each; a block is called with x, its key and its slice of each.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: dropout key, split over the layers; None for none.
@@ -235,12 +244,12 @@ def unstack(blocks: nnx.Module) -> list[nnx.Module]:
 
 
 class Transformer(nnx.Module):
-    """The bidirectional stack of the tokenizer and the discriminator; no norm after the last block (METHOD 1)."""
+    """The bidirectional stack of the tokenizer and the discriminator; no norm after the last block."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
         self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
         self.remat = remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]."""
+        """x [B, N, D] float32 -> the same."""
         return run_stack(self.blocks, x, remat=self.remat)

@@ -1,4 +1,4 @@
-"""The autoregressive prior: a small GPT on continuous latents, used in training only (METHOD 2)."""
+"""The autoregressive prior: a small GPT on continuous latents, used in training only (arXiv 2410.21264)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from larp_jax.models.quantizer import normalize
 
 class Prior(nnx.Module):
     """Predicts the next latent's direction from those before it.
+
+    Linear layers start Xavier-uniform: the released code initializes the prior as a part of the tokenizer.
 
     Args:
       config: size, dropout.
@@ -32,11 +34,10 @@ class Prior(nnx.Module):
         remat: str = "none",
         dtype: Dtype = jnp.float32,
     ):
-        init = nnx.initializers.normal(0.02)
         self.config = config
-        self.in_linear = Linear(code_dim, config.width, rngs=rngs, kernel_init=init, dtype=dtype)
+        self.in_linear = Linear(code_dim, config.width, rngs=rngs, dtype=dtype)
         rows = config.positions or num_tokens
-        self.positions = nnx.Param(init(rngs.params(), (rows, config.width), jnp.float32))
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, config.width), jnp.float32))
         self.blocks = stack(
             config.depth,
             lambda r: Block(
@@ -44,16 +45,15 @@ class Prior(nnx.Module):
                 config.heads,
                 rngs=r,
                 causal=True,
-                qkv_bias=True,
+                separate_qkv=True,
                 attention_dropout=config.dropout,
                 residual_dropout=config.dropout,
-                kernel_init=init,
                 dtype=dtype,
             ),
             rngs,
         )
         self.norm = LayerNorm(config.width, epsilon=1e-5, dtype=dtype)
-        self.head = Linear(config.width, code_dim, rngs=rngs, kernel_init=init, dtype=dtype)
+        self.head = Linear(config.width, code_dim, rngs=rngs, dtype=dtype)
         self.remat = remat
 
     def __call__(self, latents: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -63,7 +63,7 @@ class Prior(nnx.Module):
         """
         embed_key, block_key = (None, None) if key is None else jax.random.split(key)
         x = self.in_linear(latents)
-        x = x + self.positions[: x.shape[1]].astype(x.dtype)
+        x = x + self.positions[: x.shape[1]]
         x = dropout(x, self.config.dropout, embed_key)
         x = run_stack(self.blocks, x, remat=self.remat, key=block_key)
         return normalize(self.head(self.norm(x)).astype(jnp.float32))

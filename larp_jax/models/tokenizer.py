@@ -23,7 +23,6 @@ class Encoder(nnx.Module):
             learned=c.learned_encoder_patch_pe,
             token_type=c.use_encoder_patch_token_type_embed,
         )
-        gaussian = c.query_init_std * jax.random.normal(rngs.params(), (c.num_tokens, c.encoder.width))
         self.queries = Positions1d(
             c.num_tokens,
             c.encoder.width,
@@ -31,15 +30,14 @@ class Encoder(nnx.Module):
             learned=c.learned_encoder_latent_query_embed,
             token_type=c.use_encoder_latent_query_token_type_embed,
             base=c.latent_position_base,
-            init=gaussian if c.encoder_query_gaussian_init else None,
+            init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
         )
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
-        self.dtype = dtype
 
     def __call__(self, video: jax.Array) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D]."""
-        patches = self.patch_embed(video) + self.patch_positions().astype(self.dtype)
-        queries = self.queries().astype(self.dtype)
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32."""
+        patches = self.patch_embed(video) + self.patch_positions()
+        queries = self.queries()
         queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
         x = self.transformer(jnp.concatenate([patches, queries], axis=1))
         return x[:, patches.shape[1] :]
@@ -58,6 +56,7 @@ class Decoder(nnx.Module):
             learned=c.learned_decoder_latent_pe,
             token_type=c.use_decoder_latent_token_type_embed,
             base=c.latent_position_base,
+            init_std=0.02,
         )
         self.patch_queries = Positions3d(
             c.decoder_grid,
@@ -72,7 +71,7 @@ class Decoder(nnx.Module):
         self.head = Linear(
             width, pt * ph * pw * c.channels, rngs=rngs, kernel_init=nnx.initializers.zeros, dtype=dtype
         )
-        self.grid, self.patch, self.dtype = c.decoder_grid, c.decoder_patch, dtype
+        self.grid, self.patch = c.decoder_grid, c.decoder_patch
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped."""
@@ -81,8 +80,8 @@ class Decoder(nnx.Module):
 
     def features(self, latents: jax.Array) -> jax.Array:
         """Latents [B, N, D] -> what the head reads, [B, patches, D]."""
-        latents = latents.astype(self.dtype) + self.latent_positions().astype(self.dtype)
-        queries = self.patch_queries().astype(self.dtype)
+        latents = latents + self.latent_positions()
+        queries = self.patch_queries()
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
         x = self.transformer(jnp.concatenate([latents, queries], axis=1))[:, latents.shape[1] :]
         return self.norm(x)
