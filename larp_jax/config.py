@@ -71,7 +71,8 @@ class TransformerConfig:
         """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
         for field in ("width", "depth", "heads"):
             _require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
-        _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {name}.heads={self.heads}")
+        heads = f"{name}.heads={self.heads}"
+        _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
         _require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
 
 

@@ -112,12 +112,12 @@ def prior_loss(
     """
     inputs, targets = z_q[:, :-1], indices[:, 1:]
     rounds = config.rounds if key is not None else 1
-    losses, first = [], None
+    losses, first, mix_key = [], None, None
     for i in range(rounds):
         dropout_key = sample_key = None
         if key is not None:
             dropout_key, sample_key, mask_key = jax.random.split(jax.random.fold_in(key, i), 3)
-            mix_key = mask_key if i == 0 else mix_key
+            mix_key = mask_key if mix_key is None else mix_key
         predicted = prior(inputs, key=dropout_key)
         draw_key = sample_key if i + 1 < rounds else None
         scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=draw_key)

@@ -350,13 +350,13 @@ class Field:
     allowed: Any = ()
 
 
-NORMS = {name: name for name in ("ln_d", "ln_nd", "none")}
+# `bn_bn` is folded into in_linear before; for `ln_d_na` the released forward pass has no branch.
+NORMS = {None: "none", "no": "none", "ln_d_na": "none", "none": "none", "ln_d": "ln_d", "ln_nd": "ln_nd"}
 _REGULARIZER = "bottleneck.args.regularizer"
 TOKENIZER_FIELDS = (
     Field("bottleneck.name", allowed=("bottleneck",)),
     Field("bottleneck.args.bottleneck_dim", "quantizer.code_dim"),
-    # the released forward pass has no branch for `ln_d_na`
-    Field("bottleneck.args.norm", "quantizer.norm", None, values={None: "none", "no": "none", "ln_d_na": "none"} | NORMS),
+    Field("bottleneck.args.norm", "quantizer.norm", None, values=NORMS),
     Field(f"{_REGULARIZER}.args.codebook_size", "quantizer.codebook_size"),
     Field("bottleneck_token_num", "num_tokens", 1024),
     Field("input_size", "resolution", 128),
@@ -640,7 +640,7 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
         found |= {"mix_max": 1.0, "mix_ramp": 0.0}
     rates = {take(f"args.{kind}_pdrop", float, 0.1) for kind in ("embd", "resid", "attn")}
     if len(rates) > 1:
-        raise InputError(f"{where}: embd_pdrop, resid_pdrop and attn_pdrop must be equal, got {sorted(rates)}")
+        raise InputError(f"{where}: args.embd_pdrop, args.resid_pdrop and args.attn_pdrop must be equal, got {sorted(rates)}")
     found["dropout"] = 0.0 if take("no_dropout", bool, False) else rates.pop()
     rows = take("args.max_seq_len", int, 0)
     known = [*(field.released for field in PRIOR_FIELDS), "use_mix_ss", "no_dropout", "args.max_seq_len"]
