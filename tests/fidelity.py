@@ -359,7 +359,7 @@ def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
     """Of mean, standard deviation and largest magnitude of every fresh parameter; each has a limit of its own.
 
     Both are draws: of n numbers the mean is known to std / sqrt(n), the deviation to as much or less, and each limit is
-    five times that of the two together. The largest magnitude, which tells distributions apart, may differ by a third.
+    five times that of the two together. The largest magnitude, which tells distributions apart, may differ by half.
     """
     setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
     recipe = released.config_from_released(setup["tokenizer"], {}, where="setup.json")
@@ -388,7 +388,7 @@ def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
             x = np.asarray(tensors[name], np.float64)
             away = np.abs([x.mean() - mean, x.std() - std, np.abs(x).max() - largest])
             noise = 5 * std * (2 / x.size) ** 0.5
-            shares.append(away / (np.array([noise, noise, largest / 3]) + 1e-7))
+            shares.append(away / (np.array([noise, noise, largest / 2]) + 1e-7))
         for measure, share in zip(("mean", "standard deviation", "largest"), np.max(shares, axis=0), strict=True):
             deviations.append(Deviation(f"{part}, {measure} ({len(names)})", float(share), 1.0, "share of its limit"))
     return deviations

@@ -242,10 +242,10 @@ def test_a_gaussian_bottleneck_keeps_no_prior(copy):
 
 def test_a_learned_temperature_is_that_of_the_draw(copy):
     name = "bottleneck.regularizer.stochastic_temperature_inv"
-    copy.take("tokenizer_learned_temperature").tensors(lambda t: t.update({name: np.float32(16.0)}))
+    copy.take("tokenizer_learned_temperature").tensors(lambda t: t.update({name: np.array(16, np.float32)}))
     assert import_huggingface(copy.path)[1].model.quantizer.temperature == 1 / 16
-    for wrong in (np.float32(0.0), np.float32(-2.0), np.float32(np.nan), np.ones(2, np.float32)):
-        copy.tensors(lambda t, wrong=wrong: t.update({name: wrong}))
+    for wrong in (0.0, -2.0, np.nan, [1.0, 1.0]):
+        copy.tensors(lambda t, wrong=wrong: t.update({name: np.array(wrong, np.float32)}))
         assert "stochastic_temperature=-1.0" in refusal(copy.path)
     copy.config("bottleneck.args.regularizer.args.stochastic_temperature", 0.03)
     assert f"not expected {name}" in refusal(copy.path)
