@@ -8,8 +8,8 @@ H100 GPUs at 40% of their bfloat16 peak, without attention and tokenizer. Publis
 been run to completion yet.
 
 Use the tokenizer trained by configs/larp_l_long.py, or import the published one with larp-jax import. Convert the
-videos to training size first (larp-jax prepare), or write the codes in advance (larp-jax tokenize --windows 4 --cond-frames 5,
-then --config.data.train=tokens:DIR), so that the training step does not run the tokenizer.
+videos to training size first (larp-jax prepare), or write the codes in advance (larp-jax tokenize --windows 4
+--cond-frames 5, then --config.data.train=tokens:DIR), so that the training step does not run the tokenizer.
 """
 
 from larp_jax.config import default_recipe

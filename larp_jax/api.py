@@ -17,7 +17,7 @@ from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import digest, fingerprint
 from larp_jax.models.generator import Generator
-from larp_jax.models.quantizer import normalize
+from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.paths import path_name
 from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
@@ -132,13 +132,13 @@ class LoadedTokenizer:
 
     @functools.cached_property
     def codebook(self) -> np.ndarray:
-        """The code vectors, [K, d] float32 of unit length.
+        """The code vectors, [K, d] float32, of unit length unless `quantizer.l2_normalized` is false.
 
         Raises:
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
-        return np.asarray(normalize(self._params["quantizer"]["embedding"]))
+        return np.asarray(code_vectors(self.config.quantizer, self._params["quantizer"]["embedding"]))
 
     def encode(self, video: jax.Array | np.ndarray, key: jax.Array | None = None) -> jax.Array:
         """Videos to codes.

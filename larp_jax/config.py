@@ -81,17 +81,21 @@ class TransformerConfig:
         """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
         for field in NUMBERS:
             _require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
-        _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {self.heads} heads")
+        heads = f"{name}.heads={self.heads}"
+        _require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
         _require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """The bottleneck (METHOD 1).
+    """The bottleneck (arXiv 2410.21264, section 3).
 
-    `kind`: `svq` (stochastic draw in training), `vq` (always the nearest code), `kl` (continuous Gaussian latents).
-    `temperature_start` above 0 anneals the draw's temperature linearly from it to `temperature` over the first
-    `temperature_ramp` of training. `input_norm`: `none` or `layer`, a layer norm before in_linear.
+    `kind`: `svq` (stochastic draw in training), `vq` (always the nearest code), `kl` (continuous Gaussian latents, the
+    released code's `skl`). `temperature_start` above 0 anneals the draw's temperature linearly from it to `temperature`
+    over the first `temperature_ramp` of training. `input_norm`: `none` or `layer`, a layer norm before in_linear.
+    `norm`: `none`, or a layer norm after in_linear under its released name, over d (`ln_d`) or over tokens and d
+    together (`ln_nd`). `l2_normalized` makes unit vectors of latents and codes, which `svq` needs.
+    The entropy term is that of softmax(-D / `entropy_temperature`), D the squared distances of latents and codes.
     """
 
     kind: str = "svq"
@@ -106,10 +110,17 @@ class QuantizerConfig:
     entropy_temperature: float = 0.01
     kl_weight: float = 1e-6
     input_norm: str = "none"
+    norm: str = "none"
+    l2_normalized: bool = True
 
     def __post_init__(self):
         _one_of("quantizer.kind", self.kind, ("svq", "vq", "kl"))
         _one_of("quantizer.input_norm", self.input_norm, ("none", "layer"))
+        _one_of("quantizer.norm", self.norm, ("none", "ln_d", "ln_nd"))
+        _require(
+            self.l2_normalized or self.kind != "svq",
+            "quantizer.l2_normalized=False leaves no cosines to draw codes by; set quantizer.kind='vq'",
+        )
         _require(self.codebook_size > 1, f"quantizer.codebook_size must be above 1, got {self.codebook_size}")
         _require(self.code_dim > 0, f"quantizer.code_dim must be positive, got {self.code_dim}")
         _require(self.temperature > 0, f"quantizer.temperature must be positive, got {self.temperature}")
@@ -587,7 +598,8 @@ def take_sizes(recipe, given: typing.Collection[str]) -> None:
         numbers = {tuple(part.get(number, 0) for number in NUMBERS) for part in parts.values()}
         if chosen and size in table and all(map(all, numbers)) and numbers != {table[size]}:
             logger.warning(
-                f"config.{setting}={size!r} changes nothing: width, depth and heads of {' and '.join(names)} are given, too"
+                f"config.{setting}={size!r} changes nothing: width, depth and heads of {' and '.join(names)} are given"
+                " too"
             )
 
 
@@ -616,7 +628,13 @@ def parse_recipe(values: typing.Mapping):
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     _one_of("config.stage", stage, STAGES)
-    return from_dict(STAGES[stage], values, "config")
+    recipe = from_dict(STAGES[stage], values, "config")
+    _require(
+        stage != "tokenizer" or recipe.model.quantizer.kind != "kl" or "norm" in values["model"]["quantizer"],
+        "config.model.quantizer.kind='kl' without a norm is of an earlier version, which kept means and log-variances"
+        " in other columns; train that tokenizer again",
+    )
+    return recipe
 
 
 def from_dict(cls, values: typing.Mapping, name: str):

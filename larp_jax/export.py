@@ -25,7 +25,7 @@ from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import fingerprint
 from larp_jax.importing import CONFIG, PRIOR_SIZES, WEIGHTS
-from larp_jax.models.quantizer import normalize
+from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -76,7 +76,7 @@ def codebook_manifest(
     manifest: dict[str, Any] = {
         "K": q.codebook_size,
         "d": q.code_dim,
-        "normalisation": "l2",
+        "normalisation": "l2" if q.l2_normalized else "none",
         "temperature": q.temperature,
         "N": config.num_tokens,
         "clip": list(config.clip_shape),
@@ -99,7 +99,7 @@ def export_codebook_npz(
     step: int | None = None,
     usage_counts: Sequence[int] | None = None,
 ) -> None:
-    """Writes the codebook as .npz: `codebook` [K, d] float32 of unit rows, `manifest` (JSON in UTF-8 bytes, uint8).
+    """Writes the codebook as .npz: `codebook` [K, d] float32 as it is used, `manifest` (JSON in UTF-8 bytes, uint8).
 
     The manifest lies beside it as .json too. Arguments as for `codebook_manifest`.
 
@@ -122,7 +122,7 @@ def export_codebook_safetensors(
     step: int | None = None,
     usage_counts: Sequence[int] | None = None,
 ) -> None:
-    """Writes the codebook as .safetensors: `codebook` [K, d] float32 of unit rows, `manifest` (JSON) in its metadata.
+    """Writes the codebook as .safetensors: `codebook` [K, d] float32 as it is used, `manifest` (JSON) in its metadata.
 
     The manifest lies beside it as .json too. Arguments and errors as for `export_codebook_npz`.
     """
@@ -134,7 +134,8 @@ def export_codebook_safetensors(
 def _codebook(config: TokenizerConfig, params: Mapping) -> np.ndarray:
     if config.quantizer.kind == "kl":
         raise InputError("model.quantizer.kind='kl' has continuous latents and no codebook to export")
-    return np.asarray(normalize(jnp.asarray(params["quantizer"]["embedding"], jnp.float32)))
+    embedding = jnp.asarray(params["quantizer"]["embedding"], jnp.float32)
+    return np.asarray(code_vectors(config.quantizer, embedding))
 
 
 def export_stablehlo(

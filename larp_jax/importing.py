@@ -26,6 +26,9 @@ CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
 LAYOUT = f"the directory of a released model holds {CONFIG} and {WEIGHTS}"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NOTHING = "(?!)"  # as a regular expression: matches no name
+UNREAD = r"bottleneck\.norm_layer\.num_batches_tracked"  # batch norm's count of steps, an integer
+INVERSE_TEMPERATURE = "bottleneck.regularizer.stochastic_temperature_inv"
+BATCH_NORM_EPSILON = 1e-5  # of PyTorch
 SHOWN = 5  # names listed of many that are wrong
 
 
@@ -59,11 +62,12 @@ def import_huggingface(
         values = _read_json(path / CONFIG)
         if not (path / WEIGHTS).exists():
             raise InputError(f"{path / WEIGHTS} is missing; {LAYOUT}")
-        tensors = read_safetensors(path / WEIGHTS)
+        tensors = read_safetensors(path / WEIGHTS, UNREAD)
         prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
             raise InputError(f"{path / PRIOR_SIZES} must hold {{\"prior\": {{...}}}}")
 
+    values, tensors = _fold_constants(values, tensors, where)
     shapes = {name: x.shape for name, x in tensors.items()}
     config = released.config_from_released(values, shapes, prior_sizes=prior_sizes, where=where)
     items = released.model_tensors(config)
@@ -249,7 +253,54 @@ def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.
         if size not in GENERATOR_SIZES:
             raise InputError(f"{path}: model.name={name!r} is not one of {', '.join(GENERATOR_SIZES)}")
         values |= dict(zip(("dim", "n_layer", "n_head"), GENERATOR_SIZES[size], strict=True))
-    return values, float_arrays(weights, path), str(path)
+    return values, float_arrays(weights, path, UNREAD), str(path)
+
+
+def _fold_constants(values: dict, tensors: dict, where: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Settings and tensors of the same tokenizer in which batch norm is part of in_linear, and a learned temperature a
+    number.
+
+    Both are constants: batch norm computes with the statistics in the file once it is trained, and no gradient ever
+    reached the temperature, which only scales the logits of a draw.
+    """
+    try:
+        settings = {"norm": None} | values["bottleneck"]["args"]
+        regularizer = settings["regularizer"] = settings["regularizer"] | {}
+        arguments = regularizer["args"] = regularizer["args"] | {}
+    except (KeyError, TypeError):
+        return values, tensors  # whatever it is, its fields will be missing
+    tensors = dict(tensors)
+    if isinstance(settings["norm"], str) and settings["norm"].lower() == "bn_bn":
+        settings["norm"] = "none"
+        _fold_batch_norm(tensors, f"{where} (bottleneck.args.norm='bn_bn')")
+    temperature = arguments.get("stochastic_temperature")
+    if arguments.get("stochastic") is True and type(temperature) in (int, float) and temperature <= 0:
+        inverse = tensors.pop(INVERSE_TEMPERATURE, None)
+        if inverse is None or inverse.shape != () or not 0 < float(inverse) < np.inf:
+            raise InputError(
+                f"{where}: bottleneck.args.regularizer.args.stochastic_temperature={temperature!r} stands for a learned"
+                f" one, of which the weights hold no positive number {INVERSE_TEMPERATURE}"
+            )
+        arguments["stochastic_temperature"] = 1.0 / float(inverse)
+    return values | {"bottleneck": values["bottleneck"] | {"args": settings}}, tensors
+
+
+def _fold_batch_norm(tensors: dict[str, np.ndarray], where: str) -> None:
+    """Takes the norm out of the tensors and changes in_linear for it."""
+    prefix, kernel, bias = f"{released.BOTTLENECK_NORM}.", "bottleneck.in_linear.weight", "bottleneck.in_linear.bias"
+    outputs = tensors[kernel].shape[:1] if kernel in tensors else ()
+    expected = {prefix + name: outputs for name in ("weight", "bias", "running_mean", "running_var")}
+    expected |= {bias: outputs, kernel: outputs + tensors[kernel].shape[1:2] if kernel in tensors else ()}
+    found = {name: x.shape for name, x in tensors.items() if name.startswith(prefix) or name in expected}
+    compare_shapes(expected, found, where)
+    check_finite({name: tensors[name] for name in expected}, where)
+    scale, shift, mean, variance = (tensors.pop(prefix + name).astype(np.float64) for name in
+                                    ("weight", "bias", "running_mean", "running_var"))
+    if (variance < 0).any():
+        raise InputError(f"{where}: {prefix}running_var is negative; fetch the weights again")
+    scale = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
+    tensors[kernel] = (tensors[kernel] * scale[:, None]).astype(np.float32)
+    tensors[bias] = ((tensors[bias] - mean) * scale + shift).astype(np.float32)
 
 
 def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:

@@ -95,7 +95,8 @@ def prior_loss(
     """The prior's cross-entropy over its rounds (METHOD 2): round 1 reads the latents, later rounds a mixture.
 
     In a later round each position but the first is, with probability `mix_ratio`, the code vector of a token drawn
-    from the round before (scheduled sampling), else the latent with its gradient.
+    from the round before (scheduled sampling), else the latent with its gradient. All later rounds mix the same
+    positions, as in the released code.
 
     Args:
       prior: `prior(latents [B, N-1, d], key=...)` -> unit vectors [B, N-1, d].
@@ -111,11 +112,12 @@ def prior_loss(
     """
     inputs, targets = z_q[:, :-1], indices[:, 1:]
     rounds = config.rounds if key is not None else 1
-    losses, first = [], None
+    losses, first, mix_key = [], None, None
     for i in range(rounds):
         dropout_key = sample_key = None
         if key is not None:
-            dropout_key, sample_key, mix_key = jax.random.split(jax.random.fold_in(key, i), 3)
+            dropout_key, sample_key, mask_key = jax.random.split(jax.random.fold_in(key, i), 3)
+            mix_key = mask_key if mix_key is None else mix_key
         predicted = prior(inputs, key=dropout_key)
         draw_key = sample_key if i + 1 < rounds else None
         scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=draw_key)

@@ -6,6 +6,7 @@ Every table here is read in both directions, so import and export cannot disagre
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -90,6 +91,9 @@ class Table:
         return self.values().astype(np.float32).reshape(self.shape)
 
 
+BOTTLENECK_NORM = "bottleneck.norm_layer"
+
+
 def _linear(path, name, inputs, outputs, *, bias=True, layers=0):
     yield Parameter(f"{path}/kernel", (f"{name}.weight",), (outputs, inputs), "o i -> i o", layers)
     if bias:
@@ -139,7 +143,7 @@ def _token_type(path, name: str | None, width):
 
 
 def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
-    """What a released tokenizer holds, without the prior (METHOD 1)."""
+    """What a released tokenizer holds, without the prior (arXiv 2410.21264, section 3)."""
     c, q = config, config.quantizer
     pt, p, _ = c.encoder_patch
     # one frame a patch is a 2-D convolution there
@@ -170,9 +174,17 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         c.latent_position_base,
     )
     yield from _transformer("encoder/transformer", "encoder", c.encoder)
-    yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, q.code_dim)
-    embedding = ("bottleneck.regularizer.embedding.weight",)
-    yield Parameter("quantizer/embedding", embedding, (q.codebook_size, q.code_dim), "k d -> k d")
+    projected = q.code_dim * (2 if q.kind == "kl" else 1)
+    yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, projected)
+    if q.norm == "ln_d":
+        yield from _norm("quantizer/norm", BOTTLENECK_NORM, projected)
+    elif q.norm == "ln_nd":  # over tokens and dimensions, which ours has on one axis
+        for leaf, name in (("scale", "weight"), ("bias", "bias")):
+            shape = (c.num_tokens, projected)
+            yield Parameter(f"quantizer/norm/{leaf}", (f"{BOTTLENECK_NORM}.{name}",), shape, "n d -> (n d)")
+    if q.kind != "kl":
+        embedding = ("bottleneck.regularizer.embedding.weight",)
+        yield Parameter("quantizer/embedding", embedding, (q.codebook_size, q.code_dim), "k d -> k d")
     yield from _linear("quantizer/out_linear", "bottleneck.out_linear", q.code_dim, c.decoder.width)
     yield from _positions_1d(
         "decoder/latent_positions",
@@ -326,7 +338,7 @@ class Field:
       released: dotted path in the file.
       ours: dotted path in our configuration; empty where we have no such choice.
       default: what the released code takes where the field is absent.
-      values: our values for theirs where the two differ; others pass.
+      values: our values for theirs where the two differ, of several the last is written; others pass.
       allowed: without `ours`, the values under which the released code computes what ours does (the first is
         written), or ANY where the field changes nothing; then `default` is written.
     """
@@ -338,20 +350,14 @@ class Field:
     allowed: Any = ()
 
 
+# `bn_bn` is folded into in_linear before; for `ln_d_na` the released forward pass has no branch.
+NORMS = {None: "none", "no": "none", "ln_d_na": "none", "none": "none", "ln_d": "ln_d", "ln_nd": "ln_nd"}
 _REGULARIZER = "bottleneck.args.regularizer"
 TOKENIZER_FIELDS = (
     Field("bottleneck.name", allowed=("bottleneck",)),
     Field("bottleneck.args.bottleneck_dim", "quantizer.code_dim"),
-    Field("bottleneck.args.norm", allowed=NONE_NAMES, default=None),
-    Field(f"{_REGULARIZER}.name", allowed=("vq",)),
+    Field("bottleneck.args.norm", "quantizer.norm", None, values=NORMS),
     Field(f"{_REGULARIZER}.args.codebook_size", "quantizer.codebook_size"),
-    Field(f"{_REGULARIZER}.args.commitment_loss_weight", "quantizer.commitment_weight", 0.25),
-    Field(f"{_REGULARIZER}.args.codebook_loss_weight", "quantizer.codebook_weight", 1.0),
-    Field(f"{_REGULARIZER}.args.entropy_loss_weight", "quantizer.entropy_weight", 0.0),
-    Field(f"{_REGULARIZER}.args.entropy_loss_temperature", "quantizer.entropy_temperature", 0.01),
-    Field(f"{_REGULARIZER}.args.l2_normalized", allowed=(True,), default=False),
-    Field(f"{_REGULARIZER}.args.stochastic", "quantizer.kind", False, values={True: "svq", False: "vq"}),
-    Field(f"{_REGULARIZER}.args.stochastic_temperature", "quantizer.temperature", 1.0),
     Field("bottleneck_token_num", "num_tokens", 1024),
     Field("input_size", "resolution", 128),
     Field("frame_num", "frames", 16),
@@ -380,6 +386,16 @@ TOKENIZER_FIELDS = (
     Field("use_decoder_latent_token_type_embed", "use_decoder_latent_token_type_embed", False),
     Field("use_decoder_patch_query_token_type_embed", "use_decoder_patch_query_token_type_embed", False),
     Field("encoder_query_gaussian_init", "encoder_query_gaussian_init", True),
+)
+# What the regularizer `vq` reads beside the codebook's size; `skl` reads nothing.
+VQ_FIELDS = (
+    Field(f"{_REGULARIZER}.args.commitment_loss_weight", "quantizer.commitment_weight", 0.25),
+    Field(f"{_REGULARIZER}.args.codebook_loss_weight", "quantizer.codebook_weight", 1.0),
+    Field(f"{_REGULARIZER}.args.entropy_loss_weight", "quantizer.entropy_weight", 0.0),
+    Field(f"{_REGULARIZER}.args.entropy_loss_temperature", "quantizer.entropy_temperature", 0.01),
+    Field(f"{_REGULARIZER}.args.l2_normalized", "quantizer.l2_normalized", False),
+    Field(f"{_REGULARIZER}.args.stochastic", "quantizer.kind", False, values={True: "svq", False: "vq"}),
+    Field(f"{_REGULARIZER}.args.stochastic_temperature", "quantizer.temperature", 1.0),
 )
 PRIOR_FIELDS = (
     Field("args.l2_normalized", allowed=(True,), default=True),
@@ -449,6 +465,8 @@ def _read_fields(fields: Iterable[Field], cls: type, flat: dict, where: str) -> 
         if field.released not in flat and field.default is REQUIRED:
             raise InputError(f"{where} lacks the field {field.released}; add it as the training run had it")
         value = flat.pop(field.released, field.default)
+        if isinstance(value, str) and value.lower() in (*NONE_NAMES, *field.values):
+            value = value.lower()  # the released code does not tell these by case
         if field.ours:
             found[field.ours] = _our_value(field, cls, value, where)
         elif field.allowed is not ANY and not any(type(value) is type(a) and value == a for a in field.allowed):
@@ -460,10 +478,10 @@ def _read_fields(fields: Iterable[Field], cls: type, flat: dict, where: str) -> 
 
 
 def _our_value(field: Field, cls: type, value: Any, where: str) -> Any:
-    if (value is None or isinstance(value, bool)) and value in field.values:
+    if (value is None or isinstance(value, bool | str)) and value in field.values:
         return field.values[value]
     kind = int if field.ours == "condition_tokens" else _field_type(cls, field.ours)
-    if field.values and kind is str:
+    if True in field.values:
         kind = bool
     return _typed(value, kind, field.released, where)
 
@@ -509,12 +527,27 @@ def _label(numbers: tuple[int, int, int], table: Mapping[str, tuple]) -> str:
     return next((name for name, size in table.items() if size == numbers), "custom")
 
 
-def _checked(make: Callable, where: str) -> Any:
-    """What `make` gives; its complaints say where the configuration comes from."""
+def _checked(make: Callable, fields: Iterable[Field], section: str, where: str) -> Any:
+    """What `make` gives; its complaints say where the configuration comes from, and name the fields as it does.
+
+    Args:
+      make: builds one of our configurations.
+      fields: what it was read from.
+      section: what our complaints call it.
+      where: its file.
+    """
     try:
         return make()
     except (InputError, OverflowError) as error:
-        raise InputError(f"{where}: {error}") from None
+        theirs = {field.ours: field.released for field in fields if field.ours}
+        names = "|".join(re.escape(name) for name in sorted(theirs, key=len, reverse=True))
+
+        def translate(found):
+            is_name = "." in found[0] or found.string[found.end() :].startswith("=")  # `heads` may be a mere word
+            return theirs[found[1]] if is_name else found[0]
+
+        message = re.sub(rf"(?<![\w.])(?:{section}\.)?({names})(?![\w.])", translate, str(error))
+        raise InputError(f"{where}: {message}") from None
 
 
 def config_from_released(
@@ -541,13 +574,39 @@ def config_from_released(
 def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRecipe:
     prior_values = values.get("prior_model")
     flat = _flatten({key: value for key, value in values.items() if key != "prior_model"})
+    regularizer = flat.pop(f"{_REGULARIZER}.name", None)
     found = _read_fields(TOKENIZER_FIELDS, TokenizerConfig, flat, where)
-    _refuse_rest(flat, [field.released for field in TOKENIZER_FIELDS], where)
+    if regularizer == "vq":
+        found |= _read_fields(VQ_FIELDS, TokenizerConfig, flat, where)
+        # as there, where a negative weight is none, and only a draw has a temperature
+        found["quantizer.entropy_weight"] = max(0.0, found["quantizer.entropy_weight"])
+        if found["quantizer.kind"] == "vq":
+            del found["quantizer.temperature"]
+        elif not found["quantizer.l2_normalized"]:
+            raise InputError(
+                f"{where}: {_REGULARIZER}.args.stochastic=True needs {_REGULARIZER}.args.l2_normalized=True;"
+                " the released code cannot compute such a model either"
+            )
+    elif regularizer == "skl":
+        found["quantizer.kind"] = "kl"
+        for field in VQ_FIELDS:
+            flat.pop(field.released, None)
+    else:
+        raise InputError(f"{where}: {_REGULARIZER}.name={regularizer!r} is not supported, only 'vq' and 'skl'")
+    _refuse_rest(flat, [field.released for field in (*TOKENIZER_FIELDS, *VQ_FIELDS)], where)
     if found["latent_position_base"] <= 0:
         raise InputError(f"{where}: latent_pe_scale_factor must be positive, got {found['latent_position_base']}")
+    for ours_name, name in (("patch_frames", "temporal_patch_size"), ("patch_size", "patch_size")):
+        encoder, decoder = found[ours_name], found[f"decoder_{ours_name}"]
+        if encoder != decoder:
+            raise InputError(
+                f"{where}: decoder_{name}={decoder} unlike {name}={encoder} is not supported; the released code puts"
+                " patches together by the encoder's, so its videos are scrambled"
+            )
     sizes = {tuple(found[f"{part}.{n}"] for n in ("width", "depth", "heads")) for part in ("encoder", "decoder")}
     found["size"] = _label(sizes.pop(), ours.TOKENIZER_SIZES) if len(sizes) == 1 else "custom"
-    model = _checked(lambda: ours.from_dict(TokenizerConfig, _nest(found), "model"), where)
+    make = lambda: ours.from_dict(TokenizerConfig, _nest(found), "model")  # noqa: E731
+    model = _checked(make, (*TOKENIZER_FIELDS, *VQ_FIELDS), "model", where)
 
     prior = None
     if prior_values is not None:
@@ -555,6 +614,8 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
             raise InputError(f"{where}: prior_model must hold fields of its own, got {prior_values!r}")
         name = prior_values.get("name")
         if (name.lower() if isinstance(name, str) else name) not in NONE_NAMES:
+            if model.quantizer.kind == "kl":
+                raise InputError(f"{where}: prior_model needs codes, which {_REGULARIZER}.name='skl' has none of")
             prior = _prior_from_released(prior_values, shapes, prior_sizes, model, where)
     if prior is None:
         return TokenizerRecipe(model=model, loss=ours.LossConfig(prior_weight=0.0))
@@ -570,12 +631,18 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
     def take(key, kind, default):
         return _typed(flat.pop(key, default), kind, key, where)
 
+    if found["temperature"] <= 0:
+        raise InputError(f"{where}: latent_ce_temperature must be positive, got {found['temperature']}")
+    if found["mix_ramp"] < 0:
+        raise InputError(f"{where}: mix_ss_peak_steps_ratio must not be negative, got {found['mix_ramp']}")
     # without scheduled mixing every later round reads samples only
     if not take("use_mix_ss", bool, True):
         found |= {"mix_max": 1.0, "mix_ramp": 0.0}
     rates = {take(f"args.{kind}_pdrop", float, 0.1) for kind in ("embd", "resid", "attn")}
     if len(rates) > 1:
-        raise InputError(f"{where}: embd_pdrop, resid_pdrop and attn_pdrop must be equal, got {sorted(rates)}")
+        raise InputError(
+            f"{where}: args.embd_pdrop, args.resid_pdrop and args.attn_pdrop must be equal, got {sorted(rates)}"
+        )
     found["dropout"] = 0.0 if take("no_dropout", bool, False) else rates.pop()
     rows = take("args.max_seq_len", int, 0)
     known = [*(field.released for field in PRIOR_FIELDS), "use_mix_ss", "no_dropout", "args.max_seq_len"]
@@ -585,9 +652,11 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
     found |= {"size": size, "width": width, "depth": depth, "heads": heads}
     rows = rows or table_rows or RELEASED_PRIOR_POSITIONS
     if rows < model.num_tokens - 1:
-        raise InputError(f"{where}: {rows} positions are too few for {model.num_tokens} tokens")
+        raise InputError(
+            f"{where}: args.max_seq_len={rows} positions are too few for bottleneck_token_num={model.num_tokens}"
+        )
     found["positions"] = 0 if rows == model.num_tokens else rows
-    return _checked(lambda: ours.from_dict(PriorConfig, found, "prior"), where)
+    return _checked(lambda: ours.from_dict(PriorConfig, found, "prior"), PRIOR_FIELDS, "prior", where)
 
 
 def _prior_size(name, shapes, prior_sizes, where) -> tuple[str, tuple[int, int, int], int]:
@@ -621,8 +690,8 @@ def _generator_from_released(values, where) -> GeneratorConfig:
     _refuse_rest(flat, [field.released for field in GENERATOR_FIELDS], where)
     positions = found.pop("condition_tokens")
     found["size"] = _label((found["width"], found["depth"], found["heads"]), ours.GENERATOR_SIZES)
-    config = _checked(lambda: ours.from_dict(GeneratorConfig, found, "model"), where)
-    _checked(lambda: config.mlp_width, where)
+    config = _checked(lambda: ours.from_dict(GeneratorConfig, found, "model"), GENERATOR_FIELDS, "model", where)
+    _checked(lambda: config.mlp_width, GENERATOR_FIELDS, "model", where)
     if positions != config.condition_tokens:
         raise InputError(f"{where}: cls_token_num={positions} is not supported, only {config.condition_tokens} here")
     return config
@@ -641,6 +710,10 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
         return flat, None
     _refuse_inexpressible(config.model)
     flat = _write_fields(TOKENIZER_FIELDS, config.model)
+    if config.model.quantizer.kind == "kl":
+        flat[f"{_REGULARIZER}.name"] = "skl"
+    else:
+        flat |= _write_fields(VQ_FIELDS, config.model) | {f"{_REGULARIZER}.name": "vq"}
     if not config.model.learned_encoder_latent_query_embed:
         flat["encoder_query_gaussian_init"] = False  # their constructor refuses a start for queries that do not learn
     if config.model.latent_position_base.is_integer():
@@ -652,11 +725,9 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
 
 
 def _refuse_inexpressible(model: TokenizerConfig) -> None:
-    held = {field.ours for field in TOKENIZER_FIELDS} | {"size"} | ours.TRAINING_FIELDS
+    held = {field.ours for field in (*TOKENIZER_FIELDS, *VQ_FIELDS)} | {"size"} | ours.TRAINING_FIELDS
     settings, defaults = _flatten(ours.to_dict(model)), _flatten(ours.to_dict(TokenizerConfig()))
     lost = [name for name, value in settings.items() if name not in held and value != defaults[name]]
-    if model.quantizer.kind == "kl":
-        lost.append("quantizer.kind")
     if model.decoder_patch != model.encoder_patch:  # their decoder puts its outputs together by the encoder's patch
         lost += ["decoder_patch_frames", "decoder_patch_size"]
     if lost:

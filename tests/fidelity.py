@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from larp_jax.config import (
     GeneratorOptimConfig,
     LossConfig,
     OptimConfig,
+    QuantizerConfig,
     TokenizerRecipe,
 )
 from larp_jax.frechet import FeatureStatistics, frechet_distance
@@ -34,13 +36,15 @@ from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, 
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
-from larp_jax.models.quantizer import similarities
+from larp_jax.models.quantizer import Quantizer, mean_and_log_variance, reparameterize, similarities
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.sampling import filter_logits
 from larp_jax.state import TrainState
 from larp_jax.steps import TokenizerStage
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
+# Folders of tokenizers without a prior, each with an option of its own.
+PLAIN = ("base_100", "frame_patches", "ln_d", "ln_nd", "bn_bn", "vq_l2", "learned_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,222 @@ def tokenizer_deviations(folder: pathlib.Path) -> list[Deviation]:
             reference = io[name].transpose(0, 2, 3, 4, 1) if name.startswith("reconstruction") else io[name]
             deviations.append(relative(name, value, reference))
     deviations.append(_gradient_norms(released.params_to_released(released.model_tensors(config), grads), io))
+    return deviations
+
+
+def plain_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of a tokenizer without a prior: all that its reference holds."""
+    tokenizer, params, io, video = _tokenizer(folder)
+
+    def forward(params):
+        module = build(tokenizer, params["tokenizer"])
+        quantizer = module.quantizer
+        projected = quantizer.project(module.encoder(video))
+        quantized = quantizer(projected)
+        reconstruction = module.decode_latents(quantized.z_q)
+        total = losses.reconstruction_loss(video, reconstruction, "l1") + 0.1 * quantized.loss
+        values = {
+            "projected_z": projected,
+            "unregularized_z": quantized.z,
+            "indices": quantized.indices,
+            "encoded": quantizer.expand(quantized.z_q),
+            "loss_q": quantized.loss,
+            "reconstruction": reconstruction,
+            "reconstruction_from_indices": module.decode(io["indices"]),
+            "total_loss": total,
+        }
+        return total, {name: value for name, value in values.items() if name in io}
+
+    grads, values = jax.jit(jax.grad(forward, has_aux=True))(params)
+    deviations = _compare(values, io)
+    if "grad_names" in io:
+        deviations.append(_gradient_norms(_released_names(folder, grads), io))
+    return deviations
+
+
+def rounds_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the prior's two rounds with given draws, and of gradients through both and through the second alone."""
+    tokenizer, params, io, video = _tokenizer(folder)
+    _, recipe, _ = import_huggingface(folder)
+    config = dataclasses.replace(recipe.prior, dropout=0.0)
+
+    def given(latents, sampled, codebook, *, key, ratio):
+        return losses.replace_next(latents, io["prior_mask"], io["prior_sampled"], codebook)
+
+    def forward(params):
+        module = build(tokenizer, params["tokenizer"])
+        make_prior = lambda: Prior(config, recipe.model.num_tokens, module.quantizer.config.code_dim, rngs=nnx.Rngs(0))  # noqa: E731
+        prior = build(make_prior, params["prior"])
+        reconstruction, quantized = module(video)
+        z_q, indices, codebook = quantized.z_q, quantized.indices, module.quantizer.codebook
+        mixed = given(z_q[:, :-1], None, codebook, key=None, ratio=None)
+        rounds = [
+            losses.next_code(prior(x), indices[:, 1:], codebook, temperature=config.temperature).cross_entropy.mean()
+            for x in (z_q[:, :-1], mixed)
+        ]
+        with mock.patch.object(losses, "mix_sampled", given):
+            arguments = {"key": jax.random.key(0), "mix_ratio": 0.5}
+            cross_entropy, _ = losses.prior_loss(prior, config, z_q, indices, codebook, **arguments)
+        l1 = losses.reconstruction_loss(video, reconstruction, "l1")
+        values = {
+            "indices": indices,
+            "regularized_z": z_q,
+            "round2_input": mixed,
+            "prior_ce_rounds": jnp.stack(rounds),
+            "prior_ce": cross_entropy,
+            "loss_q": quantized.loss,
+            "l1": l1,
+            "total_loss": l1 + 0.1 * quantized.loss + 0.06 * cross_entropy,
+        }
+        return (values["total_loss"], rounds[1]), values
+
+    _, pullback, values = jax.vjp(forward, params, has_aux=True)
+    deviations = _compare(values, io)
+    for name, weights in (("grad_norms", (1.0, 0.0)), ("grad_norms_last_round_only", (0.0, 1.0))):
+        (grads,) = jax.jit(pullback)(tuple(jnp.float32(weight) for weight in weights))
+        reference = {"grad_names": io["grad_names"], "grad_norms": io[name]}
+        found = _gradient_norms(_released_names(folder, grads), reference)
+        deviations.append(dataclasses.replace(found, name=f"{name} ({len(io['grad_names'])})"))
+    return deviations
+
+
+def kl_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the Gaussian bottleneck, drawn with given noise."""
+    tokenizer, params, io, video = _tokenizer(folder)
+
+    def forward(params):
+        module = build(tokenizer, params["tokenizer"])
+        projected = module.quantizer.project(module.encoder(video))
+        mean, log_variance = mean_and_log_variance(projected)
+        quantized = module.quantizer(projected)
+        with mock.patch.object(jax.random, "normal", lambda key, shape: io["noise"]):
+            drawn = module.quantizer(projected, key=jax.random.key(0))
+        reconstruction = module.decode_latents(drawn.z_q)
+        values = {
+            "projected_z": projected,
+            "mean": mean,
+            "logvar": log_variance,
+            "regularized_z": reparameterize(mean, log_variance, io["noise"]),
+            "bottleneck_rep": quantized.z_q,
+            "loss_kl": drawn.terms["kl"],
+            "reconstruction": reconstruction,
+            "reconstruction_from_mean": module.decode_latents(quantized.z_q),
+        }
+        return losses.reconstruction_loss(video, reconstruction, "l1") + 1e-4 * drawn.terms["kl"], values
+
+    grads, values = jax.jit(jax.grad(forward, has_aux=True))(params)
+    return [*_compare(values, io), _gradient_norms(_released_names(folder, grads), io)]
+
+
+def _tokenizer(folder):
+    """How to make the tokenizer of a reference, all parameters in it, what else it holds, and its video as ours."""
+    _, recipe, params = import_huggingface(folder)
+    io = {name: x if x.shape != () else x[()] for name, x in np.load(folder / "io.npz").items()}
+    video = jnp.asarray(io["video"].transpose(0, 2, 3, 4, 1))
+    return lambda: Tokenizer(recipe.model, rngs=nnx.Rngs(0)), params, io, video
+
+
+def _compare(values, io) -> list[Deviation]:
+    """Of each value from the reference of its name; of codes the number that differ."""
+    deviations = []
+    for name, value in values.items():
+        if name == "indices":
+            # of similarities or of squared distances, whichever the reference chose by
+            wrong = (np.asarray(value) != io[name]) & (io["top2_gap"] > 1e-5)
+            deviations.append(Deviation(name, float(np.sum(wrong)), 0, "count"))
+        else:
+            reference = io[name].transpose(0, 2, 3, 4, 1) if name.startswith("reconstruction") else io[name]
+            deviations.append(relative(name, value, reference))
+    return deviations
+
+
+def _released_names(folder, grads) -> dict:
+    """Gradients under the names of the released tensors."""
+    _, recipe, _ = import_huggingface(folder)
+    return released.params_to_released(released.model_tensors(recipe), grads)
+
+
+def entropy_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the entropy term of plain VQ at two temperatures, and of its gradients."""
+    io = np.load(folder / "io.npz")
+    k, d = io["embedding"].shape
+    deviations = []
+    for i, temperature in enumerate(io["temperatures"]):
+        config = QuantizerConfig(
+            kind="vq", codebook_size=k, code_dim=d, entropy_weight=0.1, entropy_temperature=float(temperature)
+        )
+        make = lambda config=config: Quantizer(config, d, d, rngs=nnx.Rngs(0))  # noqa: E731
+        fresh = nnx.to_pure_dict(nnx.state(make(), nnx.Param))
+
+        def terms(z, embedding, make=make, fresh=fresh):
+            quantized = build(make, fresh | {"embedding": embedding})(z)
+            return quantized.terms["entropy"], quantized.loss, quantized.indices
+
+        arrays = io["projected_z"], io["embedding"]
+        entropy, loss, indices = terms(*arrays)
+        deviations.append(relative(f"loss_entropy, temperature {temperature:g}", entropy, io["loss_entropy"][i]))
+        deviations.append(relative(f"loss_q, temperature {temperature:g}", loss, io["loss_q"][i]))
+        for j, name in enumerate(("", "loss_q_")):
+            grads = jax.grad(lambda z, e, j=j: terms(z, e)[j], argnums=(0, 1))(*arrays)
+            for array, value in zip(("z", "embedding"), grads, strict=True):
+                key = f"grad_{name}{array}_{temperature:g}"
+                deviations.append(relative(key, value, io[key]))
+    deviations.append(Deviation("indices", float(np.sum(np.asarray(indices) != io["indices"])), 0, "count"))
+    return deviations
+
+
+def ns_smooth_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of the losses with smoothed targets, from given draws."""
+    io = np.load(folder / "io.npz")
+    real, fake = (io[f"logits_{side}"][:, 0] for side in ("real", "fake"))
+    draws = np.stack([io[f"randn_{side}"][:, 0] for side in ("real", "fake")])
+
+    def loss(real, fake):
+        with mock.patch.object(jax.random, "normal", lambda key, shape: draws):
+            return losses.discriminator_loss("ns_smooth", real, fake, jax.random.key(0))
+
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(real, fake)
+    values = {"d_loss": value, "grad_real": grads[0][:, None], "grad_fake": grads[1][:, None]}
+    values["g_loss"] = losses.adversarial_loss("ns_smooth", fake)
+    return [relative(name, value, io[name]) for name, value in values.items()]
+
+
+def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Of mean, standard deviation and largest magnitude of every fresh parameter; each has a limit of its own.
+
+    Both are draws: of n numbers the mean is known to std / sqrt(n), the deviation to as much or less, and each limit is
+    five times that of the two together. The largest magnitude, which tells distributions apart, may differ by half.
+    """
+    setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
+    recipe = released.config_from_released(setup["tokenizer"], {}, where="setup.json")
+    sizes = setup["discriminator"]
+    recipe = dataclasses.replace(
+        recipe, discriminator=discriminator_config(sizes), loss=LossConfig(perceptual="none", adversarial_weight=0.3)
+    )
+    params = TokenizerStage(recipe).init(jax.random.key(0)).params
+    config = released.config_from_released(setup["generator"], {}, where="setup.json")
+    generator = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
+    clip = recipe.model.clip_shape
+    assert clip == (sizes["frames"], sizes["input_size"], sizes["input_size"], 3)
+    fresh = {
+        "tokenizer": released.params_to_released(released.model_tensors(recipe), params),
+        "discriminator": released.params_to_released(
+            released.discriminator_tensors(recipe.discriminator, clip), params["discriminator"]
+        ),
+        "generator": released.params_to_released(released.generator_tensors(config), generator),
+    }
+    deviations = []
+    for part, tensors in fresh.items():
+        names = [str(name) for name in io[f"{part}_names"]]
+        assert set(names) == set(tensors), set(names) ^ set(tensors)
+        shares = []
+        for name, (mean, std, largest) in zip(names, io[f"{part}_mean_std_max"], strict=True):
+            x = np.asarray(tensors[name], np.float64)
+            away = np.abs([x.mean() - mean, x.std() - std, np.abs(x).max() - largest])
+            noise = 5 * std * (2 / x.size) ** 0.5
+            shares.append(away / (np.array([noise, noise, largest / 2]) + 1e-7))
+        for measure, share in zip(("mean", "standard deviation", "largest"), np.max(shares, axis=0), strict=True):
+            deviations.append(Deviation(f"{part}, {measure} ({len(names)})", float(share), 1.0, "share of its limit"))
     return deviations
 
 
@@ -370,49 +590,6 @@ def frechet_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [*deviations, Deviation("fd_aa", distance("fd_aa"), 1e-8, "absolute")]
 
 
-def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the statistics of every fresh parameter, under its released name, of all modules."""
-    setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
-    positions = (1, setup["tokenizer"]["prior_model"]["args"]["max_seq_len"], 256)
-    recipe, generator = (
-        released.config_from_released(setup[name], {"prior_model.pos_emb": positions}, where=str(folder))
-        for name in ("tokenizer", "generator")
-    )
-    recipe = dataclasses.replace(recipe, discriminator=discriminator_config(setup["discriminator"]))
-    params = TokenizerStage(recipe).init(jax.random.key(0)).params
-    network = Generator(generator, rngs=nnx.Rngs(0))
-    discriminator = list(released.discriminator_tensors(recipe.discriminator, recipe.model.clip_shape))
-    fresh = {
-        "tokenizer": released.params_to_released(released.model_tensors(recipe), params),
-        "discriminator": released.params_to_released(discriminator, params["discriminator"]),
-        "generator": released.params_to_released(
-            released.model_tensors(generator), {"generator": nnx.to_pure_dict(nnx.state(network, nnx.Param))}
-        ),
-    }
-    deviations = []
-    for name, tensors in fresh.items():
-        names = [str(n) for n in io[f"{name}_names"]]
-        assert set(names) <= set(tensors), set(names) - set(tensors)
-        shares = [
-            _start(np.asarray(tensors[n], np.float64), *numbers)
-            for n, numbers in zip(names, io[f"{name}_mean_std_max"], strict=True)
-        ]
-        deviations.append(Deviation(f"{name} ({len(names)})", max(shares), 1.0, "share of its limit"))
-    return deviations
-
-
-def _start(x: np.ndarray, mean: float, std: float, largest: float) -> float:
-    """Of a fresh tensor and one of the same distribution, drawn anew: five standard errors of mean and deviation.
-
-    The largest magnitude tells uniform from normal: of one deviation, the one is more than 1.5 times the other.
-    """
-    if std == 0.0:
-        return float(np.abs(x - mean).max() > 0) * 2.0
-    error = std / x.size**0.5
-    shares = abs(x.mean() - mean) / (5 * 2**0.5 * error), abs(x.std() - std) / (5 * error)
-    return max(*shares, abs(np.log(np.abs(x).max() / largest)) / np.log(1.5))
-
-
 def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
     """Of the step's own schedules at every step of the released trainer, and of AdamW's updates."""
     setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
@@ -478,30 +655,34 @@ def psnr_ssim_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [relative(name, jax.jit(getattr(metrics, name))(*pair), io[name]) for name in ("psnr", "ssim")]
 
 
-def all_deviations(reference: pathlib.Path) -> dict[str, list[Deviation]]:
-    """Deviations by folder of the reference."""
-    return {
-        "tokenizer": tokenizer_deviations(reference / "tokenizer"),
-        "discriminator": discriminator_deviations(reference / "discriminator"),
-        "training": training_deviations(reference / "training"),
-        **{
-            name: generator_deviations(reference / name) + sampling_deviations(reference / name)
-            for name in ("ar_class", "ar_frame_prediction")
-        },
-        "lpips": lpips_deviations(reference / "lpips"),
-        "i3d": i3d_deviations(reference / "i3d"),
-        "frechet": frechet_deviations(reference / "frechet"),
-        "psnr_ssim": psnr_ssim_deviations(reference / "psnr_ssim"),
-        "initialisation": initialisation_deviations(reference / "initialisation"),
-        "schedules": schedules_deviations(reference / "schedules"),
-    }
+# What is compared in each folder of the reference.
+COMPARISONS = {
+    "tokenizer": tokenizer_deviations,
+    "tokenizer_rounds": rounds_deviations,
+    **{f"tokenizer_{option}": plain_deviations for option in PLAIN},
+    "tokenizer_kl": kl_deviations,
+    "entropy": entropy_deviations,
+    "discriminator": discriminator_deviations,
+    "ns_smooth": ns_smooth_deviations,
+    "training": training_deviations,
+    "schedules": schedules_deviations,
+    "initialisation": initialisation_deviations,
+    **{
+        name: lambda folder: generator_deviations(folder) + sampling_deviations(folder)
+        for name in ("ar_class", "ar_frame_prediction")
+    },
+    "lpips": lpips_deviations,
+    "i3d": i3d_deviations,
+    "frechet": frechet_deviations,
+    "psnr_ssim": psnr_ssim_deviations,
+}
 
 
 def main():
     reference = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else REFERENCE
     print("| reference | quantity | largest deviation | limit | measure |\n|---|---|---|---|---|")
-    for folder, deviations in all_deviations(reference).items():
-        for d in deviations:
+    for folder, deviations in COMPARISONS.items():
+        for d in deviations(reference / folder):
             print(f"| {folder} | {d.name} | {d.largest:.1e} | {d.limit:g} | {d.measure} |")
 
 

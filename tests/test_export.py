@@ -14,7 +14,7 @@ from fidelity import build
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
-from test_importing import EVERYTHING, FOLDERS, MODEL, NOTHING, WIDTH
+from test_importing import EVERYTHING, FOLDED, FOLDERS, MODEL, NOTHING, OPTIONS, WIDTH
 
 from larp_jax import config as cfg, export, released
 from larp_jax.config import GeneratorConfig, PriorConfig, TokenizerConfig, TokenizerRecipe
@@ -40,7 +40,7 @@ def assert_same(params, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *OPTIONS])
 def test_import_then_export_gives_the_same_files(reference_dir, tmp_path, name):
     kind, config, params = import_huggingface(reference_dir / name)
     export.export_huggingface(tmp_path / "out", config, params)
@@ -51,9 +51,22 @@ def test_import_then_export_gives_the_same_files(reference_dir, tmp_path, name):
     assert_same(params, again[2])
 
 
+@pytest.mark.parametrize("name", FOLDED)
+def test_what_was_folded_comes_back_as_an_equal_model(reference_dir, tmp_path, name):
+    _, config, params = import_huggingface(reference_dir / name)
+    export.export_huggingface(tmp_path / "out", config, params)
+    _, again, params_again = import_huggingface(tmp_path / "out")
+    assert again == config
+    assert_same(params, params_again)
+
+
 def recipe(model=None, prior=None, **options) -> TokenizerRecipe:
     model = TokenizerConfig(size="custom", **MODEL | (model or {}))
     return TokenizerRecipe(model=model, prior=PriorConfig(**{"size": "custom"} | WIDTH | (prior or {})), **options)
+
+
+def quantizer(**options) -> cfg.QuantizerConfig:
+    return dataclasses.replace(MODEL["quantizer"], **options)
 
 
 CONFIGS = {
@@ -62,6 +75,12 @@ CONFIGS = {
     "fixed": recipe(NOTHING | dict(latent_position_base=5000.0, encoder_query_gaussian_init=False)),
     "frames": recipe(dict(patch_frames=1, decoder_patch_frames=1, channels=1)),
     "vq": recipe(dict(quantizer=cfg.QuantizerConfig(kind="vq", codebook_size=20, code_dim=4, entropy_weight=0.1))),
+    "vq of any length": recipe(dict(quantizer=quantizer(kind="vq", l2_normalized=False))),
+    "norm of tokens": recipe(dict(quantizer=quantizer(norm="ln_nd"))),
+    "kl": TokenizerRecipe(
+        model=TokenizerConfig(size="custom", **MODEL | dict(quantizer=quantizer(kind="kl", norm="ln_d"))),
+        loss=cfg.LossConfig(prior_weight=0.0),
+    ),
     "named prior": recipe(prior=dict(size="XXS", width=256, depth=6, heads=4, dropout=0.0, mix_max=1.0, mix_ramp=0.0)),
     "long prior": recipe(prior=dict(size="XXS", width=256, depth=6, heads=4, positions=1024, dropout=0.2)),
     "class": GeneratorConfig(size="custom", **WIDTH | dict(codebook_size=10, num_tokens=5, fixed_positions=True)),
@@ -109,7 +128,6 @@ assert import_huggingface({str(tmp_path / "out")!r})[1] == config
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        (dict(quantizer=cfg.QuantizerConfig(kind="kl")), "quantizer.kind='kl'"),
         (dict(quantizer=cfg.QuantizerConfig(input_norm="layer")), "quantizer.input_norm='layer'"),
         (dict(decoder_patch_frames=4), "decoder_patch_frames=4"),
     ],
@@ -190,6 +208,10 @@ def test_codebooks(tokenizer, tmp_path, monkeypatch):
         np.testing.assert_array_equal(other.get_tensor("codebook"), codebook)
     assert codebook.shape == (64, 8) and codebook.dtype == np.float32
     embedding = params["quantizer"]["embedding"]
+    plain = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, kind="vq", l2_normalized=False))
+    export.export_codebook_npz(tmp_path / "plain.npz", plain, params)
+    assert json.loads((tmp_path / "plain.json").read_text())["normalisation"] == "none"
+    np.testing.assert_array_equal(np.load(tmp_path / "plain.npz")["codebook"], embedding)
     np.testing.assert_allclose(codebook, embedding / np.linalg.norm(embedding, axis=1, keepdims=True), atol=1e-6)
     with pytest.raises(ValueError, match="usage counts"):
         export.export_codebook_npz(tmp_path / "codebook.npz", config, params, usage_counts=[1, 2])

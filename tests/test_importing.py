@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import pickle
+import re
 import shutil
 
 import jax
@@ -23,6 +24,8 @@ from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 
 FOLDERS = ["tokenizer", "ar_class", "ar_frame_prediction"]
+OPTIONS = [f"tokenizer_{name}" for name in ("rounds", "base_100", "frame_patches", "kl", "vq_l2", "ln_d", "ln_nd")]
+FOLDED = ["tokenizer_bn_bn", "tokenizer_learned_temperature"]  # come in as an equal model without
 WIDTH = dict(width=16, depth=2, heads=2)
 MODEL = dict(frames=4, resolution=16, patch_frames=2, patch_size=4, num_tokens=6)
 MODEL |= dict(encoder=cfg.TransformerConfig(**WIDTH), decoder=cfg.TransformerConfig(width=24, depth=1, heads=3))
@@ -47,8 +50,10 @@ def shapes_of_items(items) -> dict:
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING, NOTHING, dict(patch_frames=1, decoder_patch_frames=1)])
-def test_the_map_covers_every_parameter_of_the_tokenizer(options):
-    config = TokenizerConfig(**MODEL | options)
+@pytest.mark.parametrize("bottleneck", [{}, dict(kind="kl", norm="ln_nd"), dict(norm="ln_d")])
+def test_the_map_covers_every_parameter_of_the_tokenizer(options, bottleneck):
+    quantizer = cfg.QuantizerConfig(codebook_size=20, code_dim=4, **bottleneck)
+    config = TokenizerConfig(**MODEL | options | {"quantizer": quantizer})
     recipe = TokenizerRecipe(model=config, loss=cfg.LossConfig(prior_weight=0.0))
     expected = shapes_of(lambda: Tokenizer(config, rngs=nnx.Rngs(0)), "tokenizer")
     assert shapes_of_items(released.model_tensors(recipe)) == expected
@@ -149,10 +154,18 @@ def refusal(source, **options) -> str:
         ("encoder_name", "resnet"),
         ("decoder_name", 3),
         ("bottleneck.name", "other"),
-        ("bottleneck.args.norm", "ln_d"),
-        ("bottleneck.args.regularizer.name", "skl"),
+        ("bottleneck.args.norm", "bn_b"),
+        ("bottleneck.args.norm", "bn_bn"),
+        ("bottleneck.args.norm", ""),
+        ("bottleneck.args.norm", 1),
+        ("bottleneck.args.bottleneck_dim", -1),
+        ("bottleneck.args.regularizer.name", "lfq"),
+        ("bottleneck.args.regularizer.name", None),
+        ("bottleneck.args.regularizer.args.codebook_size", 1),
         ("bottleneck.args.regularizer.args.l2_normalized", False),
         ("bottleneck.args.regularizer.args.l2_normalized", 1),
+        ("decoder_temporal_patch_size", 2),
+        ("decoder_patch_size", 4),
         ("bottleneck.args.regularizer.args.stochastic", "yes"),
         ("bottleneck.args.regularizer.args.stochastic_temperature", -1.0),
         ("bottleneck.args.regularizer.args.invented", 1),
@@ -163,6 +176,9 @@ def refusal(source, **options) -> str:
         ("prior_model.args.max_seq_len", 4),
         ("prior_model.name", "other-S"),
         ("prior_model.n_rounds", 0),
+        ("prior_model.latent_ce_temperature", 0),
+        ("prior_model.mix_ss_peak_steps_ratio", -0.1),
+        ("prior_model.mix_ss_max_ratio", 1.5),
         ("prior_model", "gptc-S"),
         ("invented", {"by": "someone"}),
         ("encoder_hidden_size", "48"),
@@ -179,13 +195,77 @@ def refusal(source, **options) -> str:
 def test_every_field_is_honoured_or_refused_by_name(copy, path, value):
     copy.take().config(path, value)
     message = refusal(copy.path)
-    words = {"encoder_num_heads": "heads", "frame_num": "frames"}
-    words |= {"encoder_depth": "tensors"} if value == 10**12 else {}
-    words |= {"prior_model.n_rounds": "rounds", "bottleneck_token_num": "prior_model"}
-    words |= {"prior_model.args.max_seq_len": "positions"}
-    words |= {"bottleneck.args.regularizer.args.stochastic_temperature": "temperature"}
-    assert words.get(path, path.split(".")[-1]) in message, message
+    words = {"encoder_depth": "tensors"} if value == 10**12 else {}
+    name = path.removeprefix("prior_model.")
+    assert words.get(path, name) in message, message
     assert "config.json" in message
+    # none of ours, which whoever gave the file has never heard of
+    assert not re.search(r"\b(model|quantizer|prior|encoder|decoder)\.\w+=", message), message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name"),
+    [("n_head", 5, "n_head=5"), ("n_kv_head", 3, "n_kv_head=3"), ("dim", 6, "dim=6"), ("multiple_of", 0, "multiple_of")]
+    + [("class_dropout_prob", 2, "class_dropout_prob"), ("norm_eps", 0, "norm_eps"), ("vocab_size", 1, "vocab_size")],
+)
+def test_refusals_of_a_generator_name_its_fields(copy, path, value, name):
+    copy.take("ar_class").config(path, value)
+    message = refusal(copy.path)
+    assert name in message and "model." not in message.replace("model.safetensors", ""), message
+
+
+def test_names_of_options_in_any_case(copy):
+    copy.take().config("bottleneck.args.norm", "None")
+    copy.config("encoder_name", "NULL")
+    assert import_huggingface(copy.path)[1].model.quantizer.norm == "none"
+    copy.config("bottleneck.args.norm", "LN_D_NA")  # which the released forward pass leaves out
+    assert import_huggingface(copy.path)[1].model.quantizer.norm == "none"
+
+
+def test_what_only_a_draw_reads(copy):
+    """The released code ignores a temperature of deterministic codes, and an entropy weight below 0."""
+    arguments = "bottleneck.args.regularizer.args"
+    copy.take().config(f"{arguments}.stochastic", False)
+    copy.config(f"{arguments}.stochastic_temperature", -1.0)
+    copy.config(f"{arguments}.entropy_loss_weight", -0.5)
+    quantizer = import_huggingface(copy.path)[1].model.quantizer
+    assert (quantizer.kind, quantizer.temperature, quantizer.entropy_weight) == ("vq", 0.03, 0.0)
+
+
+def test_a_gaussian_bottleneck_keeps_no_prior(copy):
+    copy.take().config("bottleneck.args.regularizer.name", "skl")
+    assert "prior_model" in refusal(copy.path)
+    copy.config("prior_model", {"name": "none"})  # the settings of codes may stay, unread
+    message = refusal(copy.path)
+    assert "bottleneck.in_linear.weight [8, 48] for [16, 48]" in message
+
+
+def test_a_learned_temperature_is_that_of_the_draw(copy):
+    name = "bottleneck.regularizer.stochastic_temperature_inv"
+    copy.take("tokenizer_learned_temperature").tensors(lambda t: t.update({name: np.array(16, np.float32)}))
+    assert import_huggingface(copy.path)[1].model.quantizer.temperature == 1 / 16
+    for wrong in (0.0, -2.0, np.nan, [1.0, 1.0]):
+        copy.tensors(lambda t, wrong=wrong: t.update({name: np.array(wrong, np.float32)}))
+        assert "stochastic_temperature=-1.0" in refusal(copy.path)
+    copy.config("bottleneck.args.regularizer.args.stochastic_temperature", 0.03)
+    assert f"not expected {name}" in refusal(copy.path)
+
+
+def test_batch_norm_needs_its_statistics(copy):
+    def change(name, value):
+        copy.tensors(lambda t: t.update({f"bottleneck.norm_layer.{name}": np.asarray(value, np.float32)}))
+
+    copy.take("tokenizer_bn_bn")
+    change("running_var", [1, 1, -1, 1])
+    assert "running_var" in refusal(copy.path)
+    change("running_var", [1, 1, np.nan, 1])
+    assert "running_var" in refusal(copy.path)
+    change("running_var", np.ones(3))
+    assert "running_var [3] for [4]" in refusal(copy.path)
+    copy.tensors(lambda t: t.pop("bottleneck.in_linear.weight"))
+    assert "bottleneck.in_linear.weight" in refusal(copy.path)
+    copy.config("bottleneck.args.norm", "none")
+    assert "not expected bottleneck.norm_layer.bias" in refusal(copy.path)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +452,7 @@ def leaves(values, path=()):
             yield from leaves(value, (*path, key))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "tokenizer_bn_bn"])
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_of_the_config_imports_or_is_refused(reference_dir, tmp_path, name, data):

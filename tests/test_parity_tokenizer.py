@@ -1,9 +1,24 @@
 """Tokenizer and prior compute what the authors' implementation computes, on its weights."""
 
-from fidelity import tokenizer_deviations
+import pytest
+from fidelity import COMPARISONS, tokenizer_deviations
 
 
 def test_every_quantity_of_the_reference(reference_dir):
     deviations = tokenizer_deviations(reference_dir / "tokenizer")
     assert len(deviations) == 16
     assert not [d for d in deviations if not d.within]
+
+
+OPTIONS = [name for name in COMPARISONS if name.startswith("tokenizer_")]
+
+
+@pytest.mark.parametrize("folder", [*OPTIONS, "entropy", "ns_smooth", "schedules", "initialisation"])
+def test_every_quantity_of_its_options(reference_dir, folder):
+    deviations = COMPARISONS[folder](reference_dir / folder)
+    assert len(deviations) >= 4
+    assert not [d for d in deviations if not d.within]
+
+
+def test_every_reference_is_compared(reference_dir):
+    assert {path.name for path in reference_dir.iterdir()} == set(COMPARISONS)

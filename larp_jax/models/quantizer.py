@@ -1,4 +1,5 @@
-"""The bottleneck: stochastic vector quantisation (SVQ), plain VQ, or a KL-regularised Gaussian (METHOD 1)."""
+"""The bottleneck (arXiv 2410.21264, section 3): stochastic vector quantization (SVQ), plain VQ, or a KL-regularized
+Gaussian."""
 
 import dataclasses
 
@@ -18,10 +19,11 @@ class Quantized:
     """What the bottleneck gives. Everything is float32 but the indices.
 
     Attributes:
-      z: [B, N, d], the latents before quantisation: unit vectors (the means for the KL bottleneck).
+      z: [B, N, d], the latents before quantization: unit vectors (the means for the KL bottleneck; as they come from
+        in_linear where `l2_normalized` is false).
       z_q: [B, N, d], the latents handed on, straight-through: their values are code vectors, their gradient goes to z.
       indices: [B, N] int32 codes; None for the KL bottleneck.
-      loss: scalar, the weighted bottleneck loss (`loss_q` of METHOD 1).
+      loss: scalar, the weighted bottleneck loss (`loss_q` of the released code).
       terms: its parts by name, unweighted scalars.
     """
 
@@ -44,13 +46,31 @@ def similarities(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 class Quantizer(nnx.Module):
-    """in_linear -> latents -> codes -> out_linear. Float32 throughout, whatever the rest of the model computes in."""
+    """in_linear -> norm -> latents -> codes -> out_linear. Float32, whatever the rest of the model computes in.
 
-    def __init__(self, config: QuantizerConfig, encoder_width: int, decoder_width: int, *, rngs: nnx.Rngs):
+    Args:
+      config: kind and options.
+      encoder_width: of what comes in.
+      decoder_width: of what goes out.
+      num_tokens: N, which only `norm="ln_nd"` asks for.
+      rngs: `params` stream for the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: QuantizerConfig,
+        encoder_width: int,
+        decoder_width: int,
+        num_tokens: int = 0,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         projected = 2 * config.code_dim if config.kind == "kl" else config.code_dim
         self.in_norm = LayerNorm(encoder_width, epsilon=1e-5) if config.input_norm == "layer" else None
         self.in_linear = Linear(encoder_width, projected, rngs=rngs)
+        widths = {"ln_d": projected, "ln_nd": num_tokens * projected}
+        self.norm = None if config.norm == "none" else LayerNorm(widths[config.norm], epsilon=1e-5)
         self.out_linear = Linear(config.code_dim, decoder_width, rngs=rngs)
         if config.kind == "kl":
             self.embedding = None
@@ -61,18 +81,22 @@ class Quantizer(nnx.Module):
 
     @property
     def codebook(self) -> jax.Array:
-        """The code vectors as they are used: [K, d] float32, rows of unit length."""
-        return normalize(self.embedding[...])
+        """The code vectors as they are used, see `code_vectors`."""
+        return code_vectors(self.config, self.embedding[...])
 
     def project(self, h: jax.Array) -> jax.Array:
-        """Encoder outputs [B, N, D] -> in_linear's output [B, N, d] (2 d for KL), before normalisation."""
+        """Encoder outputs [B, N, D] -> what in_linear and the norm after it give, [B, N, d] (2 d for KL)."""
         h = h.astype(jnp.float32)
-        return self.in_linear(h if self.in_norm is None else self.in_norm(h))
+        projected = self.in_linear(h if self.in_norm is None else self.in_norm(h))
+        if self.config.norm == "none":
+            return projected
+        flat = projected.reshape(len(h), -1) if self.config.norm == "ln_nd" else projected
+        return self.norm(flat).reshape(projected.shape)
 
     def __call__(
         self, projected: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
     ) -> Quantized:
-        """Quantises [B, N, d].
+        """Quantizes [B, N, d].
 
         Args:
           projected: what `project` returned.
@@ -81,12 +105,14 @@ class Quantizer(nnx.Module):
         """
         if self.config.kind == "kl":
             return self._gaussian(projected, key)
-        z = normalize(projected)
+        z = normalize(projected) if self.config.l2_normalized else projected
         codebook = self.codebook
         if self.config.kind == "vq":
             key = None
         temperature = self.config.temperature if temperature is None else temperature
-        indices = nearest_codes(z, codebook, key=key, temperature=temperature)
+        indices = nearest_codes(
+            z, codebook, key=key, temperature=temperature, l2_normalized=self.config.l2_normalized
+        )
         codes = codebook[indices]
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
         codebook_loss = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
@@ -99,16 +125,15 @@ class Quantizer(nnx.Module):
         return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms)
 
     def _gaussian(self, projected, key):
-        mean, log_variance = jnp.split(projected, 2, axis=-1)
-        log_variance = jnp.clip(log_variance, -30.0, 20.0)
-        kl = 0.5 * jnp.mean(jnp.sum(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=-1))
+        mean, log_variance = mean_and_log_variance(projected)
+        kl = 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=(1, 2)).mean()
         z_q = mean
         if key is not None:
-            z_q = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+            z_q = reparameterize(mean, log_variance, jax.random.normal(key, mean.shape))
         return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl})
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, N] int32 -> unit code vectors [B, N, d]."""
+        """Codes [B, N] int32 -> code vectors [B, N, d]."""
         return self.codebook[indices]
 
     def expand(self, z_q: jax.Array) -> jax.Array:
@@ -116,16 +141,38 @@ class Quantizer(nnx.Module):
         return self.out_linear(z_q)
 
 
+def code_vectors(config: QuantizerConfig, embedding: jax.Array) -> jax.Array:
+    """The codebook of a table [K, d]: its rows at unit length, or as they are where `l2_normalized` is false."""
+    return normalize(embedding) if config.l2_normalized else embedding
+
+
+def mean_and_log_variance(projected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Gaussian in [B, N, 2 d]: mean [B, N, d] in the even columns, log-variance in the odd ones, in [-30, 20]."""
+    return projected[..., ::2], jnp.clip(projected[..., 1::2], -30.0, 20.0)
+
+
+def reparameterize(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
+    """A draw of that Gaussian from one of the standard normal distribution, all of one shape."""
+    return mean + jnp.exp(0.5 * log_variance) * noise
+
+
 def nearest_codes(
-    z: jax.Array, codebook: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float = 1.0
+    z: jax.Array,
+    codebook: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    temperature: jax.Array | float = 1.0,
+    l2_normalized: bool = True,
 ) -> jax.Array:
-    """The nearest code of each unit latent or, with a key, a draw from softmax(z . E^T / temperature).
+    """The nearest code of each latent or, with a key, a draw from softmax(z . E^T / temperature).
 
     Args:
       z: [B, N, d] unit vectors.
       codebook: [K, d] unit vectors.
       key: for the draw.
       temperature: tau.
+      l2_normalized: whether they are unit vectors, whose nearest is that of the largest cosine; without a key, they
+        need not be.
 
     Returns:
       [B, N] int32.
@@ -133,6 +180,8 @@ def nearest_codes(
     z, codebook = jax.lax.stop_gradient((z, codebook))
 
     def pick(i, z):
+        if not l2_normalized:
+            return largest(affinities(z, codebook))
         logits = similarities(z, codebook)
         if key is not None:
             return draw(jax.random.fold_in(key, i), logits / temperature)
@@ -141,17 +190,27 @@ def nearest_codes(
     return map_token_chunks(pick, z)
 
 
-def entropy_loss(z: jax.Array, codebook: jax.Array, temperature: float) -> jax.Array:
-    """Mean entropy of each token's softmax(z . E^T / temperature) minus the entropy of their mean (METHOD 1).
+def affinities(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Minus the squared distances [B, N, K] of latents [B, N, d] and codes [K, d], but for |z|^2.
 
-    Small when tokens are certain of their code and all codes are used: between -log K and log K.
+    What |z|^2 adds is the same for all codes: neither the nearest nor a softmax over them depends on it.
+    """
+    return 2.0 * similarities(z, codebook) - jnp.sum(jnp.square(codebook), axis=-1)
+
+
+def entropy_loss(z: jax.Array, codebook: jax.Array, temperature: float) -> jax.Array:
+    """Mean entropy of each token's softmax(-D / temperature) minus the entropy of their mean, as in the released code.
+
+    D are the squared distances of latents [B, N, d] and codes [K, d]; of unit vectors they are twice the cosines but
+    for a constant. The loss is small when tokens are certain of their code and all codes are used: between -log K and
+    log K.
     """
 
     def entropies(_, z):
-        log_probs = jax.nn.log_softmax(similarities(z, codebook) / temperature, axis=-1)
+        log_probs = jax.nn.log_softmax(affinities(z, codebook) / temperature, axis=-1)
         probs = jnp.exp(log_probs)
         return -jnp.sum(probs * log_probs, axis=-1), probs.mean(axis=0, keepdims=True)
 
     sample_entropy, mean_probs = map_token_chunks(entropies, z)
     mean_probs = mean_probs.mean(axis=(0, 1))
-    return sample_entropy.mean() + jnp.sum(mean_probs * jnp.log(mean_probs + 1e-12))
+    return sample_entropy.mean() + jnp.sum(mean_probs * jnp.log(mean_probs + 1e-5))

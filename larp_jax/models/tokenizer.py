@@ -102,7 +102,8 @@ class Tokenizer(nnx.Module):
     ):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs, remat=remat, dtype=dtype)
-        self.quantizer = Quantizer(config.quantizer, config.encoder.width, config.decoder.width, rngs=rngs)
+        widths = config.encoder.width, config.decoder.width
+        self.quantizer = Quantizer(config.quantizer, *widths, config.num_tokens, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs, remat=remat, dtype=dtype)
 
     def __call__(
