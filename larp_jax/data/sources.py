@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # The most classes that a data set may claim.
 MANY_CLASSES = 1_000_000
+# The most classes that a message lists.
+MANY_LISTED = 20
 # The file of a prepared data set that says which videos its records hold.
 VIDEOS = "videos.json"
 
@@ -221,6 +223,13 @@ def labels(source: Source) -> np.ndarray:
     """`Source.label` of every video, int64."""
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         return np.fromiter(pool.map(source.label, range(len(source))), np.int64, len(source))
+
+
+def class_list(labels: Sequence[int], names: Sequence[str]) -> str:
+    """Classes as messages list them: by number, and by name where they have one."""
+    listed = [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels[:MANY_LISTED]]
+    more = len(labels) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def same_videos(source: Source, other: Source) -> set[int]:
