@@ -151,6 +151,7 @@ class TokenizerConfig:
         set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
         for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        _require(self.channels == 3, f"model.channels={self.channels} is not supported: videos are RGB; set it to 3")
         for whole, part in (
             ("frames", "patch_frames"),
             ("resolution", "patch_size"),

@@ -60,7 +60,7 @@ CONFIGS = {
     "plain": recipe(),
     "learned": recipe(EVERYTHING),
     "fixed": recipe(NOTHING | dict(latent_position_base=5000.0, encoder_query_gaussian_init=False)),
-    "frames": recipe(dict(patch_frames=1, decoder_patch_frames=1, channels=1)),
+    "frames": recipe(dict(patch_frames=1, decoder_patch_frames=1)),
     "vq": recipe(dict(quantizer=cfg.QuantizerConfig(kind="vq", codebook_size=20, code_dim=4, entropy_weight=0.1))),
     "named prior": recipe(prior=dict(size="XXS", width=256, depth=6, heads=4, dropout=0.0, mix_max=1.0, mix_ramp=0.0)),
     "long prior": recipe(prior=dict(size="XXS", width=256, depth=6, heads=4, positions=1024, dropout=0.2)),

@@ -211,9 +211,9 @@ def test_names_that_do_not_fit(tmp_path):
         load_generator(write_generator(tmp_path / "numbers", {"class_names": [1, 2]}))
 
 
-def test_a_class_without_training_videos_is_sampled_with_a_warning(by_class, trained, tmp_path, caplog):
+def test_a_class_without_training_videos_is_sampled_with_a_warning(by_class, trained, tmp_path, capsys):
     assert run("sample", by_class, trained, tmp_path / "out", "--classes=1,2", "--num=2") == 0
-    assert "no training video has the class 1: its samples mean nothing" in caplog.text
+    assert "no training video has the class 1: its samples mean nothing" in capsys.readouterr().err
 
 
 def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_path, no_i3d):
