@@ -233,6 +233,7 @@ class LoadedGenerator:
       mesh: to lay the parameters on and to split batches over (`data` x `fsdp`); the default device without.
       tokenizer_fingerprint: of the tokenizer whose codes it was trained on; None where unknown.
       class_counts: [classes] int, how many training clips each class has; None where unknown.
+      class_names: names of the classes in the order of their labels; empty, or fewer than classes, where unknown.
 
     Attributes:
       config: as given.
@@ -240,6 +241,7 @@ class LoadedGenerator:
       precision: as given.
       tokenizer_fingerprint: as given.
       class_counts: as given.
+      class_names: as given.
     """
 
     def __init__(
@@ -252,13 +254,19 @@ class LoadedGenerator:
         mesh: Mesh | None = None,
         tokenizer_fingerprint: str | None = None,
         class_counts: np.ndarray | None = None,
+        class_names: Sequence[str] = (),
     ):
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
         if class_counts is not None and (config.frame_prediction or len(class_counts) != config.num_classes):
             raise InputError(f"class_counts of {len(class_counts)} classes do not fit the generator")
+        if len(class_names) > config.num_classes:
+            raise InputError(
+                f"{len(class_names)} names of classes do not fit the generator, which has {config.num_classes}"
+            )
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
+        self.class_names = tuple(class_names)
         self._mesh, dtype = mesh, jnp.dtype(precision)
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
@@ -285,6 +293,7 @@ class LoadedGenerator:
             mesh=mesh,
             tokenizer_fingerprint=found.tokenizer_fingerprint,
             class_counts=found.class_counts,
+            class_names=found.class_names,
         )
 
     @property

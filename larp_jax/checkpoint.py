@@ -313,6 +313,7 @@ class Checkpoint:
       mean_clip: [T, H, W, C] float32 in [0, 1], the mean of training clips; None where unknown.
       tokenizer_fingerprint: of a generator, the tokenizer whose codes it was trained on; None where unknown.
       class_counts: [classes] int64, of a generator, training clips of each class; None where unknown.
+      class_names: of a generator, the classes of its training data in the order of their labels; empty where unknown.
     """
 
     path: pathlib.Path
@@ -323,6 +324,7 @@ class Checkpoint:
     mean_clip: np.ndarray | None
     tokenizer_fingerprint: str | None = None
     class_counts: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
@@ -365,6 +367,9 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
             None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
             for name in ("code_counts", "class_counts")
         )
+        class_names = tuple(metadata.get("class_names") or ())
+        if not all(isinstance(name, str) for name in class_names):
+            raise ValueError("its class_names are no names")
         step = operator.index(metadata.get("step", 0))
         with ocp.PyTreeCheckpointer() as reader:
             arrays = reader.metadata(directory / item).item_metadata
@@ -389,6 +394,7 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
         mean_clip=read_mean_clip(mean_clip) if in_workdir and mean_clip.exists() else None,
         tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
         class_counts=class_counts,
+        class_names=class_names,
     )
 
 

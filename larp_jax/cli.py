@@ -268,8 +268,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     samples(sub, "sample")
     sub.add_argument(
-        "--classes", type=_class_list, metavar="C", help="0,3 shares --num out evenly, 0:100,3:50 gives the count of"
-        " each; without, classes are as frequent as in training where that is known, else all alike",
+        "--classes", metavar="C", help="by number or name: 0,walk shares --num out evenly, 0:100,walk:50 gives the"
+        " count of each; without, classes are as frequent as in training where that is known, else all alike",
     )  # fmt: skip
     sub.add_argument("--num", type=_positive, metavar="N", help="videos in all (default: 16)")
     guidance(sub, 1.0)
@@ -389,19 +389,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    value = int(text) if text.isdigit() else -1
+    value = int(text) if text.isdecimal() else -1
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return value
-
-
-def _class_list(text: str) -> dict[int, int]:
-    """`0,3` as {0: 0, 3: 0}, `0:100,3:50` as {0: 100, 3: 50}."""
-    pairs = [part.partition(":") for part in text.split(",")]
-    classes = {_count(label): _positive(count) if colon else 0 for label, colon, count in pairs}
-    if len(classes) < len(pairs) or len({colon for _, colon, _ in pairs}) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be like 0,3 or 0:100,3:50, each class once")
-    return classes
 
 
 def _positive(text: str) -> int:
@@ -630,7 +621,7 @@ def _evaluate_generator(arguments, found):
     clips = _clips(arguments, found, tokenizer.config, cond_frames)
     scores, protocol = {}, clips.describe()
     if "cross_entropy" in names:
-        of_codes, described = _next_code_scores(found, tokenizer, clips, batch_size)
+        of_codes, described = _next_code_scores(found, generator, tokenizer, clips, batch_size)
         scores |= of_codes
         protocol |= described
     if "fvd" in names:
@@ -654,13 +645,13 @@ def _evaluate_generator(arguments, found):
     _write_scores(arguments, found, scores, protocol)
 
 
-def _next_code_scores(found, tokenizer, clips, batch_size):
+def _next_code_scores(found, generator, tokenizer, clips, batch_size):
     """Scores of a generator for the codes of clips, and their protocol."""
     import dataclasses
 
     import jax
 
-    from larp_jax import evaluators, sharding
+    from larp_jax import evaluators, generate, sharding
     from larp_jax.config import MeshConfig
     from larp_jax.steps import GeneratorStage
 
@@ -671,6 +662,8 @@ def _next_code_scores(found, tokenizer, clips, batch_size):
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         params, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in trees)
         rows = evaluators.encoded_clips(stage.codes, frozen, clips, mesh, batch_size=batch_size, progress=True)
+        if not found.recipe.model.frame_prediction:
+            rows["label"] = generate.own_labels(generator, clips, rows["label"])
         scores = evaluators.NextCodeEvaluator(stage.score, rows, mesh, batch_size=batch_size).run(params)
     codes = {"K": found.recipe.model.codebook_size, "N": found.recipe.model.num_tokens}
     return scores, {"clips": len(rows["codes"]), "codes": codes}
@@ -880,12 +873,10 @@ def _sample(arguments):
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:
     """How many to sample of each class."""
-    from larp_jax.generate import as_in_training, spread
+    from larp_jax.generate import as_in_training, read_classes, spread
 
     classes, number = generator.config.num_classes, arguments.num
-    wanted = arguments.classes or {}
-    if unknown := [label for label in wanted if label >= classes]:
-        raise InputError(f"--classes: {unknown[0]} is no class of the generator, which has 0 to {classes - 1}")
+    wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
     if any(wanted.values()):
         if number is not None:
             raise InputError("--num cannot be given with counts in --classes; leave it out")

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from larp_jax.data import Batches
+from larp_jax.data.spec import advice
 from larp_jax.errors import InputError
-from larp_jax.tokens import read_manifest, read_shard
+from larp_jax.tokens import MANIFEST, read_manifest, read_shard
 
 
 class CodeSet:
@@ -32,6 +33,8 @@ class CodeSet:
 
     def __init__(self, directory: str | os.PathLike):
         self.path = pathlib.Path(directory)
+        if not (self.path / MANIFEST).exists() and (found := advice(self.path)):
+            raise InputError(f"{directory} holds no codes that larp-jax tokenize wrote; {found}")
         self.manifest = read_manifest(directory)
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
@@ -41,6 +44,10 @@ class CodeSet:
             name: np.concatenate([read_shard(directory, self.manifest, i, name) for i in shards]) for name in names
         }
         self.rows["label"] = np.array([row["label"] for row in rows], np.int32)
+        if self.label_names and (last := int(self.rows["label"].max())) >= len(self.label_names):
+            raise InputError(
+                f"{self.path / MANIFEST} has label {last} of {len(self.label_names)} classes; tokenize again"
+            )
         _, video = np.unique([row["source"] for row in rows], return_inverse=True)
         self._order = np.argsort(video, kind="stable")  # rows video by video
         self._counts = np.bincount(video)

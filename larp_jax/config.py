@@ -53,6 +53,17 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _at_least_0(name: str, config: typing.Any, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(config, field) >= 0, f"{name}.{field} must not be negative, got {getattr(config, field)}")
+
+
+def _within(name: str, config: typing.Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(0 <= value <= 1, f"{name}.{field} must lie in [0, 1], got {value}")
+
+
 def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
     _require(
         isinstance(value, str) and value in allowed,
@@ -123,7 +134,11 @@ class QuantizerConfig:
         )
         _require(self.codebook_size > 1, f"quantizer.codebook_size must be above 1, got {self.codebook_size}")
         _require(self.code_dim > 0, f"quantizer.code_dim must be positive, got {self.code_dim}")
-        _require(self.temperature > 0, f"quantizer.temperature must be positive, got {self.temperature}")
+        for name in ("temperature", "entropy_temperature"):
+            _require(getattr(self, name) > 0, f"quantizer.{name} must be positive, got {getattr(self, name)}")
+        weights = ("commitment_weight", "codebook_weight", "entropy_weight", "kl_weight")
+        _at_least_0("quantizer", self, "temperature_start", *weights)
+        _within("quantizer", self, "temperature_ramp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,10 +183,14 @@ class TokenizerConfig:
             )
             set_field(name, TransformerConfig(width=width, depth=depth, heads=heads))
             getattr(self, name).check(f"model.{name}")
+        _at_least_0("model", self, "decoder_patch_frames", "decoder_patch_size", "query_init_std")
+        base = self.latent_position_base
+        _require(base > 0, f"model.latent_position_base must be positive, got {base}")
         set_field("decoder_patch_frames", self.decoder_patch_frames or self.patch_frames)
         set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
         for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        _require(self.channels == 3, f"model.channels={self.channels} is not supported: videos are RGB; set it to 3")
         for whole, part in (
             ("frames", "patch_frames"),
             ("resolution", "patch_size"),
@@ -257,7 +276,9 @@ class PriorConfig:
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
         _require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
         _require(0 <= self.dropout < 1, f"prior.dropout must lie in [0, 1), got {self.dropout}")
-        _require(0 <= self.mix_max <= 1, f"prior.mix_max must lie in [0, 1], got {self.mix_max}")
+        _require(self.temperature > 0, f"prior.temperature must be positive, got {self.temperature}")
+        _at_least_0("prior", self, "positions")
+        _within("prior", self, "mix_max", "mix_ramp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,7 +325,7 @@ class GeneratorConfig:
         _require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
         _require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
         _require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
-        _require(self.mlp_multiplier >= 0, f"model.mlp_multiplier must not be negative, got {self.mlp_multiplier}")
+        _at_least_0("model", self, "mlp_multiplier", "init_std")
         for part in ("class", "token", "attention", "residual", "mlp", "path"):
             rate = getattr(self, f"{part}_dropout")
             _require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
@@ -378,9 +399,7 @@ class LossConfig:
         _one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
         _require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got nothing")
         _require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)):
-                _require(value >= 0, f"loss.{name} must not be negative, got {value}")
+        _at_least_0("loss", self, *(name for name, value in vars(self).items() if isinstance(value, int | float)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,7 +420,10 @@ class AdamConfig:
 
     def __post_init__(self):
         _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
-        _require(0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
+        _at_least_0("optim", self, "warmup_steps", "clip_norm")
+        _within("optim", self, "floor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -433,7 +455,7 @@ class GeneratorOptimConfig(AdamConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        _at_least_0("optim", self, "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -453,7 +475,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
-        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+        _at_least_0("data", self, "eval_clips", "workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -534,6 +556,15 @@ class TokenizerRecipe(Recipe):
         _require(
             self.loss.perceptual_frames <= self.model.frames,
             f"loss.perceptual_frames={self.loss.perceptual_frames} is more than the {self.model.frames} of a clip",
+        )
+        _require(
+            self.loss.perceptual == "none" or self.model.resolution >= 16,
+            f"loss.perceptual needs clips of 16 pixels, model.resolution={self.model.resolution}; set it to 'none'",
+        )
+        _require(self.data_init_clips >= 0, f"data_init_clips must not be negative, got {self.data_init_clips}")
+        rows, tokens = self.prior.positions, self.model.num_tokens
+        _require(
+            not rows or rows >= tokens, f"prior.positions={rows} are fewer than model.num_tokens={tokens}; set it to 0"
         )
         _require(
             not (self.loss.prior_weight and self.model.quantizer.kind == "kl"),
@@ -661,7 +692,8 @@ def _checked(kind, value, name: str):
     if kind is dict:
         _require(isinstance(value, typing.Mapping), f"{name} holds numbers by name, got {value!r}")
         return {key: _checked(float, number, f"{name}.{key}") for key, number in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        _require(math.isfinite(value), f"{name} must be a finite number, got {value}")
         return float(value)
     if type(value) is not kind:
         raise InputError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")

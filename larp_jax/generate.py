@@ -6,8 +6,11 @@ manifest comes last.
 """
 
 import contextlib
+import csv
+import difflib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -20,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluators import to_uint8
@@ -29,6 +33,8 @@ from larp_jax.sampling import SamplingOptions
 from larp_jax.steps import hold_last_frame
 from larp_jax.tokens import FORMAT, MANIFEST, VERSION, read_shard
 from larp_jax.writers import Progress, make_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 SHEET = "samples.png"
@@ -78,6 +84,7 @@ class Sampler:
                 f"--cfg-scale must be 1: the generator knows no null class to guide by; got {options.cfg_scale:g}"
             )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
+        self.class_names = generator.class_names
         self._generator, self._options, self._cond_frames = generator, options, cond_frames
         self._seed, self._key = seed, jax.random.key(seed)
         # as many as the devices take
@@ -153,6 +160,10 @@ def sample(
       InputError: generator and tokenizer do not fit, or the folder holds something else.
     """
     classes = np.array(_taking_turns(counts), np.int32)
+    trained = generator.class_counts
+    if trained is not None and (untrained := [label for label in sorted(counts) if label >= 0 and not trained[label]]):
+        names = class_list(untrained, generator.class_names)
+        logger.warning("no training video has the class %s: its samples mean nothing", names)
     sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
     run = _Run("sample", sampler, output, len(classes), counts=class_counts(classes))
     with Progress(len(classes), description="sample", unit="video", initial=run.done) as progress:
@@ -163,7 +174,7 @@ def sample(
                 write_video(run.path / f"{_name(i, classes)}.mp4", to_uint8(video), playable_fps(0.0))
             run.keep(number, codes)
             progress.update(len(rows))
-    return run.finish(_described(classes, tokenizer.config.frames), sheet=True)
+    return run.finish(_described(classes, tokenizer.config.frames), generator.class_names, sheet=True)
 
 
 def _name(i: int, classes: np.ndarray) -> str:
@@ -181,6 +192,63 @@ def _described(classes: np.ndarray, frames: int) -> list[dict]:
         {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
         for i, label in enumerate(classes)
     ]
+
+
+def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
+    """Classes by name or by number: `0,walk` as {0: 0, 3: 0}, `0:100,walk:50` as {0: 100, 3: 50}.
+
+    A number is the class of that name where one is called by it. Names that hold commas or quotes are quoted as in CSV.
+
+    Raises:
+      InputError: the generator has no such class, or the text is not of this form.
+    """
+    try:
+        (parts,) = csv.reader([text], skipinitialspace=True)
+    except csv.Error as error:
+        raise InputError(f"--classes: {text!r} is no list ({error})") from None
+    pairs: list[tuple[int, int]] = []
+    for part in [text] if text in generator.class_names else map(str.strip, parts or [""]):
+        name, colon, count = part.rpartition(":")
+        if (label := _class_called(part, generator)) is not None:
+            pairs.append((label, 0))
+        elif colon and count.isdecimal() and (label := _class_called(name, generator)) is not None:
+            if not int(count):
+                raise InputError(f"--classes: {part!r} is for no video; the count must be at least 1")
+            pairs.append((label, int(count)))
+        else:
+            raise InputError(f"--classes: {_no_class(name if count.isdecimal() and colon else part, generator)}")
+    classes = dict(pairs)
+    if len(classes) < len(pairs) or len({count > 0 for _, count in pairs}) > 1:
+        raise InputError(f"--classes: {text!r} must be like 0,3 or 0:100,3:50, each class once")
+    return classes
+
+
+def _class_called(name: str, generator: LoadedGenerator) -> int | None:
+    """The label of a class by its name or its number; None where there is none."""
+    names = generator.class_names
+    if name in names:
+        return names.index(name)
+    if not name.isdecimal() or len(name) > 15:
+        return None
+    number = int(name)
+    for label, other in enumerate(names):
+        if other.isdecimal() and int(other) == number:
+            return label
+    # a number that another class is called by is a name
+    taken = number < len(names) and names[number].isdecimal()
+    return number if number < generator.config.num_classes and not taken else None
+
+
+def _no_class(name: str, generator: LoadedGenerator) -> str:
+    names, last = generator.class_names, generator.config.num_classes - 1
+    if not names:
+        if name.isdecimal():
+            return f"{name} is no class of the generator, which has 0 to {last}"
+        return f"{name!r} is no number of a class (0 to {last}), and the generator knows no names of them"
+    if len(names) <= MANY_LISTED:
+        return f"{name!r} is no class of the generator, which has {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"{name!r} is no class of the generator, which has {len(names)}; did you mean {near[0]!r}?"
 
 
 def as_in_training(generator: LoadedGenerator, total: int) -> dict[int, int]:
@@ -272,7 +340,7 @@ def predict(
             progress.update(len(windows))
     if not described:
         raise InputError(f"{source}: no clip in it has more than the {cond_frames} frames that are given")
-    return run.finish(described, sheet=False)
+    return run.finish(described, inputs.label_names, sheet=False)
 
 
 def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> Iterator[list[Window]]:
@@ -295,14 +363,29 @@ def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
     if generator.class_counts is not None:
         return np.array(_taking_turns(as_in_training(generator, len(clips))), np.int32)
     label_of = {video: clips.source.label(video) for video, _ in clips.windows}
-    least = -1 if generator.config.class_dropout else 0
-    if wrong := [label for label in label_of.values() if not least <= label < generator.config.num_classes]:
+    return own_labels(generator, clips, np.array([label_of[video] for video, _ in clips.windows], np.int32))
+
+
+def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -> np.ndarray:
+    """Labels [M] int32 of clips as the generator numbers its classes: by name, where both know names.
+
+    Raises:
+      InputError: a clip has a class that the generator has not, or none where it knows no null class.
+    """
+    names, ours = clips.source.label_names, generator.class_names
+    if names and ours and names != ours:
+        number = {name: label for label, name in enumerate(ours)}
+        found = [names[label] if label >= 0 else "" for label in labels.tolist()]
+        if unknown := [name for name in found if name and name not in number]:
+            raise InputError(f"a clip has the class {unknown[0]!r}, the generator has not; give --data of its classes")
+        labels = np.array([number.get(name, -1) for name in found], np.int32)
+    least, last = -1 if generator.config.class_dropout else 0, generator.config.num_classes - 1
+    if wrong := [label for label in labels.tolist() if not least <= label <= last]:
         raise InputError(
-            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to"
-            f" {generator.config.num_classes - 1}, and its checkpoint does not know how frequent they are; give --data"
-            " of the same classes"
+            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to {last}; give --data of the same"
+            " classes"
         )
-    return np.array([label_of[video] for video, _ in clips.windows], np.int32)
+    return labels
 
 
 def videos_beside(
@@ -351,8 +434,8 @@ def videos_beside(
             progress.update(len(rows))
             yield videos
         if folder is not None:
-            labels = np.full(len(clips), -1) if classes is None else classes
-            run.finish(_described(labels, clips.clip.frames), sheet=True)
+            labels, names = (np.full(len(clips), -1), ()) if classes is None else (classes, sampler.class_names)
+            run.finish(_described(labels, clips.clip.frames), names, sheet=True)
 
 
 class _Run:
@@ -409,9 +492,9 @@ class _Run:
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / f"codes-{number:05d}-of-{len(self._batches):05d}.npz"
 
-    def finish(self, rows: list[dict], *, sheet: bool) -> dict[str, Any]:
+    def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, if wanted, the picture, when all hosts are done."""
-        manifest = self._manifest(len(rows)) | {"rows": rows}
+        manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
         if jax.process_index() == 0:

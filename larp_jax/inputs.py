@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,10 +12,12 @@ import numpy as np
 
 from larp_jax import data
 from larp_jax.data.clips import repeat_last, spread_starts
+from larp_jax.data.folders import NO_LABEL, FolderVideos, find_videos
 from larp_jax.data.pipeline import choose_windows
-from larp_jax.data.sources import NO_LABEL, open_all, video_files
+from larp_jax.data.spec import LISTS, advice, spec_of
 from larp_jax.data.video import EXTENSIONS, VideoFile, read_windows
 from larp_jax.errors import InputError
+from larp_jax.files import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Inputs:
     that evaluation takes: full ones only, or one of a video that is shorter. With `windows` both give so many.
 
     Args:
-      text: path of a video file or of a folder, which is searched through; `folder:PATH`; or the spec of a data set,
-        whose split is `test` if it names none.
+      text: path of a video file or of a folder, of which all below is read; or the spec of a data set, whose split is
+        `test` if it names none, that of a `folder:PATH` of splits too.
       clip: what a window is.
       max_clips: of a data set, at most so many windows, spread over it; 0 takes all.
       windows: of every video, at most so many full windows, spread over it; 0 for those above.
@@ -90,18 +91,23 @@ class Inputs:
         self._clip, self._windows = clip, windows
         self.label_names: tuple[str, ...] = ()
         self.skipped: list[tuple[str, str]] = []
-        spec = _as_spec(text)
+        spec = spec_of(text)
         self.is_data_set = spec is not None and spec.kind != "folder"
         if self.is_data_set:
             self.videos = self._of_data_set(spec, max_clips)
             return
-        path = pathlib.Path(spec.name if spec else text)
+        if spec is not None:
+            self.videos = self._of_folder(find_videos(spec.name).of_split("test"))
+            return
+        path = local_path(text, "input")
         if path.is_dir():
-            self.videos = self._of_folder(path)
-        elif path.exists():
-            self.videos = [self._of_file(VideoFile(path), path.name)]
-        else:
+            self.videos = self._of_folder(find_videos(path))
+        elif not path.exists():
             raise InputError(f"{text} does not exist; give a video file, a folder of videos, or {data.spec.FORMS}")
+        elif path.suffix.lower() in LISTS:
+            raise InputError(f"{text} is no video; {advice(path)}")
+        else:
+            self.videos = [self._of_file(VideoFile(path), path.name)]
 
     @property
     def windows(self) -> int:
@@ -151,22 +157,14 @@ class Inputs:
 
         return InputVideo(name, file.path, file.info.fps, -(-length // clip.frames), read)
 
-    def _of_folder(self, folder: pathlib.Path) -> list[InputVideo]:
-        paths = video_files(folder)
-        if not paths:
-            raise InputError(f"folder {folder} holds no video file ({' '.join(sorted(EXTENSIONS))})")
-        files, unreadable = open_all(paths)
-        for path, reason in unreadable:
-            self._skip(os.path.relpath(path, folder), reason)
-        if not files:
-            raise InputError(f"folder {folder}: none of its {len(paths)} video files can be read")
-        names = [file.path.relative_to(folder) for file in files]
-        if all(len(name.parts) > 1 for name in names):
-            self.label_names = tuple(sorted({name.parts[0] for name in names}))
-        labels = [self.label_names.index(name.parts[0]) if self.label_names else NO_LABEL for name in names]
-        return [
-            self._of_file(file, name.as_posix(), label) for file, name, label in zip(files, names, labels, strict=True)
-        ]
+    def _of_folder(self, found: FolderVideos) -> list[InputVideo]:
+        files, labels, unreadable = found.open()
+        for name, reason in unreadable:
+            self._skip(name, reason)
+        self.label_names = found.label_names
+        if len(splits := dict.fromkeys(found.splits)) > 1:
+            logger.warning("%s holds the splits %s: all are read", found.folder, ", ".join(splits))
+        return [self._of_file(file, found.name(file.path), label) for file, label in zip(files, labels, strict=True)]
 
     def _of_data_set(self, spec: data.DataSpec, max_clips: int) -> list[InputVideo]:
         split = spec.split or "test"
@@ -190,16 +188,6 @@ class Inputs:
             windows = functools.partial(read, index, starts)
             videos.append(InputVideo(f"{prefix}_{index:06d}", None, source.fps(index), len(starts), windows))
         return videos
-
-
-def _as_spec(text: str) -> data.DataSpec | None:
-    """The text as a data set; None where it has the form of none."""
-    try:
-        return data.parse_spec(text)
-    except InputError:
-        if text.partition(":")[0].partition("/")[0] in ("tfds", "folder", "moving_shapes") and not os.path.exists(text):
-            raise
-        return None
 
 
 def output_names(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from larp_jax import data
 from larp_jax.data.clips import last_start
 from larp_jax.data.pipeline import choose_windows
-from larp_jax.data.sources import digests, same_videos
+from larp_jax.data.sources import FolderSource, digests, same_videos
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,11 @@ class ClipSet:
         elif self._max_clips:
             choice = f"at most {self._max_clips}, spread over the {choice}"
         drawn = protocol.clips == "one_of_each" or protocol.count
+        split = self._spec.split or protocol.split
         described = {
             "protocol": self._name or None,
             "data": str(self._spec),
-            "split": None if self._spec.kind == "folder" else self._spec.split or protocol.split,
+            "split": (self.source.split or None) if isinstance(self.source, FolderSource) else split,
             "windows": choice,
             "seed": protocol.seed if drawn else None,
             "videos": len(self.source),

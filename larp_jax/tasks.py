@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from larp_jax import api, checkpoint, data, sharding
 from larp_jax.code_sets import CodeSet
 from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
-from larp_jax.data.sources import labels
+from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluators import (
@@ -243,18 +244,25 @@ class GeneratorTask:
 
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
         """The recipe with the number of classes, and how many training videos each has."""
-        count = recipe.model.num_classes or len(self._train.label_names) or 1
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count))
+        names, count = self._train.label_names, recipe.model.num_classes
         if recipe.model.frame_prediction:
-            return recipe, None
+            count = count or len(names) or 1
+            return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count)), None
         found = self._train.labels() if isinstance(self._train, CodeSet) else labels(self._train)
-        if found.max() >= count:
+        needed = max(len(names), int(found.max()) + 1)
+        if needed > (count or needed):
             raise InputError(
-                f"data.train has label {found.max()}, but model.num_classes={count}; raise it, or set it to 0"
+                f"data.train has label {needed - 1}, but model.num_classes={count}; raise it, or set it to 0"
             )
+        count = count or needed or 1
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count))
         if found.min() < 0 and not recipe.model.class_dropout:
             raise InputError("data.train has videos without a class, which need model.class_dropout above 0")
-        return recipe, np.bincount(found[found >= 0], minlength=count)
+        counts = np.bincount(found[found >= 0], minlength=count)
+        if counts.any() and not counts.all():
+            empty = np.flatnonzero(counts == 0).tolist()
+            logger.warning("data.train has no video of the classes %s: they are not learned", class_list(empty, names))
+        return recipe, counts
 
     def _names(self) -> Iterable[str]:
         """What the training data is made of, in its order."""
@@ -276,6 +284,8 @@ class GeneratorTask:
                 self.stage.codes, self.frozen, self._eval, self._mesh, batch_size=recipe.data.batch_size
             )
         if rows is not None:
+            if self._class_counts is not None and not recipe.model.class_dropout and rows["label"].min() < 0:
+                raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
             self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
         if self._tokenizer is not None:
             self._make_pictures(rows)
@@ -311,11 +321,12 @@ class GeneratorTask:
         return scores
 
     def _make_pictures(self, rows: Mapping[str, np.ndarray] | None) -> None:
-        """Prepares for pictures of samples: of all classes in turn, or of the first evaluation clips, truth above."""
+        """Prepares for pictures of samples: of the trained classes in turn, or of the first evaluation clips."""
         model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
         numbers = np.arange(-(-PICTURED // parts) * parts)
         if not model.frame_prediction:
-            pictured = {"condition": (numbers % model.num_classes).astype(np.int32)}
+            trained = np.flatnonzero(self._class_counts) if self._class_counts.any() else np.array([-1])
+            pictured = {"condition": trained[numbers % len(trained)].astype(np.int32)}
         elif rows is not None:
             pictured = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
             separator = ((0, 0), (0, 1))
@@ -345,6 +356,13 @@ class GeneratorTask:
     def resume(self, metadata):
         """See `Task`."""
         _compare_data(metadata, self._identity)
+        ours, theirs = list(self._train.label_names), metadata.get("class_names")
+        if self._class_counts is not None and theirs not in (None, ours):
+            changed = next(pair for pair in itertools.zip_longest(theirs, ours) if pair[0] != pair[1])
+            raise InputError(
+                f"data.train has other classes than before, {changed[1]!r} in place of {changed[0]!r}; give those,"
+                " or another --workdir"
+            )
 
 
 TASKS = {"tokenizer": TokenizerTask, "generator": GeneratorTask}

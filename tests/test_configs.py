@@ -1,6 +1,8 @@
 """Every recipe that is shipped parses, and its step fits together at full size, which shapes alone can tell."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import runpy
@@ -12,6 +14,7 @@ import pytest
 from larp_jax import cli
 from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
+from larp_jax.errors import InputError
 from larp_jax.steps import GeneratorStage, TokenizerStage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -55,6 +58,60 @@ def test_recipe_and_step(path):
     after, logs = jax.eval_shape(stage.train_step, state, batch, key, stage.frozen_shapes())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {(x.shape, str(x.dtype)) for x in logs.values()} == {((), "float32")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value", "says"),
+    [
+        ("tokenizer", "model.channels", 1, "model.channels=1 is not supported: videos are RGB; set it to 3"),
+        ("tokenizer", "model.decoder_patch_size", -1, "must not be negative"),
+        ("tokenizer", "model.latent_position_base", 0.0, "must be positive"),
+        ("tokenizer", "model.quantizer.entropy_temperature", 0.0, "must be positive"),
+        ("tokenizer", "model.quantizer.temperature_ramp", 2.0, r"must lie in \[0, 1\], got 2.0"),
+        ("tokenizer", "model.quantizer.kl_weight", -1.0, "must not be negative"),
+        ("tokenizer", "model.resolution", 8, "needs clips of 16 pixels, model.resolution=8; set it to 'none'"),
+        ("tokenizer", "prior.positions", 7, "prior.positions=7 are fewer than model.num_tokens=1024; set it to 0"),
+        ("tokenizer", "prior.temperature", 0.0, "must be positive"),
+        ("tokenizer", "loss.prior_weight", -1.0, "must not be negative"),
+        ("tokenizer", "loss.prior_weight", math.nan, "must be a finite number, got nan"),
+        ("tokenizer", "data_init_clips", -1, "must not be negative"),
+        ("tokenizer", "data.eval_clips", -1, "must not be negative"),
+        ("tokenizer", "optim.learning_rate", math.inf, "must be a finite number, got inf"),
+        ("tokenizer", "optim.warmup_steps", -1, "must not be negative"),
+        ("generator", "optim.b1", 1.0, r"must lie in \[0, 1\), got 1.0"),
+        ("generator", "model.init_std", -1.0, "must not be negative"),
+    ],
+)
+def test_what_no_run_can_do_is_refused(stage, name, value, says):
+    values = default_recipe(stage).to_dict()
+    *path, last = name.split(".")
+    functools.reduce(dict.__getitem__, path, values)[last] = value
+    with pytest.raises(InputError, match=says) as error:
+        parse_recipe(values)
+    assert last in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_no_number_may_be_nan_or_below_its_least():
+    """Of every setting: none is taken that is no number, and below 0 only the one that fills a mesh, and seeds."""
+    for stage in ("tokenizer", "generator"):
+        taken = set()
+        for name, default in numbers(default_recipe(stage).to_dict()):
+            for value in (-1,) if isinstance(default, int) else (-1.0, math.nan, math.inf):
+                values = default_recipe(stage).to_dict()
+                functools.reduce(dict.__getitem__, name[:-1], values)[name[-1]] = value
+                with contextlib.suppress(InputError):
+                    parse_recipe(values)
+                    taken.add(".".join(name))
+        assert taken <= {"mesh.data", "seed"}
+
+
+def numbers(values, path=()):
+    """(keys, value) of each number in nested dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "multipliers":
+            yield from numbers(value, (*path, key))
+        elif type(value) in (int, float):
+            yield (*path, key), value
 
 
 def millions(tree):

@@ -4,6 +4,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from tensorflow_datasets.core import shuffle
 
 from larp_jax.data import ClipSpec, moving_shapes, open_source
 from larp_jax.errors import InputError
@@ -29,6 +30,19 @@ def test_made_on_first_use_and_read_again(small, capfd, monkeypatch):
         clip, read_label = source.read_clip(index, 8, ClipSpec(16, 32))
         np.testing.assert_array_equal(clip, expected[8:])
         assert read_label == label
+
+
+def test_making_holds_no_split_in_memory(small, monkeypatch):
+    """TFDS's way with what is too large for memory, here all above a kilobyte, needs TensorFlow."""
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1024)
+    monkeypatch.setattr(moving_shapes, "SHARD_CLIPS", 12)
+    monkeypatch.setattr(shuffle._Bucket, "add", None)
+    source = open_source("moving_shapes", ClipSpec(16, 32))
+    assert len(source) == 32 and len(list(small.glob("moving_shapes/32/*/*train*"))) == 3
+    for index in (0, 11, 12, 31):
+        expected, label = moving_shapes.render("train", index, 32)
+        np.testing.assert_array_equal(source.read_clip(index, 0, ClipSpec(24, 32))[0], expected)
+        assert source.label(index) == label
 
 
 def test_labels_are_balanced():

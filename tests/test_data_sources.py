@@ -10,7 +10,7 @@ import pytest
 from data_helpers import moving_frames
 
 from larp_jax.data import ClipSpec, open_source, video
-from larp_jax.data.sources import FolderSource, TfdsSource
+from larp_jax.data.sources import FolderSource, MixtureSource, PreparedSource, Source, TfdsSource
 from larp_jax.errors import InputError
 
 CLIP = ClipSpec(8, 32)
@@ -61,18 +61,20 @@ def test_drawn_starts_cover_all_that_fit(folder):
     assert starts == set(range(13))
 
 
-def test_videos_beside_class_folders_mean_no_classes(folder, tmp_path):
-    shutil.copytree(folder / "run", tmp_path / "run")
-    shutil.copy(folder / "run" / "d.mov", tmp_path)
-    source = FolderSource(tmp_path)
-    assert source.label_names == () and source.read_clip(0, 0, CLIP)[1] == -1
-
-
 def test_linked_folders_are_followed_once(folder, tmp_path):
     (tmp_path / "run").symlink_to(folder / "run")
     (tmp_path / "run_again").mkdir()
     (tmp_path / "run_again" / "circle").symlink_to(tmp_path)
     assert [FolderSource(tmp_path).name(i) for i in range(2)] == ["run/c.mkv.mp4", "run/d.mov"]
+
+
+@pytest.mark.parametrize("missing", ["label", "origin", "__len__"])
+def test_a_source_without_a_method_cannot_be_made(folder, missing):
+    for kind in (FolderSource, TfdsSource, PreparedSource, MixtureSource):
+        assert issubclass(kind, Source) and missing in vars(kind)  # its own, not one of records by number
+    incomplete = type("Incomplete", (FolderSource,), {missing: vars(Source)[missing]})
+    with pytest.raises(TypeError, match=missing):
+        incomplete(folder)
 
 
 def test_folders_without_videos(tmp_path):
@@ -171,7 +173,7 @@ def test_tfds_videos(tfds_dir, name, monkeypatch):
         frames = stored(name, index + 1)
         assert source.frames(index) == len(frames)
         clip, label = source.read_clip(index, 2, ClipSpec(6, 48))
-        assert label == (-1 if name == "gray" else (index + 1) % 3)
+        assert label == source.label(index) == (-1 if name == "gray" else (index + 1) % 3)
         np.testing.assert_array_equal(clip, np.broadcast_to(frames, (*frames.shape[:3], 3))[2:8, :, 8:56])
     assert source.read_clip(0, np.random.default_rng(0), CLIP)[0].shape == CLIP.shape
     longer, _ = source.read_clip(0, 0, ClipSpec(20, 48))

@@ -73,7 +73,7 @@ CONFIGS = {
     "plain": recipe(),
     "learned": recipe(EVERYTHING),
     "fixed": recipe(NOTHING | dict(latent_position_base=5000.0, encoder_query_gaussian_init=False)),
-    "frames": recipe(dict(patch_frames=1, decoder_patch_frames=1, channels=1)),
+    "frames": recipe(dict(patch_frames=1, decoder_patch_frames=1)),
     "vq": recipe(dict(quantizer=cfg.QuantizerConfig(kind="vq", codebook_size=20, code_dim=4, entropy_weight=0.1))),
     "vq of any length": recipe(dict(quantizer=quantizer(kind="vq", l2_normalized=False))),
     "norm of tokens": recipe(dict(quantizer=quantizer(norm="ln_nd"))),

@@ -1,5 +1,6 @@
 """The commands sample and predict: what they write, that they go on where they stopped, and what they refuse."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,9 +13,11 @@ from network_weights import write_i3d
 from test_evaluators import IDENTITY, Stub
 
 from larp_jax import checkpoint, cli, fvd, generate, load_generator, perceptual, protocols, tokens
+from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, write_video
+from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
 
 SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_classes=3, mlp_multiple=16)
@@ -153,16 +156,93 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, labels",
+    "names, options, labels",
     [
-        (["--classes=2,0", "--num=3"], [0, 2, 0]),
-        (["--classes=1:1,0:2"], [0, 1, 0]),
+        ((), ["--classes=2,0", "--num=3"], [0, 2, 0]),
+        ((), ["--classes=1:1,0:2"], [0, 1, 0]),
+        (("run", "walk", "jump"), ["--classes=jump,run", "--num=3"], [0, 2, 0]),
+        (("run", "walk", "jump"), ["--classes=walk:1, 0:2"], [0, 1, 0]),
+        (("run", "walk"), ["--classes=2:1"], [2]),  # a class without a name
+        (("1", "2", "3"), ["--classes=2", "--num=1"], [1]),
+        (("001", "002", "010"), ["--classes=10:1,2:1"], [2, 1]),
+        (("Walk", "1", "Run"), ["--classes=0,1,2", "--num=3"], [0, 1, 2]),  # a list with a gap
+        (('walk, "slow" 0', "a:1", "b"), ['--classes="walk, ""slow"" 0":1,a:1:2'], [0, 1, 1]),
+        (("walk, slow", "b"), ["--classes=walk, slow", "--num=1"], [0]),
     ],
 )
-def test_classes_that_are_given(by_class, options, labels):
+def test_classes_that_are_given(by_class, names, options, labels):
     arguments = cli._parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
-    counts = cli._counts_of_classes(arguments, load_generator(by_class))
+    found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
+    counts = cli._counts_of_classes(arguments, LoadedGenerator.of(found))
     assert sorted(generate._taking_turns(counts)) == sorted(labels)
+
+
+@pytest.mark.parametrize(
+    "names, text, says",
+    [
+        (("run", "walk", "jump"), "wlak", "'wlak' is no class of the generator, which has run, walk, jump"),
+        (("run", "walk", "jump"), "3", "'3' is no class of the generator, which has run, walk, jump"),
+        (("run", "walk", "jump"), "walk,1", "each class once"),
+        (("run", "walk", "jump"), "walk:0", "the count must be at least 1"),
+        (("run", "walk", "jump"), "", "'' is no class"),
+        (("1", "2", "3"), "0", "'0' is no class of the generator, which has 1, 2, 3"),
+        ((), "", "'' is no number"),
+        ((), "\u00b2", "is no number"),
+    ],
+)
+def test_classes_that_are_not_there(by_class, names, text, says):
+    found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
+    with pytest.raises(InputError) as error:
+        generate.read_classes(text, LoadedGenerator.of(found))
+    assert says in str(error.value)
+
+
+def test_of_many_classes_the_nearest_is_named(trained, tmp_path):
+    names = [f"class {number}" for number in range(29)] + ["walking"]
+    generator = load_generator(write_generator(tmp_path / "many", {"class_names": names}, num_classes=30))
+    with pytest.raises(InputError, match="'waking' is no class of the generator, which has 30; did you mean 'walking'"):
+        generate.read_classes("waking", generator)
+
+
+def test_names_that_do_not_fit(tmp_path):
+    with pytest.raises(InputError, match="4 names of classes do not fit the generator, which has 3"):
+        load_generator(write_generator(tmp_path / "names", {"class_names": list("abcd")}))
+    with pytest.raises(InputError, match="its class_names are no names"):
+        load_generator(write_generator(tmp_path / "numbers", {"class_names": [1, 2]}))
+
+
+def test_a_class_without_training_videos_is_sampled_with_a_warning(by_class, trained, tmp_path, capsys):
+    assert run("sample", by_class, trained, tmp_path / "out", "--classes=1,2", "--num=2") == 0
+    assert "no training video has the class 1: its samples mean nothing" in capsys.readouterr().err
+
+
+def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_path, no_i3d):
+    names = ["run", "walk", "jump"]
+    metadata = {"tokenizer_fingerprint": tokenizer.fingerprint, "class_counts": [1, 2, 0], "class_names": names}
+    generator = write_generator(tmp_path / "named", metadata)
+    assert load_generator(generator).class_names == tuple(names)
+    assert run("sample", generator, trained, tmp_path / "out", "--classes=walk:2,run:1") == 0
+    manifest = tokens.read_manifest(tmp_path / "out")
+    assert manifest["label_names"] == names and [row["label"] for row in manifest["rows"]] == [1, 0, 1]
+    evaluate(generator, trained, real, tmp_path / "fvd.json", "--metrics=fvd", f"--samples={tmp_path / 'kept'}")
+    assert tokens.read_manifest(tmp_path / "kept")["label_names"] == names
+
+
+def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path):
+    """The clips have run and walk as 0 and 1, the generator as 2 and 0: scores are those of its own numbers."""
+    scores = []
+    for name, metadata in (("own", {"class_names": ["walk", "fly", "run"]}), ("numbers", {})):
+        generator = write_generator(tmp_path / name, {"tokenizer_fingerprint": tokenizer.fingerprint} | metadata)
+        scores.append(evaluate(generator, trained, real, tmp_path / f"{name}.json", "--metrics=cross_entropy"))
+        loaded = load_generator(generator)
+        assert (
+            generate.classes_beside(loaded, clips_of(real)).tolist()
+            == ([2, 2, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1])[name == "numbers"]
+        )
+    assert scores[0]["metrics"]["cross_entropy"] != scores[1]["metrics"]["cross_entropy"]
+    few = load_generator(write_generator(tmp_path / "few", {"class_names": ["walk", "fly"]}))
+    with pytest.raises(InputError, match="a clip has the class 'run', the generator has not"):
+        generate.classes_beside(few, clips_of(real))
 
 
 def test_shares():

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import shutil
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from data_helpers import moving_frames
 
-from larp_jax import checkpoint, cli, load_generator, tokens
+from larp_jax import checkpoint, cli, load_generator, sharding, tokens
 from larp_jax.code_sets import CodeSet
+from larp_jax.config import MeshConfig, parse_recipe
 from larp_jax.data.video import VideoFile, probe, write_video
 from larp_jax.errors import InputError
+from larp_jax.tasks import GeneratorTask
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny_generator.py")
 
@@ -157,6 +160,85 @@ def test_training_from_codes(codes, trained, tokenizer, tmp_path):
     assert (tmp_path / "prediction" / "media" / "00000006_samples.png").exists()
     assert "class_counts" not in json.loads((found.path / "metadata" / "metadata").read_text())
     assert rows(tmp_path / "prediction")[-1]["train/loss"] < np.log(32) - 0.1
+
+
+@pytest.fixture
+def mixed(videos, tmp_path):
+    """Three classes called by numbers, the first only in `test`; and a video without a class."""
+    folder = tmp_path / "mixed"
+    for name, source in (("train/2/a", "run/a"), ("train/10/b", "run/b"), ("train/10/c", "walk/c"),
+                         ("train/d", "run/a"), ("test/0/e", "run/a")):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(videos / f"{source}.mp4", folder / f"{name}.mp4")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "mixture", "prepared", "tokens"])
+def test_classes_are_counted_alike_whatever_the_data(kind, mixed, trained, tmp_path, capsys):
+    spec = f"folder:{mixed}"
+    if kind == "mixture":
+        spec = f"folder:{mixed}+folder:{mixed / 'train'}"
+    elif kind == "prepared":
+        assert cli.main(["prepare", f"--input={mixed}", f"--output={tmp_path / 'p'}", "--size=32"]) == 0
+        spec = f"tfds:{tmp_path / 'p'}"
+    elif kind == "tokens":
+        command = ["tokenize", f"--checkpoint={trained}", f"--input={mixed}", f"--output={tmp_path / 'codes'}"]
+        assert cli.main(command) == 0
+        assert "holds the splits test, train: all are read" in capsys.readouterr().err
+        spec = f"tokens:{tmp_path / 'codes'}"
+    recipe = runpy.run_path(CONFIG)["get_config"]()
+    recipe.tokenizer, recipe.data.train, recipe.data.eval = str(trained), spec, ""
+    task = GeneratorTask(parse_recipe(recipe), sharding.make_mesh(MeshConfig()))
+    found = task.metadata()
+    assert found["class_names"] == ["0", "2", "10"]
+    assert found["class_counts"] == {"mixture": [0, 2, 4], "tokens": [1, 1, 2]}.get(kind, [0, 1, 2])
+    if kind != "tokens":
+        with task.batches(0) as batches:
+            drawn = np.concatenate([next(batches)["label"] for _ in range(2 if kind == "mixture" else 1)])
+        counts = np.bincount(drawn + 1, minlength=4)
+        assert counts.tolist() == ([4, 0, 4, 8] if kind == "mixture" else [2, 0, 2, 4])
+
+
+def test_classes_without_videos_are_told_and_not_pictured(mixed, trained, tmp_path, capsys, monkeypatch):
+    data = [f"--config.data.train=folder:{mixed}", "--config.data.eval=", "--config.steps=1"]
+    seen = []
+    put = jax.device_put
+
+    def watch(x, *rest, **options):
+        if isinstance(x, dict) and x.keys() == {"condition"}:
+            seen.append(x["condition"].tolist())
+        return put(x, *rest, **options)
+
+    monkeypatch.setattr(jax, "device_put", watch)
+    assert train(tmp_path / "run", trained, *data) == 0
+    assert "data.train has no video of the classes 0 (0): they are not learned" in capsys.readouterr().err
+    assert seen == [[1, 2] * 4]
+
+
+def test_classes_in_another_order_are_not_gone_on_with(codes, online, trained, tmp_path, capsys):
+    """A run whose labels mean other classes than before: by a new folder, or by codes made again."""
+    other = shutil.copytree(codes, tmp_path / "codes")
+    data = [f"--config.data.train=tokens:{other}", "--config.data.eval=", "--config.steps=2"]
+    assert train(tmp_path / "run", "", *data) == 0
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["label_names"].reverse()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    message = error_of(capsys, tmp_path / "run", "", *data)
+    assert "data.train has other classes than before, 'walk' in place of 'run'" in message
+
+
+def test_labels_that_no_class_has_are_damage(codes, tmp_path):
+    other = shutil.copytree(codes, tmp_path / "codes")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["rows"][0]["label"] = 2
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has label 2 of 2 classes; tokenize again"):
+        CodeSet(other)
+
+
+def test_what_is_no_folder_of_codes_is_named(videos, tmp_path):
+    with pytest.raises(InputError, match=f"holds no codes that larp-jax tokenize wrote; .* 'folder:{videos}'"):
+        CodeSet(videos)
 
 
 def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, capsys):

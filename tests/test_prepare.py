@@ -14,7 +14,7 @@ from larp_jax import cli
 from larp_jax.benchmark import benchmark_data
 from larp_jax.data import ClipSpec, listing, open_source, prepare as prepare_module, train_batches, video
 from larp_jax.data.prepare import Settings, prepare
-from larp_jax.data.sources import same_videos
+from larp_jax.data.sources import labels, same_videos
 from larp_jax.errors import InputError
 
 SIZE = 32
@@ -257,6 +257,54 @@ def test_csv_lists(videos, tmp_path):
     assert [item.label for item in listed([plain], videos)[1].items] == [11, 2]
 
 
+ROWS = [("train/run/1.mp4", "0"), ("train/walk/2.mp4", "2"), ("val/run/11.mp4", "10")]
+CRLF = "\ufeffpath,label\r\n" + "".join(f'{path}, "walk, ""slow"" {n}"\r\n' for path, n in ROWS)
+NUMBERS = ["0", "2", "10"]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        *((f"{header}\n" + "".join(f"{p},{n}\n" for p, n in ROWS), NUMBERS) for header in (
+            "path,label", "video,label", "Video Path,Label", "file name,class", "Datei,Klasse", "name,target"
+        )),
+        ("".join(f"{p},{n}\n" for p, n in ROWS), NUMBERS),
+        ("".join(f"{n},{p}\n" for p, n in ROWS), NUMBERS),
+        ("label,video\n" + "".join(f"{n},{p}\n" for p, n in ROWS), NUMBERS),
+        (",video,category,fps\n" + "".join(f"{i},{p},{n},25\n" for i, (p, n) in enumerate(ROWS)), NUMBERS),
+        ("video,label\n" + "".join(f"{p},{n}.0\n" for p, n in ROWS), NUMBERS),
+        ("video,label\n" + "".join(f"{p},{int(n):03}\n" for p, n in ROWS), NUMBERS),
+        ("video,label\n" + "".join(f"{p},{int(n) or -1}\n" for p, n in ROWS), [None, "2", "10"]),
+        ("video,label\n" + "".join(f"{p},{10**7 * int(n)}\n" for p, n in ROWS), ["0", "20000000", "100000000"]),
+        (CRLF, [f'walk, "slow" {n}' for n in NUMBERS]),
+        ("video\n" + "".join(f"{p}\n" for p, _ in ROWS), [None] * 3),
+        ("video,action\n" + "".join(f"{p},a{n}\n" for p, n in ROWS), ["a0", "a2", "a10"]),
+    ],
+)  # fmt: skip
+def test_headers_and_labels(videos, tmp_path, text, labels):
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    rows, found = listed([tmp_path / "list.csv"], videos)
+    assert [(row[1], row[2]) for row in rows] == [(path, label) for (path, _), label in zip(ROWS, labels, strict=True)]
+    if labels == NUMBERS:
+        assert [item.label for item in found.items] == [0, 2, 10] and len(found.label_names) == 11
+    else:
+        assert set(found.label_names) - set(map(str, range(11))) == set(labels) - {None, *map(str, range(11))}
+    if "00000" in text:
+        assert found.label_names == tuple(labels)  # by number
+
+
+def test_a_first_video_that_is_missing_is_no_header(videos, tmp_path):
+    (tmp_path / "list.csv").write_text("gone.mp4,a\ntrain/run/1.mp4,b\n")
+    rows, found = listed([tmp_path / "list.csv"], videos)
+    assert rows == [("train", "train/run/1.mp4", "b")] and found.missing[0][1] == "gone.mp4"
+
+
+def test_a_list_without_the_column_of_classes_says_so(videos, tmp_path, caplog):
+    (tmp_path / "list.csv").write_text("video,sport,fps\ntrain/run/1.mp4,run,25\n")
+    assert listed([tmp_path / "list.csv"], videos)[0] == [("train", "train/run/1.mp4", None)]
+    assert "none of the columns is called label" in caplog.text
+
+
 def test_official_lists(videos, tmp_path):
     kinetics = tmp_path / "kinetics" / "train" / "dance"
     kinetics.mkdir(parents=True)
@@ -300,6 +348,10 @@ def test_lists_that_cannot_be_understood(videos, tmp_path):
     for text, says in (
         (b"a,b,c\n1,2,3\n", "has no column path"),
         (b"path,label\n,3\n", "has no path"),
+        (b"path,label\ntrain/run/1.mp4,walk, slow\n", "line 2: has 3 cells where the first line has 2"),
+        (b"1,train/run/1.mp4,run\n", "it is no header; write one"),
+        (b"video,label\n", "has no column path"),
+        (b"\n", "is empty"),
         (b"path,label\nnowhere.mp4,3\n", "none of the 1 listed videos lies in"),
         (b"path,action,label\nx,a,1\ny,b,1\n", "not one number for one action"),
         (b"path,split\nx,../a\n", "no name of a split"),
@@ -309,6 +361,29 @@ def test_lists_that_cannot_be_understood(videos, tmp_path):
         with pytest.raises(InputError, match=says) as error:
             listing.list_videos([str(tmp_path / "list.csv")], str(videos))
         assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("clip.mp4", "is no list of videos (.csv, .txt); .* is one video: give the folder"),
+        ("list.tsv", "is no list of videos (.csv, .txt); .* is neither a video"),
+        ("list.txt", "is none of UCF101's lists (classInd.txt is not beside it); write a list of your own as .csv"),
+    ],
+)
+def test_files_that_are_no_lists(tmp_path, name, says):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        listing.list_videos([str(tmp_path / name)])
+
+
+def test_labels_are_those_of_videos(videos, prepared):
+    """Most of these videos take several records: numbers of records are not those of videos."""
+    source, folder = open_source(f"tfds:{prepared}:train"), open_source(f"folder:{videos}")
+    assert len(source) == len(folder) == 10
+    assert labels(source).tolist() == [source.read_clip(i, 0, CLIP)[1] for i in range(10)] == [0] * 5 + [1] * 5
+    names = [source.name(i) for i in range(10)]
+    assert [folder.name(i) for i in range(10)] == names and labels(folder).tolist() == labels(source).tolist()
 
 
 def test_tfds_data_sets_are_input_too(prepared, tmp_path, monkeypatch):
@@ -337,6 +412,7 @@ def test_mixtures(videos, prepared, tmp_path):
     assert len(source) == 12 and source.label_names == ("run", "swim", "walk")
     assert [source.name(i) for i in (0, 1, 2)] == ["run/b.mp4", "swim/a.mp4", "train/run/1.mp4"]
     assert [source.read_clip(i, 0, CLIP)[1] for i in (0, 1, 2, 11)] == [0, 1, 0, 2]
+    assert labels(source).tolist() == [0, 1] + [0] * 5 + [2] * 5
     for text, share in ((spec, 2 / 12), (f"0.75*{spec.replace('+tfds', '+0.25*tfds')}", 0.75)):
         with train_batches(text, CLIP, batch_size=24, seed=0) as batches:
             first = [next(batches) for _ in range(4)]

@@ -7,18 +7,21 @@ text: none may leave the folder of the videos.
 import collections
 import csv
 import dataclasses
+import logging
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-from larp_jax.data.sources import NO_LABEL, open_source, split_names, video_files
-from larp_jax.data.spec import DataSpec, parse_spec
+from larp_jax.data.folders import NO_LABEL, SPLITS, find_videos, in_class_order, video_files
+from larp_jax.data.sources import open_source, split_names
+from larp_jax.data.spec import LISTS, DataSpec, advice, spec_of
 from larp_jax.data.video import EXTENSIONS
 from larp_jax.errors import InputError
+from larp_jax.files import local_path
 
-# Names of splits, as folders and files have them, and what TFDS calls them.
-SPLITS = {"train": "train", "validation": "validation", "validate": "validation", "val": "validation", "test": "test"}
+logger = logging.getLogger(__name__)
+
 _IN_NAME = re.compile(f"(?<![a-z])({'|'.join(SPLITS)})")
 _CLASSES = "classInd.txt"  # UCF101's list of classes, which makes a folder one of its lists
 
@@ -64,10 +67,11 @@ class Listing:
 def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
     """Finds the videos that the inputs name.
 
-    - A folder, or `folder:PATH`: if its sub-folders are called train, val, validate, validation or test, they are the
-      splits (as Kinetics is laid out), otherwise all is `train`. Sub-folders give the classes.
+    - A folder, or `folder:PATH`; its splits and classes are those of `larp_jax.data.folders.find_videos`, and without
+      splits all is `train`.
     - CSV files with the columns path and label (and maybe split), the authors' id, path, action and label, or those of
-      Kinetics, label, youtube_id, time_start and time_end, whose files are looked for by name.
+      Kinetics, label, youtube_id, time_start and time_end, whose files are looked for by name. A first line without
+      the name of a video names the columns; the one that holds videos is the path, whatever it is called.
     - UCF101's lists: the folder of classInd.txt, trainlist01.txt and testlist01.txt, or some of its lists.
     - `tfds:NAME[/CONFIG][:SPLIT]` or `moving_shapes[:SPLIT]`; all splits if none is named.
 
@@ -78,14 +82,18 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
     Raises:
       InputError: there is nothing there, a list cannot be understood, or a path leads out of `root`.
     """
-    if len(inputs) == 1 and (spec := _as_data_set(inputs[0])) is not None:
+    if len(inputs) == 1 and (spec := spec_of(inputs[0])) is not None:
+        if spec.kind == "mixture":
+            raise InputError(f"{spec} is a mixture; prepare its data sets one by one, training mixes them")
         if spec.kind != "folder":
             return _of_data_set(spec)
         inputs = [spec.name]
-    paths = [pathlib.Path(text) for text in inputs]
+    paths = [local_path(text, "input") for text in inputs]
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist; give a folder, CSV files, UCF101's lists or a data set")
+        if path.is_file() and path.suffix.lower() not in LISTS:
+            raise InputError(f"{path} is no list of videos (.csv, .txt); {advice(path)}")
     if len(paths) == 1 and paths[0].is_dir() and not (paths[0] / _CLASSES).exists():
         if root:
             raise InputError(f"--root is for lists, and {paths[0]} is a folder of videos; leave it out")
@@ -102,18 +110,6 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
         raise InputError(f"--root {folder} does not exist (or is no folder); name the folder of the videos")
     rows, classes = read(paths, folder)
     return _of_rows(rows, classes, folder)
-
-
-def _as_data_set(text: str) -> DataSpec | None:
-    try:
-        spec = parse_spec(text)
-    except InputError:
-        if text.partition(":")[0].partition("/")[0] in ("tfds", "folder", "moving_shapes") and not os.path.exists(text):
-            raise
-        return None
-    if spec.kind == "mixture":
-        raise InputError(f"{text} is a mixture; prepare its data sets one by one, training mixes them")
-    return spec
 
 
 # ------------------------------------------------------------------------------------------------------ TFDS, folders
@@ -136,29 +132,21 @@ def _of_data_set(spec: DataSpec) -> Listing:
 
 
 def _of_folder(folder: pathlib.Path) -> Listing:
-    parts = [path.relative_to(folder).parts for path in video_files(folder)]
-    if not parts:
-        raise InputError(f"folder {folder} holds no video file")
-    split = all(len(part) > 1 and part[0].lower() in SPLITS for part in parts)
-    below = [part[1:] if split else part for part in parts]
-    names = [part[0] for part in below] if all(len(part) > 1 for part in below) else []
-    classes = sorted(set(names))
+    found = find_videos(folder)
     items = [
-        Item(
-            SPLITS[part[0].lower()] if split else "train",
-            "/".join(part),
-            os.path.join(folder, *part),
-            label=classes.index(names[number]) if names else NO_LABEL,
-        )
-        for number, part in enumerate(parts)
+        Item(split or "train", found.name(path), str(path), label=label)
+        for path, split, label in zip(found.paths, found.splits, found.labels, strict=True)
     ]
-    return Listing(_by_split(items), tuple(classes), ignored=_other_files(folder))
+    beside = [("train", name, "lies in none of the folder's splits") for name in found.beside]
+    return Listing(_by_split(items), found.label_names, beside, ignored=_other_files(folder))
 
 
 def _other_files(folder: pathlib.Path) -> dict[str, int]:
-    """How many of the files that are no videos have which suffix; hidden ones do not count."""
-    names = (name for _, _, names in os.walk(folder, followlinks=False) for name in names if not name.startswith("."))
-    suffixes = collections.Counter(pathlib.PurePath(name).suffix.lower() for name in names)
+    """How many of the files that are no videos have which suffix; what is hidden does not count."""
+    suffixes: collections.Counter[str] = collections.Counter()
+    for _, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes.update(pathlib.PurePath(name).suffix.lower() for name in names if not name.startswith("."))
     return {suffix: count for suffix, count in sorted(suffixes.items()) if suffix not in EXTENSIONS}
 
 
@@ -182,11 +170,11 @@ class _Row:
 
 
 def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> Listing:
-    """The listing of a list's rows; without `classes` they are those that occur, sorted."""
+    """The listing of a list's rows; without `classes` they are those that occur, or all numbers up to the last."""
     names = {row.label for row in rows} - {""}
     if not classes and names and all(name.isdecimal() and len(name) < 7 for name in names):
         classes = list(map(str, range(max(map(int, names)) + 1)))
-    classes = list(classes) or sorted(names)
+    classes = list(classes) or in_class_order(names)
     numbers = {name: number for number, name in enumerate(classes)}
     items, missing = [], []
     for row in rows:
@@ -204,6 +192,11 @@ def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> 
 
 def _ucf101_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list[_Row], list[str]]:
     """Rows of trainlistNN.txt and testlistNN.txt: CLASS/FILE.avi and maybe a number; classes of classInd.txt."""
+    if not (paths[0].parent / _CLASSES).exists():
+        raise InputError(
+            f"{paths[0]} is none of UCF101's lists ({_CLASSES} is not beside it); write a list of your own as .csv, "
+            "with the columns path and label"
+        )
     classes = [line.split()[-1] for _, line in _lines(paths[0].parent / _CLASSES)]
     rows = []
     for path in paths:
@@ -217,7 +210,7 @@ def _ucf101_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[l
 def _csv_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list[_Row], list[str]]:
     rows, actions, by_stem = [], {}, None
     for path in paths:
-        for where, cells in _cells(path):
+        for where, cells in _cells(path, folder):
             split = _split_column(cells.get("split", ""), where) or _split_of(path.stem)
             if "youtube_id" in cells:
                 by_stem = _files_by_stem(folder) if by_stem is None else by_stem
@@ -227,17 +220,34 @@ def _csv_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list
                 raise InputError(f"{where}: has no path; it takes the columns path and label")
             file = _inside(folder, cells["path"], where)
             label = cells.get("label", "")
-            if cells.get("action"):
+            if cells.get("action") and "label" in cells:
+                label = _number(label)
                 if actions.setdefault(label, cells["action"]) != cells["action"] or not label.isdecimal():
                     raise InputError(f"{where}: label {label!r} is not one number for one action; mend the list")
                 label = cells["action"]
-            rows.append(_Row(where, split, _relative(file, folder), file, label))
+            rows.append(_Row(where, split, _relative(file, folder), file, label or cells.get("action", "")))
     if not actions:
-        return rows, []
+        return _numbered(rows), []
     last = max(map(int, actions))
     if last > 100_000:
         raise InputError(f"{paths[0]}: a label of {last} is too large; number the classes from 0")
     return rows, [actions.get(str(number), str(number)) for number in range(last + 1)]
+
+
+def _number(label: str) -> str:
+    """A label that is a whole number in its shortest form, "" for -1; any other as it is."""
+    found = re.fullmatch(r"(-?\d{1,15})(?:\.0*)?", label)
+    if found is None:
+        return label
+    return "" if int(found[1]) == -1 else str(int(found[1]))
+
+
+def _numbered(rows: list[_Row]) -> list[_Row]:
+    """The rows with their labels as numbers, if all are."""
+    labels = [_number(row.label) for row in rows]
+    if not all(label.isdecimal() or not label for label in labels):
+        return rows
+    return [dataclasses.replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
 
 
 def _kinetics_row(cells, split: str, where: str, by_stem, folder: pathlib.Path) -> _Row:
@@ -254,27 +264,71 @@ def _files_by_stem(folder: pathlib.Path) -> dict[str, str]:
     return {path.stem: str(path) for path in reversed(video_files(folder))}
 
 
-def _cells(path: pathlib.Path) -> Iterable[tuple[str, dict[str, str]]]:
-    """(where it stands, cells by column) of each line; without a header, two columns are path and label."""
+# What the column of the label may be called; the first of them that is there counts.
+_LABELS = ("label", "class", "class_name", "category", "target")
+
+
+def _cells(path: pathlib.Path, folder: pathlib.Path) -> Iterable[tuple[str, dict[str, str]]]:
+    """(where it stands, cells by column) of each line but a header."""
+    lines = _csv_lines(path)
+    columns, header = _columns(lines[:2], folder)
+    for where, cells in lines[header:]:
+        if len(cells) > len(columns):
+            raise InputError(
+                f"{where}: has {len(cells)} cells where the first line has {len(columns)}; put a name that holds a "
+                "comma in double quotes"
+            )
+        yield where, dict(zip(columns, cells, strict=False))
+
+
+def _csv_lines(path: pathlib.Path) -> list[tuple[str, list[str]]]:
+    """(where it stands, cells) of each line that is not empty."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = None
-            for cells in reader:
-                cells = [cell.strip() for cell in cells]
-                if not any(cells):
-                    continue
-                where = f"{path} line {reader.line_num}"
-                if header is None:
-                    header = [cell.lower() for cell in cells]
-                    if {"path", "youtube_id"} & set(header):
-                        continue
-                    if len(cells) != 2:
-                        raise InputError(f"{where}: has no column path (or youtube_id); name the columns there")
-                    header = ["path", "label"]
-                yield where, dict(zip(header, cells, strict=False))
+            reader = csv.reader(file, skipinitialspace=True)
+            rows = [(f"{path} line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+    for _, cells in rows:
+        while cells and not cells[-1]:
+            cells.pop()
+    rows = [row for row in rows if row[1]]
+    if not rows:
+        raise InputError(f"{path} is empty; write the columns path and label")
+    return rows
+
+
+def _columns(lines: list[tuple[str, list[str]]], folder: pathlib.Path) -> tuple[list[str], int]:
+    """The columns of a list (path, label, split, action, those of Kinetics) and how many lines name them: 0 or 1."""
+    where, first = lines[0]
+    if videos := _videos_among(first, folder):
+        if len(first) != 2 or len(videos) != 1:
+            raise InputError(f"{where}: has no column path, it is no header; write one, such as path,label, above it")
+        return (["path", "label"] if videos == [0] else ["label", "path"]), 0
+    columns = [re.sub(r"\W+", "_", cell.lower()) for cell in first]
+    if "path" not in columns and "youtube_id" not in columns:
+        videos = _videos_among(lines[-1][1][: len(first)], folder)
+        if not videos:
+            raise InputError(f"{where}: has no column path (or youtube_id); name the columns there")
+        columns[videos[0]] = "path"
+    if not {"label", "action"} & set(columns):
+        others = [name for name in columns if name not in ("path", "split")]
+        label = next((name for name in _LABELS if name in columns), others[0] if len(columns) == 2 and others else "")
+        if label:
+            columns[columns.index(label)] = "label"
+        elif others:
+            logger.warning("%s: none of the columns is called label, so its videos have no classes", where)
+    return columns, 1
+
+
+def _videos_among(cells: Sequence[str], folder: pathlib.Path) -> list[int]:
+    """Numbers of the cells that name a video, be it there or not."""
+    return [
+        number
+        for number, cell in enumerate(cells)
+        if pathlib.PurePath(cell).suffix.lower() in EXTENSIONS
+        or (cell and "\0" not in cell and os.path.isfile(os.path.join(folder, cell)))
+    ]
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, str]]:

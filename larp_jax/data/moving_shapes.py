@@ -5,6 +5,7 @@ is a function of (split, number): the same scene on every machine, and at every 
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -23,6 +24,7 @@ LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES
 RESOLUTIONS = (32, 64, 128)
 FRAMES = 24  # half as long again as the usual clip, so that where a clip starts matters
 SPLITS = {"train": 2048, "test": 256}
+SHARD_CLIPS = 64  # a file; TFDS keeps so many in memory, 75 MB at 128
 
 
 def prepare(config: str, resolution: int) -> str:
@@ -70,8 +72,12 @@ def _make(config: str, root: pathlib.Path) -> None:
             tfds.enable_progress_bar()
 
 
-class MovingShapes(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; S is the config."""
+class MovingShapes(tfds.core.ShardBasedBuilder):
+    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; S is the config.
+
+    It writes shard by shard: a `GeneratorBasedBuilder` keeps a whole split in memory, and one above 1 GiB (888 clips at
+    128) in temporary files that need TensorFlow.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=str(size)) for size in RESOLUTIONS]
@@ -88,14 +94,20 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in SPLITS}
+    def _shard_iterators_per_split(self, dl_manager):
+        return {
+            split: [functools.partial(self._clips, split, start) for start in range(0, count, SHARD_CLIPS)]
+            for split, count in SPLITS.items()
+        }
 
-    def _generate_examples(self, split):
-        size = int(self.builder_config.name)
-        for number in tqdm(range(SPLITS[split]), desc=f"making moving_shapes/{size} {split}", unit="clip"):
-            video, label = render(split, number, size)
-            yield number, {"video": video, "label": label}
+    def _clips(self, split, start):
+        size, count = int(self.builder_config.name), SPLITS[split]
+        numbers = range(start, min(start + SHARD_CLIPS, count))
+        what = f"making moving_shapes/{size} {split}"
+        with tqdm(numbers, desc=what, total=count, initial=start, unit="clip", leave=numbers.stop == count) as progress:
+            for number in progress:
+                video, label = render(split, number, size)
+                yield number, {"video": video, "label": label}
 
 
 def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:

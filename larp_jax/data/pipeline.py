@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from larp_jax.data.clips import ClipSpec, mirror, window_starts
-from larp_jax.data.sources import MANY_NAMES, NO_LABEL, Source, cores, open_source
+from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores
+from larp_jax.data.sources import MixtureSource, Source, open_source
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -142,9 +143,9 @@ def _draw_videos(source: Source, seed: int):
     def epochs(start, stop):
         return grain.MapDataset.range(ENDLESS).seed(seed).map(_Epochs(start, stop, seed))
 
-    weights = getattr(source, "weights", ())
-    if not weights:
+    if not isinstance(source, MixtureSource) or not source.weights:
         return epochs(0, len(source))
+    weights = source.weights
     ends = list(itertools.accumulate(map(len, source.parts), initial=0))
     parts = [epochs(start, stop) for start, stop in itertools.pairwise(ends)]
     return grain.MapDataset.mix(parts, weights=[weight / sum(weights) for weight in weights]).seed(seed)

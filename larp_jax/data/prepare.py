@@ -32,11 +32,13 @@ from typing import Any
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
+from larp_jax.data.folders import cores, open_all
 from larp_jax.data.listing import Item, Listing, list_videos
-from larp_jax.data.report import THUMBNAIL, look, make_report, readable, thumbnail
-from larp_jax.data.sources import VIDEOS, StoredVideo, cores, file_digest, open_all, open_source
+from larp_jax.data.report import look, make_report, readable, thumbnail
+from larp_jax.data.sources import VIDEOS, StoredVideo, open_source
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -413,11 +415,10 @@ def _note(work: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
 def _origin(item: Item) -> tuple[int, str, Item]:
     """(bytes, SHA-256) of what a video is made from, and the item with its label, which only the record knows."""
     if item.path:
-        return os.path.getsize(item.path), file_digest(item.path), item
+        return os.path.getsize(item.path), files.digest(item.path), item
     source = _opened(item.spec)
     size, digest = source.origin(item.index)
-    _, label = source.read_clip(item.index, 0, ClipSpec(1, THUMBNAIL))
-    return size, digest(), dataclasses.replace(item, label=label)
+    return size, digest(), dataclasses.replace(item, label=source.label(item.index))
 
 
 _sources: dict[str, Any] = {}  # of this worker, kept open

@@ -1,5 +1,6 @@
 """Videos by number: those of a folder, and those of a TFDS data set in array_record format."""
 
+import abc
 import bisect
 import concurrent.futures
 import contextlib
@@ -13,55 +14,67 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
-from larp_jax.data.spec import FORMS, DataSpec, parse_spec
+from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
+from larp_jax.data.spec import FORMS, DataSpec, advice, parse_spec
 from larp_jax.data.stages import stage
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
-NO_LABEL = -1
-# The fewest files that probing shows a progress bar for: about two seconds' worth.
-MANY_FILES = 500
-# The most files that a warning names.
-MANY_NAMES = 50
 # The most classes that a data set may claim.
 MANY_CLASSES = 1_000_000
+# The most classes that a message lists.
+MANY_LISTED = 20
 # The file of a prepared data set that says which videos its records hold.
 VIDEOS = "videos.json"
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
 
-    Attributes:
+    A class of sources implements all methods, or it cannot be made. Numbers are those of videos, whatever is stored.
+
+    Args:
       label_names: names of the classes in the order of their labels; empty without classes.
       skipped: (path, reason) of each file that could not be read when the source was opened.
+
+    Attributes:
+      label_names: as given.
+      skipped: as given.
     """
 
-    label_names: tuple[str, ...]
-    skipped: list[tuple[str, str]]
+    def __init__(self, label_names: Iterable[str] = (), skipped: Iterable[tuple[str, str]] = ()):
+        self.label_names = tuple(label_names)
+        self.skipped = list(skipped)
 
+    @abc.abstractmethod
     def __len__(self) -> int:
         """How many videos there are, 1 at least."""
 
+    @abc.abstractmethod
     def name(self, index: int) -> str:
         """What a video is called: the path of its file within the folder, or its number in the data set."""
 
+    @abc.abstractmethod
     def fps(self, index: int) -> float:
         """Frames a second; 0.0 where the data set does not say."""
 
+    @abc.abstractmethod
     def frames(self, index: int) -> int:
         """How many frames a video has, by its header: a damaged file may decode to fewer."""
 
+    @abc.abstractmethod
     def label(self, index: int) -> int:
         """The number of a video's class; -1 for none."""
 
+    @abc.abstractmethod
     def read_clip(self, index: int, start: int | np.random.Generator, clip: ClipSpec) -> tuple[np.ndarray, int]:
         """Reads one clip.
 
@@ -77,12 +90,15 @@ class Source(Protocol):
           InputError: the video cannot be read, or does not reach a full clip from the start that was given.
         """
 
+    @abc.abstractmethod
     def size(self, index: int) -> int:
         """Bytes of a video as it is stored."""
 
+    @abc.abstractmethod
     def digest(self, index: int) -> str:
         """SHA-256 of a video as it is stored, in hexadecimal digits."""
 
+    @abc.abstractmethod
     def origin(self, index: int) -> tuple[int, Callable[[], str]]:
         """Bytes of the file that a video was made from, which may be itself, and a function for its SHA-256."""
 
@@ -93,7 +109,7 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     Args:
       spec: what `parse_spec` reads, or its result.
       clip: its resolution picks the size of moving_shapes where the spec names none.
-      default_split: the TFDS split where the spec names none.
+      default_split: the split where the spec names none; of a folder, the one to take if it holds splits.
 
     Raises:
       InputError: the data set does not exist, holds no readable video, or is not prepared.
@@ -106,7 +122,7 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
         parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
         return MixtureSource(parts, spec.weights)
     if spec.kind == "folder":
-        return FolderSource(spec.name)
+        return FolderSource(spec.name, split)
     try:
         import tensorflow_datasets  # noqa: F401
     except ImportError as error:
@@ -122,44 +138,39 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     return (PreparedSource if prepared else TfdsSource)(spec.name, split)
 
 
-class FolderSource:
-    """The video files below a folder, sorted by path; see `Source`.
+class FolderSource(Source):
+    """The video files below a folder, sorted by path; see `Source` and `larp_jax.data.folders.find_videos`.
 
-    The first level of sub-folders gives the labels, in alphabetical order, if no video lies outside of them. Opening it
-    reads the header of every file and decodes its first frame; those that fail are skipped, and named in one warning.
+    Opening it reads the header of every file and decodes its first frame; those that fail are skipped, and named in one
+    warning.
+
+    Args:
+      folder: its path.
+      split: the one to take, "train", "validation" or "test", if the folder holds splits.
+
+    Attributes:
+      split: the one taken; empty where the folder holds none.
 
     Raises:
-      InputError: there is no such folder, or no readable video in it.
+      InputError: there is no such folder or split, or no readable video in it.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"folder {self.folder} does not exist (or is no folder); give one that holds videos")
-        paths = video_files(self.folder)
-        if not paths:
-            raise InputError(f"folder {self.folder} holds no video file ({' '.join(sorted(video.EXTENSIONS))})")
-        self._videos, self.skipped = open_all(paths)
-        if not self._videos:
-            reason = self.skipped[0][1]
-            raise InputError(
-                f"folder {self.folder}: none of its {len(paths)} video files can be read; the first says: {reason}"
-            )
-        if self.skipped:
-            names = [os.path.relpath(path, self.folder) for path, _ in self.skipped]
+    def __init__(self, folder: str | os.PathLike, split: str = "train"):
+        found = find_videos(folder).of_split(split)
+        self.folder, self.split = found.folder, found.splits[0]
+        self._videos, self._labels, unreadable = found.open()
+        super().__init__(found.label_names, ((str(self.folder / name), reason) for name, reason in unreadable))
+        if unreadable:
+            names = [name for name, _ in unreadable]
             more = f" and {len(names) - MANY_NAMES} more" if len(names) > MANY_NAMES else ""
             logger.warning(
                 "%s: skipped %d of %d files that cannot be read: %s%s",
                 self.folder,
                 len(names),
-                len(paths),
+                len(found.paths),
                 ", ".join(names[:MANY_NAMES]),
                 more,
             )
-        parts = [file.path.relative_to(self.folder).parts for file in self._videos]
-        classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
-        self.label_names = tuple(classes)
-        self._labels = [classes.index(part[0]) if classes else NO_LABEL for part in parts]
 
     def __len__(self):
         return len(self._videos)
@@ -194,46 +205,11 @@ class FolderSource:
 
     def digest(self, index):
         """See `Source`."""
-        return file_digest(self._videos[index].path)
+        return files.digest(self._videos[index].path)
 
     def origin(self, index):
         """See `Source`: the file itself."""
         return self.size(index), functools.partial(self.digest, index)
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The video files below a folder, by their names, sorted; links are followed, hidden files left out."""
-    paths, visited = [], set()
-    # Class folders are often links to where the disk has room; links may also lead in circles.
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in visited]
-        visited.update(real.values())
-        paths += [pathlib.Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in video.EXTENSIONS and path.is_file())
-
-
-def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
-    """([VideoFile of each readable path], [(path, reason) of each other]), both in the order of the paths."""
-    from tqdm import tqdm
-
-    def attempt(path):
-        try:
-            return video.VideoFile(path)
-        except InputError as error:
-            return str(path), str(error)
-
-    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-        found = pool.map(attempt, paths)
-        bar = tqdm(found, total=len(paths), desc="checking videos", unit="file", disable=len(paths) < MANY_FILES)
-        results = list(bar)
-    return ([r for r in results if isinstance(r, video.VideoFile)], [r for r in results if isinstance(r, tuple)])
 
 
 def digests(source: Source, indices: Iterable[int]) -> dict[int, str]:
@@ -247,6 +223,13 @@ def labels(source: Source) -> np.ndarray:
     """`Source.label` of every video, int64."""
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         return np.fromiter(pool.map(source.label, range(len(source))), np.int64, len(source))
+
+
+def class_list(labels: Sequence[int], names: Sequence[str]) -> str:
+    """Classes as messages list them: by number, and by name where they have one."""
+    listed = [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels[:MANY_LISTED]]
+    more = len(labels) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def same_videos(source: Source, other: Source) -> set[int]:
@@ -263,13 +246,8 @@ def same_videos(source: Source, other: Source) -> set[int]:
     return {index for index, digest in compute(ours).items() if digest in known}
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class TfdsSource:
-    """A split of a TFDS data set that lies prepared on disk in array_record format; see `Source`.
+class _Records:
+    """The records of a split of a TFDS data set that lies prepared on disk in array_record format.
 
     Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
     TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
@@ -282,38 +260,86 @@ class TfdsSource:
       data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
       split: as TFDS writes splits, such as `train` or `train[:10%]`.
 
+    Attributes:
+      data_set: as given.
+      split: as given.
+      folder: of the data set's files.
+      shape: [T, H, W, C] of a record's video, with 0 for what is open.
+      encoding: of the video: `image` or `text` for files, else that of the Tensor.
+      label_names: names of the classes in the order of their labels; empty without.
+      stored: random access to the records as bytes.
+
+    Raises:
+      InputError: the data set is not there, of another format, without such a split or without a video feature.
+    """
+
+    def __init__(self, data_set: str | os.PathLike, split: str):
+        self.data_set, self.split = str(data_set), split
+        with self.damage_is_told():
+            self.folder = folder = _find_data_set(self.data_set)
+            features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
+            self._video, self.shape, self.encoding = _video_feature(self.data_set, features)
+            labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
+            self._label = _preferred(labels, "label")
+            self.label_names: tuple[str, ...] = ()
+            if self._label:
+                names = folder / f"{self._label}.labels.txt"
+                count = int(labels[self._label].get("numClasses", 0))
+                if count > MANY_CLASSES:
+                    raise ValueError(f"{count} classes")
+                self.label_names = tuple(
+                    names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
+                )
+            self.stored = _open_records(self.data_set, folder, split)
+
+    def damage_is_told(self) -> contextlib.AbstractContextManager[None]:
+        """A block that reads files of the data set: what it raises becomes one line."""
+        return _damage_is_told(f"TFDS data set {self.data_set}")
+
+    def read(self, record: int):
+        """The features of a record."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        with stage("read"), _damage_is_told(f"record {record} of {self.data_set}"):
+            return tf_example_pb2.Example.FromString(self.stored[record]).features.feature
+
+    def label(self, features) -> int:
+        """The label in the features of a record; -1 without."""
+        return features[self._label].int64_list.value[0] if self._label else NO_LABEL
+
+    def frames(self, features) -> Sequence[bytes] | np.ndarray:
+        """The frames in the features of a record: PNG or JPEG files, or uint8 [T, H, W, C]."""
+        values = features[self._video].bytes_list.value
+        if self.encoding in ("image", "text"):
+            return values
+        if self.encoding == "none":
+            pixels = np.array(features[self._video].int64_list.value, np.uint8)
+        else:
+            pixels = np.frombuffer(zlib.decompress(values[0]) if self.encoding == "zlib" else values[0], np.uint8)
+        return pixels.reshape(-1, *self.shape[1:])
+
+
+class TfdsSource(Source):
+    """A split of a TFDS data set in array_record format, a record a video; see `Source`.
+
+    Args:
+      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
+      split: as TFDS writes splits, such as `train` or `train[:10%]`.
+
     Raises:
       InputError: the data set is not there, of another format, without such a split or without a video feature.
     """
 
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
-        self.skipped = []
-        self._data_set, self._split = str(data_set), split
-        with _damage_is_told(f"TFDS data set {data_set}"):
-            self._open(_find_data_set(self._data_set))
-
-    def _open(self, folder: pathlib.Path) -> None:
-        features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
-        self._video, self._shape, self._encoding = _video_feature(self._data_set, features)
-        labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
-        self._label = _preferred(labels, "label")
-        self.label_names = ()
-        if self._label:
-            names = folder / f"{self._label}.labels.txt"
-            count = int(labels[self._label].get("numClasses", 0))
-            if count > MANY_CLASSES:
-                raise ValueError(f"{count} classes")
-            self.label_names = tuple(
-                names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
-            )
-        self._records = _open_records(self._data_set, folder, self._split)
+        self._records = _Records(data_set, split)
+        super().__init__(self._records.label_names)
 
     def __len__(self):
-        return len(self._records)
+        return len(self._records.stored)
 
     def name(self, index):
         """The data set, the split and the number of the record in it."""
-        return f"{self._data_set}:{self._split}#{index}"
+        return f"{self._records.data_set}:{self._records.split}#{index}"
 
     def fps(self, index):
         """0.0: TFDS data sets do not say."""
@@ -321,55 +347,39 @@ class TfdsSource:
 
     def frames(self, index):
         """See `Source`; reads the record where the data set's features leave the number open."""
-        return self._shape[0] or len(self._stored_frames(self._read(index)))
+        if self._records.shape[0]:
+            return self._records.shape[0]
+        with _damage_is_told(self.name(index)):
+            return len(self._records.frames(self._records.read(index)))
 
     def label(self, index):
         """See `Source`; reads the record."""
-        return self._label_of(self._read(index))
+        with _damage_is_told(self.name(index)):
+            return self._records.label(self._records.read(index))
 
     def read_clip(self, index, start, clip):
         """See `Source`."""
         with _damage_is_told(self.name(index)):
-            record = self._read(index)
-            stored = self._stored_frames(record)
+            features = self._records.read(index)
+            stored = self._records.frames(features)
             if isinstance(start, np.random.Generator):
                 start = int(start.integers(last_start(len(stored), clip.frames) + 1))
             elif start and start + clip.frames > len(stored):
                 raise InputError(f"{self.name(index)} ends after {len(stored)} frames, before {start + clip.frames}")
             frames = _decoded(stored[start : start + clip.frames], clip.resolution)
-            return repeat_last(frames, clip.frames), self._label_of(record)
-
-    def _label_of(self, record) -> int:
-        return record[self._label].int64_list.value[0] if self._label else NO_LABEL
+            return repeat_last(frames, clip.frames), self._records.label(features)
 
     def size(self, index):
         """See `Source`."""
-        return len(self._records[index])
+        return len(self._records.stored[index])
 
     def digest(self, index):
         """See `Source`."""
-        return hashlib.sha256(self._records[index]).hexdigest()
+        return hashlib.sha256(self._records.stored[index]).hexdigest()
 
     def origin(self, index):
         """See `Source`: the record itself."""
         return self.size(index), functools.partial(self.digest, index)
-
-    def _read(self, record):
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        with stage("read"), _damage_is_told(f"record {record} of {self._data_set}"):
-            return tf_example_pb2.Example.FromString(self._records[record]).features.feature
-
-    def _stored_frames(self, record) -> Sequence[bytes] | np.ndarray:
-        """PNG or JPEG files, or uint8 [T, H, W, C]."""
-        values = record[self._video].bytes_list.value
-        if self._encoding in ("image", "text"):
-            return values
-        if self._encoding == "none":
-            pixels = np.array(record[self._video].int64_list.value, np.uint8)
-        else:
-            pixels = np.frombuffer(zlib.decompress(values[0]) if self._encoding == "zlib" else values[0], np.uint8)
-        return pixels.reshape(-1, *self._shape[1:])
 
 
 class StoredVideo(NamedTuple):
@@ -396,21 +406,29 @@ class StoredVideo(NamedTuple):
     sha256: str
 
 
-class PreparedSource(TfdsSource):
-    """A split of what `larp-jax prepare` wrote; see `Source` and `TfdsSource`.
+class PreparedSource(Source):
+    """A split of what `larp-jax prepare` wrote; see `Source`.
 
     A record holds a run of frames, and videos.json says which runs are a video: the number of frames is known without
     reading, and of a long video only the runs are read that the clip lies in. A part of a split takes whole videos,
     those that begin in it.
+
+    Args and errors are those of `TfdsSource`.
     """
 
-    def _open(self, folder: pathlib.Path) -> None:
+    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
+        self._records = _Records(data_set, split)
+        super().__init__(self._records.label_names)
+        with self._records.damage_is_told():
+            self._find_videos()
+
+    def _find_videos(self) -> None:
         from array_record.python import array_record_data_source
 
-        super()._open(folder)
+        data_set, split, folder = self._records.data_set, self._records.split, self._records.folder
         index = json.loads((folder / VIDEOS).read_text(encoding="utf-8"))
         self._run = index["frames_per_record"]
-        instructions = _instructions(self._data_set, folder, self._split)
+        instructions = _instructions(data_set, folder, split)
         stored = {}
         for rows in index["splits"].values():
             for row in itertools.starmap(StoredVideo, rows["videos"]):
@@ -428,10 +446,8 @@ class PreparedSource(TfdsSource):
                     self._videos.append(row)
                     self._records_of.append(offsets[file.filename] + row.record)
         if not self._videos:
-            raise InputError(
-                f"no video of TFDS data set {self._data_set} begins in split {self._split!r}; choose a larger part"
-            )
-        self._records = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
+            raise InputError(f"no video of TFDS data set {data_set} begins in split {split!r}; choose a larger part")
+        self._records.stored = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
 
     def __len__(self):
         return len(self._videos)
@@ -448,6 +464,10 @@ class PreparedSource(TfdsSource):
         """See `Source`."""
         return self._videos[index].frames
 
+    def label(self, index):
+        """See `Source`."""
+        return self._videos[index].label
+
     def read_clip(self, index, start, clip):
         """See `Source`."""
         row = self._videos[index]
@@ -456,25 +476,26 @@ class PreparedSource(TfdsSource):
         elif start and start + clip.frames > row.frames:
             raise InputError(f"{self.name(index)} ends after {row.frames} frames, before {start + clip.frames}")
         stop = min(start + clip.frames, row.frames)
-        with _damage_is_told(f"{self.name(index)} of {self._data_set}"):
+        with _damage_is_told(f"{self.name(index)} of {self._records.data_set}"):
             runs = []
             for number in range(start // self._run, -(-stop // self._run)):
-                run = self._stored_frames(self._read(self._records_of[index] + number))
+                run = self._records.frames(self._records.read(self._records_of[index] + number))
                 first = number * self._run
                 runs.append(run[max(0, start - first) : stop - first])
-            stored = np.concatenate(runs) if self._encoding == "bytes" else list(itertools.chain.from_iterable(runs))
+            as_array = self._records.encoding == "bytes"
+            stored = np.concatenate(runs) if as_array else list(itertools.chain.from_iterable(runs))
             frames = _decoded(stored, clip.resolution)
             return repeat_last(frames, clip.frames), row.label
 
     def size(self, index):
         """See `Source`."""
-        return sum(len(self._records[record]) for record in self._runs(index))
+        return sum(len(self._records.stored[record]) for record in self._runs(index))
 
     def digest(self, index):
         """See `Source`."""
         digest = hashlib.sha256()
         for record in self._runs(index):
-            digest.update(self._records[record])
+            digest.update(self._records.stored[record])
         return digest.hexdigest()
 
     def origin(self, index):
@@ -486,7 +507,7 @@ class PreparedSource(TfdsSource):
         return range(first, first + -(-self._videos[index].frames // self._run))
 
 
-class MixtureSource:
+class MixtureSource(Source):
     """Several data sets one after the other; see `Source`.
 
     Classes of the same name are one class, numbered in the order in which the data sets bring them.
@@ -498,8 +519,10 @@ class MixtureSource:
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] = ()):
         self.parts, self.weights = list(parts), tuple(weights)
-        self.label_names = tuple(dict.fromkeys(itertools.chain.from_iterable(part.label_names for part in parts)))
-        self.skipped = list(itertools.chain.from_iterable(part.skipped for part in parts))
+        super().__init__(
+            dict.fromkeys(itertools.chain.from_iterable(part.label_names for part in parts)),
+            itertools.chain.from_iterable(part.skipped for part in parts),
+        )
         self._labels = [[self.label_names.index(name) for name in part.label_names] for part in parts]
         self._ends = list(itertools.accumulate(map(len, parts)))
 
@@ -521,12 +544,16 @@ class MixtureSource:
         part, index = self._locate(index)
         return self.parts[part].frames(index)
 
+    def label(self, index):
+        """See `Source`."""
+        part, index = self._locate(index)
+        return self._label(part, self.parts[part].label(index))
+
     def read_clip(self, index, start, clip):
         """See `Source`."""
         part, index = self._locate(index)
         frames, label = self.parts[part].read_clip(index, start, clip)
-        labels = self._labels[part]
-        return frames, labels[label] if 0 <= label < len(labels) else NO_LABEL
+        return frames, self._label(part, label)
 
     def size(self, index):
         """See `Source`."""
@@ -543,6 +570,11 @@ class MixtureSource:
         part, index = self._locate(index)
         return self.parts[part].origin(index)
 
+    def _label(self, part: int, label: int) -> int:
+        """The number here of a class of one of the data sets."""
+        labels = self._labels[part]
+        return labels[label] if 0 <= label < len(labels) else NO_LABEL
+
     def _locate(self, index: int) -> tuple[int, int]:
         """(number of the data set, number of the video in it)."""
         part = bisect.bisect_right(self._ends, index)
@@ -557,8 +589,7 @@ def _damage_is_told(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # whatever a damaged file provokes in json, protobuf, array_record, zlib and NumPy
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{what} is damaged ({reason}); prepare the data set again") from error
+        raise InputError(f"{what} is damaged ({reason(error)}); prepare the data set again") from error
 
 
 def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
@@ -580,14 +611,18 @@ def tfds_root() -> pathlib.Path:
 def _find_data_set(data_set: str) -> pathlib.Path:
     """The folder of a prepared data set: that of the newest version, and of the only config if none is named."""
     root = tfds_root()
-    folder = root / pathlib.Path(data_set).expanduser()
     # `larp-jax prepare --output DIR` makes data sets anywhere.
-    local = pathlib.Path(data_set).expanduser()
+    local = files.local_path(data_set, "data set")
+    folder = root / local
     if not folder.is_dir() and local.is_dir():
         folder = local
-    command = f"tfds build {data_set} --file_format=array_record --data_dir={root}"
+    cure = f"run: tfds build {data_set} --file_format=array_record --data_dir={root}"
+    if data_set.partition("/")[0] == "moving_shapes":
+        cure = f"it is made on first use as {data_set!r}, without tfds:"
+    elif local.is_absolute() or data_set[0] in "~.":
+        cure = "give the path of a data set, or its name"
     if not folder.is_dir():
-        raise InputError(f"TFDS data set {data_set} is not prepared in {root}; run: {command}")
+        raise InputError(f"TFDS data set {data_set} is not prepared in {root}; {advice(local) or cure}")
     if (found := _newest_version(folder)) is not None:
         return found
     configs = {path.name: found for path in sorted(folder.iterdir()) if (found := _newest_version(path)) is not None}
@@ -596,7 +631,7 @@ def _find_data_set(data_set: str) -> pathlib.Path:
             f"TFDS data set {data_set} has configs {', '.join(configs)}; name one, as in {data_set}/CONFIG"
         )
     if not configs:
-        raise InputError(f"{folder} holds no prepared TFDS data set; run: {command}")
+        raise InputError(f"{folder} holds no prepared TFDS data set; {advice(folder) if folder == local else cure}")
     return next(iter(configs.values()))
 
 

@@ -1,13 +1,16 @@
 """The one-line text that names a data set."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
+import pathlib
 import re
 
 import numpy as np
 
+from larp_jax.data.video import EXTENSIONS
 from larp_jax.errors import InputError
 
 FORMS = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[/CONFIG][:SPLIT], or several as A+B or 0.7*A+0.3*B"
@@ -19,6 +22,9 @@ _NAME_AND_SPLIT = re.compile(
 _KIND = r"(?:tfds:|folder:|moving_shapes(?:[:/+]|$))"
 _JOINT = re.compile(rf"\+(?=(?:[\d.]+\*)?{_KIND})")
 _WEIGHT = re.compile(rf"(?P<weight>[\d.]+)\*(?={_KIND})")
+_BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens)(?::|$)|{_KIND})")
+# Suffixes of lists of videos, which `larp-jax prepare` takes.
+LISTS = (".csv", ".txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +98,74 @@ def _parse_one(text: str) -> DataSpec:
     raise InputError(f"data {text!r} is not {FORMS}; {_suggestion(text, kind, rest)}")
 
 
+def spec_of(text: str) -> DataSpec | None:
+    """`parse_spec` of a text that may also be a path: None where it has the form of no data set.
+
+    Raises:
+      InputError: it begins like a data set and is none.
+    """
+    try:
+        return parse_spec(text)
+    except InputError:
+        if _BEGINNING.match(text) and not os.path.exists(text):
+            raise
+        return None
+
+
 def _suggestion(text: str, kind: str, rest: str) -> str:
     if kind in ("folder", "tfds", "tokens"):
         return f"write a name after {kind}:"
-    if os.path.isdir(os.path.expanduser(text)):
-        return f"did you mean {f'folder:{text}'!r}?"
+    if not text:
+        return "name one"
     known = {"folder": f"folder:{rest or 'PATH'}", "tfds": f"tfds:{rest or 'NAME'}", "moving_shapes": "moving_shapes"}
-    near = difflib.get_close_matches(kind.partition("/")[0].lower(), known, n=1, cutoff=0.0)
-    return f"did you mean {known[near[0]]!r}?"
+    near = difflib.get_close_matches(kind.partition("/")[0].lower(), known, n=1)
+    path, _, split = text.rpartition(":")
+    for candidate, form in ((text, text), (path, f"{path}:{split}")):
+        if candidate and (found := advice(candidate, form)):
+            return found
+    if near:
+        return f"did you mean {known[near[0]]!r}?"
+    if rest.startswith("//"):
+        return f"{kind!r} is not supported, give a path on this machine"
+    if text[0] in "/.~" or "/" in text or os.path.splitext(text)[1].lower() in {*LISTS, *EXTENSIONS}:
+        return f"there is no file or folder {text!r}"
+    return f"did you mean {f'tfds:{text}'!r}?"
+
+
+def advice(path: str | os.PathLike, form: str = "") -> str:
+    """How what lies at a path is given as data, as the end of a message; empty where nothing lies there.
+
+    Args:
+      path: a file or a folder.
+      form: the path as the user gave it, maybe with a split behind it.
+    """
+    place = pathlib.Path(path)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        place = place.expanduser()
+        form = form or str(path)
+        if place.is_dir():
+            return _advice_on_folder(place, form, str(path))
+        if place.suffix.lower() in LISTS and place.is_file():
+            return f"{path} is a list: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
+        if place.suffix.lower() in EXTENSIONS and place.is_file():
+            return f"{path} is one video: give the folder that it lies in, {f'folder:{place.parent}'!r}"
+        if place.exists():
+            return f"{path} is neither a video ({' '.join(sorted(EXTENSIONS))}) nor a list (.csv, .txt)"
+    return ""
+
+
+def _advice_on_folder(folder: pathlib.Path, form: str, path: str) -> str:
+    if (folder / "features.json").exists() or any(folder.glob("*/features.json")) or any(
+        folder.glob("*/*/features.json")
+    ):  # fmt: skip
+        return f"{path} holds a TFDS data set: did you mean {f'tfds:{form}'!r}?"
+    if (folder / "manifest.json").exists():
+        return f"{path} holds codes: did you mean {f'tokens:{path}'!r}?"
+    if (folder / "checkpoints").is_dir() or (folder / "metadata").is_dir():
+        return f"{path} holds checkpoints: give videos"
+    if (folder / "classInd.txt").exists():
+        return f"{path} holds lists: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
+    if form == path:
+        return f"did you mean {f'folder:{path}'!r}?"
+    split = form.removeprefix(f"{path}:")
+    return f"did you mean {f'folder:{path}'!r}, or {f'folder:{path}/{split}'!r} for a split?"

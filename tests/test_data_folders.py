@@ -1,0 +1,166 @@
+"""What the sub-folders of a folder of videos mean: splits, classes, or nothing; the same to all that read it."""
+
+import logging
+import shutil
+
+import pytest
+from data_helpers import moving_frames
+
+from larp_jax.data import ClipSpec, open_source
+from larp_jax.data.folders import find_videos
+from larp_jax.data.listing import list_videos
+from larp_jax.data.video import write_video
+from larp_jax.errors import InputError
+from larp_jax.inputs import Inputs
+
+CLIP = ClipSpec(4, 16)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "v.mp4"
+    write_video(path, moving_frames(5, 16, 16), 10)
+    return path
+
+
+@pytest.fixture
+def make(video, tmp_path):
+    """Makes a folder of videos of these names."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(video, tmp_path / name)
+        return tmp_path
+
+    return make
+
+
+def seen(folder, split="train"):
+    """{name: class} of a split as training, `prepare` and (of all splits) commands take the folder, once they agree."""
+    found = find_videos(folder)
+    source, listing, inputs = found.of_split(split), list_videos([str(folder)]), Inputs(str(folder), CLIP)
+    opened = open_source(f"folder:{folder}", default_split=split)
+
+    def named(labels):
+        return [found.label_names[label] if label >= 0 else None for label in labels]
+
+    ours = dict(zip(map(found.name, source.paths), named(source.labels), strict=True))
+    theirs = [item for item in listing.items if item.split == split or not found.splits[0]]
+    assert dict(zip((item.source for item in theirs), named(item.label for item in theirs), strict=True)) == ours
+    assert {opened.name(i): named([opened.label(i)])[0] for i in range(len(opened))} == ours
+    assert [opened.read_clip(i, 0, CLIP)[1] for i in range(len(opened))] == source.labels
+    everything = {inputs.videos[w.video].name: named([w.label])[0] for rows, _ in inputs.batches(1) for w in rows}
+    assert everything == dict(zip(map(found.name, found.paths), named(found.labels), strict=True))
+    assert found.label_names == listing.label_names == inputs.label_names == opened.label_names
+    return ours
+
+
+def test_a_video_beside_the_classes_has_none(make, caplog):
+    folder = make("a/0.mp4", "b/0.mp4", "intro.mp4")
+    with caplog.at_level(logging.WARNING):
+        assert seen(folder) == {"a/0.mp4": "a", "b/0.mp4": "b", "intro.mp4": None}
+    assert "without a class, because they lie beside the folders of classes: intro.mp4" in caplog.text
+
+
+def test_videos_without_folders_have_no_classes(make, caplog):
+    assert seen(make("x.mp4", "y.mp4")) == {"x.mp4": None, "y.mp4": None}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("validation", ["val", "validate", "Validation"])
+def test_splits(make, caplog, validation):
+    folder = make("train/a/0.mp4", "train/b/0.mp4", "test/b/1.mp4", f"{validation}/c/2.mp4")
+    assert find_videos(folder).label_names == ("a", "b", "c")
+    assert seen(folder) == {"train/a/0.mp4": "a", "train/b/0.mp4": "b"}
+    assert seen(folder, "test") == {"test/b/1.mp4": "b"}
+    assert seen(folder, "validation") == {f"{validation}/c/2.mp4": "c"}
+    assert not [record for record in caplog.records if "all are read" not in record.getMessage()]
+    assert len(open_source(f"folder:{folder}/test")) == 1
+    with pytest.raises(InputError, match=r"no split 'train\[:10%\]', only the folders .*test, train.*as in folder:/"):
+        open_source(f"folder:{folder}", default_split="train[:10%]")
+    inputs = Inputs(f"folder:{folder}", CLIP)
+    assert [one.name for one in inputs.videos] == ["test/b/1.mp4"] and inputs.label_names == ("a", "b", "c")
+
+
+def test_a_split_that_is_not_there(make):
+    folder = make("train/a/0.mp4", "val/a/0.mp4")
+    with pytest.raises(InputError, match=f"has no split 'test', only the folders train, val; .*folder:{folder}/train"):
+        open_source(f"folder:{folder}", default_split="test")
+    with pytest.raises(InputError, match=f"did you mean 'folder:{folder}', or 'folder:{folder}/val' for a split"):
+        open_source(f"folder:{folder}:val")
+
+
+def test_splits_without_classes_and_a_video_beside_them(make, caplog):
+    folder = make("train/0.mp4", "test/1.mp4", "intro.mp4")
+    with caplog.at_level(logging.WARNING):
+        assert seen(folder) == {"train/0.mp4": None}
+    assert "left out as in none of its splits test, train: intro.mp4" in caplog.text
+    assert list_videos([str(folder)]).missing == [("train", "intro.mp4", "lies in none of the folder's splits")]
+
+
+def test_splits_among_other_folders_are_classes_with_a_warning(make, caplog):
+    assert set(seen(make("train/0.mp4", "test/0.mp4", "plane/0.mp4")).values()) == {"plane", "test", "train"}
+    assert "test, train are taken for classes and not for splits, because there are other sub-folders" in caplog.text
+    caplog.clear()
+    shutil.rmtree(make() / "test")
+    assert set(seen(make()).values()) == {"plane", "train"}  # a train is also a thing
+    assert not caplog.records
+
+
+def test_hidden_folders_are_left_out(make):
+    folder = make("a/0.mp4", ".cache/1.mp4", "a/.thumbnails/2.mp4")
+    (folder / ".cache" / "notes.txt").touch()
+    assert seen(folder) == {"a/0.mp4": "a"}
+    assert list_videos([str(folder)]).ignored == {}
+
+
+def test_classes_called_by_numbers_are_in_their_order(make):
+    folder = make(*(f"{name}/0.mp4" for name in range(12)))
+    assert find_videos(folder).label_names == tuple(map(str, range(12)))
+    assert seen(folder)["10/0.mp4"] == "10"
+    make("x/0.mp4")
+    assert find_videos(folder).label_names[:4] == ("0", "1", "10", "11")
+
+
+def test_damage_moves_no_class(make):
+    folder = make("a/0.mp4", "b/0.mp4")
+    (folder / "a" / "0.mp4").write_bytes(b"broken")
+    assert open_source(f"folder:{folder}").label(0) == Inputs(str(folder), CLIP).videos[0].read().__next__()[3] == 1
+    assert [item.label for item in list_videos([str(folder)]).items] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "says"),
+    [
+        ("list.csv", "folder:list.csv", "is a list: run larp-jax prepare --input list.csv"),
+        ("list.csv", "tfds:list.csv", "is a list: run larp-jax prepare --input list.csv"),
+        ("frames/a/0.png", "folder:frames", "make a video of each folder of pictures"),
+        ("videos/one.mp4", "folder:videos/one.mp4", "is one video: give the folder that it lies in, 'folder:videos'"),
+        ("videos/one.mp4", "tfds:videos", "did you mean 'folder:videos'"),
+        ("prepared/features.json", "folder:prepared", "did you mean 'tfds:prepared'"),
+        ("prepared/features.json", "folder:prepared:train", "did you mean 'tfds:prepared:train'"),
+        ("codes/manifest.json", "folder:codes", "did you mean 'tokens:codes'"),
+        ("run/checkpoints/2/x", "folder:run", "holds checkpoints: give videos"),
+        ("lists/classInd.txt", "folder:lists", "run larp-jax prepare --input lists"),
+        ("x.npz", "folder:x.npz", "is neither a video"),
+        ("x", "folder:none", "does not exist; give one that holds videos"),
+        ("x", "tfds:/none", "give the path of a data set"),
+        ("x", "tfds:moving_shapes/64", "it is made on first use as 'moving_shapes/64', without tfds:"),
+        ("x", "tfds:ucf101", "run: tfds build ucf101"),
+    ],
+)
+def test_what_lies_there_is_named_with_its_cure(tmp_path, monkeypatch, file, given, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(InputError) as error:
+        open_source(given)
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_other_machines_are_none_of_ours():
+    for spec in ("folder:gs://bucket/videos", "tfds:gs://bucket/set"):
+        with pytest.raises(InputError, match="gs:// is not supported"):
+            open_source(spec)
