@@ -627,7 +627,7 @@ def named_numbers(stage: str) -> list[str]:
 
 def differences(a: typing.Mapping, b: typing.Mapping, prefix: str = "") -> dict[str, tuple]:
     """The values of the settings in which two configurations differ, by their dotted names; None for none."""
-    found = {}
+    found: dict[str, tuple] = {}
     for key in a.keys() | b.keys():
         one, other = a.get(key), b.get(key)
         if isinstance(one, dict) and isinstance(other, dict):

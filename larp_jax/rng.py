@@ -19,7 +19,7 @@ def key(seed: int) -> jax.Array:
     """The root key of a seed: typed, scalar, always of `IMPLEMENTATION`.
 
     Args:
-      seed: in [0, 2^64). Below 2^32 it is the key that `jax.random.key` gives by default; all bits of larger ones count.
+      seed: in [0, 2^64). Below 2^32 it gives the key that `jax.random.key` gives by default. All bits count.
 
     Raises:
       InputError: the seed is out of range.

@@ -95,7 +95,7 @@ class TokenizerStage:
         self.mix_ratio = optim.linear(0.0, recipe.prior.mix_max, recipe.prior.mix_ramp * recipe.steps)
 
     def _check_multipliers(self) -> None:
-        """`InputError` where a multiplier of the rate is for no parameter, but for those of a prior that is left out."""
+        """`InputError` where a multiplier is for no parameter. Those of a prior may stay where there is none."""
         modules = {name: self._abstract[name] for name in ("tokenizer", "prior") if name in self._make}
         params = {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
         names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -76,7 +76,7 @@ class StopRequest:
         return f"stopped by {signal.Signals(number).name} {self.so_far}".strip()
 
     def _watch(self) -> None:
-        """Starts the thread that sees signals even while compiled code runs: the system's handler writes into a pipe."""
+        """Starts the thread that sees signals even while compiled code runs, through a pipe that the system fills."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

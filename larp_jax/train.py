@@ -230,7 +230,7 @@ def _check_workdir(workdir: pathlib.Path) -> None:
     """`InputError` where a folder holds something else than a run, which training would hide or overwrite."""
     if checkpoint.is_checkpoint(workdir) or (workdir / importing.WEIGHTS).exists():
         raise InputError(
-            f"--workdir {workdir} holds weights, and not a run; to train on from them, give --config.init_from={workdir}"
+            f"--workdir {workdir} holds weights, no run; to train from them, give --config.init_from={workdir}"
             " and another --workdir"
         )
     before = checkpoint.read_config(workdir)
