@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
-            with StopRequest(end_process=_end_process), _among_processes(arguments), _computing(arguments.command):
-                arguments.run(arguments)
+            # the inner one, because joining other processes makes JAX swallow SIGTERM
+            with StopRequest(end_process=_end_process), _among_processes(arguments), StopRequest():
+                with _computing(arguments.command):
+                    arguments.run(arguments)
             return 0
     except Interrupted as error:
         code = _complain(str(error), 1, debug)

@@ -61,9 +61,9 @@ class StopRequest:
         """Of the signal that came here; without one, another process of the run got it."""
         return signal.Signals(self.signal).name if self.signal else "a signal to another process"
 
-    def defer(self) -> None:
-        """From now on signals are only noted."""
-        self._deferred = True
+    def defer(self, so_far: str = "") -> None:
+        """From now on signals are only noted, and a second SIGINT is told with this `so_far`."""
+        self._deferred, self.so_far = True, so_far
 
     def _note(self, number, frame) -> None:
         again = self.signal is not None

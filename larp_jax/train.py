@@ -31,6 +31,9 @@ MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "keep", "mesh", 
 # Of these, the ones that being 0 or not decides what a checkpoint holds.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
 
+# Of a second Ctrl-C.
+HURRIED = "without waiting for the last save; the same command continues from the newest checkpoint"
+
 
 class Stopped(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and saved a checkpoint first."""
@@ -108,7 +111,7 @@ class Run:
         batches = self.task.batches(self.first_step)
         stopping = False
         if jax.process_count() > 1:
-            self.stop.defer()  # all of them stop after the same step
+            self.stop.defer(HURRIED)  # all of them stop after the same step
         with batches, self.writer, self._progress() as progress:
             try:
                 while True:
@@ -131,7 +134,7 @@ class Run:
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
                     self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
-                    self.stop.defer()  # from now on there is something to save
+                    self.stop.defer(HURRIED)  # from now on there is something to save
                     self._write(pending, progress)
                     pending = (self.step, logs)
             finally:
@@ -228,12 +231,15 @@ def _steps(workdir: str | os.PathLike) -> list[int]:
 
 def _check_workdir(workdir: pathlib.Path) -> None:
     """`InputError` where a folder holds something else than a run, which training would hide or overwrite."""
-    if checkpoint.is_checkpoint(workdir) or (workdir / importing.WEIGHTS).exists():
+    if checkpoint.is_checkpoint(workdir) or (workdir / importing.WEIGHTS).is_file():
         raise InputError(
             f"--workdir {workdir} holds weights, no run; to train from them, give --config.init_from={workdir}"
             " and another --workdir"
         )
-    before = checkpoint.read_config(workdir)
+    try:
+        before = checkpoint.read_config(workdir)
+    except OSError:  # told when it is to be written
+        return
     if before is not None and before.get("stage") not in TASKS:
         raise InputError(f"{workdir / checkpoint.CONFIG} is not that of a run; choose another --workdir")
 

@@ -1,6 +1,7 @@
 """Keys of seeds and of users, and numbers that do not depend on how JAX is set up."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from test_models import LEARNED
 
 from larp_jax import data, rng
+from larp_jax.api import LoadedTokenizer
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import draw
 
@@ -85,14 +87,15 @@ def test_settings_of_jax_change_no_draw():
         np.testing.assert_array_equal(one, other)
 
 
-def test_settings_of_jax_change_no_codes_and_no_videos(tokenizer, trained):
-    from larp_jax import load_tokenizer
-
-    key = jax.random.key(4)
+def test_settings_of_jax_change_no_codes_and_no_videos(tokenizer):
+    quantizer = dataclasses.replace(tokenizer.config.quantizer, temperature=1.0)
+    warm = dataclasses.replace(tokenizer.config, quantizer=quantizer)
+    params, key = jax.device_get(tokenizer.params), jax.random.key(4)
+    tokenizer = LoadedTokenizer(warm, params)
     codes, drawn = tokenizer.encode(VIDEO), tokenizer.encode(VIDEO, key)
     assert np.any(codes != drawn)
     with unusual_settings():
-        loaded = load_tokenizer(trained)
+        loaded = LoadedTokenizer(warm, params)
         np.testing.assert_array_equal(loaded.encode(jnp.asarray(VIDEO / 255.0)), tokenizer.encode(VIDEO / 255.0))
         np.testing.assert_array_equal(loaded.encode(VIDEO, key), drawn)
         video = loaded.decode(jnp.asarray(codes).astype(jnp.int64))

@@ -27,11 +27,11 @@ def test_a_signal_ends_the_block_and_says_how_far_it_was(number):
 
 def test_a_deferred_signal_is_noted_and_a_second_interrupt_does_not_wait():
     with StopRequest() as stop:
-        stop.defer()
+        stop.defer("without waiting")
         for number in (signal.SIGTERM, signal.SIGTERM):
             send(number)
         assert stop.signal == signal.SIGTERM and stop.name == "SIGTERM"
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="^stopped by SIGINT without waiting$"):
             send(signal.SIGINT)
 
 
