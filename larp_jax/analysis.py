@@ -16,7 +16,7 @@ import numpy as np
 from einops import reduce
 from jax.sharding import Mesh
 
-from larp_jax import charts, sharding
+from larp_jax import charts, rng, sharding
 from larp_jax.api import LoadedTokenizer
 from larp_jax.checkpoint import Checkpoint
 from larp_jax.config import MeshConfig
@@ -56,6 +56,7 @@ DEFINITIONS = {
 }
 
 
+@rng.pinned()
 def analyze(
     found: Checkpoint,
     spec: str,

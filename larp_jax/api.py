@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import checkpoint, importing, sharding
+from larp_jax import checkpoint, distributed, importing, rng, sharding
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import digest, fingerprint
@@ -69,6 +69,7 @@ def load_checkpoint(
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
+    distributed.check_devices()
     path = pathlib.Path(path)
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
@@ -98,6 +99,7 @@ class LoadedTokenizer:
       step: as given.
     """
 
+    @rng.pinned()
     def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
         self.config, self.step, self._mesh = config, step, mesh
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
@@ -155,8 +157,9 @@ class LoadedTokenizer:
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
-        with jax.default_matmul_precision("float32"):
-            return self._encode(self._params, self._split(self._checked_video(video)), key)
+        video, key = self._checked_video(video), None if key is None else rng.as_key(key)
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            return self._encode(self._params, self._split(video), key)
 
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
         """Codes to videos.
@@ -172,8 +175,9 @@ class LoadedTokenizer:
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
-        with jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._split(self._checked_codes(codes)))
+        codes = self._checked_codes(codes)
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            return self._decode(self._params, self._split(codes))
 
     def reconstruct(self, video: jax.Array | np.ndarray) -> jax.Array:
         """Videos through the bottleneck and back in one pass; with continuous latents, through their means.
@@ -187,8 +191,9 @@ class LoadedTokenizer:
         Raises:
           ValueError: as for `encode`.
         """
-        with jax.default_matmul_precision("float32"):
-            return self._reconstruct(self._params, self._split(self._checked_video(video)))
+        video = self._checked_video(video)
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            return self._reconstruct(self._params, self._split(video))
 
     def _split(self, batch):
         if self._mesh is None or len(batch) % sharding.batch_parts(self._mesh):
@@ -244,6 +249,7 @@ class LoadedGenerator:
       class_names: as given.
     """
 
+    @rng.pinned()
     def __init__(
         self,
         config: GeneratorConfig,
@@ -319,7 +325,7 @@ class LoadedGenerator:
 
         Args:
           classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
-          key: of the draws.
+          key: of the draws, `jax.random.key(seed)`.
           condition: [B, N] integers in [0, K), codes of clips whose first frames are known and whose others repeat the
             last of these (see `larp_jax.steps.hold_last_frame`); for a generator that predicts frames.
           indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
@@ -334,16 +340,17 @@ class LoadedGenerator:
           ValueError: something is not as described; the message says what was expected and what came.
         """
         chosen = SamplingOptions(**options)
-        arguments = self._arguments(classes, condition, indices, key, chosen)
-        with self._precisely():
+        arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
+        with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.num_tokens))
 
+    @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
         """The program that `sample` runs for this batch size and these options."""
         chosen = SamplingOptions(**options)
         zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
         classes, condition = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
-        arguments = self._arguments(classes, condition, None, jax.random.key(0), chosen)
+        arguments = self._arguments(classes, condition, None, rng.key(0), chosen)
         with self._precisely():
             return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
 

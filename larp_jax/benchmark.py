@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from larp_jax import flops, sharding
+from larp_jax import flops, rng, sharding
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, stages, train_batches
@@ -236,7 +236,7 @@ def benchmark_codec(
         return jnp.clip(nnx.merge(graphdef, params).decode(codes), 0.0, 1.0)
 
     def random_codes():
-        return jax.random.randint(jax.random.key(1), (clips, config.num_tokens), 0, config.quantizer.codebook_size)
+        return jax.random.randint(rng.key(1), (clips, config.num_tokens), 0, config.quantizer.codebook_size)
 
     accuracy = "float32" if precision == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(accuracy):
@@ -282,7 +282,7 @@ class _Step(_Program):
     """The training step of a recipe with a state and a batch of its own; called with the number of the step."""
 
     def __init__(self, recipe: TokenizerRecipe, mesh):
-        stage, self.key = TokenizerStage(recipe), jax.random.key(0)
+        stage, self.key = TokenizerStage(recipe), rng.key(0)
         shapes = jax.eval_shape(stage.init, self.key)
         placement, self.replicated = sharding.state_shardings(shapes, mesh), sharding.replicated(mesh)
         self.state = jax.jit(stage.init, out_shardings=placement)(self.key)
@@ -304,7 +304,7 @@ class _DiscriminatorStep(_Program):
     """The discriminator's update on one part of a batch and equally many reconstructions."""
 
     def __init__(self, recipe: TokenizerRecipe, mesh):
-        stage, self.key = TokenizerStage(recipe), jax.random.key(0)
+        stage, self.key = TokenizerStage(recipe), rng.key(0)
 
         def init(key):
             state = stage.init(key)
@@ -330,7 +330,7 @@ class _DiscriminatorStep(_Program):
 
 def _noise_clips(recipe: TokenizerRecipe, count: int, mesh) -> jax.Array:
     def draw():
-        return jax.random.randint(jax.random.key(1), (count, *recipe.model.clip_shape), 0, 256).astype(jnp.uint8)
+        return jax.random.randint(rng.key(1), (count, *recipe.model.clip_shape), 0, 256).astype(jnp.uint8)
 
     return jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))()
 
@@ -414,7 +414,7 @@ def benchmark_sample(
         return {"condition": zeros} if config.frame_prediction else {"classes": zeros[:, 0]}
 
     def sample(rows):
-        return generator.sample(**condition(rows), key=jax.random.key(0), **vars(options))
+        return generator.sample(**condition(rows), key=rng.key(0), **vars(options))
 
     began = time.perf_counter()
     sample(batch_size).block_until_ready()

@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import logging
+import math
+import multiprocessing
 import os
 import runpy
 import sys
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 
 from larp_jax import allocator, distributed
 from larp_jax.errors import InputError
+from larp_jax.stopping import Interrupted, StopRequest
 from larp_jax.version import __version__
 
 CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
@@ -36,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
-            with _among_processes(arguments):
-                arguments.run(arguments)
+            # the inner one, because joining other processes makes JAX swallow SIGTERM
+            with StopRequest(end_process=_end_process), _among_processes(arguments), StopRequest():
+                with _computing(arguments.command):
+                    arguments.run(arguments)
             return 0
+    except Interrupted as error:
+        code = _complain(str(error), 1, debug)
     except KeyboardInterrupt:
         code = _complain("interrupted", 1, debug)
     except InputError as error:
@@ -47,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _complain(distributed.explain(error) or _reason(error), 1, debug)
     distributed.leave(code)
     return code
+
+
+def _end_process(message: str) -> NoReturn:
+    """Ends the process from another thread than the one that works, which nothing else would stop."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(_complain(message, 1, False))
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
@@ -122,7 +137,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         )
 
     def draws(sub, what):
-        sub.add_argument("--seed", type=_count, default=0, help=f"{what} i of a seed is always the same (default: 0)")
+        sub.add_argument("--seed", type=_seed, default=0, help=f"{what} i of a seed is always the same (default: 0)")
         sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default: 1)")
         sub.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw among the K likeliest codes")
         sub.add_argument(
@@ -395,6 +410,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = _count(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is above 2^64 - 1")
+    return value
+
+
 def _positive(text: str) -> int:
     value = _count(text)
     if not value:
@@ -428,11 +450,12 @@ def _load_recipe(arguments: argparse.Namespace):
     if not isinstance(config, ConfigDict):
         raise InputError(f"--config {path}: get_config() must return a ConfigDict, not a {type(config).__name__}")
 
-    for text in arguments.overrides:
+    overrides = _set_by_name(config, arguments.overrides)
+    for text in overrides:
         if text.startswith(("--config.", "--noconfig.")):
             _check_name(config, text.split("=")[0].split(".")[1:])
     values = flags.FlagValues()
-    argv = ["larp-jax", *arguments.overrides]
+    argv = ["larp-jax", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
@@ -452,6 +475,38 @@ def _shipped(path: str) -> str:
     found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
     places = found.submodule_search_locations if found and found.submodule_search_locations else ()
     return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
+
+
+def _set_by_name(config, overrides: Sequence[str]) -> list[str]:
+    """Sets numbers under names of the user's, such as those of `optim.multipliers`: new ones too, with `/` or `.`.
+
+    Returns:
+      The overrides that are left.
+    """
+    from larp_jax.config import named_numbers
+
+    starts = {f"--config.{name}.": name.split(".") for name in named_numbers(config.get("stage"))}
+    left, rest = [], list(overrides)
+    while rest:
+        text = rest.pop(0)
+        start = next((start for start in starts if text.startswith(start)), None)
+        if start is None:
+            left.append(text)
+            continue
+        name, equals, value = text.partition("=")
+        if not equals and rest:
+            value = rest.pop(0)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or not name.removeprefix(start):
+            raise InputError(f"{name}={value} must be NAME=NUMBER")
+        _check_name(config, starts[start])
+        holder = functools.reduce(lambda x, key: x[key], starts[start], config)
+        with holder.unlocked(), holder.ignore_type():
+            holder[name.removeprefix(start).replace(".", "/")] = number
+    return left
 
 
 def _check_name(config, keys: Sequence[str]) -> None:
@@ -490,6 +545,20 @@ def _among_processes(arguments: argparse.Namespace) -> Iterator[None]:
         if not distributed.is_first():
             logging.getLogger("larp_jax").setLevel(logging.WARNING)
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+@contextlib.contextmanager
+def _computing(command: str) -> Iterator[None]:
+    """JAX as a command needs it: with a device, and with numbers that do not depend on the environment."""
+    if command in ("doctor", "prepare", "report"):
+        yield
+        return
+    from larp_jax import rng
+
+    with rng.pinned():
+        if command != "plan":  # which brings devices of its own
+            distributed.check_devices()
         yield
 
 
@@ -694,8 +763,6 @@ def _clips(arguments, found, config, cond_frames: int | None = None):
 
 def _write_scores(arguments, found, scores, protocol, more=None):
     """Shows scores and writes them with their protocol, and what else there is."""
-    import math
-
     import jax
 
     from larp_jax import writers

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import logging
 import math
+import numbers
 import typing
 
 from larp_jax.errors import InputError
@@ -78,6 +79,12 @@ def _from_size(name: str, size: str, table: dict, width: int, depth: int, heads:
     _one_of(name, size, table)
     width, depth, heads = (given or named for given, named in zip((width, depth, heads), table[size], strict=True))
     return width, depth, heads
+
+
+def check_seed(name: str, seed: int) -> None:
+    """`InputError`, naming the setting, unless the seed is an integer in [0, 2^64)."""
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    _require(whole and 0 <= seed < 2**64, f"{name} must be an integer from 0 to 2^64 - 1, got {seed!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -509,10 +516,12 @@ class Recipe:
     `precision` is that of the computation; parameters, quantiser and losses are float32. `remat` is what the backward
     pass recomputes (`none`, every `block`, all but matrix products: `dots`). `accumulate` above 1 takes a batch in so
     many parts, one after the other, which needs so much less memory. Checkpoints: every `save_every` steps, the newest
-    `keep` stay, and the one with the best `best_metric` of an evaluation.
+    `keep` stay, and the one with the best `best_metric` of an evaluation. `init_from` is a path of weights to start
+    from, what `larp_jax.load_tokenizer` takes; resuming does not read it again.
     """
 
     seed: int = 0
+    init_from: str = ""
     steps: int = 500_000
     precision: str = "float32"
     remat: str = "none"
@@ -525,6 +534,7 @@ class Recipe:
     keep: int = 3
 
     def __post_init__(self):
+        check_seed("seed", self.seed)
         _one_of("precision", self.precision, ("float32", "bfloat16"))
         _one_of("remat", self.remat, ("none", "block", "dots"))
         for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):
@@ -698,6 +708,31 @@ def _checked(kind, value, name: str):
     if type(value) is not kind:
         raise InputError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     return value
+
+
+def named_numbers(stage: str) -> list[str]:
+    """Settings of a stage, by their dotted names, that hold numbers under names of the user's: `optim.multipliers`."""
+
+    def find(cls, prefix):
+        for field in dataclasses.fields(cls):
+            if field.type is dict:
+                yield prefix + field.name
+            elif dataclasses.is_dataclass(field.type):
+                yield from find(field.type, f"{prefix}{field.name}.")
+
+    return list(find(STAGES[stage], "")) if stage in STAGES else []
+
+
+def differences(a: typing.Mapping, b: typing.Mapping, prefix: str = "") -> dict[str, tuple]:
+    """The values of the settings in which two configurations differ, by their dotted names; None for none."""
+    found: dict[str, tuple] = {}
+    for key in a.keys() | b.keys():
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found[prefix + key] = one, other
+    return found
 
 
 def to_dict(config) -> dict:

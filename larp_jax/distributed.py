@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,19 @@ def _meet() -> None:
     ones = jax.make_array_from_callback((count,), placement, lambda _: np.ones(1, np.float32))
     if float(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)) != count:
         raise RuntimeError(f"{count} devices of {jax.process_count()} processes cannot add up one and one")
+
+
+def check_devices() -> None:
+    """`InputError` where JAX has no device to compute on, before anything else is blamed for it."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, but without a plugin for CUDA an AssertionError that says nothing
+        said = "" if isinstance(error, AssertionError) else f" ({reason(error).partition(' (set JAX_PLATFORMS')[0]})"
+        asked = os.environ.get("JAX_PLATFORMS")
+        cure = f": JAX_PLATFORMS={asked} asks for what is not here; unset it" if asked else ""
+        raise InputError(f"JAX has no device to compute on{said}{cure}, or see larp-jax doctor") from error
 
 
 TPU = "TPU"

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from larp_jax import distributed
+from larp_jax.errors import InputError
 from larp_jax.version import __version__
 
 PACKAGES = (
@@ -68,7 +70,7 @@ def report() -> str:
     sections = {
         f"larp_jax {__version__}": [_system],
         # memory before devices: JAX takes its share when it is asked for them
-        "Problems": [_broken_pairs, _unmet_requirements, _gpu_memory, _tensorflow, _gpus, _tpus, _codecs],
+        "Problems": [_broken_pairs, _unmet_requirements, _gpu_memory, _backends, _tensorflow, _gpus, _tpus, _codecs],
         "Packages": [_packages],
         "Devices": [_devices],
         "Optional parts": [_optional_parts],
@@ -201,9 +203,21 @@ def _gpus() -> Iterator[str]:
 
 
 def _backend() -> str:
+    """The platform that JAX computes on; empty where there is none, which `_backends` tells."""
     import jax
 
-    return jax.default_backend()
+    try:
+        return jax.default_backend()
+    except Exception:  # of several kinds
+        return ""
+
+
+def _backends() -> Iterator[str]:
+    """What keeps JAX from having any device."""
+    try:
+        distributed.check_devices()
+    except InputError as error:
+        yield str(error).removesuffix(", or see larp-jax doctor")
 
 
 def _tpus() -> Iterator[str]:
@@ -273,7 +287,10 @@ def _has_codec(av, name: str, mode: str) -> bool:
 def _devices() -> Iterator[str]:
     import jax
 
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except Exception:  # of several kinds: a problem, told above
+        return
     for (kind, process), count in collections.Counter((d.device_kind, d.process_index) for d in devices).items():
         yield f"{count} x {kind}" + (f" (process {process})" if jax.process_count() > 1 else "")
 

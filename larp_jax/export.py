@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
-from larp_jax import released
+from larp_jax import released, rng
 from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import fingerprint
@@ -138,6 +138,7 @@ def _codebook(config: TokenizerConfig, params: Mapping) -> np.ndarray:
     return np.asarray(code_vectors(config.quantizer, embedding))
 
 
+@rng.pinned()
 def export_stablehlo(
     directory: str | os.PathLike, config: TokenizerConfig, params: Mapping, *, step: int | None = None
 ) -> None:

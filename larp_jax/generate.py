@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from larp_jax import rng
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.sources import MANY_LISTED, class_list
@@ -86,7 +87,7 @@ class Sampler:
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self._cond_frames = generator, options, cond_frames
-        self._seed, self._key = seed, jax.random.key(seed)
+        self._seed, self._key = seed, rng.key(seed)
         # as many as the devices take
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from larp_jax import flops, hlo, sharding
+from larp_jax import flops, hlo, rng, sharding
 from larp_jax.errors import InputError
 from larp_jax.steps import STAGES
 
@@ -77,7 +77,7 @@ def plan(
         mesh = sharding.make_mesh(recipe.mesh, _emulated(devices))
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
 
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    shapes = jax.eval_shape(stage.init, rng.key(0))
     placement = sharding.state_shardings(shapes, mesh)
     share = sharding.check_sharded(shapes, placement, mesh)
     batch = batch_shapes(recipe, mesh)
@@ -215,7 +215,7 @@ def _compile(stage, shapes, placement, batch, frozen, mesh) -> tuple[dict[str, A
     def everywhere(tree):
         return placed(tree, jax.tree.map(lambda _: whole, tree))
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: rng.key(0))
     with jax.set_mesh(mesh):
         step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(placement, whole))
         lowered = step.lower(placed(shapes, placement), batch, everywhere(key), everywhere(frozen))

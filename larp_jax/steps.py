@@ -4,6 +4,7 @@ A stage's methods are pure functions of arrays, ready for `jax.jit`: nothing her
 """
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.paths import path_name
 from larp_jax.state import TrainState
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -78,6 +80,7 @@ class TokenizerStage:
         frozen = {"lpips": self._make_lpips} if loss.perceptual != "none" else {}
         self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in (make | frozen).items()}
         self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
+        self._check_multipliers()
         self.optimizer = optim.make_optimizer(recipe.optim, recipe.steps)
         self.discriminator_optimizer = optim.make_discriminator_optimizer(
             recipe.optim, recipe.steps, start=loss.adversarial_start, every=loss.discriminator_every
@@ -90,6 +93,17 @@ class TokenizerStage:
             quantizer.temperature_ramp * recipe.steps,
         )
         self.mix_ratio = optim.linear(0.0, recipe.prior.mix_max, recipe.prior.mix_ramp * recipe.steps)
+
+    def _check_multipliers(self) -> None:
+        """`InputError` where a multiplier is for no parameter. Those of a prior may stay where there is none."""
+        modules = {name: self._abstract[name] for name in ("tokenizer", "prior") if name in self._make}
+        params = {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+        names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        paths = {name[:end] for name in names for end in [i for i, c in enumerate(name) if c == "/"] + [len(name)]}
+        for wanted in self.recipe.optim.multipliers:
+            if wanted not in paths and wanted.partition("/")[0] not in {"prior"} - modules.keys():
+                near = difflib.get_close_matches(wanted, paths, n=1, cutoff=0.0)[0]
+                raise InputError(f"optim.multipliers: {wanted} is no parameter, nor above any; did you mean {near}?")
 
     def _make_tokenizer(self, rngs: nnx.Rngs) -> Tokenizer:
         r = self.recipe

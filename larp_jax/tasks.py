@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from larp_jax import api, checkpoint, data, sharding
+from larp_jax import api, checkpoint, data, rng, sharding
 from larp_jax.code_sets import CodeSet
 from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import class_list, labels
@@ -338,7 +338,7 @@ class GeneratorTask:
 
         def draw(params, frozen, condition, codes=None):
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
-            key, plan = jax.random.key(self.recipe.seed), options.plan(model.num_tokens)
+            key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
             drawn = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
             return [tokenizer.decode(x) for x in (codes, drawn) if x is not None]
 

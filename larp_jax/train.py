@@ -11,20 +11,28 @@ import logging
 import math
 import os
 import pathlib
-import signal
 
 import jax
 
-from larp_jax import checkpoint, sharding
-from larp_jax.config import GeneratorRecipe, TokenizerRecipe, to_dict
+from larp_jax import checkpoint, distributed, importing, rng, sharding, warm_start
+from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
+from larp_jax.stopping import StopRequest
 from larp_jax.tasks import TASKS
 from larp_jax.writers import MetricWriter, Progress
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "keep", "mesh", "remat", "accumulate", "tokenizer",
-              "data.eval", "data.workers", "data.eval_clips"}  # fmt: skip
+# Settings, and groups of them, that may change when a run continues: what it is stays the same, though not bit by bit.
+MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "keep", "mesh", "remat", "accumulate", "precision",
+              "tokenizer", "data.eval", "data.workers", "data.eval_clips", "optim", "loss.quantizer_weight",
+              "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames", "loss.adversarial_weight",
+              "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
+# Of these, the ones that being 0 or not decides what a checkpoint holds.
+ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
+
+# Of a second Ctrl-C.
+HURRIED = "without waiting for the last save; the same command continues from the newest checkpoint"
 
 
 class Stopped(Exception):
@@ -35,6 +43,7 @@ class Diverged(RuntimeError):
     """A logged value became NaN or infinite; checkpoints on disk are from before."""
 
 
+@rng.pinned()
 def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
@@ -46,28 +55,35 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
       The last evaluation's scalars.
 
     Raises:
-      InputError: the recipe does not fit the data, the devices, or the run that the workdir holds.
+      InputError: the recipe does not fit the data, the devices, `init_from`, or what the workdir holds.
       Diverged: a value became NaN or infinite.
-      Stopped: after SIGINT or SIGTERM.
+      Stopped: after SIGINT or SIGTERM, with everything saved.
+      Interrupted: after SIGINT or SIGTERM before there was anything to save, or after a second SIGINT.
     """
+    _check_workdir(pathlib.Path(workdir))
+    distributed.check_devices()
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
-    with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as held:
+    stop = StopRequest("before the first step; nothing new was saved")
+    with jax.set_mesh(mesh), stop, contextlib.ExitStack() as held:
         return Run(recipe, pathlib.Path(workdir), mesh, stop, held).loop()
 
 
 class Run:
     """Everything a run holds on to: task, state, checkpoints, writers; `held` gets what is let go of in the end."""
 
-    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: "StopRequest", held: contextlib.ExitStack):
+    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, held: contextlib.ExitStack):
         self.workdir, self.mesh, self.stop = workdir, mesh, stop
-        self.key = jax.random.key(recipe.seed)
+        self.key = rng.key(recipe.seed)
         # the data is opened before anything is written, so that a wrong path leaves no workdir behind
         self.task = TASKS[recipe.stage](recipe, mesh)
         self.recipe, stage = self.task.recipe, self.task.stage
         shapes = jax.eval_shape(stage.init, self.key)
         placement = sharding.state_shardings(shapes, mesh)
         sharding.check_sharded(shapes, placement, mesh)
+        start = None
+        if recipe.init_from and not _steps(workdir):  # read before anything is written, too
+            start = warm_start.read(self.recipe, shapes.params)
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
@@ -76,7 +92,10 @@ class Run:
         found = self.manager.restore_newest(shapes, placement)
         if found is None:
             state = jax.jit(stage.init, out_shardings=placement)(self.key)
-            self.state = self.task.start(state, placement, jax.random.fold_in(self.key, 1))
+            if start is None:
+                self.state = self.task.start(state, placement, jax.random.fold_in(self.key, 1))
+            else:
+                self.state = warm_start.apply(state, start, placement)
         else:
             self.state, metadata = found
             self.task.resume(metadata)
@@ -90,12 +109,15 @@ class Run:
         recipe = self.recipe
         pending = None  # the logs of the last step, not yet waited for
         batches = self.task.batches(self.first_step)
+        stopping = False
+        if jax.process_count() > 1:
+            self.stop.defer(HURRIED)  # all of them stop after the same step
         with batches, self.writer, self._progress() as progress:
             try:
                 while True:
                     scores = {}
                     done = self.step >= recipe.steps
-                    stopping = self.stop.requested()
+                    stopping = self._asked_to_stop()
                     new = self.step > self.first_step
                     save = done or stopping or self.step % recipe.save_every == 0
                     if new and (save or self.step % recipe.eval_every == 0):
@@ -112,15 +134,25 @@ class Run:
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
                     self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
+                    self.stop.defer(HURRIED)  # from now on there is something to save
                     self._write(pending, progress)
                     pending = (self.step, logs)
             finally:
                 self.manager.close()
         self.manager.check_saved()
-        if self.stop.signal is not None and self.step < recipe.steps:
-            name = signal.Signals(self.stop.signal).name
-            raise Stopped(f"stopped by {name} at step {self.step}, saved; the same command continues")
+        if stopping and self.step < recipe.steps:
+            saved = "saved" if self.step > self.first_step else "nothing was saved"
+            raise Stopped(f"stopped by {self.stop.name} at step {self.step}, {saved}; the same command continues")
         return scores
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        asked = self.stop.signal is not None
+        if jax.process_count() == 1:
+            return asked
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(asked).any())
 
     def _claim_workdir(self, held: contextlib.ExitStack) -> None:
         """Makes the workdir and its config.json, or checks that the run in it is this one."""
@@ -128,18 +160,21 @@ class Run:
         try:
             held.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
-            if before is not None:
-                changed = _differences(before, recipe)
-                refused = [name for name in sorted(changed) if not {name, name.partition(".")[0]} & MAY_CHANGE]
+            changed = {} if before is None else differences(_complete(before), recipe)
+            if changed and not _steps(self.workdir):
+                logger.info("%s holds no checkpoint: it takes the new recipe", self.workdir)
+                if jax.process_index() == 0:
+                    (self.workdir / checkpoint.MEAN_CLIP).unlink(missing_ok=True)
+            elif changed:
+                refused = [name for name in sorted(changed) if not _may_change(name, *changed[name])]
                 if refused:
                     said = ", ".join(f"{name}={changed[name][0]!r}, not {changed[name][1]!r}" for name in refused[:3])
                     raise InputError(
                         f"{self.workdir} holds a run with {said}; it could not continue as if never stopped: choose "
                         "another --workdir, or the settings it was started with (its config.json)"
                     )
-                if changed:
-                    said = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in sorted(changed.items()))
-                    logger.warning("changed since the run began: %s", said)
+                said = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in sorted(changed.items()))
+                logger.warning("changed since the run began: %s", said)
             if jax.process_index() == 0:
                 checkpoint.write_config(self.workdir, recipe)
         except OSError as error:
@@ -161,61 +196,65 @@ class Run:
             logs = {name: value for name, value in logs.items() if name not in self.task.only_logged}
         bad = [name for name, value in logs.items() if not math.isfinite(value)]
         if bad:
-            raise Diverged(
-                f"{', '.join(bad)} became {logs[bad[0]]} in step {step}; the newest checkpoint is from before. "
-                "Lower config.optim.learning_rate or set config.optim.clip_norm"
-            )
+            raise Diverged(f"{', '.join(bad)} became {logs[bad[0]]} in step {step}; {self._cure(step)}")
         progress.update(**{name.removeprefix("loss_"): logs[name] for name in self.task.shown if name in logs})
         if logged:
             self.writer.write_scalars(step, {f"train/{name}": value for name, value in logs.items()})
             self.task.watch(step, logs)
         return None
 
+    def _cure(self, step: int) -> str:
+        """What is left of a run that diverged in a step, and what to change."""
+        if step == 1:
+            start = "config.init_from" if self.recipe.init_from else "config.data_init_clips"
+            return (
+                "no update was made before, so rates are not the cause. Look at the clips of config.data.train, and"
+                f" at what the run starts from: {start}, config.precision"
+            )
+        kept = _steps(self.workdir)
+        left = f"the newest checkpoint is that of step {max(kept)}" if kept else "there is no checkpoint yet"
+        return (
+            f"{left}. Lower config.optim.learning_rate, set config.optim.clip_norm=1 or config.precision=float32; the"
+            " same command with that change continues"
+        )
+
     def _save(self, scores: dict[str, float]) -> None:
         metadata = {"config": to_dict(self.recipe), "step": self.step, **self.task.metadata()}
         self.manager.save(self.state, metadata, scores)
 
 
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop reads between steps; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._previous: dict = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are somebody else's
-                pass
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def requested(self) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(self.signal is not None).any())
+def _steps(workdir: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a workdir, whole or damaged."""
+    folder = pathlib.Path(workdir) / checkpoint.CHECKPOINTS
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
-def _differences(a: dict, b: dict, prefix: str = "") -> dict[str, tuple]:
-    """The values of the settings in which two configurations differ, by their dotted names."""
-    found = {}
-    for key in a.keys() | b.keys():
-        one, other = a.get(key), b.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found |= _differences(one, other, f"{prefix}{key}.")
-        elif one != other:
-            found[prefix + key] = one, other
-    return found
+def _check_workdir(workdir: pathlib.Path) -> None:
+    """`InputError` where a folder holds something else than a run, which training would hide or overwrite."""
+    if checkpoint.is_checkpoint(workdir) or (workdir / importing.WEIGHTS).is_file():
+        raise InputError(
+            f"--workdir {workdir} holds weights, no run; to train from them, give --config.init_from={workdir}"
+            " and another --workdir"
+        )
+    try:
+        before = checkpoint.read_config(workdir)
+    except OSError:  # told when it is to be written
+        return
+    if before is not None and before.get("stage") not in TASKS:
+        raise InputError(f"{workdir / checkpoint.CONFIG} is not that of a run; choose another --workdir")
+
+
+def _complete(config: dict) -> dict:
+    """A recipe as `config.json` holds it with settings that came later, at their defaults."""
+    try:
+        return to_dict(parse_recipe(config))
+    except InputError:  # with settings that are gone: they show as differences
+        return config
+
+
+def _may_change(name: str, before, after) -> bool:
+    """Whether a run may continue with another value of a setting."""
+    if name in ON_OR_OFF and bool(before) != bool(after):
+        return False
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]) in MAY_CHANGE for i in range(len(parts)))

@@ -1,7 +1,9 @@
 """The command line: help, mistakes, and the commands that have no tests of their own."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ import larp_jax
 from larp_jax import cli, doctor, perceptual
 from larp_jax.checkpoint import load, write_imported
 from larp_jax.config import to_dict
+from larp_jax.errors import InputError
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
@@ -61,6 +64,13 @@ def fails(arguments, capsys, code=2):
         (["--config.precision=float16"], "precision='float16' is not known; choose one of float32, bfloat16"),
         (["--config.model=5"], "config.model"),
         (["--config.model.resolution=36"], "model.resolution=36 is not divisible by model.patch_size=8"),
+        (["--config.seed=-1"], "seed must be an integer from 0 to 2^64 - 1, got -1"),
+        (["--config.seed=18446744073709551616"], "seed must be an integer from 0 to 2^64 - 1"),
+        (["--config.optim.multipliers.tokenizer/encoder=fast"], "multipliers.tokenizer/encoder=fast must be NAME=NUM"),
+        (["--config.optim.multipliers.prior=nan"], "multipliers.prior=nan must be NAME=NUMBER"),
+        (["--config.optim.multipliers.=1"], "must be NAME=NUMBER"),
+        (["--config.optim.multipliers.tokenizer/encodr=1"], "is no parameter, nor above any; did you mean tokeniz"),
+        (["--config.optim.multiplierz.prior=1"], "did you mean config.optim.multipliers?"),
         (["--config.data.train=moving_shape"], "did you mean 'moving_shapes'?"),
         (["--config.data.train=folder:/does/not/exist"], "does not exist"),
         (["--config.steps"], "config.steps"),
@@ -104,6 +114,53 @@ def test_a_variant(tmp_path, capsys):
     assert (recipe.loss.prior_weight, recipe.steps) == (0.0, 9)
     arguments = cli._parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
     assert cli._load_recipe(arguments).data.flip is False
+
+
+def test_names_with_slashes_and_dots_and_large_seeds():
+    names = ["--config.optim.multipliers.tokenizer/encoder=0.01", "--config.optim.multipliers.prior=2"]
+    names += ["--config.optim.multipliers.tokenizer.decoder.head", "0.5", "--config.optim.multipliers.prior=3"]
+    names += ["--config.seed=9223372036854775808", "--config.steps=9"]
+    recipe = cli._load_recipe(cli._parse(["benchmark", "data", "--config", CONFIG, *names]))
+    assert recipe.optim.multipliers == {"prior": 3.0, "tokenizer/encoder": 0.01, "tokenizer/decoder/head": 0.5}
+    assert (recipe.seed, recipe.steps) == (2**63, 9)
+
+
+def test_seeds_of_draws(capsys):
+    sample = ["sample", "--checkpoint=g", "--tokenizer=t", "--output=o"]
+    assert cli._parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
+    assert "is above 2^64 - 1" in fails([*sample, "--seed=18446744073709551616"], capsys)
+    assert "is no number from 0 up" in fails([*sample, "--seed=-1"], capsys)
+
+
+def test_a_missing_device_is_told_before_anything_else(trained, tmp_path, capsys, monkeypatch):
+    def devices(*args):
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    weights, output = ["--checkpoint", str(trained)], f"--output={tmp_path / 'output'}"
+    commands = {
+        "train": ["--config", CONFIG, "--workdir", str(tmp_path / "output")],
+        "evaluate": [*weights, "--data=moving_shapes"],
+        "analyze": [*weights, "--data=moving_shapes", output],
+        "reconstruct": [*weights, "--input=moving_shapes", output],
+        "tokenize": [*weights, "--input=moving_shapes", output],
+        "detokenize": [*weights, "--input=x", output],
+        "sample": [*weights, "--tokenizer=x", output],
+        "predict": [*weights, "--tokenizer=x", "--input=x", output],
+        "export": [*weights, "--format=codebook-npz", output],
+        "import": ["--source=x", output],
+        "benchmark": ["train", "--config", CONFIG],
+    }
+    said = RuntimeError("Unable to initialize backend 'cuda': no device (set JAX_PLATFORMS='')")
+    for error in (said, AssertionError()):
+        for name, arguments in commands.items():
+            line = fails([name, *arguments], capsys)
+            assert line.startswith("JAX has no device to compute on") and "JAX_PLATFORMS=cuda asks for what is" in line
+            assert ("Unable to initialize backend 'cuda': no device)" in line) == (error is said)
+        with pytest.raises(InputError, match="JAX has no device"):
+            larp_jax.load_tokenizer(trained)
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "reconstruct", "tokenize", "detokenize", "export"])
@@ -154,6 +211,8 @@ def test_failures_while_running(capsys, monkeypatch):
     assert "KeyError: " in fails(["doctor"], capsys, code=1)
     fail(KeyboardInterrupt())
     assert fails(["doctor"], capsys, code=1) == "interrupted"
+    monkeypatch.setattr(doctor, "report", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert fails(["doctor"], capsys, code=1) == "stopped by SIGTERM"
     fail(ZeroDivisionError())
     assert cli.main(["doctor", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_no_number_may_be_nan_or_below_its_least():
     """Of every setting: none is taken that is no number, and below 0 only the one that fills a mesh, and seeds."""
     for stage in ("tokenizer", "generator"):
         taken = set()
-        for name, default in numbers(default_recipe(stage).to_dict()):
+        for name, default in numbers_in(default_recipe(stage).to_dict()):
             for value in (-1,) if isinstance(default, int) else (-1.0, math.nan, math.inf):
                 values = default_recipe(stage).to_dict()
                 functools.reduce(dict.__getitem__, name[:-1], values)[name[-1]] = value
@@ -105,11 +105,11 @@ def test_no_number_may_be_nan_or_below_its_least():
         assert taken <= {"mesh.data", "seed"}
 
 
-def numbers(values, path=()):
+def numbers_in(values, path=()):
     """(keys, value) of each number in nested dictionaries."""
     for key, value in values.items():
         if isinstance(value, dict) and key != "multipliers":
-            yield from numbers(value, (*path, key))
+            yield from numbers_in(value, (*path, key))
         elif type(value) in (int, float):
             yield (*path, key), value
 

@@ -213,3 +213,17 @@ def test_report_survives_a_backend_that_fails(monkeypatch):
     report = doctor.report()
     assert "could not be found out: RuntimeError: no backend" in report
     assert "Optional parts" in report
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda': no device"), AssertionError()])
+def test_no_device_at_all(gpu, monkeypatch, error):
+    def devices(*args):
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "default_backend", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    found = problems()
+    assert any(line.startswith("JAX has no device to compute on") for line in found)
+    assert any("JAX_PLATFORMS=cuda asks for what is not here; unset it" in line for line in found)
+    assert "could not be found out" not in doctor.report()

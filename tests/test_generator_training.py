@@ -98,6 +98,19 @@ def test_resuming_is_never_having_stopped(online, trained, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_starting_from_the_weights_of_another_run(online, trained, tmp_path, capsys):
+    workdir, start = tmp_path / "run", f"--config.init_from={online}"
+    message = error_of(capsys, workdir, trained, start, "--config.model.num_classes=20", "--config.model.heads=4")
+    assert "model.heads is 4 here, 2 there; " in message
+    assert "generator/class_embedding is [21, 16] here, [17, 16] there" in message
+    assert "holds a tokenizer; give a generator" in error_of(capsys, workdir, trained, f"--config.init_from={trained}")
+    assert not workdir.exists()
+    assert train(workdir, trained, start, "--config.steps=1", "--config.optim.learning_rate=1e-9") == 0
+    for weights in ("raw", "ema"):
+        found = checkpoint.load(workdir, weights=weights).params
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, checkpoint.load(online).params)
+
+
 def test_codes_of_windows_mirrored_and_for_prediction(codes, tokenizer, videos):
     found = CodeSet(codes)
     manifest = found.manifest

@@ -17,7 +17,7 @@ LAYERS = (
     {"benchmark", "plan", "doctor", "report"},
     {"generate", "analysis"},
     {"train", "reconstruct"},
-    {"tasks"},
+    {"tasks", "warm_start"},
     {"code_sets"},
     {"tokens"},
     {"larp_jax"},
@@ -31,17 +31,17 @@ LAYERS = (
     {"importing"},
     {"sampling"},
     {"losses", "optim", "state", "metrics", "released", "fingerprint", "frechet", "flops", "hlo"},
-    {"models"},
+    {"models", "rng"},
     {"config"},
     {"distributed"},
     {"files"},
-    {"allocator", "charts", "errors", "paths", "version"},
+    {"allocator", "charts", "errors", "paths", "stopping", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Importable where only JAX and its like are installed.
 CORE = {"larp_jax", "api", "export", "importing", "released", "fingerprint", "losses", "optim", "state", "metrics"}
-CORE |= {"models", "config", "errors", "perceptual", "frechet", "flops", "sampling"}
+CORE |= {"models", "rng", "config", "errors", "perceptual", "frechet", "flops", "sampling"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

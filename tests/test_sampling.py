@@ -99,6 +99,21 @@ def test_a_sample_does_not_depend_on_its_batch(generator, eight):
     assert np.mean(np.asarray(other) != eight) > 0.5
 
 
+def test_keys_of_another_implementation(generator):
+    """JAX_DEFAULT_PRNG_IMPL=rbg must not make samples depend on their batch."""
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"):
+        key = jax.random.key(5)
+        codes = generator.sample(CLASSES, key=key, **GUIDED)
+        some = generator.sample(CLASSES[[6, 1]], indices=[6, 1], key=key, **GUIDED)
+        np.testing.assert_array_equal(generator.sample(CLASSES, key=jax.random.key(5, impl="threefry2x32"), **GUIDED),
+                                      generator.sample(CLASSES, key=KEY, **GUIDED))  # fmt: skip
+    assert codes.dtype == np.int32
+    np.testing.assert_array_equal(some, codes[np.array([6, 1])])
+    np.testing.assert_array_equal(generator.sample(CLASSES, key=key, **GUIDED), codes)
+    with pytest.raises(ValueError, match="key must be one random key, such as jax.random.key"):
+        generator.sample(CLASSES, key=5)
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_a_sample_does_not_depend_on_the_mesh(reference_dir, eight, shape):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "model"), shape, strict=True))))

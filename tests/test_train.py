@@ -10,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from larp_jax import checkpoint, cli, tasks, writers
-from larp_jax.train import StopRequest
+from larp_jax import checkpoint, cli, tasks, warm_start, writers
+from larp_jax.config import parse_recipe, to_dict
+from larp_jax.errors import InputError
+from larp_jax.steps import TokenizerStage
+from larp_jax.stopping import StopRequest
 from larp_jax.writers import MetricWriter
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
@@ -102,9 +105,10 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
 def test_a_second_interrupt_does_not_wait():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with StopRequest() as stop:
-        assert not stop.requested()
+        stop.defer()
+        assert stop.signal is None
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested()
+        assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
@@ -123,6 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(train
     assert train(workdir) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "loss_prior" in error and "step 5" in error and "loss_reconstruction" not in error
+    assert "the newest checkpoint is that of step 4. Lower config.optim.learning_rate" in error
     assert steps(workdir) == [2, 4]
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), checkpoint.load(workdir).params))
 
@@ -134,12 +139,170 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(train
         ("data.batch_size=16", "holds a run with data.batch_size=8, not 16"),
         ("data.train=moving_shapes:test", "with data.train='moving_shapes', not 'moving_shapes:test'"),
         ("model.num_tokens=16", "with model.num_tokens=8, not 16"),
+        ("optim.ema_decay=0", "with optim.ema_decay=0.9, not 0.0"),
+        ("loss.adversarial_weight=0", "with loss.adversarial_weight=0.3, not 0.0"),
+        ("loss.reconstruction=l2", "with loss.reconstruction='l1', not 'l2'"),
+        ("init_from=elsewhere", "with init_from='', not 'elsewhere'"),
     ],
 )
 def test_a_workdir_holds_one_run(trained, capsys, setting, message):
     assert train(trained, f"--config.{setting}") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and "choose another --workdir, or the settings it was started with" in line
+
+
+def test_what_cures_a_divergence_may_change(trained, tmp_path, capsys):
+    workdir = as_if_killed(trained, tmp_path / "run", newest=4)
+    old = json.loads((workdir / "config.json").read_text())
+    del old["init_from"]  # of an earlier version
+    (workdir / "config.json").write_text(json.dumps(old))
+    cures = {"optim.learning_rate": 1e-4, "optim.clip_norm": 1.0, "optim.warmup_steps": 6, "precision": "bfloat16",
+             "optim.discriminator_learning_rate": 1e-5, "optim.multipliers.prior": 0.5,
+             "loss.adversarial_weight": 0.1, "model.quantizer.entropy_weight": 0.1}  # fmt: skip
+    assert train(workdir, *(f"--config.{name}={value}" for name, value in cures.items())) == 0
+    error = capsys.readouterr().err
+    for name, value in cures.items():
+        assert f"{name} from " in error and f" to {value!r}" in error
+    assert "init_from" not in error
+    assert rows(workdir)[:4] == rows(trained)[:4]
+    assert rows(workdir)[4]["train/learning_rate"] < 1.01e-4
+    assert checkpoint.load(workdir).recipe.optim.clip_norm == 1.0
+
+
+def test_settings_of_the_environment_change_nothing(trained, tmp_path):
+    workdir = as_if_killed(trained, tmp_path / "run", newest=4)
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        assert train(workdir) == 0
+    assert rows(workdir) == rows(trained)
+    assert_same_weights(workdir, trained)
+
+
+def test_starting_from_weights_where_a_first_try_left_no_checkpoint(trained, tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    tried = json.loads((trained / "config.json").read_text())
+    tried["model"]["resolution"], tried["seed"] = 64, 3
+    (workdir / "config.json").write_text(json.dumps(tried))
+    checkpoint.write_mean_clip(workdir, np.zeros((8, 64, 64, 3)))
+    start = [f"--config.init_from={trained}", "--config.steps=1", "--config.optim.learning_rate=1e-9"]
+    start += ["--config.optim.discriminator_learning_rate=1e-9", "--config.seed=1"]
+    assert train(workdir, *start) == 0
+    error = capsys.readouterr().err
+    assert "holds no checkpoint: it takes the new recipe" in error
+    assert f"starting from {trained}/checkpoints/6 (step 6): discriminator, prior, tokenizer" in error
+    source = checkpoint.load(trained, weights="raw").params | checkpoint.load(trained).params
+    for weights in ("raw", "ema"):
+        for name, tree in checkpoint.load(workdir, weights=weights).params.items():
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tree, source[name])
+    assert json.loads((workdir / "config.json").read_text())["init_from"] == str(trained)
+    assert checkpoint.load(workdir).mean_clip.shape == (8, 32, 32, 3)
+
+    # resuming does not load it again
+    monkeypatch.setattr(warm_start, "read", None)
+    assert train(workdir, *(text.replace("steps=1", "steps=2") for text in start)) == 0
+    assert steps(workdir)[-1] == 2
+
+
+def recipe_of(trained, **changes):
+    values = json.loads((trained / "config.json").read_text())
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        holder = values
+        for key in path:
+            holder = holder[key]
+        holder[last] = value
+    return parse_recipe(values)
+
+
+def read(recipe):
+    return warm_start.read(recipe, jax.eval_shape(TokenizerStage(recipe).init, jax.random.key(0)).params)
+
+
+def test_weights_of_every_kind_start_a_run(trained, tmp_path, caplog):
+    averaged = checkpoint.load(trained).params
+    checkpoint.write_imported(tmp_path / "imported", to_dict(recipe_of(trained)), {"tokenizer": averaged["tokenizer"]})
+    hf = ["export", "--checkpoint", str(trained), "--format=huggingface", f"--output={tmp_path / 'hf'}"]
+    assert cli.main(hf) == 0
+    found = {}
+    with caplog.at_level("INFO", "larp_jax"):
+        for name, path in {"workdir": trained, "step": trained / "checkpoints" / "6", "imported": tmp_path / "imported",
+                           "hf": tmp_path / "hf"}.items():  # fmt: skip
+            caplog.clear()
+            found[name] = read(recipe_of(trained, init_from=str(path)))
+            fresh = {record.args[1] for record in caplog.records if "starts afresh" in record.msg}
+            assert fresh == {"prior", "discriminator"} - found[name].keys()
+            jax.tree.map(np.testing.assert_array_equal, found[name]["tokenizer"], averaged["tokenizer"])
+        caplog.clear()
+        alone = recipe_of(trained, init_from=str(trained), loss__prior_weight=0.0, loss__adversarial_weight=0.0)
+        assert read(alone).keys() == {"tokenizer"}
+        assert "the recipe has no prior" in caplog.text
+    assert {name: set(params) for name, params in found.items()} == {
+        "workdir": {"tokenizer", "prior", "discriminator"},
+        "step": {"tokenizer", "prior", "discriminator"},
+        "imported": {"tokenizer"},
+        "hf": {"tokenizer", "prior"},
+    }
+
+
+@pytest.mark.parametrize("changes, messages", [
+    (
+        {"model__quantizer__codebook_size": 16},
+        ["model.quantizer.codebook_size is 16 here, 32 there",
+         "tokenizer/quantizer/embedding is [16, 4] here, [32, 4] there"],
+    ),
+    ({"model__encoder__heads": 4}, ["does not fit the recipe: model.encoder.heads is 4 here, 2 there"]),
+    ({"prior__heads": 4}, ["does not fit the recipe: prior.heads is 4 here, 2 there"]),
+    (
+        {"model__learned_decoder_latent_pe": True},
+        ["tokenizer/decoder/latent_positions/table is [8, 32] here, none there"],
+    ),
+])  # fmt: skip
+def test_weights_that_do_not_fit(trained, changes, messages):
+    with pytest.raises(InputError) as error:
+        read(recipe_of(trained, init_from=str(trained), **changes))
+    assert all(message in str(error.value) for message in messages), error.value
+
+
+def test_weights_fit_clips_of_another_size(trained):
+    params = read(recipe_of(trained, init_from=str(trained), model__resolution=64, model__quantizer__temperature=0.1))
+    assert params.keys() == {"tokenizer", "prior", "discriminator"}
+
+
+def test_a_missing_start_leaves_nothing_behind(tmp_path, capsys):
+    assert train(tmp_path / "run", f"--config.init_from={tmp_path / 'absent'}") == 2
+    assert f"init_from={tmp_path / 'absent'}: no checkpoint in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_no_workdir(trained, tmp_path, capsys):
+    imported = shutil.copytree(trained / "checkpoints" / "6", tmp_path / "imported")
+    published, other = tmp_path / "published", tmp_path / "other"
+    for folder in (published, other):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"bottleneck": {}}')
+    (published / "model.safetensors").touch()
+    for workdir in (imported, published):
+        before = sorted(tmp_path.rglob("*"))
+        assert train(workdir) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"holds weights, no run; to train from them, give --config.init_from={workdir}" in line
+        assert sorted(tmp_path.rglob("*")) == before
+    assert train(other) == 2
+    assert "config.json is not that of a run; choose another --workdir" in capsys.readouterr().err
+    assert (other / "config.json").read_text() == '{"bottleneck": {}}'
+
+
+def test_a_signal_before_the_first_step_ends_the_run_with_nothing_saved(tmp_path, capsys, monkeypatch):
+    class Slow(tasks.TokenizerTask):
+        def __init__(self, recipe, mesh):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal was ignored")
+
+    monkeypatch.setitem(tasks.TASKS, "tokenizer", Slow)
+    assert train(tmp_path / "run") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "larp-jax: error: stopped by SIGTERM before the first step; nothing new was saved"
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys, monkeypatch):

@@ -27,6 +27,7 @@ SHARPNESS = 6.0  # score of the right place along an axis above that of a wrong 
 REPULSION = 12.0  # score of tokens that give above that of tokens that gather
 QUIET = 0.1  # scale of all residual branches but the one that gathers
 SPREAD = 2.0  # length of the components, in units of their root mean square, that the constant weighs as much as
+FLAT = 1e-6  # variance that everything has at least: clips may all be one color, and nothing may be divided by zero
 KMEANS_ROUNDS = 10
 RIDGE = 1e-2  # of the head, relative to the mean variance: large weights would turn each step of Adam into noise
 
@@ -188,7 +189,7 @@ def _embed_principal_components(embed: PatchEmbed, video: jax.Array, coordinates
     mean, variances, directions = _principal_components(x.reshape(-1, x.shape[-1]))
     into = coordinates.content_basis()
     room = min(len(into), len(variances))
-    scale = (CONTENT * coordinates.width / variances[:room].sum()) ** 0.5
+    scale = (CONTENT * coordinates.width / jnp.maximum(variances[:room].sum(), FLAT)) ** 0.5
     kernel = scale * directions[:, :room] @ into[:room]
     embed.proj.kernel[...] = kernel
     embed.proj.bias[...] = -mean @ kernel
@@ -206,7 +207,7 @@ def _project_principal_components(quantizer: Quantizer, h: jax.Array, coordinate
     room = min(len(into), quantizer.config.code_dim - 1)
     kernel = into.T @ directions[:, :room]
     bias = -mean @ directions[:, :room]
-    spread = SPREAD * jnp.sqrt(variances[:room].sum())
+    spread = SPREAD * jnp.sqrt(jnp.maximum(variances[:room].sum(), FLAT))
     empty = jnp.zeros_like(quantizer.in_linear.kernel[...])
     quantizer.in_linear.kernel[...] = empty.at[:, 1 : 1 + room].set(kernel / spread)
     quantizer.in_linear.bias[...] = empty[0].at[1 : 1 + room].set(bias / spread).at[0].set(1.0)
@@ -235,7 +236,7 @@ def _fit(head: Linear, features: jax.Array, patches: jax.Array) -> None:
     y = patches.reshape(-1, patches.shape[-1])
     x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
     gram = (x - x_mean).T @ (x - x_mean)
-    ridge = RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
+    ridge = RIDGE * jnp.maximum(jnp.trace(gram) / len(gram), FLAT) * jnp.eye(len(gram))
     kernel = jnp.linalg.solve(gram + ridge, (x - x_mean).T @ (y - y_mean))
     head.kernel[...] = kernel
     head.bias[...] = y_mean - x_mean @ kernel
