@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from larp_jax import allocator, distributed
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 from larp_jax.version import __version__
 
 CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
@@ -448,7 +448,7 @@ def _load_recipe(arguments: argparse.Namespace):
     except flags.UnrecognizedFlagError as error:
         rest = [f"--{error.flagname}"]
     except Exception as error:  # of many kinds: what they hold, their types, their order
-        raise InputError((str(error).splitlines() or [type(error).__name__])[0]) from error
+        raise InputError(reason(error)) from error
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     return parse_recipe(values.config)
@@ -704,7 +704,7 @@ def _write_scores(arguments, found, scores, protocol, more=None):
 
     import jax
 
-    from larp_jax import writers
+    from larp_jax import files
 
     _print_table({"clips": protocol["clips"], **scores})
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
@@ -721,7 +721,7 @@ def _write_scores(arguments, found, scores, protocol, more=None):
             "versions": {"larp_jax": __version__}
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
         }
-        writers.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
+        files.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
         print(f"written to {arguments.output}")
 
 
@@ -986,7 +986,7 @@ def _prepare(arguments):
 
 
 def _benchmark(arguments):
-    from larp_jax import benchmark, data, writers
+    from larp_jax import benchmark, data, files
     from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
@@ -1022,17 +1022,17 @@ def _benchmark(arguments):
         )
     print(benchmark.format_table(result))
     if arguments.output:
-        writers.write_json(arguments.output, result)
+        files.write_json(arguments.output, result)
 
 
 def _plan(arguments):
-    from larp_jax import plan, writers
+    from larp_jax import files, plan
 
     recipe = _load_recipe(arguments)
     result = plan.plan(recipe, topology=arguments.topology, devices=arguments.devices, gpus=arguments.gpus)
     print(plan.format_table(result))
     if arguments.output:
-        writers.write_json(arguments.output, result)
+        files.write_json(arguments.output, result)
 
 
 def _report(arguments):

@@ -1,16 +1,14 @@
 """Models out: the released Hugging Face layout, StableHLO functions, and the codebook alone.
 
-Everything is written under a temporary name and renamed when complete, so a full disk leaves nothing half-written.
+Everything is written whole or not at all, so a full disk leaves nothing half-written.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
-from larp_jax import released
+from larp_jax import files, released
 from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import fingerprint
@@ -51,7 +49,7 @@ def export_huggingface(
     items = released.model_tensors(config)
     tensors = released.params_to_released(items, params)
     tensors |= {item.name: item.compute() for item in items if isinstance(item, released.Table)}
-    with _new_directory(directory) as folder:
+    with files.new_folder(directory) as folder:
         (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
         if prior_sizes:
             (folder / PRIOR_SIZES).write_text(json.dumps({"prior": prior_sizes}))
@@ -177,7 +175,7 @@ def export_stablehlo(
         encode: jax.ShapeDtypeStruct((batch, *config.clip_shape), jnp.float32),
         decode: jax.ShapeDtypeStruct((batch, config.num_tokens), jnp.int32),
     }
-    with _new_directory(directory) as folder:
+    with files.new_folder(directory) as folder:
         for function, shape in inputs.items():
             exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
             (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
@@ -190,30 +188,7 @@ def _pretty(manifest: dict) -> str:
 
 def _write_with_manifest(path: str | os.PathLike, data: bytes, manifest: dict) -> None:
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = {path: data, path.with_suffix(".json"): _pretty(manifest).encode()}
-    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in files}
-    try:
-        for target, content in files.items():
-            temporary[target].write_bytes(content)
-        for target, source in temporary.items():
-            os.replace(source, target)
-    finally:
-        for source in temporary.values():
-            source.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder to fill that becomes `directory` when the block ends well, and nothing otherwise."""
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists already; choose another output or remove it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    files.make_folder(path.parent)
+    with files.replacing(path) as codebook, files.replacing(path.with_suffix(".json")) as described:
+        codebook.write_bytes(data)
+        described.write_text(_pretty(manifest))

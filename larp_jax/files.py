@@ -7,18 +7,22 @@ while their writer lives, so that what a killed process left behind can be told 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from larp_jax.errors import InputError, reason
 
+logger = logging.getLogger(__name__)
+
 LOCK = ".lock"
+UNFINISHED = "unfinished.json"
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
 _TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -106,11 +110,14 @@ def make_folder(path: str | os.PathLike, what: str = "output folder") -> pathlib
     return path
 
 
+_swept: set[pathlib.Path] = set()  # folders that this process has looked for leftovers in: they may be long
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A block that writes a file under a temporary path; it becomes `path` if the block ends well, else it is removed.
 
-    Temporary files that killed processes left for the same target are removed too. A link is followed.
+    What killed processes left in its folder is removed the first time. A link is followed.
 
     Raises:
       InputError: the target is a folder, a device, a pipe or the like.
@@ -120,9 +127,11 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     _check_replaceable(target, "output")
     if target.is_symlink():
         target = target.resolve()
-    prefix = _prefix(target)
-    remove_leftovers(target.parent, prefix)
-    temporary, descriptor = _create(target.parent, prefix)
+    folder = target.parent.absolute()
+    if folder not in _swept:
+        _swept.add(folder)
+        remove_leftovers(folder)
+    temporary, descriptor = _create(target.parent, _prefix(target))
     try:
         yield temporary
         os.replace(temporary, target)
@@ -170,12 +179,23 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
         if not target.is_dir() or any(target.iterdir()):
             raise InputError(f"{what} {target} exists already; name another, or remove it")
     make_folder(target.parent, what)
-    prefix = _prefix(target)
-    remove_leftovers(target.parent, prefix)
-    temporary, descriptor = _create(target.parent, prefix, folder=True)
-    try:
+    with temporary_folder(target.parent, target.name) as temporary:
         yield temporary
         os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
+    """A folder for work in progress, in an existing one, that is gone after the block.
+
+    Those that killed processes left for the same name are removed too.
+    """
+    parent = pathlib.Path(parent)
+    prefix = _prefix(parent / name)
+    remove_leftovers(parent, prefix)
+    temporary, descriptor = _create(parent, prefix, folder=True)
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
@@ -253,6 +273,8 @@ def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib
         if locked is False:
             os.close(descriptor)
             raise InputError(f"another process is writing {what} {folder}; wait for it, or name another")
+        if locked is None:
+            logger.warning("%s cannot be locked; see to it that no other process writes there", folder)
         try:
             current = os.path.samestat(os.fstat(descriptor), os.stat(path))
         except FileNotFoundError:
@@ -267,6 +289,57 @@ def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib
         with contextlib.suppress(OSError):
             path.unlink()  # while it is still locked
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def outputs(
+    folder: str | os.PathLike,
+    names: Collection[str],
+    what: str = "--output",
+    *,
+    ours: Collection[str] = (),
+    inputs: Collection[pathlib.Path] = (),
+    but: str = "",
+) -> Iterator[pathlib.Path]:
+    """A block in which this process alone writes these files of a folder; see `claim`.
+
+    Until it ends well, `unfinished.json` lists them, so that after being killed the same call may replace them.
+
+    Args:
+      folder: made if missing.
+      names: paths within it, with forward slashes.
+      what: the option that it came from, for messages.
+      ours: those that may be replaced, because an earlier call of the same kind wrote them.
+      inputs: files that are not replaced in any case.
+      but: why a file that exists is not replaced, for the message.
+
+    Raises:
+      InputError: one of the files exists and is not ours, or as for `claim`.
+    """
+    with claim(folder, what) as folder:
+        journal = folder / UNFINISHED
+        begun = set(read_json(journal).get("files", ()))
+        mine, read = begun.union(ours), {path.resolve() for path in inputs}
+        for path, name in ((folder / name, name) for name in names):
+            if os.path.lexists(path) and (name not in mine or not path.is_file() or path.resolve() in read):
+                raise InputError(f"{path} exists{but}; name another {what}")
+        write_json(journal, {"files": sorted(begun.union(names))})
+        whole = False
+        try:
+            yield folder
+            whole = True
+        finally:
+            if whole or not any((folder / name).exists() for name in names):
+                journal.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if it is missing, damaged or holds something else."""
+    try:
+        values = json.loads(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def is_empty(folder: pathlib.Path) -> bool:

@@ -128,7 +128,7 @@ def real_statistics(
         raise InputError("none of the real clips could be read; the log says why")
     try:
         statistics.save(path, key)
-    except OSError as error:
+    except (OSError, InputError) as error:
         logger.warning("I3D features of real clips cannot be kept for the next time: %s", error)
     return statistics
 

@@ -5,7 +5,6 @@ for and names the files it was made from with their SHA-256.
 """
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -20,8 +19,8 @@ from flax import nnx, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
-from larp_jax import importing
-from larp_jax.errors import InputError
+from larp_jax import files, importing
+from larp_jax.errors import InputError, reason
 from larp_jax.models.i3d import MIXED, I3d
 from larp_jax.models.layers import Dtype
 from larp_jax.models.lpips import STAGES, Lpips
@@ -133,7 +132,7 @@ def _i3d_convs() -> Iterator[tuple[str, str]]:
 def save(
     path: str | os.PathLike, kind: str, params: Mapping[str, np.ndarray], sources: Iterable[str | os.PathLike]
 ) -> None:
-    """Writes a file of ours, under a temporary name and then renamed; one that is there is replaced.
+    """Writes a file of ours, whole or not at all; one that is there is replaced.
 
     Args:
       path: the file; its folder is made.
@@ -145,17 +144,12 @@ def save(
       InputError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    digests = {source.name: _sha256(source) for source in map(pathlib.Path, sources)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    digests = {source.name: files.digest(source) for source in map(pathlib.Path, sources)}
+    files.make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_bytes(path, serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); name another output") from None
+        raise InputError(f"{path} cannot be written ({reason(error)}); name another output") from None
 
 
 def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Path, str]:
@@ -207,12 +201,7 @@ def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str 
     path, _ = locate(kind, path)
     with safe_open(path, framework="np") as file:
         sources = json.loads((file.metadata() or {}).get("sources", "{}"))
-    return {"sha256": _sha256(path), "sources": sources}
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": files.digest(path), "sources": sources}
 
 
 def _load(kind: str, path: str | os.PathLike | None, **options):

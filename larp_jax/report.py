@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from larp_jax import analysis, charts, checkpoint
+from larp_jax import analysis, charts, checkpoint, files
 from larp_jax.charts import Chart, Series, is_number
 from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
 from larp_jax.version import __version__
-from larp_jax.writers import make_folder, read_metrics
+from larp_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +110,11 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         notes=notes,
     )
     output = workdir / "report.html" if output is None else pathlib.Path(output)
-    make_folder(output.parent)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    files.make_folder(output.parent)
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
+        files.write_bytes(output, page.encode())
     except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror or error}); name another") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise InputError(f"--output {output} cannot be written ({reason(error)}); name another") from error
     return output
 
 

@@ -32,11 +32,12 @@ from typing import Any
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
 from larp_jax.data.listing import Item, Listing, list_videos
 from larp_jax.data.report import THUMBNAIL, look, make_report, readable, thumbnail
-from larp_jax.data.sources import VIDEOS, StoredVideo, cores, file_digest, open_all, open_source
+from larp_jax.data.sources import VIDEOS, StoredVideo, cores, open_all, open_source
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def prepare(
             say(_estimate(_plan(listing), settings, output)[0])
         return None
     _check_output(output)
-    with _claim(output / WORK) as work, _quiet():
+    with files.claim(output / WORK) as work, _quiet():
         plan = _read_json(work / "plan.json")
         if plan is None:
             plan = {"fingerprint": fingerprint, **_plan(listing)}
@@ -144,7 +145,7 @@ def prepare(
                     "folder on a larger disk, a smaller --size, or --storage jpeg"
                 )
             plan["needed"] = needed
-            _write_json(work / "plan.json", plan)
+            files.write_json(work / "plan.json", plan, indent=None)
         elif plan["fingerprint"] != fingerprint:
             raise InputError(
                 f"--output {output} holds a part of a data set of other videos or settings; name another folder, or "
@@ -266,26 +267,6 @@ def _check_output(output: pathlib.Path) -> None:
         raise InputError(f"--output {output} is not empty; name a new folder")
 
 
-@contextlib.contextmanager
-def _claim(work: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder for work in progress, for this process alone."""
-    import fcntl
-
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"--output {work.parent} cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another larp-jax prepare is writing {work.parent}; wait for it") from None
-        for left_over in work.glob("*.tmp"):
-            left_over.unlink()
-        yield work
-
-
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -293,11 +274,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove its folder and prepare anew") from error
-
-
-def _write_json(path: pathlib.Path, values: Any, indent: int | None = None) -> None:
-    with video.replacing(path) as file:
-        file.write(json.dumps(values, indent=indent, allow_nan=False).encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -367,34 +343,31 @@ def make_shard(job: tuple[str, Settings, Shard]) -> None:
 
     work, settings, shard = pathlib.Path(job[0]), *job[1:]
     path = _shard_path(work, shard)
-    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     stored, skipped, records = [], [], 0
     try:
-        # Frames are compressed already, or meant not to be.
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        try:
-            for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
-                try:
-                    size, digest, item = _origin(item)
-                    count, appearance = _write_video(writer, item, claimed, fps, settings)
-                except (InputError, FileNotFoundError, PermissionError) as error:
-                    skipped.append([item.split, item.source, _short(str(error), item.path)])
-                    continue
-                row = StoredVideo(item.source, item.label, fps, count, -1, records, size, digest)
-                stored.append({"row": row, "claimed": claimed, "look": appearance})
-                records += -(-count // FRAMES_PER_RECORD)
-        finally:
-            writer.close()
-        # What a full disk swallowed is noticed here.
-        if records and len(array_record_data_source.ArrayRecordDataSource([str(temporary)])) != records:
-            raise RuntimeError(f"{temporary} holds fewer records than were written")
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            # Frames are compressed already, or meant not to be.
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            try:
+                for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
+                    try:
+                        size, digest, item = _origin(item)
+                        count, appearance = _write_video(writer, item, claimed, fps, settings)
+                    except (InputError, FileNotFoundError, PermissionError) as error:
+                        skipped.append([item.split, item.source, _short(str(error), item.path)])
+                        continue
+                    row = StoredVideo(item.source, item.label, fps, count, -1, records, size, digest)
+                    stored.append({"row": row, "claimed": claimed, "look": appearance})
+                    records += -(-count // FRAMES_PER_RECORD)
+            finally:
+                writer.close()
+            # What a full disk swallowed is noticed here.
+            if records and len(array_record_data_source.ArrayRecordDataSource([str(temporary)])) != records:
+                raise RuntimeError(f"{temporary} holds fewer records than were written")
     except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} cannot be written ({error}); the same command continues") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     note = {"videos": stored, "skipped": skipped, "records": records, "bytes": path.stat().st_size}
-    _write_json(_note_path(work, shard), note)
+    files.write_json(_note_path(work, shard), note, indent=None)
 
 
 def _shard_path(work: pathlib.Path, shard: Shard) -> pathlib.Path:
@@ -413,7 +386,7 @@ def _note(work: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
 def _origin(item: Item) -> tuple[int, str, Item]:
     """(bytes, SHA-256) of what a video is made from, and the item with its label, which only the record knows."""
     if item.path:
-        return os.path.getsize(item.path), file_digest(item.path), item
+        return os.path.getsize(item.path), files.digest(item.path), item
     source = _opened(item.spec)
     size, digest = source.origin(item.index)
     _, label = source.read_clip(item.index, 0, ClipSpec(1, THUMBNAIL))
@@ -501,12 +474,12 @@ def _finish(
                 row = StoredVideo(*entry["row"])._replace(shard=number)
                 splits[split]["videos"].append(row)
     described = {"format": FORMAT, **dataclasses.asdict(settings), "frames_per_record": FRAMES_PER_RECORD}
-    _write_json(output / VIDEOS, {**described, "splits": splits})
+    files.write_json(output / VIDEOS, {**described, "splits": splits}, indent=None)
     _write_tfds(output, listing, settings, template, kept, notes)
     made = [(split, note) for (split, _), note in notes.items()]
     report = make_report(made, listing.label_names, skipped, listing.ignored)
     report = {"fingerprint": plan["fingerprint"], **described, "encoding": _ENCODING[settings.storage], **report}
-    _write_json(output / REPORT, report, indent=1)
+    files.write_json(output / REPORT, report)
     shutil.rmtree(work)
     return report
 

@@ -22,6 +22,7 @@ from larp_jax.data.clips import ClipSpec, last_start, repeat_last
 from larp_jax.data.spec import FORMS, DataSpec, parse_spec
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
+from larp_jax.files import digest as file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -199,12 +200,6 @@ class FolderSource:
     def origin(self, index):
         """See `Source`: the file itself."""
         return self.size(index), functools.partial(self.digest, index)
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
