@@ -93,13 +93,14 @@ def analyze(
     model = found.recipe.model
     if model.quantizer.kind == "kl":
         raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyse")
+    output = files.check_folder(output)
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     clip = ClipSpec(frames=model.frames, resolution=model.resolution, flip=False)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(
-        output, names, ours=names if is_analysis(pathlib.Path(output, NUMBERS)) else (), but=" and is no analysis"
+        output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is no analysis"
     ) as folder:
         result, patches, frames, counts = _analyze(found, clips, ablated, replace, batch_size)
         with files.writing(folder / ARRAYS) as file:

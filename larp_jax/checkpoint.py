@@ -307,7 +307,7 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 def newest(path: str | os.PathLike) -> pathlib.Path | None:
     """The checkpoint that a path names: itself, or the newest of a workdir; None where there is none."""
-    path = pathlib.Path(path)
+    path = files.local_path(path, "checkpoint")
     if is_checkpoint(path):
         return path
     steps = [p for p in (path / CHECKPOINTS).glob("*") if p.name.isdigit() and is_checkpoint(p)]

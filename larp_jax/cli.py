@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from larp_jax import allocator, distributed
+from larp_jax import allocator, distributed, files
 from larp_jax.errors import InputError, reason
 from larp_jax.version import __version__
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
+            _check_paths(arguments)
             with _among_processes(arguments):
                 arguments.run(arguments)
             return 0
@@ -388,6 +389,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+# Options that are a path, and those that may hold one: data sets, a repository or a recipe with its settings.
+PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples", "lpips", "i3d", "heads", "root")
+TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
+FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Expands `~` in every path, and refuses what is none of this machine, before anything starts."""
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in PATHS and value is not None:
+            setattr(arguments, name, str(files.local_path(value, option)))
+        elif name in TEXTS and value is not None:
+            for text in [value] if isinstance(value, str) else value:
+                files.refuse_url(text, "setting" if name == "overrides" else option)
+    for name in ("workdir", "samples"):
+        if getattr(arguments, name, None) and arguments.command != "report":
+            files.check_folder(getattr(arguments, name), f"--{name}")
+    if arguments.command in FOLDER_WRITERS:
+        files.check_folder(arguments.output)
+
+
 def _count(text: str) -> int:
     value = int(text) if text.isdigit() else -1
     if value < 0:
@@ -419,6 +442,7 @@ def _load_recipe(arguments: argparse.Namespace):
     from larp_jax.config import parse_recipe
 
     path, _, variant = arguments.config.partition(":")
+    path = os.path.expanduser(path)
     path = path if os.path.isfile(path) else _shipped(path)
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
@@ -540,6 +564,8 @@ def _evaluate(arguments):
 
     if arguments.training_data and arguments.protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
+    if arguments.output:
+        files.check_output(arguments.output, ours=_is_evaluation)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}[found.recipe.stage](arguments, found)
 
@@ -704,8 +730,6 @@ def _write_scores(arguments, found, scores, protocol, more=None):
 
     import jax
 
-    from larp_jax import files
-
     _print_table({"clips": protocol["clips"], **scores})
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
     if wrong:
@@ -723,6 +747,11 @@ def _write_scores(arguments, found, scores, protocol, more=None):
         }
         files.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
         print(f"written to {arguments.output}")
+
+
+def _is_evaluation(path) -> bool:
+    values = files.read_json(path)
+    return isinstance(values.get("metrics"), dict) and isinstance(values.get("protocol"), dict)
 
 
 def _metric_names(asked: Sequence[str] | None, fitting: Sequence[str]) -> list[str]:
@@ -922,6 +951,7 @@ EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 def _export(arguments):
     from larp_jax import api, export
 
+    export.check_output(arguments.output, arguments.format)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
     if arguments.format == "huggingface":
@@ -950,6 +980,7 @@ def _import(arguments):
         return
     from larp_jax import perceptual
 
+    perceptual.check_output(arguments.output, arguments.kind)
     sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
     read = {"lpips": perceptual.import_lpips, "i3d": perceptual.import_i3d}[arguments.kind]
     perceptual.save(arguments.output, arguments.kind, read(*sources), sources)
@@ -960,6 +991,7 @@ def _import_model(arguments):
     from larp_jax import checkpoint, importing
     from larp_jax.config import GeneratorRecipe, to_dict
 
+    files.check_new_folder(arguments.output)
     kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
     if kind == "generator":
         recipe = GeneratorRecipe(model=recipe)
@@ -986,11 +1018,12 @@ def _prepare(arguments):
 
 
 def _benchmark(arguments):
-    from larp_jax import benchmark, data, files
+    from larp_jax import benchmark, data
     from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
     stage = "generator" if arguments.what == "sample" else "tokenizer"
+    _check_numbers(arguments)
     if recipe.stage != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     if arguments.what == "train":
@@ -1021,18 +1054,29 @@ def _benchmark(arguments):
             model_rate=arguments.model_rate,
         )
     print(benchmark.format_table(result))
-    if arguments.output:
-        files.write_json(arguments.output, result)
+    _write_numbers(arguments, result)
 
 
 def _plan(arguments):
-    from larp_jax import files, plan
+    from larp_jax import plan
 
     recipe = _load_recipe(arguments)
+    _check_numbers(arguments)
     result = plan.plan(recipe, topology=arguments.topology, devices=arguments.devices, gpus=arguments.gpus)
     print(plan.format_table(result))
+    _write_numbers(arguments, result)
+
+
+def _check_numbers(arguments) -> None:
+    """Checks that `_write_numbers` can write: in place of numbers of the same command at most."""
     if arguments.output:
-        files.write_json(arguments.output, result)
+        kind = f"larp_jax.{arguments.command}"
+        files.check_output(arguments.output, ours=lambda path: files.read_json(path).get("format") == kind)
+
+
+def _write_numbers(arguments, result: dict[str, Any]) -> None:
+    if arguments.output:
+        files.write_json(arguments.output, {"format": f"larp_jax.{arguments.command}", **result})
 
 
 def _report(arguments):

@@ -5,6 +5,7 @@ while their writer lives, so that what a killed process left behind can be told 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -25,7 +26,8 @@ LOCK = ".lock"
 UNFINISHED = "unfinished.json"
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
 _TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+# The beginning of a URL, which pathlib makes one slash of, and a URL within another text.
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
@@ -39,14 +41,33 @@ def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
       InputError: it is a URL such as `gs://bucket/run`, or names no file at all.
     """
     text = os.fspath(path)
-    if found := _SCHEME.match(text):
-        raise InputError(f"{what} {text}: {found[1]}:// is not supported; give a path on this machine")
+    refuse_url(text, what)
     if not text or "\0" in text:
         raise InputError(f"{what} {text!r} is not a path; give one on this machine")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise InputError(f"{what} {text}: {error}; give the path in full") from None
+
+
+def refuse_url(text: str, what: str) -> None:
+    """`InputError` where a path is a URL, or a text such as `folder:gs://bucket/videos` holds one.
+
+    Args:
+      text: a path, or a text that names one.
+      what: the option it came from, for the message.
+    """
+    for scheme in (found[1] or found[2] for found in _URL.finditer(text)):
+        if scheme.lower() == "file":
+            raise InputError(f"{what} {text}: file:// is not supported; give the path alone")
+        if scheme.lower() not in _NO_SCHEMES:
+            raise InputError(
+                f"{what} {text}: {scheme}:// is not supported yet (no object storage, no web); give a path on this"
+                " machine, such as a mount of the bucket"
+            )
+
+
+_NO_SCHEMES = ("folder", "tokens", "tfds")  # of data sets, whose path may be absolute
 
 
 def check_output(
@@ -71,9 +92,50 @@ def check_output(
     _check_replaceable(path, what)
     if path.exists() and path.stat().st_size and not _recognized(path, ours):
         raise InputError(f"{what} {path} exists and was not written by this command; name another file, or remove it")
-    folder = make_folder(path.parent, what)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{what} {path} cannot be written (no permission in {folder}); name another")
+    check_folder(path.parent, what)
+    return path
+
+
+def check_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
+    """Checks before any work that an output folder is there and can be written, or can be made; makes nothing.
+
+    Raises:
+      InputError: neither.
+    """
+    path = local_path(path, what)
+    there = path.absolute()
+    try:
+        while not _is_folder(there):
+            there = there.parent
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be made ({reason(error)}); name another") from None
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{what} {path} cannot be written (no permission in {there}); name another")
+    return path
+
+
+def _is_folder(path: pathlib.Path) -> bool:
+    """Whether there is a folder, False if nothing is; `OSError` where something else is, or nothing can be."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISLNK(mode):
+        mode = path.stat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return True
+
+
+def check_new_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
+    """Checks before any work that a folder can be made that is not there yet, or empty; makes nothing.
+
+    Raises:
+      InputError: it holds something, or cannot be made.
+    """
+    path = check_folder(path, what)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{what} {path} exists already and is not empty; name another, or remove it")
     return path
 
 
@@ -174,10 +236,9 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
     Raises:
       InputError: the path exists and is not an empty folder, or cannot be made.
     """
-    target = local_path(path, what).absolute()
-    if target.is_symlink() or target.exists():
-        if not target.is_dir() or any(target.iterdir()):
-            raise InputError(f"{what} {target} exists already; name another, or remove it")
+    target = check_new_folder(path, what).absolute()
+    if target.is_symlink():
+        target = target.resolve()
     make_folder(target.parent, what)
     with temporary_folder(target.parent, target.name) as temporary:
         yield temporary

@@ -384,7 +384,7 @@ class _Run:
         **settings,
     ):
         self._sampler, self._total, self._batch_size = sampler, total, sampler.batch_size
-        self.path = pathlib.Path(output)
+        self.path = files.check_folder(output, option)
         self._settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
         self._option = option
         self._batches = range(-(-total // self._batch_size))

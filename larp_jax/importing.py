@@ -46,7 +46,7 @@ def import_huggingface(
     Raises:
       InputError: anything that is not exactly such a model: what is missing, extra, misshaped or not understood.
     """
-    path = pathlib.Path(source)
+    path = files.local_path(source, "--source")
     if path.is_file():
         values, tensors, where = _read_checkpoint(path, ema)
         prior_sizes = None

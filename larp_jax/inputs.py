@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from larp_jax import data
+from larp_jax import data, files
 from larp_jax.data.clips import repeat_last, spread_starts
 from larp_jax.data.pipeline import choose_windows
 from larp_jax.data.sources import NO_LABEL, open_all, video_files
@@ -95,7 +96,7 @@ class Inputs:
         if self.is_data_set:
             self.videos = self._of_data_set(spec, max_clips)
             return
-        path = pathlib.Path(spec.name if spec else text)
+        path = files.local_path(spec.name if spec else text, "--input")
         if path.is_dir():
             self.videos = self._of_folder(path)
         elif path.exists():
@@ -203,11 +204,22 @@ def _as_spec(text: str) -> data.DataSpec | None:
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart."""
+    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart.
+
+    Parts too long for a file system to take with more at their end become shorter, with a digest of the whole name.
+    """
     stems = [str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else str(path)
              for path in map(pathlib.PurePosixPath, names)]  # fmt: skip
     unique = len({stem.casefold() for stem in stems}) == len(stems)
-    return stems if unique else list(names)
+    return ["/".join(map(_shortened, name.split("/"))) for name in (stems if unique else names)]
+
+
+def _shortened(name: str, limit: int = 255 - len("-flipped-000000.mp4")) -> str:
+    data = os.fsencode(name)
+    if len(data) <= limit:
+        return name
+    mark = "~" + hashlib.sha256(data).hexdigest()[:16]
+    return data[: limit - len(mark)].decode(errors="ignore") + mark
 
 
 def playable_fps(fps: float) -> float:

@@ -132,7 +132,7 @@ def _i3d_convs() -> Iterator[tuple[str, str]]:
 def save(
     path: str | os.PathLike, kind: str, params: Mapping[str, np.ndarray], sources: Iterable[str | os.PathLike]
 ) -> None:
-    """Writes a file of ours, whole or not at all; one that is there is replaced.
+    """Writes a file of ours, whole or not at all; one of its kind that is there is replaced.
 
     Args:
       path: the file; its folder is made.
@@ -141,15 +141,26 @@ def save(
       sources: the files they were made from.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: the file cannot be written; see `check_output`.
     """
-    path = pathlib.Path(path)
-    digests = {source.name: files.digest(source) for source in map(pathlib.Path, sources)}
+    path = check_output(path, kind)
+    digests = {source.name: files.digest(source) for source in map(files.local_path, sources)}
     files.make_folder(path.parent)
     try:
         files.write_bytes(path, serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}); name another output") from None
+
+
+def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
+    """Checks before any work that `save` can write a file, with `~` expanded; `InputError` where it cannot."""
+    return files.check_output(path, ours=lambda path: _kind(path) == kind)
+
+
+def _kind(path: pathlib.Path) -> str | None:
+    """Of a file of ours, `lpips` or `i3d`; None of others."""
+    with safe_open(path, framework="np") as file:
+        return (file.metadata() or {}).get("larp_jax")
 
 
 def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Path, str]:
@@ -159,9 +170,9 @@ def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Pa
     """
     variable = f"LARP_{kind.upper()}"
     if path is not None:
-        return pathlib.Path(path), "given"
+        return files.local_path(path, f"the file of {kind},"), "given"
     if os.environ.get(variable):
-        return pathlib.Path(os.environ[variable]), variable
+        return files.local_path(os.environ[variable], variable), variable
     return pathlib.Path("~/.cache/larp_jax", f"{kind}.safetensors").expanduser(), f"{variable} is not set"
 
 
@@ -209,8 +220,7 @@ def _load(kind: str, path: str | os.PathLike | None, **options):
     if not path.is_file():
         raise InputError(f"no weights of {kind} at {path} ({origin}); {how_to_get(kind)}")
     tensors = importing.read_safetensors(path)
-    with safe_open(path, framework="np") as file:
-        found = (file.metadata() or {}).get("larp_jax")
+    found = _kind(path)
     if found != kind:
         raise InputError(f"{path} holds {f'weights of {found}' if found else 'no file of ours'}; {how_to_get(kind)}")
     _compare({name: x.shape for name, x in _template(kind).items()}, tensors, path)
@@ -228,7 +238,7 @@ def _template(kind: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _read(source: str | os.PathLike, unread: str = importing.NOTHING) -> dict[str, np.ndarray]:
     """Tensors of a public file by name, without those whose names match."""
-    path = pathlib.Path(source)
+    path = files.local_path(source, "--source or --heads")
     if not path.is_file():
         raise InputError(f"{path} is no file")
     if path.suffix == ".safetensors":

@@ -57,10 +57,11 @@ def reconstruct(
       InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
     """
     config = tokenizer.config
+    output = files.check_folder(output)
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     names = output_names([video.name for video in inputs.videos])
     made = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
-    ours = files.read_json(pathlib.Path(output, SUMMARY)).get("files", ())
+    ours = files.read_json(output / SUMMARY).get("files", ())
     sources = [video.path for video in inputs.videos if video.path]
     with files.outputs(output, made, ours=ours, inputs=sources, but=" and is no earlier reconstruction") as folder:
         results = {}

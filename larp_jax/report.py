@@ -91,10 +91,12 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     Raises:
       InputError: there is no run, or the page cannot be written.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.local_path(workdir, "--workdir")
+    output = workdir / "report.html" if output is None else output
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
     if config is None and not rows:
         raise InputError(f"{workdir} holds no run (neither config.json nor metrics.jsonl); give the --workdir of one")
+    output = files.check_output(output, ours=_is_report)
     notes: list[str] = []
     template = charts.environment().get_template("report.html")
     page = template.render(
@@ -109,13 +111,17 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         settings=_settings(config),
         notes=notes,
     )
-    output = workdir / "report.html" if output is None else pathlib.Path(output)
     files.make_folder(output.parent)
     try:
         files.write_bytes(output, page.encode())
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({reason(error)}); name another") from error
     return output
+
+
+def _is_report(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="larp_jax' in file.read(2048)
 
 
 def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:

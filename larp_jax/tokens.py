@@ -74,7 +74,7 @@ def tokenize(
     config = tokenizer.config
     if not 0 <= cond_frames < config.frames:
         raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
-    output = pathlib.Path(output)
+    output = files.check_folder(output)
     _check_free(output)
     clip = ClipSpec(frames=config.frames, resolution=config.resolution)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
@@ -205,7 +205,7 @@ def detokenize(
         Progress(len(rows), description="detokenize", unit="clip") as progress,
     ):
         paths = [folder / name for name in names]
-        videos = _decoded(tokenizer, pathlib.Path(source), manifest, batch_size, progress)
+        videos = _decoded(tokenizer, files.local_path(source), manifest, batch_size, progress)
         done = 0
         for path, (_, count) in zip(paths, runs, strict=True):
             files.make_folder(path.parent)
@@ -252,7 +252,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: there is none, or it is damaged, of a later version, or names files outside of its folder.
     """
-    path = pathlib.Path(directory) / MANIFEST
+    path = files.local_path(directory, "folder of codes") / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
