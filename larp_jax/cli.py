@@ -951,9 +951,9 @@ EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 def _export(arguments):
     from larp_jax import api, export
 
-    export.check_output(arguments.output, arguments.format)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
+    export.check_output(arguments.output, arguments.format)
     if arguments.format == "huggingface":
         config = found.recipe if params is not None else model
         export.export_huggingface(arguments.output, config, found.params)

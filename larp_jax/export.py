@@ -143,8 +143,8 @@ def export_codebook_npz(
       InputError: the tokenizer has no codebook, or the file is not one to write; see `check_output`.
       OSError: writing failed.
     """
-    path = check_output(path, "codebook-npz")
     codebook = _codebook(config, params)
+    path = check_output(path, "codebook-npz")
     manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
     buffer = io.BytesIO()
     np.savez(buffer, codebook=codebook, manifest=np.frombuffer(json.dumps(manifest).encode(), np.uint8))
@@ -163,8 +163,8 @@ def export_codebook_safetensors(
 
     The manifest lies beside it as .json too. Arguments and errors as for `export_codebook_npz`.
     """
-    path = check_output(path, "codebook-safetensors")
     codebook = _codebook(config, params)
+    path = check_output(path, "codebook-safetensors")
     manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
     _write_with_manifest(path, save({"codebook": codebook}, {"manifest": json.dumps(manifest)}), manifest)
 

@@ -52,7 +52,7 @@ def import_huggingface(
         prior_sizes = None
     else:
         if not path.is_dir():
-            path = _download(str(source))
+            path = _download(str(path))
         if ema:
             raise InputError(f"{path} holds one set of weights, no moving average beside it; leave out the choice")
         where = str(path / CONFIG)

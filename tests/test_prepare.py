@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from larp_jax import cli
+from larp_jax import cli, files
 from larp_jax.benchmark import benchmark_data
 from larp_jax.data import ClipSpec, listing, open_source, prepare as prepare_module, train_batches, video
 from larp_jax.data.prepare import Settings, prepare
@@ -226,8 +226,8 @@ def test_refusals(videos, tmp_path, monkeypatch):
 
 
 def test_two_at_once_are_refused(videos, tmp_path):
-    with prepare_module._claim(tmp_path / "a" / ".prepare"):
-        with pytest.raises(InputError, match="another larp-jax prepare"):
+    with files.claim(tmp_path / "a" / ".prepare"):
+        with pytest.raises(InputError, match="another process is writing"):
             prepare([str(videos)], tmp_path / "a", Settings(SIZE), say=say)
 
 
