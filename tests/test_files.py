@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 
+import av
 import pytest
 
 import larp_jax
@@ -133,6 +134,7 @@ def test_a_folder_is_claimed_once(tmp_path):
         (RuntimeError("rpc failed: No space left on device; [a] [b]\nmore"), "No space left on device"),
         (ValueError("one\ntwo"), "one"),
         (KeyError(), "KeyError"),
+        (av.error.InvalidDataError(1, "Invalid data found", "x.mp4"), "Invalid data found"),
     ],
 )
 def test_reasons(error, said):

@@ -188,6 +188,29 @@ def test_failing_while_finishing_is_made_good(videos, prepared, tmp_path, monkey
     assert contents(tmp_path / "a") == contents(prepared)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_emptied_and_missing_shards_are_made_again(videos, prepared, tmp_path, monkeypatch, finished):
+    folder = tmp_path / "a"
+    if finished:
+        shutil.copytree(prepared, folder)
+    else:
+
+        def fail(*_):
+            raise OSError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "_write_tfds", fail)
+            with pytest.raises(OSError, match="no"):
+                prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=say)
+    first, second, *_ = sorted(folder.glob("*.array_record*"))
+    first.write_bytes(b"")
+    second.unlink()
+    said = []
+    prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=said.append)
+    assert ("is missing or damaged" if finished else "continuing: ") in said[0]
+    assert contents(folder) == contents(prepared)
+
+
 def test_files_that_vanish_after_the_plan_are_reported(videos, tmp_path, monkeypatch):
     shutil.copytree(videos / "val", tmp_path / "in")
     estimate = prepare_module._estimate
