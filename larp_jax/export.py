@@ -30,6 +30,9 @@ from larp_jax.models.tokenizer import Tokenizer
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # of what is a file and no directory
 
+# What JAX promises: docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
+READERS = "JAX from 3 weeks before to 6 months after"
+
 
 def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
     """Checks before any work that an export can be written: nothing but an earlier one of its kind is replaced.
@@ -220,7 +223,11 @@ def export_stablehlo(
             for function, shape in inputs.items():
                 exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
                 (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
-        versions = {"jax": jax.__version__, "calling_convention": exported.calling_convention_version}
+        versions = {
+            "jax": jax.__version__,
+            "calling_convention": exported.calling_convention_version,
+            "readable_by": f"{READERS} {jax.__version__}",
+        }
         (folder / "manifest.json").write_text(_pretty(codebook_manifest(config, params, step=step) | versions))
 
 

@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
-_TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
+# The others are of earlier versions, which ended them in the number of their process.
+_TEMPORARY = re.compile(
+    r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp"
+    r"|\.(?:(?:settings|manifest|psnr)\.json|codes-\d{5}(?:-of-\d{5}\.npz)?)\.\d+|\..+\.(?:mp4|png)\.\d+\.tmp"
+)
 # The beginning of a URL, which pathlib makes one slash of, and a URL within another text.
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -242,7 +246,11 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
     make_folder(target.parent, what)
     with temporary_folder(target.parent, target.name) as temporary:
         yield temporary
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            check_new_folder(target, what)  # another process may have made it meanwhile
+            raise
 
 
 @contextlib.contextmanager
@@ -278,13 +286,17 @@ def _create(parent: pathlib.Path, prefix: str, folder: bool = False) -> tuple[pa
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
             continue
+        except FileNotFoundError:
+            if folder and parent.is_dir():  # another process took it for a leftover before it was opened
+                continue
+            raise
         _lock(descriptor)
         if path.exists():  # else another process took it for a leftover in the moment before the lock
             return path, descriptor
         os.close(descriptor)
 
 
-def remove_leftovers(folder: str | os.PathLike, prefix: str = ".larp-") -> None:
+def remove_leftovers(folder: str | os.PathLike, prefix: str = ".") -> None:
     """Removes the temporary files and folders of killed processes from a folder, not from those below it."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(prefix) and _TEMPORARY.fullmatch(name)]

@@ -229,6 +229,7 @@ def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
     export.export_stablehlo(tmp_path / "exported", config, params, step=3)
     manifest = json.loads((tmp_path / "exported" / "manifest.json").read_text())
     assert manifest["step"] == 3 and manifest["jax"] == jax.__version__
+    assert manifest["readable_by"] == f"JAX from 3 weeks before to 6 months after {jax.__version__}"
     for name in ("encode.bin", "decode.bin"):
         content = (tmp_path / "exported" / name).read_bytes()
         for part in (str(ROOT), str(pathlib.Path(jax.__file__).parents[1]), ".py", str(tmp_path)):

@@ -291,3 +291,22 @@ def test_outputs_of_a_killed_call_are_made_again_and_others_stay(tmp_path):
             pass
     with files.outputs(tmp_path, names, ours=names):
         pass
+
+
+def test_leftovers_of_earlier_versions(tmp_path):
+    names = [".settings.json.42", ".codes-00001.42", ".codes-00001-of-00002.npz.42", ".x.mp4.42.tmp"]
+    others = [".notes.json.42", ".x.tmp", "codes-00001-of-00002.npz"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    with files.claim(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_two_new_folders_of_one_name(tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        with files.new_folder(tmp_path / "x") as first:
+            (first / "a").touch()
+            with files.new_folder(tmp_path / "x") as second:
+                (second / "b").touch()
+    assert os.listdir(tmp_path) == ["x"] and os.listdir(tmp_path / "x") == ["b"]
