@@ -92,11 +92,11 @@ def check_output(
     """
     path = local_path(path, what)
     if path.is_dir():
-        raise InputError(f"{what} {path} is a folder; name a file in it")
+        raise InputError(f"{what} {path} cannot be written (it is a folder); name a file in it")
     _check_replaceable(path, what)
     if path.exists() and path.stat().st_size and not _recognized(path, ours):
         raise InputError(f"{what} {path} exists and was not written by this command; name another file, or remove it")
-    check_folder(path.parent, what)
+    _check_parents(path.absolute().parent, f"{what} {path} cannot be written")
     return path
 
 
@@ -107,15 +107,18 @@ def check_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Pat
       InputError: neither.
     """
     path = local_path(path, what)
-    there = path.absolute()
-    try:
-        while not _is_folder(there):
-            there = there.parent
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be made ({reason(error)}); name another") from None
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{what} {path} cannot be written (no permission in {there}); name another")
+    _check_parents(path.absolute(), f"{what} {path} cannot be made")
     return path
+
+
+def _check_parents(folder: pathlib.Path, complaint: str) -> None:
+    try:
+        while not _is_folder(folder):
+            folder = folder.parent
+    except OSError as error:
+        raise InputError(f"{complaint} ({reason(error)}); name another") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{complaint} (no permission in {folder}); name another")
 
 
 def _is_folder(path: pathlib.Path) -> bool:
