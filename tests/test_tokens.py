@@ -186,7 +186,7 @@ def test_one_at_a_time_and_after_a_killed_one(tokenizer, videos, codes, tmp_path
     left.mkdir()
     (left / "0").write_bytes(b"half")
     (output / "codes-00000-of-00009.npz").write_bytes(b"PK")
-    tokens.tokenize(tokenizer, str(videos), output, shard_rows=2)
+    tokens.tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in codes.iterdir())
     (output / "manifest.json").rename(output / "settings.json")
     with pytest.raises(InputError, match="holds codes already"):
