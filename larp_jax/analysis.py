@@ -7,6 +7,7 @@ how well the prior predicts them.
 """
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from einops import reduce
 from jax.sharding import Mesh
 
-from larp_jax import charts, rng, sharding
+from larp_jax import charts, files, rng, sharding
 from larp_jax.api import LoadedTokenizer
 from larp_jax.checkpoint import Checkpoint
 from larp_jax.config import MeshConfig
@@ -28,11 +29,12 @@ from larp_jax.metrics import SMALLEST_MSE, codebook_usage, perplexity
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.protocols import ClipSet
 from larp_jax.steps import as_float_video
-from larp_jax.writers import Progress, make_folder, write_json
+from larp_jax.writers import Progress
 
 FORMAT = "larp_jax.token_analysis"
 VERSION = 1
 NUMBERS, ARRAYS, MAPS = "analysis.json", "analysis.npz", "maps.png"
+FIGURES = "kept", "change", "reach", "entropy", "prior", "accuracy"
 REPLACEMENTS = {
     "other": "the code that another of these clips has at this position",
     "common": "the code that is most frequent at this position",
@@ -92,12 +94,35 @@ def analyze(
     model = found.recipe.model
     if model.quantizer.kind == "kl":
         raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyse")
+    output = files.check_folder(output)
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     clip = ClipSpec(frames=model.frames, resolution=model.resolution, flip=False)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
-    output = make_folder(output)
+    names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
+    with files.outputs(
+        output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is no analysis"
+    ) as folder:
+        result, patches, frames, counts = _analyze(found, clips, ablated, replace, batch_size)
+        with files.writing(folder / ARRAYS) as file:
+            np.savez_compressed(file, patches=patches, frames=frames, counts=counts.astype(np.int32))
+        write_png(folder / MAPS, ablation_picture(patches, frames))
+        for chart in figures(result):
+            files.write_bytes(folder / f"{chart.name}.svg", charts.as_file(chart).encode())
+        files.write_json(folder / NUMBERS, result)
+    return result
 
+
+def is_analysis(path: pathlib.Path) -> bool:
+    """Whether a file holds the numbers of an analysis."""
+    return files.read_json(path).get("format") == FORMAT
+
+
+def _analyze(
+    found: Checkpoint, clips: ClipSet, ablated: ClipSet, replace: str, batch_size: int
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """What `analyze` returns, and the arrays that it writes: patches, frames, counts."""
+    model = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
@@ -108,7 +133,7 @@ def analyze(
         if replace == "common":
             fill = np.broadcast_to(codes.counts.argmax(axis=1).astype(np.int32), mine.shape)
         elif len(mine) < 2:
-            raise InputError(f"{spec} has one clip, which has no other to take codes from; use --replace common")
+            raise InputError("there is one clip, which has no other to take codes from; use --replace common")
         probe = Probe(tokenizer, mesh, videos, mine, fill, batch_size=batch_size)
         whole, alone, kept = _ablate(probe, model.num_tokens)
 
@@ -148,13 +173,7 @@ def analyze(
             "step": found.step,
         },
     }
-    with (output / ARRAYS).open("wb") as file:
-        np.savez_compressed(file, patches=patches, frames=frames, counts=codes.counts.astype(np.int32))
-    write_png(output / MAPS, ablation_picture(patches, frames))
-    for chart in figures(result):
-        (output / f"{chart.name}.svg").write_text(charts.as_file(chart), encoding="utf-8")
-    write_json(output / NUMBERS, result)
-    return result
+    return result, patches, frames, codes.counts
 
 
 class Probe:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import checkpoint, distributed, importing, rng, sharding
+from larp_jax import checkpoint, distributed, files, importing, rng, sharding
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import digest, fingerprint
@@ -70,7 +69,7 @@ def load_checkpoint(
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
     distributed.check_devices()
-    path = pathlib.Path(path)
+    path = files.local_path(path, "checkpoint")
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:

@@ -10,8 +10,6 @@ ones only; what happens to them later shows when they are read.
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
 import logging
 import operator
@@ -26,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from larp_jax import errors, files
 from larp_jax.config import parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.state import TrainState
@@ -33,7 +32,6 @@ from larp_jax.state import TrainState
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
-LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
 # Orbax reports every save at INFO, restoring at WARNING, and what it raises with its traceback at ERROR.
@@ -122,7 +120,7 @@ class CheckpointManager:
                 except Exception as error:  # damage shows in many ways
                     if jax.process_count() > 1:  # the others may have succeeded
                         raise
-                    reason = _first_line(error)
+                    reason = errors.reason(error)
                 else:
                     self._put_aside(damaged, step)
                     return found
@@ -181,7 +179,7 @@ class CheckpointManager:
         except Exception as error:
             if jax.process_count() > 1:  # the others may have succeeded, and wait for this one
                 raise
-            self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({_first_line(error)})"
+            self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({errors.reason(error)})"
             logger.warning("%s; the run goes on and will try again", self._unsaved)
             self._saving = None
             with contextlib.suppress(Exception):
@@ -228,27 +226,17 @@ def _free_name(folder: pathlib.Path, name: str) -> str:
     return candidate
 
 
-def _first_line(error: Exception) -> str:
-    """Why something could not be read or written: what the system said, if it is in there somewhere."""
-    text = str(error).strip()
-    for said in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)):
-        if said in text:
-            return said
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
 def _digests(directory: pathlib.Path, items: Collection[str] = ()) -> dict[str, str]:
     """SHA-256 of every file of these items of a checkpoint, of all without, by path."""
     digests = {}
     for path in sorted(directory.glob("*/**/*")):
         if path.is_file() and (not items or path.relative_to(directory).parts[0] in items):
-            with path.open("rb") as file:
-                digests[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(directory).as_posix()] = files.digest(path)
     return digests
 
 
 def _write_digests(directory: pathlib.Path) -> None:
-    (directory / CHECKSUMS).write_text(json.dumps(_digests(directory), indent=1) + "\n")
+    files.write_json(directory / CHECKSUMS, _digests(directory))
 
 
 def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
@@ -262,7 +250,7 @@ def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
             raise ValueError("no names")
         found = _digests(directory, items)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"{CHECKSUMS} cannot be read: {_first_line(error)}"
+        return f"{CHECKSUMS} cannot be read: {errors.reason(error)}"
     for name, digest in expected.items():
         if items and name.partition("/")[0] not in items:
             continue
@@ -275,28 +263,15 @@ def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
 
 @contextlib.contextmanager
 def claim(workdir: str | os.PathLike) -> Iterator[None]:
-    """A block in which this run alone writes to a workdir, which is made if missing.
-
-    The system lets go of the lock when the process ends, however that happens.
+    """A block in which this run alone writes to a workdir, which is made if missing; its first process claims it.
 
     Raises:
-      InputError: another run has it.
-      OSError: the workdir cannot be written.
+      InputError: another process has it, or it cannot be written.
     """
-    path = pathlib.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
     if jax.process_index():
         yield
         return
-    with (path / LOCK).open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing {workdir}; wait for it, or choose another --workdir") from None
-        except (ImportError, OSError) as error:
-            logger.warning("%s cannot be locked (%s); see to it that no other run writes there", workdir, error)
+    with files.claim(workdir, "--workdir"):
         yield
 
 
@@ -334,7 +309,7 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 def newest(path: str | os.PathLike) -> pathlib.Path | None:
     """The checkpoint that a path names: itself, or the newest of a workdir; None where there is none."""
-    path = pathlib.Path(path)
+    path = files.local_path(path, "checkpoint")
     if is_checkpoint(path):
         return path
     steps = [p for p in (path / CHECKPOINTS).glob("*") if p.name.isdigit() and is_checkpoint(p)]
@@ -378,7 +353,7 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
             params = reader.restore(directory / item, restore_args=as_numpy)
     except Exception as error:  # damage shows in many ways
-        raise InputError(f"checkpoint {directory} cannot be read ({_first_line(error)}); use another step") from error
+        raise InputError(f"checkpoint {directory} cannot be read ({errors.reason(error)}); use another step") from error
     try:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
@@ -411,11 +386,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             return reader.restore(directory.absolute() / "metadata")
     except Exception as error:  # damage shows in many ways
-        raise InputError(f"checkpoint {directory} cannot be read ({_first_line(error)}); use another step") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"checkpoint {directory} cannot be read ({errors.reason(error)}); use another step") from error
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:
@@ -424,19 +395,18 @@ def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) 
     Raises:
       InputError: the directory exists and is not empty.
     """
-    path = pathlib.Path(directory).absolute()
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{directory} exists and is not empty; name another --output")
     args = ocp.args
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with files.new_folder(directory) as folder, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(
-            path,
+            folder / "0",
             args=args.Composite(
                 params=args.StandardSave(params), metadata=args.JsonSave({"config": dict(recipe), "step": 0})
             ),
-            force=True,
         )
-    _write_digests(path)
+        for path in (folder / "0").iterdir():
+            path.rename(folder / path.name)
+        (folder / "0").rmdir()
+        _write_digests(folder)
 
 
 MEAN_CLIP = "mean_clip.npz"
@@ -445,10 +415,8 @@ MEAN_CLIP = "mean_clip.npz"
 def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
     """Keeps the mean training clip, float [T, H, W, C]: what a collapsed tokenizer gives, as a baseline."""
     path = pathlib.Path(workdir) / MEAN_CLIP
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with files.writing(path) as file:  # another process may be about to read it
         np.savez_compressed(file, mean_clip=clip.astype(np.float32))
-    os.replace(temporary, path)  # another process may be about to read it
 
 
 def read_mean_clip(path: str | os.PathLike) -> np.ndarray:
@@ -466,10 +434,7 @@ def read_mean_clip(path: str | os.PathLike) -> np.ndarray:
 
 def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:
     """Writes `config.json`, whole or not at all."""
-    path = pathlib.Path(workdir) / CONFIG
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(recipe, indent=2) + "\n")
-    os.replace(temporary, path)
+    files.write_json(pathlib.Path(workdir) / CONFIG, recipe, indent=2)
 
 
 def read_config(workdir: str | os.PathLike) -> dict | None:

@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from larp_jax import allocator, distributed
-from larp_jax.errors import InputError
+from larp_jax import allocator, distributed, files
+from larp_jax.errors import InputError, reason
 from larp_jax.stopping import Interrupted, StopRequest
 from larp_jax.version import __version__
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging():
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
+            _check_paths(arguments)
             # the inner one, because joining other processes makes JAX swallow SIGTERM
             with StopRequest(end_process=_end_process), _among_processes(arguments), StopRequest():
                 with _computing(arguments.command):
@@ -403,6 +404,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+# Options that are a path, and those that may hold one: data sets, a repository or a recipe with its settings.
+PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples", "lpips", "i3d", "heads", "root")
+TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
+FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Expands `~` in every path, and refuses what is none of this machine, before anything starts."""
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in PATHS and value is not None:
+            setattr(arguments, name, str(files.local_path(value, option)))
+        elif name in TEXTS and value is not None:
+            for text in [value] if isinstance(value, str) else value:
+                files.refuse_url(text, "setting" if name == "overrides" else option)
+    for name in ("workdir", "samples"):
+        if getattr(arguments, name, None) and arguments.command != "report":
+            files.check_folder(getattr(arguments, name), f"--{name}")
+    if arguments.command in FOLDER_WRITERS:
+        files.check_folder(arguments.output)
+
+
 def _count(text: str) -> int:
     value = int(text) if text.isdecimal() else -1
     if value < 0:
@@ -432,6 +455,7 @@ def _load_recipe(arguments: argparse.Namespace):
     from larp_jax.config import parse_recipe, take_sizes
 
     path, _, variant = arguments.config.partition(":")
+    path = os.path.expanduser(path)
     path = path if os.path.isfile(path) else _shipped(path)
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
@@ -462,7 +486,7 @@ def _load_recipe(arguments: argparse.Namespace):
     except flags.UnrecognizedFlagError as error:
         rest = [f"--{error.flagname}"]
     except Exception as error:  # of many kinds: what they hold, their types, their order
-        raise InputError((str(error).splitlines() or [type(error).__name__])[0]) from error
+        raise InputError(reason(error)) from error
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
     take_sizes(values.config, config_flags.get_override_values(values["config"]))
@@ -601,6 +625,8 @@ def _evaluate(arguments):
 
     if arguments.training_data and arguments.protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
+    if arguments.output:
+        files.check_output(arguments.output, ours=_is_evaluation)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}[found.recipe.stage](arguments, found)
 
@@ -765,8 +791,6 @@ def _write_scores(arguments, found, scores, protocol, more=None):
     """Shows scores and writes them with their protocol, and what else there is."""
     import jax
 
-    from larp_jax import writers
-
     _print_table({"clips": protocol["clips"], **scores})
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
     if wrong:
@@ -782,8 +806,13 @@ def _write_scores(arguments, found, scores, protocol, more=None):
             "versions": {"larp_jax": __version__}
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
         }
-        writers.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
+        files.write_json(arguments.output, {"metrics": scores, "protocol": protocol, **(more or {})})
         print(f"written to {arguments.output}")
+
+
+def _is_evaluation(path) -> bool:
+    values = files.read_json(path)
+    return isinstance(values.get("metrics"), dict) and isinstance(values.get("protocol"), dict)
 
 
 def _metric_names(asked: Sequence[str] | None, fitting: Sequence[str]) -> list[str]:
@@ -983,6 +1012,7 @@ def _export(arguments):
 
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
+    export.check_output(arguments.output, arguments.format)
     if arguments.format == "huggingface":
         config = found.recipe if params is not None else model
         export.export_huggingface(arguments.output, config, found.params)
@@ -1009,6 +1039,7 @@ def _import(arguments):
         return
     from larp_jax import perceptual
 
+    perceptual.check_output(arguments.output, arguments.kind)
     sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
     read = {"lpips": perceptual.import_lpips, "i3d": perceptual.import_i3d}[arguments.kind]
     perceptual.save(arguments.output, arguments.kind, read(*sources), sources)
@@ -1019,6 +1050,7 @@ def _import_model(arguments):
     from larp_jax import checkpoint, importing
     from larp_jax.config import GeneratorRecipe, to_dict
 
+    files.check_new_folder(arguments.output)
     kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
     if kind == "generator":
         recipe = GeneratorRecipe(model=recipe)
@@ -1045,11 +1077,12 @@ def _prepare(arguments):
 
 
 def _benchmark(arguments):
-    from larp_jax import benchmark, data, writers
+    from larp_jax import benchmark, data
     from larp_jax.sampling import SamplingOptions
 
     recipe = _load_recipe(arguments)
     stage = "generator" if arguments.what == "sample" else "tokenizer"
+    _check_numbers(arguments)
     if recipe.stage != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     if arguments.what == "train":
@@ -1080,18 +1113,29 @@ def _benchmark(arguments):
             model_rate=arguments.model_rate,
         )
     print(benchmark.format_table(result))
-    if arguments.output:
-        writers.write_json(arguments.output, result)
+    _write_numbers(arguments, result)
 
 
 def _plan(arguments):
-    from larp_jax import plan, writers
+    from larp_jax import plan
 
     recipe = _load_recipe(arguments)
+    _check_numbers(arguments)
     result = plan.plan(recipe, topology=arguments.topology, devices=arguments.devices, gpus=arguments.gpus)
     print(plan.format_table(result))
+    _write_numbers(arguments, result)
+
+
+def _check_numbers(arguments) -> None:
+    """Checks that `_write_numbers` can write: in place of numbers of the same command at most."""
     if arguments.output:
-        writers.write_json(arguments.output, result)
+        kind = f"larp_jax.{arguments.command}"
+        files.check_output(arguments.output, ours=lambda path: files.read_json(path).get("format") == kind)
+
+
+def _write_numbers(arguments, result: dict[str, Any]) -> None:
+    if arguments.output:
+        files.write_json(arguments.output, {"format": f"larp_jax.{arguments.command}", **result})
 
 
 def _report(arguments):

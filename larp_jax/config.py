@@ -43,7 +43,7 @@ GENERATOR_SIZES = {
 
 # What a size fills: by stage and section its table, and the parts whose width, depth and heads are left at 0.
 NUMBERS = ("width", "depth", "heads")
-SIZED = {
+SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
     "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
     "generator": {"model": (GENERATOR_SIZES, ("model",))},
 }

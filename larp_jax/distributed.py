@@ -69,8 +69,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         )
     except (RuntimeError, ValueError, OSError) as error:
         if arguments or launcher != TPU:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"the other processes cannot be reached ({who}): {reason}") from error
+            raise InputError(f"the other processes cannot be reached ({who}): {reason(error)}") from error
         # TPUs that belong to no pod, and no metadata server that would know of one
         logger.warning("no TPU pod was found; running on the TPUs of this host alone")
         return

@@ -21,8 +21,9 @@ def reason(error: BaseException, length: int = 200) -> str:
     That is what the operating system says if it is in there somewhere, else the first line of the message, else the
     name of the error.
     """
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    said = getattr(error, "strerror", None)  # those of FFmpeg have it without being OSErrors
+    if isinstance(said, str) and said:
+        return said
     text = str(error).strip()
     for said in map(os.strerror, _SYSTEM):
         if said in text:

@@ -1,6 +1,6 @@
 """Models out: the released Hugging Face layout, StableHLO functions, and the codebook alone.
 
-Everything is written under a temporary name and renamed when complete, so a full disk leaves nothing half-written.
+Everything is written whole or not at all, so a full disk leaves nothing half-written.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from larp_jax import released, rng
+from larp_jax import files, released, rng
 from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import fingerprint
@@ -29,6 +28,46 @@ from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # of what is a file and no directory
+
+# What JAX promises: docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
+READERS = "JAX from 3 weeks before to 6 months after"
+
+
+def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
+    """Checks before any work that an export can be written: nothing but an earlier one of its kind is replaced.
+
+    Args:
+      path: the file or the directory.
+      kind: `codebook-npz`, `codebook-safetensors`, `huggingface` or `stablehlo`.
+
+    Returns:
+      The path, with `~` expanded.
+
+    Raises:
+      InputError: it cannot, or a codebook's file has another suffix than its kind.
+    """
+    if kind not in SUFFIXES:
+        return files.check_new_folder(path)
+    path = files.local_path(path, "--output")
+    if path.suffix != SUFFIXES[kind]:
+        raise InputError(f"--output {path} must end in {SUFFIXES[kind]} for {kind}; its manifest will end in .json")
+    files.check_output(path, ours=_is_codebook)
+    files.check_output(path.with_suffix(".json"), f"the manifest of --output {path},", ours=_is_manifest)
+    return path
+
+
+def _is_codebook(path: pathlib.Path) -> bool:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {"codebook", "manifest"} == set(file.files)
+    with safe_open(path, framework="np") as file:
+        return list(file.keys()) == ["codebook"] and "manifest" in (file.metadata() or {})
+
+
+def _is_manifest(path: pathlib.Path) -> bool:
+    values = files.read_json(path)
+    return {"K", "d", "normalisation", "fingerprint"} <= values.keys() and "jax" not in values
 
 
 def export_huggingface(
@@ -51,7 +90,7 @@ def export_huggingface(
     items = released.model_tensors(config)
     tensors = released.params_to_released(items, params)
     tensors |= {item.name: item.compute() for item in items if isinstance(item, released.Table)}
-    with _new_directory(directory) as folder:
+    with files.new_folder(directory) as folder:
         (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
         if prior_sizes:
             (folder / PRIOR_SIZES).write_text(json.dumps({"prior": prior_sizes}))
@@ -104,10 +143,11 @@ def export_codebook_npz(
     The manifest lies beside it as .json too. Arguments as for `codebook_manifest`.
 
     Raises:
-      InputError: the tokenizer has no codebook.
+      InputError: the tokenizer has no codebook, or the file is not one to write; see `check_output`.
       OSError: writing failed.
     """
     codebook = _codebook(config, params)
+    path = check_output(path, "codebook-npz")
     manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
     buffer = io.BytesIO()
     np.savez(buffer, codebook=codebook, manifest=np.frombuffer(json.dumps(manifest).encode(), np.uint8))
@@ -127,6 +167,7 @@ def export_codebook_safetensors(
     The manifest lies beside it as .json too. Arguments and errors as for `export_codebook_npz`.
     """
     codebook = _codebook(config, params)
+    path = check_output(path, "codebook-safetensors")
     manifest = codebook_manifest(config, params, step=step, usage_counts=usage_counts)
     _write_with_manifest(path, save({"codebook": codebook}, {"manifest": json.dumps(manifest)}), manifest)
 
@@ -146,7 +187,7 @@ def export_stablehlo(
 
     `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: the way back, clamped to [0, 1].
     Weights are inside, computation is float32, B is free, and they run on CPUs, NVIDIA GPUs and TPUs. `manifest.json`
-    says the same as a codebook's.
+    says the same as a codebook's, and which version of JAX wrote them (`jax`, `calling_convention`).
 
     Args:
       directory: to create; it must not exist, or be empty.
@@ -179,43 +220,36 @@ def export_stablehlo(
         encode: jax.ShapeDtypeStruct((batch, *config.clip_shape), jnp.float32),
         decode: jax.ShapeDtypeStruct((batch, config.num_tokens), jnp.int32),
     }
-    with _new_directory(directory) as folder:
-        for function, shape in inputs.items():
-            exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
-            (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
-        (folder / "manifest.json").write_text(_pretty(codebook_manifest(config, params, step=step)))
+    with files.new_folder(directory) as folder:
+        with _without_locations():
+            for function, shape in inputs.items():
+                exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
+                (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
+        versions = {
+            "jax": jax.__version__,
+            "calling_convention": exported.calling_convention_version,
+            "readable_by": f"{READERS} {jax.__version__}",
+        }
+        (folder / "manifest.json").write_text(_pretty(codebook_manifest(config, params, step=step) | versions))
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """A block in which what JAX lowers does not name the files of this machine."""
+    before = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _pretty(manifest: dict) -> str:
     return json.dumps(manifest, indent=2) + "\n"
 
 
-def _write_with_manifest(path: str | os.PathLike, data: bytes, manifest: dict) -> None:
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = {path: data, path.with_suffix(".json"): _pretty(manifest).encode()}
-    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in files}
-    try:
-        for target, content in files.items():
-            temporary[target].write_bytes(content)
-        for target, source in temporary.items():
-            os.replace(source, target)
-    finally:
-        for source in temporary.values():
-            source.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder to fill that becomes `directory` when the block ends well, and nothing otherwise."""
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists already; choose another output or remove it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write_with_manifest(path: pathlib.Path, data: bytes, manifest: dict) -> None:
+    files.make_folder(path.parent)
+    with files.replacing(path) as codebook, files.replacing(path.with_suffix(".json")) as described:
+        codebook.write_bytes(data)
+        described.write_text(_pretty(manifest))

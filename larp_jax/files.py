@@ -5,23 +5,33 @@ while their writer lives, so that what a killed process left behind can be told 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from larp_jax.errors import InputError, reason
 
+logger = logging.getLogger(__name__)
+
 LOCK = ".lock"
+UNFINISHED = "unfinished.json"
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
-_TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+# The others are of earlier versions, which ended them in the number of their process.
+_TEMPORARY = re.compile(
+    r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp"
+    r"|\.(?:(?:settings|manifest|psnr)\.json|codes-\d{5}(?:-of-\d{5}\.npz)?)\.\d+|\..+\.(?:mp4|png)\.\d+\.tmp"
+)
+# The beginning of a URL, which pathlib makes one slash of, and a URL within another text.
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
@@ -35,14 +45,33 @@ def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
       InputError: it is a URL such as `gs://bucket/run`, or names no file at all.
     """
     text = os.fspath(path)
-    if found := _SCHEME.match(text):
-        raise InputError(f"{what} {text}: {found[1]}:// is not supported; give a path on this machine")
+    refuse_url(text, what)
     if not text or "\0" in text:
         raise InputError(f"{what} {text!r} is not a path; give one on this machine")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise InputError(f"{what} {text}: {error}; give the path in full") from None
+
+
+def refuse_url(text: str, what: str) -> None:
+    """`InputError` where a path is a URL, or a text such as `folder:gs://bucket/videos` holds one.
+
+    Args:
+      text: a path, or a text that names one.
+      what: the option it came from, for the message.
+    """
+    for scheme in (found[1] or found[2] for found in _URL.finditer(text)):
+        if scheme.lower() == "file":
+            raise InputError(f"{what} {text}: file:// is not supported; give the path alone")
+        if scheme.lower() not in _NO_SCHEMES:
+            raise InputError(
+                f"{what} {text}: {scheme}:// is not supported yet (no object storage, no web); give a path on this"
+                " machine, such as a mount of the bucket"
+            )
+
+
+_NO_SCHEMES = ("folder", "tokens", "tfds")  # of data sets, whose path may be absolute
 
 
 def check_output(
@@ -63,13 +92,57 @@ def check_output(
     """
     path = local_path(path, what)
     if path.is_dir():
-        raise InputError(f"{what} {path} is a folder; name a file in it")
+        raise InputError(f"{what} {path} cannot be written (it is a folder); name a file in it")
     _check_replaceable(path, what)
     if path.exists() and path.stat().st_size and not _recognized(path, ours):
         raise InputError(f"{what} {path} exists and was not written by this command; name another file, or remove it")
-    folder = make_folder(path.parent, what)
+    _check_parents(path.absolute().parent, f"{what} {path} cannot be written")
+    return path
+
+
+def check_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
+    """Checks before any work that an output folder is there and can be written, or can be made; makes nothing.
+
+    Raises:
+      InputError: neither.
+    """
+    path = local_path(path, what)
+    _check_parents(path.absolute(), f"{what} {path} cannot be made")
+    return path
+
+
+def _check_parents(folder: pathlib.Path, complaint: str) -> None:
+    try:
+        while not _is_folder(folder):
+            folder = folder.parent
+    except OSError as error:
+        raise InputError(f"{complaint} ({reason(error)}); name another") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{what} {path} cannot be written (no permission in {folder}); name another")
+        raise InputError(f"{complaint} (no permission in {folder}); name another")
+
+
+def _is_folder(path: pathlib.Path) -> bool:
+    """Whether there is a folder, False if nothing is; `OSError` where something else is, or nothing can be."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISLNK(mode):
+        mode = path.stat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return True
+
+
+def check_new_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
+    """Checks before any work that a folder can be made that is not there yet, or empty; makes nothing.
+
+    Raises:
+      InputError: it holds something, or cannot be made.
+    """
+    path = check_folder(path, what)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{what} {path} exists already and is not empty; name another, or remove it")
     return path
 
 
@@ -106,11 +179,14 @@ def make_folder(path: str | os.PathLike, what: str = "output folder") -> pathlib
     return path
 
 
+_swept: set[pathlib.Path] = set()  # folders that this process has looked for leftovers in: they may be long
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A block that writes a file under a temporary path; it becomes `path` if the block ends well, else it is removed.
 
-    Temporary files that killed processes left for the same target are removed too. A link is followed.
+    What killed processes left in its folder is removed the first time. A link is followed.
 
     Raises:
       InputError: the target is a folder, a device, a pipe or the like.
@@ -120,9 +196,11 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     _check_replaceable(target, "output")
     if target.is_symlink():
         target = target.resolve()
-    prefix = _prefix(target)
-    remove_leftovers(target.parent, prefix)
-    temporary, descriptor = _create(target.parent, prefix)
+    folder = target.parent.absolute()
+    if folder not in _swept:
+        _swept.add(folder)
+        remove_leftovers(folder)
+    temporary, descriptor = _create(target.parent, _prefix(target))
     try:
         yield temporary
         os.replace(temporary, target)
@@ -165,17 +243,31 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
     Raises:
       InputError: the path exists and is not an empty folder, or cannot be made.
     """
-    target = local_path(path, what).absolute()
-    if target.is_symlink() or target.exists():
-        if not target.is_dir() or any(target.iterdir()):
-            raise InputError(f"{what} {target} exists already; name another, or remove it")
+    target = check_new_folder(path, what).absolute()
+    if target.is_symlink():
+        target = target.resolve()
     make_folder(target.parent, what)
-    prefix = _prefix(target)
-    remove_leftovers(target.parent, prefix)
-    temporary, descriptor = _create(target.parent, prefix, folder=True)
+    with temporary_folder(target.parent, target.name) as temporary:
+        yield temporary
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            check_new_folder(target, what)  # another process may have made it meanwhile
+            raise
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
+    """A folder for work in progress, in an existing one, that is gone after the block.
+
+    Those that killed processes left for the same name are removed too.
+    """
+    parent = pathlib.Path(parent)
+    prefix = _prefix(parent / name)
+    remove_leftovers(parent, prefix)
+    temporary, descriptor = _create(parent, prefix, folder=True)
     try:
         yield temporary
-        os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
@@ -197,13 +289,17 @@ def _create(parent: pathlib.Path, prefix: str, folder: bool = False) -> tuple[pa
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError:
             continue
+        except FileNotFoundError:
+            if folder and parent.is_dir():  # another process took it for a leftover before it was opened
+                continue
+            raise
         _lock(descriptor)
         if path.exists():  # else another process took it for a leftover in the moment before the lock
             return path, descriptor
         os.close(descriptor)
 
 
-def remove_leftovers(folder: str | os.PathLike, prefix: str = ".larp-") -> None:
+def remove_leftovers(folder: str | os.PathLike, prefix: str = ".") -> None:
     """Removes the temporary files and folders of killed processes from a folder, not from those below it."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(prefix) and _TEMPORARY.fullmatch(name)]
@@ -253,6 +349,8 @@ def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib
         if locked is False:
             os.close(descriptor)
             raise InputError(f"another process is writing {what} {folder}; wait for it, or name another")
+        if locked is None:
+            logger.warning("%s cannot be locked; see to it that no other process writes there", folder)
         try:
             current = os.path.samestat(os.fstat(descriptor), os.stat(path))
         except FileNotFoundError:
@@ -267,6 +365,57 @@ def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib
         with contextlib.suppress(OSError):
             path.unlink()  # while it is still locked
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def outputs(
+    folder: str | os.PathLike,
+    names: Collection[str],
+    what: str = "--output",
+    *,
+    ours: Collection[str] = (),
+    inputs: Collection[pathlib.Path] = (),
+    but: str = "",
+) -> Iterator[pathlib.Path]:
+    """A block in which this process alone writes these files of a folder; see `claim`.
+
+    Until it ends well, `unfinished.json` lists them, so that after being killed the same call may replace them.
+
+    Args:
+      folder: made if missing.
+      names: paths within it, with forward slashes.
+      what: the option that it came from, for messages.
+      ours: those that may be replaced, because an earlier call of the same kind wrote them.
+      inputs: files that are not replaced in any case.
+      but: why a file that exists is not replaced, for the message.
+
+    Raises:
+      InputError: one of the files exists and is not ours, or as for `claim`.
+    """
+    with claim(folder, what) as folder:
+        journal = folder / UNFINISHED
+        begun = set(read_json(journal).get("files", ()))
+        mine, read = begun.union(ours), {path.resolve() for path in inputs}
+        for path, name in ((folder / name, name) for name in names):
+            if os.path.lexists(path) and (name not in mine or not path.is_file() or path.resolve() in read):
+                raise InputError(f"{path} exists{but}; name another {what}")
+        write_json(journal, {"files": sorted(begun.union(names))})
+        whole = False
+        try:
+            yield folder
+            whole = True
+        finally:
+            if whole or not any((folder / name).exists() for name in names):
+                journal.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if it is missing, damaged or holds something else."""
+    try:
+        values = json.loads(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def is_empty(folder: pathlib.Path) -> bool:

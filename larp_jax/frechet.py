@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from larp_jax.errors import InputError
+from larp_jax import files
+from larp_jax.errors import InputError, reason
 
 COVARIANCES = ("population", "sample")  # scatter divided by n, or by n - 1
 
@@ -98,25 +99,21 @@ class FeatureStatistics:
         return self.scatter / (self.count - (kind == "sample"))
 
     def save(self, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes an npz file under a temporary name, then renames it: nobody ever reads a part. Makes the folder.
+        """Writes an npz file, whole or not at all. Makes the folder.
 
         Args:
           path: the file.
           metadata: JSON values to keep beside the numbers.
 
         Raises:
-          OSError: it cannot be written.
+          InputError: the folder cannot be made.
+          OSError: the file cannot be written.
         """
         path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         text = np.frombuffer(json.dumps(dict(metadata or {}), sort_keys=True).encode(), np.uint8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, count=np.int64(self.count), mean=self.mean, scatter=self.scatter, metadata=text)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.writing(path) as file:
+            np.savez(file, count=np.int64(self.count), mean=self.mean, scatter=self.scatter, metadata=text)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[Self, dict[str, Any]]:
@@ -132,8 +129,7 @@ class FeatureStatistics:
             if mean.ndim != 1 or scatter.shape != 2 * mean.shape or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
                 raise ValueError(f"arrays of shapes {mean.shape} and {scatter.shape}")
         except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path} holds no sound feature statistics ({reason}); delete it") from None
+            raise InputError(f"{path} holds no sound feature statistics ({reason(error)}); delete it") from None
         return cls(count, mean, scatter), metadata
 
 

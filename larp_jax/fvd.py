@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larp_jax import sharding
+from larp_jax import files, sharding
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.frechet import FeatureStatistics, frechet_distance
@@ -128,14 +128,14 @@ def real_statistics(
         raise InputError("none of the real clips could be read; the log says why")
     try:
         statistics.save(path, key)
-    except OSError as error:
+    except (OSError, InputError) as error:
         logger.warning("I3D features of real clips cannot be kept for the next time: %s", error)
     return statistics
 
 
 def cache_folder() -> pathlib.Path:
     """Where statistics of real clips are kept: $XDG_CACHE_HOME/larp_jax, or ~/.cache/larp_jax."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser(), "larp_jax")
+    return files.local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "larp_jax"
 
 
 def distance(real: FeatureStatistics, made: FeatureStatistics, *, covariance: str) -> float:

@@ -9,19 +9,18 @@ import contextlib
 import csv
 import difflib
 import itertools
-import json
 import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from larp_jax import rng
+from larp_jax import files, rng
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.sources import MANY_LISTED, class_list
@@ -32,12 +31,11 @@ from larp_jax.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.protocols import ClipSet
 from larp_jax.sampling import SamplingOptions
 from larp_jax.steps import hold_last_frame
-from larp_jax.tokens import FORMAT, MANIFEST, VERSION, read_shard
-from larp_jax.writers import Progress, make_folder, write_json
+from larp_jax.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
+from larp_jax.writers import Progress
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"
 SHEET = "samples.png"
 SHEET_ROWS = 16
 PREDICTED_CLIPS = 8
@@ -166,16 +164,19 @@ def sample(
         names = class_list(untrained, generator.class_names)
         logger.warning("no training video has the class %s: its samples mean nothing", names)
     sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
-    run = _Run("sample", sampler, output, len(classes), counts=class_counts(classes))
-    with Progress(len(classes), description="sample", unit="video", initial=run.done) as progress:
-        for number in run.share():
-            rows = run.rows(number)
-            codes = sampler.codes(rows, classes=classes[rows])
-            for i, video in zip(rows, sampler.decode(codes), strict=True):
-                write_video(run.path / f"{_name(i, classes)}.mp4", to_uint8(video), playable_fps(0.0))
-            run.keep(number, codes)
-            progress.update(len(rows))
-    return run.finish(_described(classes, tokenizer.config.frames), generator.class_names, sheet=True)
+    videos = [f"{_name(i, classes)}.mp4" for i in range(len(classes))]
+    with _Run("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
+        share = [number for number in run.mine if not run.is_whole(number, [videos[i] for i in run.rows(number)])]
+        done = len(classes) - sum(len(run.rows(number)) for number in share)
+        with Progress(len(classes), description="sample", unit="video", initial=done) as progress:
+            for number in share:
+                rows = run.rows(number)
+                codes = sampler.codes(rows, classes=classes[rows])
+                for i, video in zip(rows, sampler.decode(codes), strict=True):
+                    write_video(run.path / videos[i], to_uint8(video), playable_fps(0.0))
+                run.keep(number, codes)
+                progress.update(len(rows))
+        return run.finish(_described(classes, tokenizer.config.frames), generator.class_names, sheet=True)
 
 
 def _name(i: int, classes: np.ndarray) -> str:
@@ -315,11 +316,13 @@ def predict(
     )
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
-    run = _Run("predict", sampler, output, total, input=str(source))
     names = output_names([video.name for video in inputs.videos])
     described = []
-    share = set(run.share())
-    with Progress(total, description="predict", unit="clip", initial=run.done) as progress:
+    with (
+        _Run("predict", sampler, output, total, input=str(source)) as run,
+        Progress(total, description="predict", unit="clip") as progress,
+    ):
+        mine = set(run.mine)
         for number, windows in enumerate(_windows(inputs, cond_frames, total, batch_size)):
             sources = [f"{names[window.video]}-{window.start:06d}" for window in windows]
             rates = [inputs.videos[window.video].fps for window in windows]
@@ -327,21 +330,24 @@ def predict(
                 {"source": name, "start": 0, "frames": config.frames, "fps": fps, "label": int(window.label)}
                 for name, fps, window in zip(sources, rates, windows, strict=True)
             ]
-            if number not in share:
+            if number not in mine:
+                continue
+            progress.update(len(windows))
+            made = [f"{name}{suffix}" for name in sources for suffix in (".mp4", ".png")]
+            if run.is_whole(number, made, len(windows)):
                 continue
             clips = np.stack([window.frames for window in windows])
             codes = sampler.codes(run.rows(number)[: len(windows)], clips=clips)
             videos = to_uint8(sampler.decode(codes))
             for name, fps, truth, prediction in zip(sources, rates, clips, videos, strict=True):
                 path = run.path / f"{name}.mp4"
-                make_folder(path.parent)
+                files.make_folder(path.parent)
                 write_video(path, np.concatenate([truth, prediction], axis=2), playable_fps(fps))
                 write_png(path.with_suffix(".png"), frame_grid([truth, prediction]))
             run.keep(number, codes)
-            progress.update(len(windows))
-    if not described:
-        raise InputError(f"{source}: no clip in it has more than the {cond_frames} frames that are given")
-    return run.finish(described, inputs.label_names, sheet=False)
+        if not described:
+            raise InputError(f"{source}: no clip in it has more than the {cond_frames} frames that are given")
+        return run.finish(described, inputs.label_names, sheet=False)
 
 
 def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> Iterator[list[Window]]:
@@ -417,7 +423,7 @@ def videos_beside(
         else:
             settings["counts"] = class_counts(classes)
         path = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
-        run = _Run("evaluate", sampler, path, len(clips), option="--samples", **settings)
+        run = stack.enter_context(_Run("evaluate", sampler, path, len(clips), option="--samples", **settings))
         total = sum(len(run.rows(number)) for number in run.mine)
         progress = stack.enter_context(Progress(total, description="sample", unit="video"))
         for number in run.mine:
@@ -440,12 +446,11 @@ def videos_beside(
 
 
 class _Run:
-    """A folder that is written batch by batch.
+    """A folder that is written batch by batch. As a context it is claimed: no other run writes there.
 
     Attributes:
       path: the folder.
       mine: numbers of the batches that fall to this host.
-      done: rows of batches that are there already.
     """
 
     def __init__(
@@ -459,36 +464,54 @@ class _Run:
         **settings,
     ):
         self._sampler, self._total, self._batch_size = sampler, total, sampler.batch_size
-        self.path = make_folder(output)
-        settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
-        if jax.process_index() == 0:
-            _claim(self.path, settings, option)
+        self.path = files.check_folder(output, option)
+        self._settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
+        self._option = option
         self._batches = range(-(-total // self._batch_size))
         self.mine = self._batches[jax.process_index() :: jax.process_count()]
-        self.done = sum(len(self.rows(number)) for number in self._batches if self._shard(number).exists())
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:  # for all of them
+                stack.enter_context(files.claim(self.path, self._option))
+                _check_settings(self.path, self._settings, self._option)
+            files.make_folder(self.path, self._option)
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._held.close()
 
     def rows(self, number: int) -> range:
         """Rows of a batch."""
         return range(number * self._batch_size, min((number + 1) * self._batch_size, self._total))
 
-    def share(self) -> list[int]:
-        """The batches that are missing and fall to this host."""
-        return [number for number in self.mine if not self._shard(number).exists()]
+    def is_whole(self, number: int, names: Iterable[str], count: int | None = None) -> bool:
+        """Whether the codes of a batch and these files of it are there; arguments as for `kept`."""
+        found = all((self.path / name).is_file() and (self.path / name).stat().st_size for name in names)
+        return self.kept(number, count) is not None and found
 
-    def kept(self, number: int) -> np.ndarray | None:
-        """The codes [M, N] of a batch, None where it is missing."""
-        return read_shard(self.path, self._manifest(self._total), number) if self._shard(number).exists() else None
+    def kept(self, number: int, count: int | None = None) -> np.ndarray | None:
+        """The codes [M, N] of a batch, None where they are missing or damaged.
+
+        Args:
+          number: of the batch.
+          count: its rows, where they are fewer than expected.
+        """
+        if not self._shard(number).exists():
+            return None
+        manifest = self._manifest(self._total)
+        manifest["shards"][number]["rows"] = len(self.rows(number)) if count is None else count
+        try:
+            return read_shard(self.path, manifest, number)
+        except InputError as error:
+            logger.warning("%s: it is made again", str(error).partition(";")[0])
+            return None
 
     def keep(self, number: int, codes: np.ndarray) -> None:
         """Writes a batch's codes [M, N]: from here on it counts as done."""
-        path = self._shard(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, codes=codes)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.writing(self._shard(number)) as file:
+            np.savez(file, codes=codes)
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / f"codes-{number:05d}-of-{len(self._batches):05d}.npz"
@@ -501,7 +524,7 @@ class _Run:
         if jax.process_index() == 0:
             if sheet:
                 write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))
-            write_json(self.path / MANIFEST, manifest)
+            files.write_json(self.path / MANIFEST, manifest)
         return manifest
 
     def _manifest(self, total: int) -> dict[str, Any]:
@@ -529,18 +552,17 @@ class _Run:
         return videos[:SHEET_ROWS]
 
 
-def _claim(folder: pathlib.Path, settings: dict, option: str) -> None:
+def _check_settings(folder: pathlib.Path, settings: dict, option: str) -> None:
     """Writes the settings into a new folder; refuses one that holds something else."""
     path = folder / SETTINGS
     if not path.exists():
-        if any(folder.iterdir()):
+        if not files.is_empty(folder):
             raise InputError(f"{folder} is not empty and holds no samples of an earlier call; name another {option}")
-        write_json(path, settings)
+        files.write_json(path, settings)
         return
-    try:
-        known = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}); name another {option}") from None
+    known = files.read_json(path)
+    if not known:
+        raise InputError(f"{path} cannot be read; name another {option}")
     for name in sorted(settings.keys() | known.keys()):
         if settings.get(name) != known.get(name):
             raise InputError(

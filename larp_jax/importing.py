@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from larp_jax import released
+from larp_jax import files, released
 from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 
@@ -49,13 +49,13 @@ def import_huggingface(
     Raises:
       InputError: anything that is not exactly such a model: what is missing, extra, misshaped or not understood.
     """
-    path = pathlib.Path(source)
+    path = files.local_path(source, "--source")
     if path.is_file():
         values, tensors, where = _read_checkpoint(path, ema)
         prior_sizes = None
     else:
         if not path.is_dir():
-            path = _download(str(source))
+            path = _download(str(path))
         if ema:
             raise InputError(f"{path} holds one set of weights, no moving average beside it; leave out the choice")
         where = str(path / CONFIG)
@@ -106,11 +106,10 @@ def _check_download(path: pathlib.Path) -> None:
     It is the SHA-256 of large files, and what Git calls other ones.
     """
     stored = path.resolve()
-    with stored.open("rb") as file:
-        if len(stored.name) == 64:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            found = hashlib.sha1(b"blob %d\0" % stored.stat().st_size + file.read()).hexdigest()
+    if len(stored.name) == 64:
+        found = files.digest(stored)
+    else:
+        found = hashlib.sha1(b"blob %d\0" % stored.stat().st_size + stored.read_bytes()).hexdigest()
     if found != stored.name:
         raise InputError(f"{path} is not what its server has (its hash differs); remove {stored} and fetch it again")
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -99,7 +101,7 @@ class Inputs:
         if spec is not None:
             self.videos = self._of_folder(find_videos(spec.name).of_split("test"))
             return
-        path = local_path(text, "input")
+        path = local_path(text, "--input")
         if path.is_dir():
             self.videos = self._of_folder(find_videos(path))
         elif not path.exists():
@@ -191,11 +193,22 @@ class Inputs:
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart."""
+    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart.
+
+    Parts too long for a file system to take with more at their end become shorter, with a digest of the whole name.
+    """
     stems = [str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else str(path)
              for path in map(pathlib.PurePosixPath, names)]  # fmt: skip
     unique = len({stem.casefold() for stem in stems}) == len(stems)
-    return stems if unique else list(names)
+    return ["/".join(map(_shortened, name.split("/"))) for name in (stems if unique else names)]
+
+
+def _shortened(name: str, limit: int = 255 - len("-flipped-000000.mp4")) -> str:
+    data = os.fsencode(name)
+    if len(data) <= limit:
+        return name
+    mark = "~" + hashlib.sha256(data).hexdigest()[:16]
+    return data[: limit - len(mark)].decode(errors="ignore") + mark
 
 
 def playable_fps(fps: float) -> float:

@@ -5,7 +5,6 @@ for and names the files it was made from with their SHA-256.
 """
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -20,8 +19,8 @@ from flax import nnx, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
-from larp_jax import importing
-from larp_jax.errors import InputError
+from larp_jax import files, importing
+from larp_jax.errors import InputError, reason
 from larp_jax.models.i3d import MIXED, I3d
 from larp_jax.models.layers import Dtype
 from larp_jax.models.lpips import STAGES, Lpips
@@ -133,7 +132,7 @@ def _i3d_convs() -> Iterator[tuple[str, str]]:
 def save(
     path: str | os.PathLike, kind: str, params: Mapping[str, np.ndarray], sources: Iterable[str | os.PathLike]
 ) -> None:
-    """Writes a file of ours, under a temporary name and then renamed; one that is there is replaced.
+    """Writes a file of ours, whole or not at all; one of its kind that is there is replaced.
 
     Args:
       path: the file; its folder is made.
@@ -142,20 +141,26 @@ def save(
       sources: the files they were made from.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: the file cannot be written; see `check_output`.
     """
-    path = pathlib.Path(path)
-    digests = {source.name: _sha256(source) for source in map(pathlib.Path, sources)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path = check_output(path, kind)
+    digests = {source.name: files.digest(source) for source in map(files.local_path, sources)}
+    files.make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_bytes(path, serialize(dict(params), {"larp_jax": kind, "sources": json.dumps(digests)}))
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); name another output") from None
+        raise InputError(f"{path} cannot be written ({reason(error)}); name another output") from None
+
+
+def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
+    """Checks before any work that `save` can write a file, with `~` expanded; `InputError` where it cannot."""
+    return files.check_output(path, ours=lambda path: _kind(path) == kind)
+
+
+def _kind(path: pathlib.Path) -> str | None:
+    """Of a file of ours, `lpips` or `i3d`; None of others."""
+    with safe_open(path, framework="np") as file:
+        return (file.metadata() or {}).get("larp_jax")
 
 
 def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Path, str]:
@@ -165,9 +170,9 @@ def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Pa
     """
     variable = f"LARP_{kind.upper()}"
     if path is not None:
-        return pathlib.Path(path), "given"
+        return files.local_path(path, f"the file of {kind},"), "given"
     if os.environ.get(variable):
-        return pathlib.Path(os.environ[variable]), variable
+        return files.local_path(os.environ[variable], variable), variable
     return pathlib.Path("~/.cache/larp_jax", f"{kind}.safetensors").expanduser(), f"{variable} is not set"
 
 
@@ -207,12 +212,7 @@ def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str 
     path, _ = locate(kind, path)
     with safe_open(path, framework="np") as file:
         sources = json.loads((file.metadata() or {}).get("sources", "{}"))
-    return {"sha256": _sha256(path), "sources": sources}
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": files.digest(path), "sources": sources}
 
 
 def _load(kind: str, path: str | os.PathLike | None, **options):
@@ -220,8 +220,7 @@ def _load(kind: str, path: str | os.PathLike | None, **options):
     if not path.is_file():
         raise InputError(f"no weights of {kind} at {path} ({origin}); {how_to_get(kind)}")
     tensors = importing.read_safetensors(path)
-    with safe_open(path, framework="np") as file:
-        found = (file.metadata() or {}).get("larp_jax")
+    found = _kind(path)
     if found != kind:
         raise InputError(f"{path} holds {f'weights of {found}' if found else 'no file of ours'}; {how_to_get(kind)}")
     _compare({name: x.shape for name, x in _template(kind).items()}, tensors, path)
@@ -239,7 +238,7 @@ def _template(kind: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _read(source: str | os.PathLike, unread: str = importing.NOTHING) -> dict[str, np.ndarray]:
     """Tensors of a public file by name, without those whose names match."""
-    path = pathlib.Path(source)
+    path = files.local_path(source, "--source or --heads")
     if not path.is_file():
         raise InputError(f"{path} is no file")
     if path.suffix == ".safetensors":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from larp_jax import flops, hlo, rng, sharding
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 from larp_jax.steps import STAGES
 
 
@@ -286,8 +286,7 @@ def _topology_devices(topology: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--topology {topology}: libtpu knows no such slice ({reason})") from error
+        raise InputError(f"--topology {topology}: libtpu knows no such slice ({reason(error)})") from error
 
 
 def _emulated(count: int) -> list:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from larp_jax import files
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import frame_grid, write_png, write_video
@@ -17,7 +18,7 @@ from larp_jax.errors import InputError
 from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.metrics import SMALLEST_MSE
-from larp_jax.writers import Progress, make_folder, write_json
+from larp_jax.writers import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -49,52 +50,47 @@ def reconstruct(
       batch_size: windows computed at a time.
 
     Returns:
-      What `psnr.json` holds: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`.
+      What `psnr.json` holds: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`; `files`,
+      those that this call and earlier ones wrote into the folder.
 
     Raises:
       InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
     """
     config = tokenizer.config
+    output = files.check_folder(output)
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
-    output = make_folder(output)
     names = output_names([video.name for video in inputs.videos])
-    _check_output(output, [output / f"{name}.mp4" for name in names], inputs)
-
-    results = {}
-    with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
-        windows = _reconstructions(tokenizer, inputs, batch_size, progress)
-        for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
-            video = inputs.videos[number]
-            path = output / f"{names[number]}.mp4"
-            make_folder(path.parent)
-            score, frames = _write_pair(path, group, video.windows * config.frames, playable_fps(video.fps))
-            results[video.name] = {"psnr": score, "frames": frames, "output": path.relative_to(output).as_posix()}
-            tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames")
-    if not results:
-        raise InputError(f"{source}: nothing in it could be read")
-    summary = {
-        "definition": PSNR,
-        "tokenizer": tokenizer.fingerprint,
-        "step": tokenizer.step,
-        "clip": list(config.clip_shape),
-        "mean_psnr": float(np.mean([result["psnr"] for result in results.values()])),
-        "videos": results,
-        "skipped": dict(inputs.skipped),
-    }
-    write_json(output / SUMMARY, summary)
+    made = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
+    ours = files.read_json(output / SUMMARY).get("files", ())
+    sources = [video.path for video in inputs.videos if video.path]
+    with files.outputs(output, made, ours=ours, inputs=sources, but=" and is no earlier reconstruction") as folder:
+        results = {}
+        with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
+            windows = _reconstructions(tokenizer, inputs, batch_size, progress)
+            for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
+                video = inputs.videos[number]
+                path = folder / f"{names[number]}.mp4"
+                files.make_folder(path.parent)
+                score, frames = _write_pair(path, group, video.windows * config.frames, playable_fps(video.fps))
+                results[video.name] = {"psnr": score, "frames": frames, "output": path.relative_to(folder).as_posix()}
+                tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames")
+        if not results:
+            raise InputError(f"{source}: nothing in it could be read")
+        summary = {
+            "definition": PSNR,
+            "tokenizer": tokenizer.fingerprint,
+            "step": tokenizer.step,
+            "clip": list(config.clip_shape),
+            "mean_psnr": float(np.mean([result["psnr"] for result in results.values()])),
+            "videos": results,
+            "skipped": dict(inputs.skipped),
+            "files": sorted({*made, *ours}),
+        }
+        files.write_json(folder / SUMMARY, summary)
     tqdm.write(f"mean of {len(results)} videos: {summary['mean_psnr']:.2f} dB, in {output}")
     if inputs.skipped:
         logger.warning("skipped %d of %d videos", len(inputs.skipped), len(inputs.skipped) + len(results))
     return summary
-
-
-def _check_output(output: pathlib.Path, targets: list[pathlib.Path], inputs: Inputs) -> None:
-    existing = [target for target in targets if target.exists()]
-    sources = {video.path.resolve() for video in inputs.videos if video.path}
-    ours = (output / SUMMARY).exists()
-    lost = [target for target in existing if not ours or target.resolve() in sources]
-    if lost:
-        raise InputError(f"{lost[0]} exists and is no earlier reconstruction; name another --output")
 
 
 def _reconstructions(

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from larp_jax import analysis, charts, checkpoint
+from larp_jax import analysis, charts, checkpoint, files
 from larp_jax.charts import Chart, Series, is_number
 from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
 from larp_jax.version import __version__
-from larp_jax.writers import make_folder, read_metrics
+from larp_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,12 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     Raises:
       InputError: there is no run, or the page cannot be written.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.local_path(workdir, "--workdir")
+    output = workdir / "report.html" if output is None else output
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
     if config is None and not rows:
         raise InputError(f"{workdir} holds no run (neither config.json nor metrics.jsonl); give the --workdir of one")
+    output = files.check_output(output, ours=_is_report)
     notes: list[str] = []
     template = charts.environment().get_template("report.html")
     page = template.render(
@@ -109,17 +111,17 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         settings=_settings(config),
         notes=notes,
     )
-    output = workdir / "report.html" if output is None else pathlib.Path(output)
-    make_folder(output.parent)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    files.make_folder(output.parent)
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
+        files.write_bytes(output, page.encode())
     except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror or error}); name another") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise InputError(f"--output {output} cannot be written ({reason(error)}); name another") from error
     return output
+
+
+def _is_report(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="larp_jax' in file.read(2048)
 
 
 def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:

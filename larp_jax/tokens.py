@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_video
@@ -23,9 +24,10 @@ from larp_jax.errors import InputError
 from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, output_names, playable_fps
 from larp_jax.steps import hold_last_frame
-from larp_jax.writers import Progress, make_folder, write_json
+from larp_jax.writers import Progress
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"  # of a folder that `larp_jax.generate` is writing, or has written
 FORMAT = "larp_jax.codes"
 VERSION = 1
 SHARD_ROWS = 16_384
@@ -67,84 +69,99 @@ def tokenize(
       `label`, and `flip` where it is mirrored.
 
     Raises:
-      InputError: nothing can be read, the folder holds codes already, or the tokenizer has none.
+      InputError: nothing can be read, the folder holds codes already or is being written, or the tokenizer has none.
     """
     config = tokenizer.config
     if not 0 <= cond_frames < config.frames:
         raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
-    output = pathlib.Path(output)
-    if (output / MANIFEST).exists():
-        raise InputError(f"{output} holds codes already; name another --output")
+    output = files.check_folder(output)
+    _check_free(output)
     clip = ClipSpec(frames=config.frames, resolution=config.resolution)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
-    make_folder(output)
+    with files.claim(output), files.temporary_folder(output, "shards") as folder:
+        _check_free(output)  # another call may just have ended
+        rows, counts = _write_shards(tokenizer, inputs, folder, flips, cond_frames, batch_size, shard_rows)
+        if not rows:
+            raise InputError(f"{source}: nothing in it could be read")
+        shards = [
+            {"file": f"codes-{i:05d}-of-{len(counts):05d}.npz", "rows": count} for i, count in enumerate(counts)
+        ]
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": tokenizer.fingerprint,
+            "step": tokenizer.step,
+            "K": config.quantizer.codebook_size,
+            "N": config.num_tokens,
+            "clip": list(config.clip_shape),
+            "input": str(source),
+            "label_names": list(inputs.label_names),
+            "skipped": dict(inputs.skipped),
+            "cond_frames": cond_frames,
+            "shards": shards,
+            "rows": rows,
+        }
+        for path in output.iterdir():  # of a call that was killed before it wrote the manifest
+            if SHARD_NAME.fullmatch(path.name):
+                path.unlink()
+        for number, shard in enumerate(shards):
+            os.replace(folder / str(number), output / shard["file"])
+        files.write_json(output / MANIFEST, manifest)
+    return manifest
 
-    rows, pending, shards = [], [], []
+
+def _check_free(output: pathlib.Path) -> None:
+    for name in (MANIFEST, SETTINGS):
+        if (output / name).exists():
+            raise InputError(f"{output} holds codes already ({name}); name another --output")
+
+
+def _write_shards(
+    tokenizer: LoadedTokenizer,
+    inputs: Inputs,
+    folder: pathlib.Path,
+    flips: bool,
+    cond_frames: int,
+    batch_size: int,
+    shard_rows: int,
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Writes shards called 0, 1 and so on into a folder; the rows of the manifest, and how many each shard has."""
+    rows, pending, counts = [], [], []
 
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
         pending.clear()
-        shards.append((_part(output, len(shards)), len(arrays["codes"])))
-        with open(shards[-1][0], "wb") as file:
+        with open(folder / str(len(counts)), "wb") as file:
             np.savez(file, **arrays)
+        counts.append(len(arrays["codes"]))
 
-    try:
-        mirrored = (False, True) if flips else (False,)
-        with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
-            # one reading each: detokenize joins windows that follow each other
-            for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
-                clips = clips[:, :, :, ::-1] if flip else clips
-                batch = {"codes": tokenizer.encode(clips)}
-                if cond_frames:
-                    batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
-                pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
-                for window in found:
-                    video = inputs.videos[window.video]
-                    rows.append(
-                        {
-                            "source": video.name,
-                            "start": window.start,
-                            "frames": window.valid,
-                            "fps": video.fps,
-                            "label": int(window.label),
-                        }
-                        | ({"flip": True} if flip else {})
-                    )
-                if sum(len(batch["codes"]) for batch in pending) >= shard_rows:
-                    flush()
-                progress.update(len(found))
-        if not rows:
-            raise InputError(f"{source}: nothing in it could be read")
-        if pending:
-            flush()
-        names = [f"codes-{i:05d}-of-{len(shards):05d}.npz" for i in range(len(shards))]
-        for (part, _), name in zip(shards, names, strict=True):
-            os.replace(part, output / name)
-    finally:
-        for part, _ in shards:
-            part.unlink(missing_ok=True)
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": tokenizer.fingerprint,
-        "step": tokenizer.step,
-        "K": config.quantizer.codebook_size,
-        "N": config.num_tokens,
-        "clip": list(config.clip_shape),
-        "input": str(source),
-        "label_names": list(inputs.label_names),
-        "skipped": dict(inputs.skipped),
-        "cond_frames": cond_frames,
-        "shards": [{"file": name, "rows": count} for name, (_, count) in zip(names, shards, strict=True)],
-        "rows": rows,
-    }
-    write_json(output / MANIFEST, manifest)
-    return manifest
-
-
-def _part(output: pathlib.Path, number: int) -> pathlib.Path:
-    """What a shard is called until it is known how many there are."""
-    return output / f".codes-{number:05d}.{os.getpid()}"
+    mirrored = (False, True) if flips else (False,)
+    with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
+        # one reading each: detokenize joins windows that follow each other
+        for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
+            clips = clips[:, :, :, ::-1] if flip else clips
+            batch = {"codes": tokenizer.encode(clips)}
+            if cond_frames:
+                batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
+            pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
+            for window in found:
+                video = inputs.videos[window.video]
+                rows.append(
+                    {
+                        "source": video.name,
+                        "start": window.start,
+                        "frames": window.valid,
+                        "fps": video.fps,
+                        "label": int(window.label),
+                    }
+                    | ({"flip": True} if flip else {})
+                )
+            if sum(len(batch["codes"]) for batch in pending) >= shard_rows:
+                flush()
+            progress.update(len(found))
+    if pending:
+        flush()
+    return rows, counts
 
 
 def detokenize(
@@ -157,7 +174,8 @@ def detokenize(
     Args:
       tokenizer: the one that made the codes.
       source: the folder.
-      output: folder to write to, made if missing; nothing in it is overwritten.
+      output: folder to write to, made if missing; nothing in it is overwritten, but for what a call that was stopped
+        had written.
       batch_size: windows decoded at a time.
 
     Returns:
@@ -179,19 +197,18 @@ def detokenize(
         raise InputError(f"{source}/{MANIFEST}: K, N and clip are not the tokenizer's; tokenize again")
     rows = manifest["rows"]
     runs = list(_runs(rows))
-    output = pathlib.Path(output)
-    names = output_names([name for name, _ in runs])
-    paths = [output / f"{name}.mp4" for name in names]
-    if len(set(paths)) < len(paths):
+    names = [f"{name}.mp4" for name in output_names([name for name, _ in runs])]
+    if len(set(names)) < len(names):
         raise InputError(f"{source}/{MANIFEST}: two videos of one name; tokenize again")
-    if existing := [path for path in paths if path.exists()]:
-        raise InputError(f"{existing[0]} exists; name another --output")
-
-    with Progress(len(rows), description="detokenize", unit="clip") as progress:
-        videos = _decoded(tokenizer, pathlib.Path(source), manifest, batch_size, progress)
+    with (
+        files.outputs(output, names) as folder,
+        Progress(len(rows), description="detokenize", unit="clip") as progress,
+    ):
+        paths = [folder / name for name in names]
+        videos = _decoded(tokenizer, files.local_path(source), manifest, batch_size, progress)
         done = 0
         for path, (_, count) in zip(paths, runs, strict=True):
-            make_folder(path.parent)
+            files.make_folder(path.parent)
             clips = zip(rows[done : done + count], itertools.islice(videos, count), strict=True)
             frames = (frame for row, clip in clips for frame in to_uint8(clip[: row["frames"]]))
             write_video(path, frames, playable_fps(rows[done]["fps"]))
@@ -235,7 +252,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: there is none, or it is damaged, of a later version, or names files outside of its folder.
     """
-    path = pathlib.Path(directory) / MANIFEST
+    path = files.local_path(directory, "folder of codes") / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from larp_jax import files
 from larp_jax.data import video
-from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ class MetricWriter:
         rows = [row for row in read_metrics(self._workdir) if row["step"] <= restored_step]
         self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
         lines = [_encode(row) for row in rows]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_bytes(b"".join(lines))
-        os.replace(replacement, path)
+        files.write_bytes(path, b"".join(lines))
         # Unbuffered: a failed write leaves nothing behind to fail again, or to be written twice.
         self._file = path.open("r+b", buffering=0)
         # The last line and any before it that are on no disk yet, from where they belong.
@@ -143,40 +141,6 @@ class MetricWriter:
             self._warned_full = True
             return False
         return True
-
-
-def make_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Makes a folder for output, and those above it, unless it is there.
-
-    Raises:
-      InputError: it cannot be made.
-    """
-    path = pathlib.Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"output folder {path} cannot be made ({reason}); name another") from error
-    return path
-
-
-def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Writes strict JSON under a temporary name, then renames it; makes the folder if missing.
-
-    Raises:
-      ValueError: a value is NaN or infinite.
-      InputError: the folder cannot be made.
-      OSError: the file cannot be written.
-    """
-    path = pathlib.Path(path)
-    text = json.dumps(values, indent=1, allow_nan=False)
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode(row: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -169,14 +170,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, reference_dir, monkeypatch):
 
 def test_a_full_disk_leaves_no_codebook(tmp_path, reference_dir, monkeypatch):
     _, config, params = import_huggingface(reference_dir / "tokenizer")
-    write = pathlib.Path.write_bytes
 
-    def write_one(path, content):
-        if ".json" in path.name:
-            raise OSError("No space left on device")
-        return write(path, content)
+    def full(path, content):  # of the manifest; the codebook is written by then
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", write_one)
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
     with pytest.raises(OSError):
         export.export_codebook_npz(tmp_path / "codebook.npz", config.model, params["tokenizer"])
     assert not list(tmp_path.iterdir())
@@ -223,11 +221,41 @@ def test_codebooks(tokenizer, tmp_path, monkeypatch):
     assert found["manifest"] == json.loads((tmp_path / "codebook.json").read_text())
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_codebooks_replace_codebooks_only(tokenizer, tmp_path, suffix):
+    write = {".npz": export.export_codebook_npz, ".safetensors": export.export_codebook_safetensors}[suffix]
+    (tmp_path / "config.json").write_text('{"stage": "tokenizer"}')
+    (tmp_path / "manifest.json").write_text(json.dumps(export.codebook_manifest(*tokenizer) | {"jax": "0"}))
+    (tmp_path / f"model{suffix}").write_bytes(b"weights of something")
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for name, message in (
+        (f"config{suffix}", r"manifest of --output .*config.json exists"),
+        (f"manifest{suffix}", r"manifest of --output .*manifest.json exists"),
+        (f"model{suffix}", "was not written by this command"),
+        (f"pipe{suffix}", "not a regular file"),
+        ("codebook.json", f"must end in {suffix}"),
+        ("codebook", f"must end in {suffix}"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write(tmp_path / name, *tokenizer)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    for step in (1, 2):  # in place of an earlier one
+        write(tmp_path / f"codebook{suffix}", *tokenizer, step=step)
+        assert json.loads((tmp_path / "codebook.json").read_text())["step"] == step
+
+
 def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("flatbuffers")
     config, params = tokenizer
     export.export_stablehlo(tmp_path / "exported", config, params, step=3)
-    assert json.loads((tmp_path / "exported" / "manifest.json").read_text())["step"] == 3
+    manifest = json.loads((tmp_path / "exported" / "manifest.json").read_text())
+    assert manifest["step"] == 3 and manifest["jax"] == jax.__version__
+    assert manifest["readable_by"] == f"JAX from 3 weeks before to 6 months after {jax.__version__}"
+    for name in ("encode.bin", "decode.bin"):
+        content = (tmp_path / "exported" / name).read_bytes()
+        for part in (str(ROOT), str(pathlib.Path(jax.__file__).parents[1]), ".py", str(tmp_path)):
+            assert part.encode() not in content, (name, part)
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(examples()[0], found)  # as the documentation says
@@ -237,6 +265,7 @@ def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
     np.testing.assert_allclose(found["reconstruction"], np.clip(expected, 0, 1), atol=1e-5)
     np.testing.assert_array_equal(found["encode"].call(found["video"][:1]), quantized.indices[:1])
     assert found["encode"].platforms == ("cpu", "cuda", "tpu")
+    assert found["encode"].calling_convention_version == manifest["calling_convention"]
 
 
 def test_functions_of_many_tokens(tmp_path):

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pathlib
 import resource
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ def test_two_runs_in_one_workdir(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     before = (workdir / "metrics.jsonl").read_bytes()
     with checkpoint.claim(workdir):
-        assert "another run is writing" in fails(2, capsys, workdir)
+        assert "another process is writing --workdir" in fails(2, capsys, workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before and steps(workdir) == [2, 4]
 
 
@@ -53,7 +52,7 @@ def test_the_lock_does_not_outlive_a_killed_process(tmp_path):
     code += "with checkpoint.claim(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "mine\n"
-    with pytest.raises(InputError, match="another run is writing"), checkpoint.claim(tmp_path):
+    with pytest.raises(InputError, match="another process is writing"), checkpoint.claim(tmp_path):
         pass
     holder.kill()
     holder.wait()
@@ -63,15 +62,15 @@ def test_the_lock_does_not_outlive_a_killed_process(tmp_path):
 
 def test_a_workdir_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert "cannot be written (Not a directory)" in fails(2, capsys, tmp_path / "file" / "run")
+    assert "cannot be made (Not a directory)" in fails(2, capsys, tmp_path / "file" / "run")
 
-    def read_only(self, mode="r", *arguments, **options):
-        if "w" in mode:
+    def read_only(path, flags, *arguments, **options):
+        if flags & os.O_CREAT:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(self, mode, *arguments, **options)
+        return opened(path, flags, *arguments, **options)
 
-    opened = pathlib.Path.open
-    monkeypatch.setattr(pathlib.Path, "open", read_only)
+    opened = os.open
+    monkeypatch.setattr(os, "open", read_only)
     assert f"--workdir {trained} cannot be written (Read-only file system)" in fails(2, capsys, trained)
 
 

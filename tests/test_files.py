@@ -1,17 +1,25 @@
 """Files are whole or not there, nothing foreign is replaced, and killed processes leave nothing behind."""
 
+import argparse
 import errno
 import json
 import os
+import pathlib
+import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
 
+import av
 import pytest
 
-from larp_jax import files
+import larp_jax
+from larp_jax import cli, files, fvd, perceptual
+from larp_jax.data import parse_spec, sources
 from larp_jax.errors import InputError, reason
+from larp_jax.importing import import_huggingface
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/x", "hdfs:///x", "file:///x", "gs:/bucket/run"])
@@ -126,7 +134,179 @@ def test_a_folder_is_claimed_once(tmp_path):
         (RuntimeError("rpc failed: No space left on device; [a] [b]\nmore"), "No space left on device"),
         (ValueError("one\ntwo"), "one"),
         (KeyError(), "KeyError"),
+        (av.error.InvalidDataError(1, "Invalid data found", "x.mp4"), "Invalid data found"),
     ],
 )
 def test_reasons(error, said):
     assert reason(error) == said
+
+
+URLS = "gs://bucket/x", "s3://bucket/x", "file:///x", "folder:gs://bucket/x", "0.5*folder:/a+0.5*tfds:gs://bucket/x:train"
+COMMANDS = (
+    "train evaluate analyze reconstruct tokenize detokenize sample predict export import prepare plan benchmark report"
+).split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_takes_urls(command, capsys):
+    with pytest.raises(SystemExit):
+        cli._parse([command, "--help"])
+    options = re.findall(r"^  --([a-z0-9-]+) (?:FILE|DIR|PATH|SPEC|P|G|I|S)\b", capsys.readouterr().out, re.MULTILINE)
+    options = set(options) - {"top-p", "cfg-interval", "cfg-scale", "process-id", "seconds", "size"}
+    assert options
+    for option in options:
+        for url in URLS:
+            values = [url] if option == "input" and command == "prepare" else url
+            arguments = argparse.Namespace(command=command, **{option.replace("-", "_"): values})
+            with pytest.raises(InputError, match=f"--{option} .* is not supported"):
+                cli._check_paths(arguments)
+
+
+def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "--workdir=gs://bucket/run"]) == 2
+    message = capsys.readouterr().err
+    assert "--workdir gs://bucket/run: gs:// is not supported yet" in message and "on this machine" in message
+    for setting in ("tokenizer=gs://bucket/x", "data.train=folder:gs://bucket/x"):
+        assert cli.main(["train", "--config=x.py", "--workdir=run", f"--config.{setting}"]) == 2
+        assert f"--config.{setting}: gs:// is not supported" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+    for variable, use in (
+        ("LARP_LPIPS", lambda: perceptual.locate("lpips")),
+        ("LARP_I3D", lambda: perceptual.locate("i3d")),
+        ("XDG_CACHE_HOME", fvd.cache_folder),
+        ("TFDS_DATA_DIR", sources.tfds_root),
+    ):
+        monkeypatch.setenv(variable, "gs://bucket/x")
+        with pytest.raises(InputError, match=f"{variable} .* is not supported"):
+            use()
+        monkeypatch.setenv(variable, "~/x")
+        assert "~" not in str(use())
+
+
+@pytest.mark.parametrize("text", ["folder:gs://b/x", "tokens:gs://b/x", "tfds:gs://b/x:train", "gs://b/x", URLS[-1]])
+def test_data_sets_are_on_this_machine(text):
+    with pytest.raises(InputError, match="gs:// is not supported"):
+        parse_spec(text)
+
+
+def test_python_takes_no_urls_and_expands_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for load in (larp_jax.load_tokenizer, larp_jax.load_generator, import_huggingface):
+        with pytest.raises(InputError, match="gs:// is not supported"):
+            load("gs://bucket/run")
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / "run"))):
+            load("~/run")
+    assert parse_spec("folder:/a").name == "/a" and parse_spec("tokens:~/a").name == str(tmp_path / "a")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's files, and others that are not ours."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    contents = {"config.json": "{}", "metrics.jsonl": "{}\n", "mean_clip.npz": "PK", "video.mp4": "mp4", "a.txt": "a"}
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "mean_clip.npz", "video.mp4", "a.txt", "pipe", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --checkpoint=x --data=moving_shapes",
+        "plan --config=configs/quickstart.py --devices=1",
+        "benchmark data --config=configs/quickstart.py",
+        "report --workdir={run}",
+        "import --kind=i3d --source=x",
+        "import --source=x",
+    ],
+)
+def test_no_output_replaces_another_file(workdir, name, command, capsys, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    output = workdir / name
+    assert cli.main([*command.format(run=workdir).split(), f"--output={output}"]) == 2
+    assert str(output) in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+    assert stat.S_ISFIFO((workdir / "pipe").stat().st_mode)
+
+
+def test_outputs_of_another_kind_are_not_replaced(tmp_path):
+    files.write_json(tmp_path / "evaluation.json", {"metrics": {}, "protocol": {}})
+    files.write_json(tmp_path / "plan.json", {"format": "larp_jax.plan"})
+    for name, command in (("plan.json", "plan"), ("evaluation.json", "evaluate")):
+        for other in ("plan.json", "evaluation.json"):
+            arguments = argparse.Namespace(command=command, output=tmp_path / other)
+            check = cli._check_numbers if command == "plan" else lambda found: files.check_output(
+                found.output, ours=cli._is_evaluation
+            )  # fmt: skip
+            if other == name:
+                check(arguments)
+            else:
+                with pytest.raises(InputError, match="not written by this command"):
+                    check(arguments)
+
+
+def test_checks_make_nothing(tmp_path):
+    files.check_output(tmp_path / "a" / "b" / "x.json")
+    files.check_folder(tmp_path / "a" / "b")
+    files.check_new_folder(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for check in (files.check_folder, files.check_new_folder):
+        with pytest.raises(InputError, match=r"cannot be made \(Not a directory\)"):
+            check(tmp_path / "file" / "x")
+        with pytest.raises(InputError, match=r"cannot be made \(File name too long\)"):
+            check(tmp_path / ("x" * 256))
+
+
+STOPPED = """
+    import os, sys, signal
+    from larp_jax import files
+    with files.outputs(sys.argv[1], ["a/x.mp4", "y.mp4"]) as folder:
+        files.make_folder(folder / "a")
+        files.write_bytes(folder / "a" / "x.mp4", b"1")
+        with files.writing(folder / "y.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_outputs_of_a_killed_call_are_made_again_and_others_stay(tmp_path):
+    subprocess.run([sys.executable, "-c", textwrap.dedent(STOPPED), str(tmp_path)], check=False)
+    assert (tmp_path / "a" / "x.mp4").exists() and len(list(tmp_path.iterdir())) == 4
+    names = ["a/x.mp4", "y.mp4"]
+    with pytest.raises(InputError, match=r"x\.mp4 exists; name another --output"):
+        with files.outputs(tmp_path, names, inputs=[tmp_path / "a" / "x.mp4"]):
+            pass
+    with files.outputs(tmp_path, names) as folder:
+        for name in names:
+            files.write_bytes(folder / name, b"2")
+    assert sorted(os.listdir(tmp_path)) == ["a", "y.mp4"]
+    with pytest.raises(InputError, match=r"x\.mp4 exists and why; name another --output"):
+        with files.outputs(tmp_path, names, but=" and why"):
+            pass
+    with files.outputs(tmp_path, names, ours=names):
+        pass
+
+
+def test_leftovers_of_earlier_versions(tmp_path):
+    names = [".settings.json.42", ".codes-00001.42", ".codes-00001-of-00002.npz.42", ".x.mp4.42.tmp"]
+    others = [".notes.json.42", ".x.tmp", "codes-00001-of-00002.npz"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    with files.claim(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_two_new_folders_of_one_name(tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        with files.new_folder(tmp_path / "x") as first:
+            (first / "a").touch()
+            with files.new_folder(tmp_path / "x") as second:
+                (second / "b").touch()
+    assert os.listdir(tmp_path) == ["x"] and os.listdir(tmp_path / "x") == ["b"]

@@ -12,7 +12,7 @@ from flax import nnx
 from network_weights import write_i3d
 from test_evaluators import IDENTITY, Stub
 
-from larp_jax import checkpoint, cli, fvd, generate, load_generator, perceptual, protocols, tokens
+from larp_jax import checkpoint, cli, files, fvd, generate, load_generator, perceptual, protocols, tokens
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec
@@ -128,6 +128,34 @@ def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, ca
         ("--num=6", "begun with counts {'0': 4, '2': 1}, not"),
     ):
         assert message in fails(capsys, "sample", by_class, trained, output, *FIVE, option)
+
+
+def test_what_is_not_whole_is_sampled_again(samples, by_class, trained, tmp_path, sampled, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(samples, output)
+    (output / "codes-00000-of-00002.npz").write_bytes(b"")
+    (output / "000004_0.mp4").unlink()
+    assert run("sample", by_class, trained, output, *FIVE) == 0
+    assert sampled == [0, 1, 2, 3, 4]
+    assert "codes-00000-of-00002.npz is damaged" in capsys.readouterr().err
+    np.testing.assert_array_equal(all_codes(output), all_codes(samples))
+    assert {path.name for path in output.iterdir()} == {path.name for path in samples.iterdir()}
+    (output / "000001_2.mp4").write_bytes(b"")
+    sampled.clear()
+    assert run("sample", by_class, trained, output, *FIVE) == 0
+    assert sampled == [0, 1, 2, 3] and (output / "000001_2.mp4").stat().st_size
+
+
+def test_samples_are_written_by_one_command_at_a_time(samples, by_class, trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(samples, output)
+    with files.claim(output):
+        assert "another process is writing --output" in fails(capsys, "sample", by_class, trained, output, *FIVE)
+    # killed while it wrote its settings
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / f"{files._prefix(output / 'settings.json')}{'0' * 16}.tmp").write_text("{")
+    assert run("sample", by_class, trained, tmp_path / "begun", *FIVE) == 0
+    assert {path.name for path in (tmp_path / "begun").iterdir()} == {path.name for path in samples.iterdir()}
 
 
 def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):

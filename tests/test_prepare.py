@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from larp_jax import cli
+from larp_jax import cli, files
 from larp_jax.benchmark import benchmark_data
 from larp_jax.data import ClipSpec, listing, open_source, prepare as prepare_module, train_batches, video
 from larp_jax.data.prepare import Settings, prepare
@@ -188,6 +188,29 @@ def test_failing_while_finishing_is_made_good(videos, prepared, tmp_path, monkey
     assert contents(tmp_path / "a") == contents(prepared)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_emptied_and_missing_shards_are_made_again(videos, prepared, tmp_path, monkeypatch, finished):
+    folder = tmp_path / "a"
+    if finished:
+        shutil.copytree(prepared, folder)
+    else:
+
+        def fail(*_):
+            raise OSError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "_write_tfds", fail)
+            with pytest.raises(OSError, match="no"):
+                prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=say)
+    first, second, *_ = sorted(folder.glob("*.array_record*"))
+    first.write_bytes(b"")
+    second.unlink()
+    said = []
+    prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=said.append)
+    assert ("is missing or damaged" if finished else "continuing: ") in said[0]
+    assert contents(folder) == contents(prepared)
+
+
 def test_files_that_vanish_after_the_plan_are_reported(videos, tmp_path, monkeypatch):
     shutil.copytree(videos / "val", tmp_path / "in")
     estimate = prepare_module._estimate
@@ -226,8 +249,8 @@ def test_refusals(videos, tmp_path, monkeypatch):
 
 
 def test_two_at_once_are_refused(videos, tmp_path):
-    with prepare_module._claim(tmp_path / "a" / ".prepare"):
-        with pytest.raises(InputError, match="another larp-jax prepare"):
+    with files.claim(tmp_path / "a" / ".prepare"):
+        with pytest.raises(InputError, match="another process is writing"):
             prepare([str(videos)], tmp_path / "a", Settings(SIZE), say=say)
 
 

@@ -1,17 +1,19 @@
 """Videos beside their reconstructions."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from data_helpers import moving_frames
 
-from larp_jax import cli
+from larp_jax import cli, files
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
 from larp_jax.inputs import Inputs, output_names
 from larp_jax.reconstruct import reconstruct
+from larp_jax.tokens import detokenize, tokenize
 
 
 @pytest.fixture
@@ -71,6 +73,51 @@ def test_nothing_of_the_users_is_overwritten(tokenizer, folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):
         reconstruct(tokenizer, str(folder), tmp_path / "file")
+
+
+def test_what_a_killed_call_left_is_made_again(tokenizer, folder, tmp_path, monkeypatch):
+    output, write = tmp_path / "out", files.write_json
+
+    def killed(path, values):
+        if path.name == "psnr.json":
+            raise KeyboardInterrupt
+        write(path, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct(tokenizer, str(folder), output)
+    assert (output / "a" / "x.mp4").exists() and not (output / "psnr.json").exists()
+    with files.claim(output):
+        with pytest.raises(InputError, match="another process is writing"):
+            reconstruct(tokenizer, str(folder), output)
+    (output / "b" / "x.mp4").write_bytes(b"")
+    reconstruct(tokenizer, str(folder), output)
+    assert probe(output / "b" / "x.mp4").frames == 5
+    assert sorted(path.name for path in output.iterdir()) == ["a", "b", "psnr.json"]
+    # its own results, but no picture of the user's
+    reconstruct(tokenizer, str(folder / "a"), output)
+    (output / "x.png").unlink()
+    reconstruct(tokenizer, str(folder), output)
+    files.write_json(output / "psnr.json", {"files": []})
+    (output / "b" / "x.mp4").unlink()
+    with pytest.raises(InputError, match=r"b/x\.png exists and is no earlier"):
+        reconstruct(tokenizer, str(folder / "b"), output / "b")
+
+
+def test_the_longest_names(tokenizer, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = ["x" * 251 + ".mp4", "x" * 250 + ".webm", "é" * 125 + ".mp4"]
+    write_video(folder / "short.mp4", moving_frames(9), 12.0)
+    for name in names:
+        os.link(folder / "short.mp4", folder / name)
+    for output, command in (("out", reconstruct), ("codes", tokenize)):
+        command(tokenizer, str(folder), tmp_path / output)
+    videos = detokenize(tokenizer, tmp_path / "codes", tmp_path / "again")
+    assert len(videos) == len(set(videos)) == 4 and all(probe(path).frames == 9 for path in videos)
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
+    assert (tmp_path / "out" / "short.mp4").exists()
 
 
 def test_what_cannot_be_read(tokenizer, folder, tmp_path):

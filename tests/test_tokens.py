@@ -7,7 +7,7 @@ import pytest
 from data_helpers import moving_frames
 
 import larp_jax
-from larp_jax import cli, tokens
+from larp_jax import cli, files, tokens
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
@@ -173,3 +173,21 @@ def test_a_failure_leaves_nothing(tokenizer, videos, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         tokens.tokenize(tokenizer, str(videos), tmp_path / "codes")
     assert not list((tmp_path / "codes").iterdir())
+
+
+def test_one_at_a_time_and_after_a_killed_one(tokenizer, videos, codes, tmp_path):
+    output = tmp_path / "more"
+    with files.claim(output):
+        with pytest.raises(InputError, match="another process is writing --output"):
+            tokens.tokenize(tokenizer, str(videos), output)
+        with pytest.raises(InputError, match="another process is writing --output"):
+            tokens.detokenize(tokenizer, codes, output)
+    left = output / f"{files._prefix(output / 'shards')}{'0' * 16}.tmp"
+    left.mkdir()
+    (left / "0").write_bytes(b"half")
+    (output / "codes-00000-of-00009.npz").write_bytes(b"PK")
+    tokens.tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in codes.iterdir())
+    (output / "manifest.json").rename(output / "settings.json")
+    with pytest.raises(InputError, match="holds codes already"):
+        tokens.tokenize(tokenizer, str(videos), output)

@@ -88,7 +88,7 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
         if spec.kind != "folder":
             return _of_data_set(spec)
         inputs = [spec.name]
-    paths = [local_path(text, "input") for text in inputs]
+    paths = [local_path(text, "--input") for text in inputs]
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist; give a folder, CSV files, UCF101's lists or a data set")
@@ -105,7 +105,7 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
     if read is None or any(path.is_dir() for path in paths):
         raise InputError("give one folder, or CSV files, or UCF101's .txt lists, not several kinds at once")
     beside = paths[0].parent.parent / "UCF-101"
-    folder = pathlib.Path(root or (beside if read is _ucf101_rows and beside.is_dir() else paths[0].parent))
+    folder = local_path(root or (beside if read is _ucf101_rows and beside.is_dir() else paths[0].parent), "--root")
     if not folder.is_dir():
         raise InputError(f"--root {folder} does not exist (or is no folder); name the folder of the videos")
     rows, classes = read(paths, folder)

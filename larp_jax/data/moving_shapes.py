@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from larp_jax.data.sources import tfds_root
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
@@ -54,9 +54,8 @@ def prepare(config: str, resolution: int) -> str:
         except (OSError, RuntimeError) as error:
             # Another process may have been faster: its folder is in the way of ours, and as good.
             if not prepared.exists():
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 raise InputError(
-                    f"moving_shapes cannot be made in {root} ({reason}); set TFDS_DATA_DIR to a folder with room"
+                    f"moving_shapes cannot be made in {root} ({reason(error)}); set TFDS_DATA_DIR to a folder with room"
                 ) from error
     return name
 

@@ -122,18 +122,25 @@ def prepare(
       InputError: the input is wrong, the disk too small, or the folder holds something else.
       RuntimeError: a worker died, or the output cannot be written.
     """
+    output = files.check_folder(output)
     listing = list_videos(inputs, root)
-    output = pathlib.Path(output)
     fingerprint = _fingerprint(listing, settings)
     if (report := _finished(output, fingerprint)) is not None:
-        say(f"{output} is complete already; nothing to do")
-        return report
+        damaged = [name for name, size in report.get("files", {}).items() if _file_size(output / name) != size]
+        if not damaged:
+            say(f"{output} is complete already; nothing to do")
+            return report
+        say(f"{output / damaged[0]} is missing or damaged; making the data set again")
     if estimate_only:
         with _quiet():
             say(_estimate(_plan(listing), settings, output)[0])
         return None
-    _check_output(output)
-    with _claim(output / WORK) as work, _quiet():
+    if report is None:
+        _check_output(output)
+    with files.claim(output / WORK) as work, _quiet():
+        if report is None and (report := _finished(output, fingerprint)) is not None:
+            return report  # another call has just ended
+        (output / REPORT).unlink(missing_ok=True)
         plan = _read_json(work / "plan.json")
         if plan is None:
             plan = {"fingerprint": fingerprint, **_plan(listing)}
@@ -146,14 +153,14 @@ def prepare(
                     "folder on a larger disk, a smaller --size, or --storage jpeg"
                 )
             plan["needed"] = needed
-            _write_json(work / "plan.json", plan)
+            files.write_json(work / "plan.json", plan, indent=None)
         elif plan["fingerprint"] != fingerprint:
             raise InputError(
                 f"--output {output} holds a part of a data set of other videos or settings; name another folder, or "
                 f"remove {work}"
             )
         shards = _cut(plan)
-        missing = [shard for shard in shards if _note(work, shard) is None]
+        missing = _missing(output, work, shards)
         if len(missing) < len(shards):
             say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
         jobs = [(str(work), settings, shard) for shard in missing]
@@ -162,6 +169,39 @@ def prepare(
         else:
             _make_by_beam(jobs, beam_options)
         return _finish(output, listing, settings, plan, shards)
+
+
+def _missing(output: pathlib.Path, work: pathlib.Path, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards that no earlier call made, or whose file is not as large any more as it was noted."""
+    notes = [_note(work, shard) for shard in shards]
+    named = _named(output, shards, notes) if all(notes) else {}
+
+    def is_whole(shard, note):
+        paths = _shard_path(work, shard), named.get((shard.split, shard.number))
+        return note is not None and any(path and _file_size(path) == note["bytes"] for path in paths)
+
+    return [shard for shard, note in zip(shards, notes, strict=True) if not is_whole(shard, note)]
+
+
+def _template(output: pathlib.Path):
+    from tensorflow_datasets.core import naming
+
+    return naming.ShardedFileTemplate(data_dir=output, dataset_name=NAME, filetype_suffix="array_record")
+
+
+def _named(
+    output: pathlib.Path, shards: Sequence[Shard], notes: Sequence[Mapping]
+) -> dict[tuple[str, int], pathlib.Path]:
+    """What TFDS calls the file of each shard that holds records, by split and number; the order is the shards'."""
+    kept = collections.defaultdict(list)
+    for shard, note in zip(shards, notes, strict=True):
+        if note["records"]:
+            kept[shard.split].append(shard.number)
+    named = {}
+    for split, numbers in kept.items():
+        names = _template(output).replace(split=split).sharded_filepaths(num_shards=len(numbers))
+        named |= {(split, number): output / path.name for number, path in zip(numbers, names, strict=True)}
+    return named
 
 
 # ------------------------------------------------------------------------------------------------------ plan, estimate
@@ -238,7 +278,7 @@ def _fingerprint(listing: Listing, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _file_size(path: str) -> int:
+def _file_size(path: str | os.PathLike) -> int:
     """Bytes of a file; 0 of none, or one that is gone, which the report will say."""
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
@@ -268,26 +308,6 @@ def _check_output(output: pathlib.Path) -> None:
         raise InputError(f"--output {output} is not empty; name a new folder")
 
 
-@contextlib.contextmanager
-def _claim(work: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder for work in progress, for this process alone."""
-    import fcntl
-
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"--output {work.parent} cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another larp-jax prepare is writing {work.parent}; wait for it") from None
-        for left_over in work.glob("*.tmp"):
-            left_over.unlink()
-        yield work
-
-
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -295,11 +315,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove its folder and prepare anew") from error
-
-
-def _write_json(path: pathlib.Path, values: Any, indent: int | None = None) -> None:
-    with video.replacing(path) as file:
-        file.write(json.dumps(values, indent=indent, allow_nan=False).encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -369,34 +384,31 @@ def make_shard(job: tuple[str, Settings, Shard]) -> None:
 
     work, settings, shard = pathlib.Path(job[0]), *job[1:]
     path = _shard_path(work, shard)
-    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     stored, skipped, records = [], [], 0
     try:
-        # Frames are compressed already, or meant not to be.
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        try:
-            for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
-                try:
-                    size, digest, item = _origin(item)
-                    count, appearance = _write_video(writer, item, claimed, fps, settings)
-                except (InputError, FileNotFoundError, PermissionError) as error:
-                    skipped.append([item.split, item.source, _short(str(error), item.path)])
-                    continue
-                row = StoredVideo(item.source, item.label, fps, count, -1, records, size, digest)
-                stored.append({"row": row, "claimed": claimed, "look": appearance})
-                records += -(-count // FRAMES_PER_RECORD)
-        finally:
-            writer.close()
-        # What a full disk swallowed is noticed here.
-        if records and len(array_record_data_source.ArrayRecordDataSource([str(temporary)])) != records:
-            raise RuntimeError(f"{temporary} holds fewer records than were written")
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            # Frames are compressed already, or meant not to be.
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            try:
+                for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
+                    try:
+                        size, digest, item = _origin(item)
+                        count, appearance = _write_video(writer, item, claimed, fps, settings)
+                    except (InputError, FileNotFoundError, PermissionError) as error:
+                        skipped.append([item.split, item.source, _short(str(error), item.path)])
+                        continue
+                    row = StoredVideo(item.source, item.label, fps, count, -1, records, size, digest)
+                    stored.append({"row": row, "claimed": claimed, "look": appearance})
+                    records += -(-count // FRAMES_PER_RECORD)
+            finally:
+                writer.close()
+            # What a full disk swallowed is noticed here.
+            if records and len(array_record_data_source.ArrayRecordDataSource([str(temporary)])) != records:
+                raise RuntimeError(f"{temporary} holds fewer records than were written")
     except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} cannot be written ({error}); the same command continues") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     note = {"videos": stored, "skipped": skipped, "records": records, "bytes": path.stat().st_size}
-    _write_json(_note_path(work, shard), note)
+    files.write_json(_note_path(work, shard), note, indent=None)
 
 
 def _shard_path(work: pathlib.Path, shard: Shard) -> pathlib.Path:
@@ -475,39 +487,37 @@ def _finish(
     output: pathlib.Path, listing: Listing, settings: Settings, plan: Mapping[str, Any], shards: Sequence[Shard]
 ) -> dict[str, Any]:
     """Gives the shards their names and writes what stands beside them, the report last."""
-    from tensorflow_datasets.core import naming
-
     work = output / WORK
     notes = {(shard.split, shard.number): _note(work, shard) for shard in shards}
-    kept = collections.defaultdict(list)
-    for shard in shards:
-        if notes[shard.split, shard.number]["records"]:
-            kept[shard.split].append(shard)
     skipped = plan["skipped"] + [entry for note in notes.values() for entry in note["skipped"]]
-    if not kept:
+    named = _named(output, shards, list(notes.values()))
+    if not named:
         raise InputError(f"none of the videos can be read; the first: {skipped[0][1:]}")
-    template = naming.ShardedFileTemplate(data_dir=output, dataset_name=NAME, filetype_suffix="array_record")
-    splits = {}
-    for split, parts in kept.items():
-        names = [path.name for path in template.replace(split=split).sharded_filepaths(num_shards=len(parts))]
-        splits[split] = {"shards": names, "videos": []}
-        for number, (shard, name) in enumerate(zip(parts, names, strict=True)):
-            note, made = notes[split, shard.number], _shard_path(work, shard)
-            if made.exists():
-                os.replace(made, output / name)
-            if not (output / name).exists() or (output / name).stat().st_size != note["bytes"]:
-                _note_path(work, shard).unlink()
-                raise InputError(f"{output / name} has vanished or is damaged; the same command makes it again")
-            for entry in note["videos"]:
-                row = StoredVideo(*entry["row"])._replace(shard=number)
-                splits[split]["videos"].append(row)
+    kept = collections.defaultdict(list)
+    splits: dict[str, dict[str, list]] = {}
+    for shard in shards:
+        key = shard.split, shard.number
+        if key not in named:
+            continue
+        made, path, note = _shard_path(work, shard), named[key], notes[key]
+        if made.exists():
+            os.replace(made, path)
+        if _file_size(path) != note["bytes"]:
+            raise InputError(f"{path} has vanished or is damaged; the same command makes it again")
+        split = splits.setdefault(shard.split, {"shards": [], "videos": []})
+        number = len(kept[shard.split])
+        split["videos"] += [StoredVideo(*entry["row"])._replace(shard=number) for entry in note["videos"]]
+        split["shards"].append(path.name)
+        kept[shard.split].append(shard)
     described = {"format": FORMAT, **dataclasses.asdict(settings), "frames_per_record": FRAMES_PER_RECORD}
-    _write_json(output / VIDEOS, {**described, "splits": splits})
-    _write_tfds(output, listing, settings, template, kept, notes)
+    files.write_json(output / VIDEOS, {**described, "splits": splits}, indent=None)
+    _write_tfds(output, listing, settings, _template(output), kept, notes)
     made = [(split, note) for (split, _), note in notes.items()]
     report = make_report(made, listing.label_names, skipped, listing.ignored)
+    sizes = {path.name: notes[key]["bytes"] for key, path in named.items()}
     report = {"fingerprint": plan["fingerprint"], **described, "encoding": _ENCODING[settings.storage], **report}
-    _write_json(output / REPORT, report, indent=1)
+    report["files"] = sizes
+    files.write_json(output / REPORT, report)
     shutil.rmtree(work)
     return report
 

@@ -25,6 +25,7 @@ from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
 from larp_jax.data.spec import FORMS, DataSpec, advice, parse_spec
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError, reason
+from larp_jax.files import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -605,7 +606,7 @@ def tfds_root() -> pathlib.Path:
     """The folder of TFDS data sets: $TFDS_DATA_DIR, or TFDS's own default."""
     from tensorflow_datasets.core import constants
 
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR).expanduser()
+    return local_path(os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR, "TFDS_DATA_DIR")
 
 
 def _find_data_set(data_set: str) -> pathlib.Path:

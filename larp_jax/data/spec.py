@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.data.video import EXTENSIONS
 from larp_jax.errors import InputError
 
@@ -86,6 +87,7 @@ def parse_spec(text: str) -> DataSpec:
 
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
+    files.refuse_url(rest if kind in ("folder", "tokens", "tfds") else text, "data")
     if kind in ("folder", "tokens") and rest:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):

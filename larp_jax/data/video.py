@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from larp_jax import files
 from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
 from larp_jax.data.limits import within_limit
 from larp_jax.data.stages import stage
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -251,8 +252,8 @@ def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
         if len(frames) != len(images):
             raise ValueError(f"{len(images)} pictures decode to {len(frames)}")
     except (av.FFmpegError, ValueError) as error:
-        reason = _reason(error)
-        raise InputError(f"an encoded frame is no readable PNG or JPEG or H.264 keyframe ({reason})") from error
+        said = reason(error)
+        raise InputError(f"an encoded frame is no readable PNG or JPEG or H.264 keyframe ({said})") from error
     return _to_rgb(frames, resolution)
 
 
@@ -309,7 +310,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     frames = iter(frames)
     first = _checked_image(next(frames, None), "write_video")
     height, width = (side + side % 2 for side in first.shape[:2])
-    with replacing(path) as file, av.open(file, "w", format="mp4") as container:
+    with files.writing(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(60_000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
@@ -328,8 +329,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
       ValueError: the shape or the dtype differs.
       OSError: the file cannot be written.
     """
-    with replacing(path) as file:
-        file.write(encode_png(image))
+    files.write_bytes(path, encode_png(image))
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -404,12 +404,8 @@ def _open(path):
         raise
     except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise InputError(
-            f"{path}: cannot be read as video ({_reason(error)}); replace the file or leave it out"
+            f"{path}: cannot be read as video ({reason(error)}); replace the file or leave it out"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def _no_frames(path) -> InputError:
@@ -497,17 +493,3 @@ def _checked_image(image: np.ndarray | None, what: str) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"{what} takes uint8 [H, W, 3] images, got {image.dtype} {list(image.shape)}")
     return image
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file to write that becomes `path` when all went well, and is gone otherwise."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
