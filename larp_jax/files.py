@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from larp_jax.errors import InputError, reason
 
 LOCK = ".lock"
+DEEPEST = 64  # levels of JSON
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
 _TEMPORARY = re.compile(r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
@@ -156,6 +157,39 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: in
     data = (json.dumps(values, indent=indent, allow_nan=False) + "\n").encode()
     make_folder(path.parent)
     write_bytes(path, data)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; see `parse_json`.
+
+    Raises:
+      OSError: the file cannot be read, or is no regular one.
+      ValueError: it is no JSON.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")  # a pipe would be waited for
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+      ValueError: it is no JSON, or its values lie within each other more than `DEEPEST` times, which functions that
+        call themselves could not follow.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [values]
+    for _ in range(DEEPEST):
+        nested = [value for value in level if isinstance(value, (dict, list))]
+        if not nested:
+            return values
+        level = [x for value in nested for x in (value.values() if isinstance(value, dict) else value)]
+    raise ValueError("it is nested too deeply")
 
 
 @contextlib.contextmanager
