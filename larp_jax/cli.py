@@ -10,10 +10,10 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from larp_jax import allocator, distributed
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, printable, reason
 from larp_jax.version import __version__
 
 CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, in which JAX has not started yet
         allocator.keep_freed_memory()
     try:
-        with _logging():
+        with _logging(), contextlib.redirect_stdout(_Printable(sys.stdout)):
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
             with _among_processes(arguments):
@@ -51,17 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(f"larp-jax: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.stderr.write(printable(traceback.format_exc(), keep="\n"))
+    print(f"larp-jax: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
 def _reason(error: Exception) -> str:
     """One line for an error that no one put into words; those raised on purpose need no more than these."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if type(error).__module__.startswith("larp_jax") or isinstance(error, OSError):
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {reason(error)} (--debug shows where)"
 
 
 # ------------------------------------------------------------------------------------------------------------ parsing
@@ -486,7 +485,24 @@ class _Lines(logging.Handler):
         from tqdm import tqdm
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        tqdm.write(printable(f"{prefix}{record.getMessage()}"), file=sys.stderr)
+
+
+class _Printable:
+    """Standard output on which nothing that is printed moves the cursor or the like, see `larp_jax.errors.printable`.
+
+    Messages on standard error pass `_Lines` and `_complain` instead: progress bars do move the cursor there.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager

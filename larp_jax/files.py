@@ -173,18 +173,22 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds.
+    """What a JSON text holds; NaN and infinities are none of it.
 
     Raises:
       ValueError: it is no JSON, or its values lie within each other more than `DEEPEST` times, which functions that
         call themselves could not follow.
     """
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not a number")
+
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [values]
-    for _ in range(DEEPEST):
+    for _ in range(DEEPEST + 1):
         nested = [value for value in level if isinstance(value, (dict, list))]
         if not nested:
             return values

@@ -69,8 +69,11 @@ def read(path: str | os.PathLike, expected: Mapping[str, Array], mend: str) -> d
                 stored = archive.getinfo(f"{name}.npy")
                 with archive.open(stored) as member:
                     found = _header(member)
-                if not _fits(found, wanted, stored):
+                if not _fits(found, wanted):
                     raise InputError(f"{path} holds {found} where {wanted} belongs; {mend}")
+                size = math.prod(found.shape) * found.dtype.itemsize
+                if None in wanted.shape and size > stored.compress_size:
+                    raise ValueError(f"{name} claims {size} bytes, and has {stored.compress_size}")
                 with archive.open(stored) as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
                     if member.read(1):
@@ -87,10 +90,8 @@ def _header(member: BinaryIO) -> Array:
     return Array(dtype, shape)
 
 
-def _fits(found: Array, wanted: Array, stored: zipfile.ZipInfo) -> bool:
+def _fits(found: Array, wanted: Array) -> bool:
     if found.dtype != np.dtype(wanted.dtype) or len(found.shape) != len(wanted.shape):
-        return False
-    if None in wanted.shape and math.prod(found.shape) * found.dtype.itemsize > stored.compress_size:
         return False
     return all(side is None or side == other for side, other in zip(wanted.shape, found.shape, strict=True))
 

@@ -17,10 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from larp_jax.data import video
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
+from larp_jax.files import parse_json
 
 logger = logging.getLogger(__name__)
 
+LAST_STEP = 2**53  # beyond it not every number is a float, as charts need
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -155,8 +157,7 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"output folder {path} cannot be made ({reason}); name another") from error
+        raise InputError(f"output folder {path} cannot be made ({reason(error)}); name another") from error
     return path
 
 
@@ -185,14 +186,22 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a workdir's metrics.jsonl that are whole; none without the file."""
+    """Rows of a workdir's metrics.jsonl that are whole and of a step; none without the file.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else ()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)})") from error
+    for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
-            continue  # cut short by a crash
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            continue  # cut short by a crash, or being written
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < LAST_STEP:
             rows.append(row)
     return rows
 

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import logging
+import math
 import os
 import pathlib
 import zlib
@@ -22,6 +22,7 @@ from larp_jax.data.clips import ClipSpec, last_start, repeat_last
 from larp_jax.data.spec import FORMS, DataSpec, parse_spec
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError
+from larp_jax.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class TfdsSource:
             self._open(_find_data_set(self._data_set))
 
     def _open(self, folder: pathlib.Path) -> None:
-        features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
+        features = read_json(folder / "features.json")["featuresDict"]["features"]
         self._video, self._shape, self._encoding = _video_feature(self._data_set, features)
         labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
         self._label = _preferred(labels, "label")
@@ -307,6 +308,9 @@ class TfdsSource:
                 names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
             )
         self._records = _open_records(self._data_set, folder, self._split)
+        claimed = self._shape[0]
+        if claimed and claimed != (stored := len(self._stored_frames(self._read(0)))):
+            raise ValueError(f"its videos have {stored} frames, not {claimed} as it says")
 
     def __len__(self):
         return len(self._records)
@@ -368,7 +372,9 @@ class TfdsSource:
         if self._encoding == "none":
             pixels = np.array(record[self._video].int64_list.value, np.uint8)
         else:
-            pixels = np.frombuffer(zlib.decompress(values[0]) if self._encoding == "zlib" else values[0], np.uint8)
+            most = math.prod(self._shape)  # 0 where the number of frames is open: no limit
+            unpacked = zlib.decompressobj().decompress(values[0], most) if self._encoding == "zlib" else values[0]
+            pixels = np.frombuffer(unpacked, np.uint8)
         return pixels.reshape(-1, *self._shape[1:])
 
 
@@ -408,7 +414,7 @@ class PreparedSource(TfdsSource):
         from array_record.python import array_record_data_source
 
         super()._open(folder)
-        index = json.loads((folder / VIDEOS).read_text(encoding="utf-8"))
+        index = read_json(folder / VIDEOS)
         self._run = index["frames_per_record"]
         instructions = _instructions(self._data_set, folder, self._split)
         stored = {}
@@ -432,6 +438,9 @@ class PreparedSource(TfdsSource):
                 f"no video of TFDS data set {self._data_set} begins in split {self._split!r}; choose a larger part"
             )
         self._records = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
+        claimed, stored = min(self._run, self._videos[0].frames), self._stored_frames(self._read(self._records_of[0]))
+        if len(stored) != claimed:
+            raise ValueError(f"its records have {len(stored)} frames, not {claimed} as {VIDEOS} says")
 
     def __len__(self):
         return len(self._videos)
