@@ -115,7 +115,7 @@ def analyze(
 
 def is_analysis(path: pathlib.Path) -> bool:
     """Whether a file holds the numbers of an analysis."""
-    return files.read_json(path).get("format") == FORMAT
+    return files.json_object(path).get("format") == FORMAT
 
 
 def _analyze(

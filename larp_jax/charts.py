@@ -75,7 +75,10 @@ def as_file(chart: Chart) -> str:
 
 def geometry(chart: Chart) -> dict[str, Any]:
     """Where everything of a chart lies, in pixels of its `WIDTH` x `HEIGHT`, and what its readers may look up."""
-    lines = [_thinned([(x, y if is_number(y) else None) for x, y in series.points]) for series in chart.series]
+    lines = [
+        _thinned([(x, y if is_number(y) else None) for x, y in series.points if is_number(x)])
+        for series in chart.series
+    ]
     xs = [*chart.x_limits, *(x for line in lines for x, _ in line)] or [0.0]
     ys = [y for line in lines for _, y in line if y is not None]
     log = bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_RATIO

@@ -5,33 +5,43 @@ A workdir holds `config.json` and `checkpoints/STEP/`. A checkpoint has one item
 imported directory is such a checkpoint without an optimiser.
 
 A checkpoint appears under its name when all of it is written, `checksums.json` included, so a killed run leaves whole
-ones only; what happens to them later shows when they are read.
+ones only; what happens to them later shows when they are read. Its metadata names its items, so that one that is gone,
+or the checksums, is damage and not a checkpoint that never had it.
+
+A run deletes checkpoints while others read them: they read the one that is then the newest.
 """
 
 import contextlib
 import dataclasses
-import json
+import functools
+import itertools
 import logging
+import math
 import operator
 import os
 import pathlib
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from larp_jax import errors, files
-from larp_jax.config import parse_recipe
-from larp_jax.errors import InputError
+from larp_jax import files, npz, released
+from larp_jax.config import TokenizerRecipe, parse_recipe
+from larp_jax.errors import InputError, reason
+from larp_jax.files import read_json
+from larp_jax.paths import path_name
 from larp_jax.state import TrainState
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
+TRIES = 100  # to read a workdir's newest checkpoint while a run replaces it
 
 logger = logging.getLogger(__name__)
 # Orbax reports every save at INFO, restoring at WARNING, and what it raises with its traceback at ERROR.
@@ -96,10 +106,10 @@ class CheckpointManager:
         items = {
             "params": args.StandardSave(state.params),
             "optimizer": args.StandardSave({"step": state.step, "state": state.opt_state}),
-            "metadata": args.JsonSave(dict(metadata)),
         }
         if state.ema:
             items["ema"] = args.StandardSave(state.ema)
+        items["metadata"] = _metadata_of(metadata, items)
         best = {self._best_metric: metrics[self._best_metric]} if metrics and self._best_metric in metrics else None
         self._manager.save(int(state.step), args=args.Composite(**items), metrics=best)
 
@@ -113,18 +123,18 @@ class CheckpointManager:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = _everywhere(damage(self._root / str(step)) if jax.process_index() == 0 else "")
-            if not reason:
+            found = _everywhere(damage(self._root / str(step)) if jax.process_index() == 0 else "")
+            if not found:
                 try:
-                    found = self.restore(shapes, shardings, step), self.metadata(step)
+                    restored = self.restore(shapes, shardings, step), self.metadata(step)
                 except Exception as error:  # damage shows in many ways
                     if jax.process_count() > 1:  # the others may have succeeded
                         raise
-                    reason = errors.reason(error)
+                    found = reason(error)
                 else:
                     self._put_aside(damaged, step)
-                    return found
-            damaged[step] = reason
+                    return restored
+            damaged[step] = found
         if damaged:
             raise InputError(
                 f"no checkpoint in {self._root} can be read (the newest, {max(damaged)}: {damaged[max(damaged)]}); put"
@@ -133,9 +143,9 @@ class CheckpointManager:
         return None
 
     def _put_aside(self, damaged: Mapping[int, str], step: int) -> None:
-        for newer, reason in damaged.items():
+        for newer, found in damaged.items():
             logger.warning(
-                "checkpoint %d is damaged (%s), continuing from %d; it is now %d.damaged", newer, reason, step, newer
+                "checkpoint %d is damaged (%s), continuing from %d; it is now %d.damaged", newer, found, step, newer
             )
             if jax.process_index() == 0:
                 (self._root / str(newer)).rename(self._root / _free_name(self._root, f"{newer}.damaged"))
@@ -179,7 +189,7 @@ class CheckpointManager:
         except Exception as error:
             if jax.process_count() > 1:  # the others may have succeeded, and wait for this one
                 raise
-            self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({errors.reason(error)})"
+            self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({reason(error)})"
             logger.warning("%s; the run goes on and will try again", self._unsaved)
             self._saving = None
             with contextlib.suppress(Exception):
@@ -226,6 +236,11 @@ def _free_name(folder: pathlib.Path, name: str) -> str:
     return candidate
 
 
+def _metadata_of(metadata: Mapping, items: Collection[str]) -> ocp.args.JsonSave:
+    """The item `metadata` beside others: it names all of them, and so says that there are checksums of them."""
+    return ocp.args.JsonSave({**metadata, "items": sorted([*items, "metadata"])})
+
+
 def _digests(directory: pathlib.Path, items: Collection[str] = ()) -> dict[str, str]:
     """SHA-256 of every file of these items of a checkpoint, of all without, by path."""
     digests = {}
@@ -240,25 +255,59 @@ def _write_digests(directory: pathlib.Path) -> None:
 
 
 def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
-    """What is wrong with these items of a checkpoint (all without) by their checksums; empty if nothing is known."""
-    path = directory / CHECKSUMS
-    if not path.exists():  # of an earlier version
-        return ""
+    """What is wrong with these items of a checkpoint (all without) by their checksums; empty if nothing is.
+
+    No item that the metadata names may be without checksums. Checkpoints of earlier versions name none, and the
+    earliest have no checksums: of these nothing is known, which is logged.
+    """
     try:
-        expected = json.loads(path.read_bytes())
-        if not isinstance(expected, dict):
-            raise ValueError("no names")
-        found = _digests(directory, items)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"{CHECKSUMS} cannot be read: {errors.reason(error)}"
-    for name, digest in expected.items():
+        expected = _checksums(directory)
+        found = {} if expected is None else _digests(directory, items)
+    except (OSError, ValueError) as error:
+        return f"its files cannot be read: {reason(error)}"
+    for name, digest in (expected or {}).items():
         if items and name.partition("/")[0] not in items:
             continue
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
             return f"{name} is not what was written"
-    return ""
+    try:
+        named = set(map(str, _read_json_item(directory).get("items", ())))
+    except Exception as error:  # damage shows in many ways
+        return f"its metadata cannot be read: {reason(error)}"
+    if expected is None:
+        if named:
+            return f"{CHECKSUMS} is missing"
+        logger.warning("checkpoint %s is of a version without checksums: damage would not be noticed", directory)
+        return ""
+    unlisted = named - _items_of(expected)
+    return f"{CHECKSUMS} lists nothing of {min(unlisted)}" if unlisted else ""
+
+
+def _checksums(directory: pathlib.Path) -> dict[str, Any] | None:
+    """SHA-256 by path, as they were written with a checkpoint; None where there are none."""
+    try:
+        expected = read_json(directory / CHECKSUMS)
+    except FileNotFoundError:
+        return None
+    if not isinstance(expected, dict):
+        raise ValueError(f"{CHECKSUMS} holds no names")
+    return expected
+
+
+def _items_of(names: Iterable[str]) -> set[str]:
+    """The items of a checkpoint that these paths lie in."""
+    return {name.partition("/")[0] for name in names}
+
+
+def _read_json_item(directory: pathlib.Path) -> dict[str, Any]:
+    """The metadata of a checkpoint; whatever is wrong with it is raised."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        metadata = reader.restore(directory / "metadata")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata is a {type(metadata).__name__}")
+    return metadata
 
 
 @contextlib.contextmanager
@@ -303,17 +352,26 @@ class Checkpoint:
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
-    """Whether a directory is a checkpoint itself (as opposed to a workdir)."""
-    return (path / "params").is_dir() and (path / "metadata").is_dir()
+    """Whether a directory is a checkpoint itself (as opposed to a workdir); it may be damaged."""
+    return any((path / item).is_dir() for item in ("params", "metadata"))
 
 
 def newest(path: str | os.PathLike) -> pathlib.Path | None:
-    """The checkpoint that a path names: itself, or the newest of a workdir; None where there is none."""
+    """The checkpoint that a path names: itself, or the newest of a workdir; None where there is none.
+
+    It may be damaged, or be deleted before it is read.
+    """
     path = files.local_path(path, "checkpoint")
     if is_checkpoint(path):
         return path
-    steps = [p for p in (path / CHECKPOINTS).glob("*") if p.name.isdigit() and is_checkpoint(p)]
-    return max(steps, key=lambda p: int(p.name), default=None)
+    if path.absolute().parent.name == CHECKPOINTS and _is_step(path) and path.is_dir():
+        return path
+    steps = [step for step in (path / CHECKPOINTS).glob("*") if _is_step(step) and step.is_dir()]
+    return max(steps, key=lambda step: int(step.name), default=None)
+
+
+def _is_step(path: pathlib.Path) -> bool:
+    return path.name.isascii() and path.name.isdigit()
 
 
 def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
@@ -326,51 +384,9 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
     Raises:
       InputError: there is none, or it cannot be read.
     """
-    directory = newest(path)
-    if directory is None:
+    if newest(path) is None:
         raise InputError(f"no checkpoint in {path}: give a workdir, one of its checkpoints, or an imported directory")
-    directory = directory.absolute()
-    item = "ema" if weights == "ema" and (directory / "ema").is_dir() else "params"
-    if reason := damage(directory, ("metadata", item)):
-        raise InputError(f"checkpoint {directory} is damaged ({reason}); use another step")
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            metadata = reader.restore(directory / "metadata")
-        if not isinstance(metadata, dict) or "config" not in metadata:
-            raise ValueError("its metadata holds no config")
-        counts, class_counts = (
-            None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
-            for name in ("code_counts", "class_counts")
-        )
-        class_names = tuple(metadata.get("class_names") or ())
-        if not all(isinstance(name, str) for name in class_names):
-            raise ValueError("its class_names are no names")
-        step = operator.index(metadata.get("step", 0))
-        with ocp.PyTreeCheckpointer() as reader:
-            arrays = reader.metadata(directory / item).item_metadata
-            if arrays is None:
-                raise ValueError(f"the description of {item} is missing")
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
-            params = reader.restore(directory / item, restore_args=as_numpy)
-    except Exception as error:  # damage shows in many ways
-        raise InputError(f"checkpoint {directory} cannot be read ({errors.reason(error)}); use another step") from error
-    try:
-        recipe = parse_recipe(metadata["config"])
-    except InputError as error:
-        raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
-    in_workdir = directory.parent.name == CHECKPOINTS
-    mean_clip = directory.parent.parent / MEAN_CLIP
-    return Checkpoint(
-        path=directory,
-        recipe=recipe,
-        params=params,
-        step=step,
-        code_counts=counts,
-        mean_clip=read_mean_clip(mean_clip) if in_workdir and mean_clip.exists() else None,
-        tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
-        class_counts=class_counts,
-        class_names=class_names,
-    )
+    return _of_newest(path, lambda directory: _load(directory, weights))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -379,14 +395,107 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       InputError: it cannot be read.
     """
+
+    def read(directory):
+        _refuse_damaged(directory, ("metadata",))
+        return _read_json_item(directory)
+
+    return None if newest(path) is None else _of_newest(path, read)
+
+
+def _of_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], Any]) -> Any:
+    """Reads the checkpoint that a path names; if that fails and a run has a newer one by now, reads that."""
+    _keep_threads_quiet()
     directory = newest(path)
-    if directory is None:
-        return None
+    for number in itertools.count(1):
+        try:
+            return read(directory.absolute())
+        except Exception as error:
+            newer = newest(path)
+            if newer not in (None, directory) and number < TRIES:
+                directory = newer
+                continue
+            if isinstance(error, InputError):
+                raise
+            # damage shows in many ways
+            raise InputError(f"checkpoint {directory} cannot be read ({reason(error)}); use another step") from error
+
+
+def _keep_threads_quiet() -> None:
+    """Keeps threads of TensorStore from showing tracebacks, from here on.
+
+    Where Orbax fails to read one array they go on with the others for a while, and complain that its event loop is
+    closed. What else reaches `sys.unraisablehook` is shown as before.
+    """
+    if getattr(sys.unraisablehook, "func", None) is not _show_unraisable:
+        sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+
+
+def _show_unraisable(show: Callable, unraisable) -> None:
+    late = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    if not late or threading.current_thread() is threading.main_thread():
+        show(unraisable)
+
+
+def _refuse_damaged(directory: pathlib.Path, items: Collection[str]) -> None:
+    if found := damage(directory, items):
+        raise InputError(f"checkpoint {directory} is damaged ({found}); use another step")
+
+
+def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
+    expected = _checksums(directory)
+    items = {path.name for path in directory.iterdir()} if expected is None else _items_of(expected)
+    item = "ema" if weights == "ema" and "ema" in items else "params"
+    _refuse_damaged(directory, ("metadata", item))
+    metadata = _read_json_item(directory)
+    if "config" not in metadata:
+        raise ValueError("its metadata holds no config")
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(directory.absolute() / "metadata")
-    except Exception as error:  # damage shows in many ways
-        raise InputError(f"checkpoint {directory} cannot be read ({errors.reason(error)}); use another step") from error
+        recipe = parse_recipe(metadata["config"])
+    except InputError as error:
+        raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
+    counts, class_counts = (
+        None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
+        for name in ("code_counts", "class_counts")
+    )
+    class_names = tuple(metadata.get("class_names") or ())
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError("its class_names are no names")
+    with ocp.PyTreeCheckpointer() as reader:
+        arrays = reader.metadata(directory / item).item_metadata
+        if arrays is None:
+            raise ValueError(f"the description of {item} is missing")
+        _check_sizes(recipe, arrays.tree)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
+        params = reader.restore(directory / item, restore_args=as_numpy)
+    mean_clip = None
+    if directory.parent.name == CHECKPOINTS and isinstance(recipe, TokenizerRecipe):
+        path = directory.parent.parent / MEAN_CLIP
+        mean_clip = read_mean_clip(path, recipe.model.clip_shape) if path.exists() else None
+    return Checkpoint(
+        path=directory,
+        recipe=recipe,
+        params=params,
+        step=operator.index(metadata.get("step", 0)),
+        code_counts=counts,
+        mean_clip=mean_clip,
+        tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
+        class_counts=class_counts,
+        class_names=class_names,
+    )
+
+
+def _check_sizes(recipe: Any, arrays: Any) -> None:
+    """Raises ValueError where stored arrays are of other sizes than those of the recipe's networks.
+
+    Before any is read, or any network made: either may claim more than there is memory.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
+    stored = {path_name(path): math.prod(x.shape) for path, x in leaves}
+    model = recipe.model
+    for item in released.model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model):
+        if isinstance(item, released.Parameter) and stored.get(item.path, item.size) != item.size:
+            raise ValueError(f"{item.path} has {stored[item.path]} values, its settings ask for {item.size}")
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:
@@ -400,7 +509,7 @@ def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) 
         writer.save(
             folder / "0",
             args=args.Composite(
-                params=args.StandardSave(params), metadata=args.JsonSave({"config": dict(recipe), "step": 0})
+                params=args.StandardSave(params), metadata=_metadata_of({"config": dict(recipe), "step": 0}, ["params"])
             ),
         )
         for path in (folder / "0").iterdir():
@@ -419,17 +528,14 @@ def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
         np.savez_compressed(file, mean_clip=clip.astype(np.float32))
 
 
-def read_mean_clip(path: str | os.PathLike) -> np.ndarray:
-    """What `write_mean_clip` wrote, float32.
+def read_mean_clip(path: str | os.PathLike, shape: tuple[int, ...]) -> np.ndarray:
+    """What `write_mean_clip` wrote, float32 of this shape.
 
     Raises:
-      InputError: the file is damaged.
+      InputError: the file is damaged, or holds a clip of another shape.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["mean_clip"]
-    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-        raise InputError(f"{path} is damaged ({type(error).__name__}); remove it, training makes it again") from error
+    mend = "remove it, training makes it again"
+    return npz.read(path, {"mean_clip": npz.Array(np.float32, shape)}, mend)["mean_clip"]
 
 
 def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:
@@ -438,14 +544,24 @@ def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> dict | None:
-    """What `config.json` holds, None without one."""
+    """What `config.json` holds, or without one the newest checkpoint's recipe; None without either.
+
+    Raises:
+      InputError: it cannot be read, or is no recipe.
+    """
     path = pathlib.Path(workdir) / CONFIG
-    if not path.exists():
-        return None
     try:
-        values = json.loads(path.read_text())
+        try:
+            values = read_json(path)
+        except FileNotFoundError:
+            metadata = read_metadata(workdir)
+            if metadata is None:
+                return None
+            values = metadata.get("config")
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
         return values
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no recipe ({error}); restore it or choose another --workdir") from error
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no recipe ({reason(error)}); restore it or choose another --workdir") from error

@@ -13,10 +13,10 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from larp_jax import allocator, distributed, files
-from larp_jax.errors import InputError, reason
+from larp_jax.errors import InputError, printable, reason
 from larp_jax.stopping import Interrupted, StopRequest
 from larp_jax.version import __version__
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, in which JAX has not started yet
         allocator.keep_freed_memory()
     try:
-        with _logging():
+        with _logging(), contextlib.redirect_stdout(_Printable(sys.stdout)):
             arguments = _parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
             _check_paths(arguments)
@@ -67,17 +67,16 @@ def _end_process(message: str) -> NoReturn:
 
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    print(f"larp-jax: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.stderr.write(printable(traceback.format_exc(), keep="\n"))
+    print(f"larp-jax: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
 def _reason(error: Exception) -> str:
     """One line for an error that no one put into words; those raised on purpose need no more than these."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if type(error).__module__.startswith("larp_jax") or isinstance(error, OSError):
-        return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {reason(error)} (--debug shows where)"
 
 
 # ------------------------------------------------------------------------------------------------------------ parsing
@@ -557,7 +556,24 @@ class _Lines(logging.Handler):
         from tqdm import tqdm
 
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        tqdm.write(printable(f"{prefix}{record.getMessage()}"), file=sys.stderr)
+
+
+class _Printable:
+    """Standard output on which nothing that is printed moves the cursor or the like, see `larp_jax.errors.printable`.
+
+    Messages on standard error pass `_Lines` and `_complain` instead: progress bars do move the cursor there.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
@@ -811,7 +827,7 @@ def _write_scores(arguments, found, scores, protocol, more=None):
 
 
 def _is_evaluation(path) -> bool:
-    values = files.read_json(path)
+    values = files.json_object(path)
     return isinstance(values.get("metrics"), dict) and isinstance(values.get("protocol"), dict)
 
 
@@ -1130,7 +1146,7 @@ def _check_numbers(arguments) -> None:
     """Checks that `_write_numbers` can write: in place of numbers of the same command at most."""
     if arguments.output:
         kind = f"larp_jax.{arguments.command}"
-        files.check_output(arguments.output, ours=lambda path: files.read_json(path).get("format") == kind)
+        files.check_output(arguments.output, ours=lambda path: files.json_object(path).get("format") == kind)
 
 
 def _write_numbers(arguments, result: dict[str, Any]) -> None:

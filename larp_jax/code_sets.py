@@ -14,7 +14,7 @@ from larp_jax.tokens import MANIFEST, read_manifest, read_shard
 
 
 class CodeSet:
-    """A folder of codes, in memory.
+    """A folder of codes, in memory. Its manifest is read at once, the codes when `rows` is first asked for.
 
     The rows of one source (windows of a video, mirrored or not) are one video, of which training draws one at a time:
     as often and as evenly as it would draw windows of the video itself.
@@ -24,11 +24,10 @@ class CodeSet:
 
     Attributes:
       manifest: see `larp_jax.tokens.tokenize`.
-      rows: by name, `codes` [M, N] int32, `label` [M] int32 (-1: none) and, if there is one, `condition` [M, N] int32.
       label_names: names of the classes in the order of their labels; empty without classes.
 
     Raises:
-      InputError: the folder is incomplete or damaged.
+      InputError: there is no manifest, or it is damaged.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -38,13 +37,8 @@ class CodeSet:
         self.manifest = read_manifest(directory)
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
-        names = ("codes", "condition") if self.manifest.get("cond_frames") else ("codes",)
-        shards = range(len(self.manifest["shards"]))
-        self.rows = {
-            name: np.concatenate([read_shard(directory, self.manifest, i, name) for i in shards]) for name in names
-        }
-        self.rows["label"] = np.array([row["label"] for row in rows], np.int32)
-        if self.label_names and (last := int(self.rows["label"].max())) >= len(self.label_names):
+        self._labels = np.array([row["label"] for row in rows], np.int32)
+        if self.label_names and (last := int(self._labels.max())) >= len(self.label_names):
             raise InputError(
                 f"{self.path / MANIFEST} has label {last} of {len(self.label_names)} classes; tokenize again"
             )
@@ -53,13 +47,25 @@ class CodeSet:
         self._counts = np.bincount(video)
         self._first = np.cumsum(self._counts) - self._counts
 
+    @functools.cached_property
+    def rows(self) -> dict[str, np.ndarray]:
+        """By name, `codes` [M, N] int32, `label` [M] int32 (-1: none) and, if there is one, `condition` [M, N] int32.
+
+        Raises:
+          InputError: the folder is incomplete or damaged.
+        """
+        names = ("codes", "condition") if self.manifest.get("cond_frames") else ("codes",)
+        shards = range(len(self.manifest["shards"]))
+        rows = {name: np.concatenate([read_shard(self.path, self.manifest, i, name) for i in shards]) for name in names}
+        return rows | {"label": self._labels}
+
     def __len__(self) -> int:
         """How many videos there are."""
         return len(self._counts)
 
     def labels(self) -> np.ndarray:
         """The class of each video, [V] int32."""
-        return self.rows["label"][self._order[self._first]]
+        return self._labels[self._order[self._first]]
 
     def some(self, count: int) -> dict[str, np.ndarray]:
         """At most so many rows, spread over those that are not mirrored; 0 for all of these."""

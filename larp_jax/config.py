@@ -49,6 +49,11 @@ SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
 }
 
 
+# More than any network attends over, patches and tokens together. A clip's size is a claim that no stored array bears
+# out, and position tables are made of it.
+MOST_POSITIONS = 2**20
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -63,6 +68,13 @@ def _within(name: str, config: typing.Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         _require(0 <= value <= 1, f"{name}.{field} must lie in [0, 1], got {value}")
+
+
+def _check_positions(count: int, what: str) -> None:
+    _require(
+        count <= MOST_POSITIONS,
+        f"{what} and model.num_tokens make {count} positions, above the limit of {MOST_POSITIONS}; lower them",
+    )
 
 
 def _one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
@@ -209,6 +221,8 @@ class TokenizerConfig:
                 size % patch == 0,
                 f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
             )
+        for grid in (self.encoder_grid, self.decoder_grid):
+            _check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
 
     @property
     def encoder_patch(self) -> tuple[int, int, int]:
@@ -329,6 +343,7 @@ class GeneratorConfig:
             _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         for name in ("codebook_size", "num_tokens", "num_classes"):
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        _check_positions(self.condition_tokens + self.num_tokens, "the condition")
         _require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
         _require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
         _require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")

@@ -1,10 +1,13 @@
-"""The error that stands for a mistake in what the user gave, and the reason that any other error states."""
+"""The error that stands for a mistake in what the user gave, and how any error is put into words."""
 
 import errno
 import os
+import re
 
 # What the system says of disks and permissions. Libraries wrap it in text of their own.
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Control characters, what turns the direction of text around, and bytes of a name that are no text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -29,3 +32,11 @@ def reason(error: BaseException, length: int = 200) -> str:
         if said in text:
             return said
     return text.splitlines()[0][:length] if text else type(error).__name__
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without anything that a terminal would obey: names of files may hold any character, escapes too.
+
+    Control characters and the like become `\\x1b`, `\\u202e`; those of `keep` stay.
+    """
+    return _UNPRINTABLE.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)

@@ -66,7 +66,7 @@ def _is_codebook(path: pathlib.Path) -> bool:
 
 
 def _is_manifest(path: pathlib.Path) -> bool:
-    values = files.read_json(path)
+    values = files.json_object(path)
     return {"K", "d", "normalisation", "fingerprint"} <= values.keys() and "jax" not in values
 
 

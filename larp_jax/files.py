@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
+DEEPEST = 64  # levels of JSON
 # Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
 # The others are of earlier versions, which ended them in the number of their process.
 _TEMPORARY = re.compile(
@@ -236,6 +237,52 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: in
     write_bytes(path, data)
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; see `parse_json`.
+
+    Raises:
+      OSError: the file cannot be read, or is no regular one.
+      ValueError: it is no JSON.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")  # a pipe would be waited for
+    return parse_json(path.read_bytes())
+
+
+def json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if it is missing, damaged or holds something else."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds; NaN and infinities are none of it.
+
+    Raises:
+      ValueError: it is no JSON, or its values lie within each other more than `DEEPEST` times, which functions that
+        call themselves could not follow.
+    """
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        values = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [values]
+    for _ in range(DEEPEST + 1):
+        nested = [value for value in level if isinstance(value, (dict, list))]
+        if not nested:
+            return values
+        level = [x for value in nested for x in (value.values() if isinstance(value, dict) else value)]
+    raise ValueError("it is nested too deeply")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
     """A folder to fill that becomes `path` if the block ends well, and is removed otherwise.
@@ -394,7 +441,7 @@ def outputs(
     """
     with claim(folder, what) as folder:
         journal = folder / UNFINISHED
-        begun = set(read_json(journal).get("files", ()))
+        begun = set(json_object(journal).get("files", ()))
         mine, read = begun.union(ours), {path.resolve() for path in inputs}
         for path, name in ((folder / name, name) for name in names):
             if os.path.lexists(path) and (name not in mine or not path.is_file() or path.resolve() in read):
@@ -407,15 +454,6 @@ def outputs(
         finally:
             if whole or not any((folder / name).exists() for name in names):
                 journal.unlink(missing_ok=True)
-
-
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds; empty if it is missing, damaged or holds something else."""
-    try:
-        values = json.loads(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def is_empty(folder: pathlib.Path) -> bool:

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from larp_jax import files
+from larp_jax import files, npz
 from larp_jax.errors import InputError, reason
+from larp_jax.files import parse_json
 
 COVARIANCES = ("population", "sample")  # scatter divided by n, or by n - 1
 
@@ -122,13 +123,19 @@ class FeatureStatistics:
         Raises:
           InputError: the file is missing or damaged.
         """
+        expected = {
+            "count": npz.Array("i8", ()),
+            "mean": npz.Array("f8", (None,)),
+            "scatter": npz.Array("f8", (None, None)),
+            "metadata": npz.Array("u1", (None,)),
+        }
+        found = npz.read(path, expected, mend="delete it")
+        count, mean, scatter = int(found["count"]), found["mean"], found["scatter"]
         try:
-            with np.load(path, allow_pickle=False) as file:
-                count, mean, scatter = int(file["count"]), file["mean"], file["scatter"]
-                metadata = json.loads(file["metadata"].tobytes())
-            if mean.ndim != 1 or scatter.shape != 2 * mean.shape or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
-                raise ValueError(f"arrays of shapes {mean.shape} and {scatter.shape}")
-        except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
+            metadata = parse_json(found["metadata"].tobytes())
+            if count < 0 or scatter.shape != 2 * mean.shape or not isinstance(metadata, dict):
+                raise ValueError(f"{count} vectors, arrays of shapes {mean.shape} and {scatter.shape}")
+        except ValueError as error:
             raise InputError(f"{path} holds no sound feature statistics ({reason(error)}); delete it") from None
         return cls(count, mean, scatter), metadata
 

@@ -560,7 +560,7 @@ def _check_settings(folder: pathlib.Path, settings: dict, option: str) -> None:
             raise InputError(f"{folder} is not empty and holds no samples of an earlier call; name another {option}")
         files.write_json(path, settings)
         return
-    known = files.read_json(path)
+    known = files.json_object(path)
     if not known:
         raise InputError(f"{path} cannot be read; name another {option}")
     for name in sorted(settings.keys() | known.keys()):

@@ -5,22 +5,22 @@ PyTorch is needed only for the last, and no file is ever unpickled into arbitrar
 
 import collections
 import hashlib
-import json
 import os
 import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from larp_jax import files, released
+from larp_jax import files, npz, released
 from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
 from larp_jax.errors import InputError
+from larp_jax.files import parse_json, read_json
 
 CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
 LAYOUT = f"the directory of a released model holds {CONFIG} and {WEIGHTS}"
@@ -115,14 +115,11 @@ def _check_download(path: pathlib.Path) -> None:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    def refuse(constant):
-        raise ValueError(f"{constant} is not a number")
-
     try:
-        values = json.loads(path.read_bytes(), parse_constant=refuse)
+        values = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {LAYOUT}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({_one_line(error)}); fetch it again") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold an object of settings, not a {type(values).__name__}")
@@ -147,7 +144,7 @@ def read_safetensors(path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.
             pass  # checks that header and file fit each other
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = parse_json(file.read(size))
         header.pop("__metadata__", None)
         header = {name: entry for name, entry in header.items() if not re.fullmatch(unread, name)}
         wrong = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in DTYPES}
@@ -168,17 +165,29 @@ def read_safetensors(path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.
     return tensors
 
 
-def read_npz(path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.ndarray]:
-    """Arrays of an npz file; arguments, result and errors as for `read_safetensors`, without bfloat16."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {name: file[name] for name in file.files if not re.fullmatch(unread, name)}
-    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-        raise InputError(f"{path} is not a sound npz file ({_one_line(error)}); fetch it again") from None
-    wrong = [f"{x.dtype} ({name})" for name, x in tensors.items() if x.dtype not in DTYPES.values()]
+def read_npz(
+    path: pathlib.Path, check: Callable[[dict[str, tuple]], None], unread: str = NOTHING
+) -> dict[str, np.ndarray]:
+    """Arrays of an npz file, which are read only if they are of the shapes that they must have.
+
+    Args:
+      path: the file.
+      check: called with the shapes by name; raises InputError where they are wrong.
+      unread: as for `read_safetensors`.
+
+    Returns:
+      Arrays by name, float32 or float16 as stored.
+
+    Raises:
+      InputError: the file is missing or broken, or holds other dtypes.
+    """
+    mend = "fetch it again"
+    found = {name: x for name, x in npz.headers(path, mend).items() if not re.fullmatch(unread, name)}
+    wrong = [f"{x.dtype} ({name})" for name, x in found.items() if x.dtype not in DTYPES.values()]
     if wrong:
         raise InputError(f"{path}: weights must be {', '.join(DTYPES)}, not {_some(wrong)}")
-    return tensors
+    check({name: x.shape for name, x in found.items()})
+    return npz.read(path, found, mend)
 
 
 def read_pickled(path: pathlib.Path, otherwise: str) -> Any:
@@ -228,6 +237,8 @@ def float_arrays(tensors: Mapping, path: pathlib.Path, unread: str = NOTHING) ->
             continue
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise InputError(f"{path}: {name} must be a tensor of floats")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # one value, repeated
+            raise InputError(f"{path}: {name} claims more values than the file holds")
         tensor = tensor.detach()
         arrays[str(name)] = (tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.float()).numpy()
     return arrays

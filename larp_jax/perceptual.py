@@ -10,6 +10,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from safetensors.numpy import save as serialize
 
 from larp_jax import files, importing
 from larp_jax.errors import InputError, reason
+from larp_jax.files import parse_json
 from larp_jax.models.i3d import MIXED, I3d
 from larp_jax.models.layers import Dtype
 from larp_jax.models.lpips import STAGES, Lpips
@@ -53,18 +55,13 @@ def import_lpips(vgg: str | os.PathLike, heads: str | os.PathLike) -> dict[str, 
     Raises:
       InputError: a file cannot be read, or does not hold exactly these tensors.
     """
-    tensors = _read(vgg, CLASSIFIER)
-    if not any(name.startswith("features.") for name in tensors):
-        tensors = {f"features.{name}": x for name, x in tensors.items()}
     expected, inputs = {}, 3
     for _, name, width in _vgg_convs():
         expected |= {f"{name}.weight": (width, inputs, 3, 3), f"{name}.bias": (width,)}
         inputs = width
-    _compare(expected, tensors, vgg)
-
-    weights = _read(heads)
+    tensors = _read(vgg, expected, CLASSIFIER, prefix="features.")
     names = [f"lin{stage}.model.1.weight" for stage in range(len(STAGES))]
-    _compare({name: (1, widths[-1], 1, 1) for name, widths in zip(names, STAGES, strict=True)}, weights, heads)
+    weights = _read(heads, {name: (1, widths[-1], 1, 1) for name, widths in zip(names, STAGES, strict=True)})
 
     params = {}
     for path, name, _ in _vgg_convs():
@@ -98,7 +95,6 @@ def import_i3d(source: str | os.PathLike, *, batch_norm_epsilon: float = BATCH_N
     Raises:
       InputError: the file cannot be read, is a TorchScript archive, or does not hold exactly these tensors.
     """
-    tensors = _read(source, COUNTERS)
     ours = {path: x.shape for path, x in _template("i3d").items()}
     names = dict(_i3d_convs())
     expected = {"logits.conv3d.weight": (*ours["head/kernel"][::-1], 1, 1, 1), "logits.conv3d.bias": ours["head/bias"]}
@@ -106,7 +102,7 @@ def import_i3d(source: str | os.PathLike, *, batch_norm_epsilon: float = BATCH_N
         t, h, w, inputs, outputs = ours[f"{path}/kernel"]
         expected[f"{name}.conv3d.weight"] = (outputs, inputs, t, h, w)
         expected |= {f"{name}.bn.{part}": (outputs,) for part in ("weight", "bias", "running_mean", "running_var")}
-    _compare(expected, tensors, source)
+    tensors = _read(source, expected, COUNTERS)
 
     params = {"head/kernel": rearrange(tensors["logits.conv3d.weight"], "o i 1 1 1 -> i o")}
     params["head/bias"] = tensors["logits.conv3d.bias"]
@@ -211,7 +207,11 @@ def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str 
     """
     path, _ = locate(kind, path)
     with safe_open(path, framework="np") as file:
-        sources = json.loads((file.metadata() or {}).get("sources", "{}"))
+        text = (file.metadata() or {}).get("sources", "{}")
+    try:
+        sources = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{path} does not say what it was made from ({reason(error)}); {how_to_get(kind)}") from None
     return {"sha256": files.digest(path), "sources": sources}
 
 
@@ -223,7 +223,8 @@ def _load(kind: str, path: str | os.PathLike | None, **options):
     found = _kind(path)
     if found != kind:
         raise InputError(f"{path} holds {f'weights of {found}' if found else 'no file of ours'}; {how_to_get(kind)}")
-    _compare({name: x.shape for name, x in _template(kind).items()}, tensors, path)
+    expected = {name: x.shape for name, x in _template(kind).items()}
+    importing.compare_shapes(expected, {name: x.shape for name, x in tensors.items()}, str(path))
     params = traverse_util.unflatten_dict(_finished(tensors, str(path)), sep="/")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: KINDS[kind](rngs=nnx.Rngs(0), **options)))
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
@@ -236,15 +237,39 @@ def _template(kind: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
-def _read(source: str | os.PathLike, unread: str = importing.NOTHING) -> dict[str, np.ndarray]:
-    """Tensors of a public file by name, without those whose names match."""
+def _read(
+    source: str | os.PathLike,
+    expected: Mapping[str, tuple[int, ...]],
+    unread: str = importing.NOTHING,
+    prefix: str = "",
+) -> dict[str, np.ndarray]:
+    """Tensors of a public file by name, exactly those of these names and shapes.
+
+    Args:
+      source: the file.
+      expected: shapes by name.
+      unread: a regular expression; tensors whose whole name matches are left out.
+      prefix: of the names, which may lack it in the file.
+    """
     path = files.local_path(source, "--source or --heads")
     if not path.is_file():
         raise InputError(f"{path} is no file")
-    if path.suffix == ".safetensors":
-        return importing.read_safetensors(path, unread)
+
+    def named(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        missing = "" if any(name.startswith(prefix) for name in tensors) else prefix
+        return {missing + name: x for name, x in tensors.items()}
+
+    def check(shapes: Mapping[str, tuple[int, ...]]) -> None:
+        importing.compare_shapes(expected, named(shapes), str(path))
+
     if path.suffix == ".npz":
-        return importing.read_npz(path, unread)
+        return named(importing.read_npz(path, check, unread))
+    tensors = importing.read_safetensors(path, unread) if path.suffix == ".safetensors" else _unpickled(path, unread)
+    check({name: x.shape for name, x in tensors.items()})
+    return named(tensors)
+
+
+def _unpickled(path: pathlib.Path, unread: str) -> dict[str, np.ndarray]:
     if _is_torchscript(path):
         raise InputError(
             f"{path} is a TorchScript archive, which is code that reading would run; save its tensors where you trust"
@@ -262,10 +287,6 @@ def _is_torchscript(path: pathlib.Path) -> bool:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError):  # older PyTorch files are no zip archives
         return False
-
-
-def _compare(expected: Mapping[str, tuple], tensors: Mapping[str, np.ndarray], where: str | os.PathLike) -> None:
-    importing.compare_shapes(expected, {name: x.shape for name, x in tensors.items()}, str(where))
 
 
 def _finished(params: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:

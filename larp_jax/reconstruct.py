@@ -61,7 +61,7 @@ def reconstruct(
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     names = output_names([video.name for video in inputs.videos])
     made = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
-    ours = files.read_json(output / SUMMARY).get("files", ())
+    ours = files.json_object(output / SUMMARY).get("files", ())
     sources = [video.path for video in inputs.videos if video.path]
     with files.outputs(output, made, ours=ours, inputs=sources, but=" and is no earlier reconstruction") as folder:
         results = {}

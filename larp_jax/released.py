@@ -46,6 +46,11 @@ class Parameter:
     pattern: str = "d -> d"
     layers: int = 0
 
+    @property
+    def size(self) -> int:
+        """How many values ours has."""
+        return math.prod(self.shape) * len(self.names) * max(1, self.layers)
+
     def released_names(self) -> list[tuple[str, ...]]:
         """The names, filled in for each layer."""
         return [tuple(name.format(i) for name in self.names) for i in range(max(1, self.layers))]

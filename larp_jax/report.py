@@ -2,7 +2,6 @@
 
 import base64
 import datetime
-import json
 import logging
 import os
 import pathlib
@@ -15,12 +14,15 @@ from larp_jax import analysis, charts, checkpoint, files
 from larp_jax.charts import Chart, Series, is_number
 from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
 from larp_jax.errors import InputError, reason
+from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
 from larp_jax.version import __version__
 from larp_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
 
+# What values provoke that are not what we write.
+_ODD = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 MOST_VIDEOS = 12  # steps whose pictures a page carries
 CELLS = {"reconstruction": "original left, reconstruction right", "samples": "samples"}
 
@@ -105,12 +107,13 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         made=_time(datetime.datetime.now().timestamp()),
         **_run(config, rows),
         panels=_panels(config, rows),
-        pictures=_pictures(workdir),
+        pictures=_pictures(workdir, notes),
         codebook=_codebook(workdir, notes),
         **_results(workdir, notes),
         settings=_settings(config),
         notes=notes,
     )
+    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be no text
     files.make_folder(output.parent)
     try:
         files.write_bytes(output, page.encode())
@@ -185,18 +188,24 @@ def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, flo
     points = []
     for before, row in zip(timed, timed[1:], strict=False):
         seconds = row["wall_time"] - before["wall_time"]
-        points.append((row["step"], size * (row["step"] - before["step"]) / seconds if seconds > 0 else None))
+        clips = float(size) * (row["step"] - before["step"])
+        points.append((row["step"], clips / seconds if seconds > 0 else None))
     return points
 
 
-def _pictures(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def _pictures(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
     """Videos of `media/` by kind, of some steps from the first to the last, as data URIs."""
     found = []
     for kind, caption in CELLS.items():
-        paths = sorted((workdir / "media").glob(f"*_{kind}.mp4"))
+        paths = sorted(path for path in (workdir / "media").glob(f"*_{kind}.mp4") if path.is_file())
         if len(paths) > MOST_VIDEOS:
             paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MOST_VIDEOS).round().astype(int)]
-        videos = [{"step": _step(path), "uri": _data_uri("video/mp4", path.read_bytes())} for path in paths]
+        videos = []
+        for path in paths:
+            try:
+                videos.append({"step": _step(path), "uri": _data_uri("video/mp4", path.read_bytes())})
+            except OSError as error:
+                notes.append(f"{path.relative_to(workdir).as_posix()} cannot be read ({reason(error)})")
         if videos:
             found.append({"kind": kind, "caption": caption, "videos": videos})
     return found
@@ -204,18 +213,20 @@ def _pictures(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def _step(path: pathlib.Path) -> int:
     digits = path.name.partition("_")[0]
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
 
 
 def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
     """How often the newest checkpoint's last evaluation used each code."""
     try:
-        metadata = checkpoint.read_metadata(workdir)
-    except InputError as error:
-        notes.append(str(error))
+        metadata = checkpoint.read_metadata(workdir) or {}
+        counts = np.asarray(metadata.get("code_counts") or [], np.int64)
+        if counts.ndim != 1 or (counts < 0).any():
+            raise InputError("the code_counts of the newest checkpoint are no counts")
+    except _ODD as error:
+        notes.append(reason(error))
         return None
-    counts = np.asarray(metadata.get("code_counts") or [], np.int64) if metadata else np.zeros(0)
-    if counts.ndim != 1 or not counts.sum():
+    if not counts.sum():
         return None
     ranked = np.sort(counts)[::-1]
     points = [(rank + 1, float(count / counts.sum())) for rank, count in enumerate(ranked) if count]
@@ -240,9 +251,9 @@ def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     for path in sorted([*workdir.glob("*.json"), *workdir.glob("*/*.json")]):
         name = path.relative_to(workdir).as_posix()
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path)
         except (OSError, ValueError) as error:
-            notes.append(f"{name} cannot be read ({error})")
+            notes.append(f"{name} cannot be read ({reason(error)})")
             continue
         if not isinstance(held, dict) or not isinstance(held.get("protocol"), dict):
             continue
@@ -251,8 +262,8 @@ def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
                 analyses.append(_analysis(path, name, held))
             elif isinstance(held.get("metrics"), dict):
                 evaluations.append(_evaluation(name, held))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            notes.append(f"{name} is not as larp-jax writes it ({type(error).__name__}: {error})")
+        except _ODD as error:
+            notes.append(f"{name} is not as larp-jax writes it ({type(error).__name__}: {reason(error)})")
     return {"evaluations": evaluations, "analyses": analyses}
 
 

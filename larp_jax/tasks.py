@@ -115,7 +115,7 @@ class TokenizerTask:
             return
         path = workdir / checkpoint.MEAN_CLIP
         if path.exists():
-            mean_clip = checkpoint.read_mean_clip(path)
+            mean_clip = checkpoint.read_mean_clip(path, recipe.model.clip_shape)
         else:
             # what a tokenizer whose codes say nothing gives at best
             mean_clip = self._some_clips(MEAN_CLIP_CLIPS).mean(axis=0) / 255.0
@@ -240,6 +240,7 @@ class GeneratorTask:
             raise InputError(
                 f"data {spec} was not made for cond_frames={wanted}; tokenize again with --cond-frames {wanted}"
             )
+        codes.rows  # noqa: B018  (reads them now that they are known to fit: they may be large, or damaged)
         return codes, recipe
 
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:

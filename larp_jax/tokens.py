@@ -5,23 +5,22 @@ says for each row in turn what it is of.
 """
 
 import itertools
-import json
 import math
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from larp_jax import files
+from larp_jax import files, npz
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_video
-from larp_jax.errors import InputError
+from larp_jax.errors import InputError, reason
 from larp_jax.evaluators import to_uint8
+from larp_jax.files import read_json
 from larp_jax.inputs import Inputs, output_names, playable_fps
 from larp_jax.steps import hold_last_frame
 from larp_jax.writers import Progress
@@ -254,18 +253,17 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = files.local_path(directory, "folder of codes") / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {directory} is no folder that tokenize completed") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}); tokenize again") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is no manifest of codes; give the folder that tokenize wrote")
     if manifest.get("version") != VERSION:
         raise InputError(f"{path} is of version {manifest.get('version')}, this reads {VERSION}; tokenize again")
-    reason = _complaint(manifest)
-    if reason:
-        raise InputError(f"{path} is damaged ({reason}); tokenize again")
+    if complaint := _complaint(manifest):
+        raise InputError(f"{path} is damaged ({complaint}); tokenize again")
     return manifest
 
 
@@ -333,25 +331,8 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: 
     """
     shard = manifest["shards"][number]
     path = pathlib.Path(directory) / shard["file"]
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            # what it claims comes first: it may claim more than there is memory
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            found, _, dtype = read_header[version](file)
-            shape = shard["rows"], manifest["N"]
-            if found != shape or dtype != np.int32:
-                raise InputError(
-                    f"{path} holds {dtype} {list(found)} where int32 {list(shape)} belongs; tokenize again"
-                )
-        with np.load(path, allow_pickle=False) as file:
-            codes = file[name]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; tokenize again") from None
-    except InputError:
-        raise
-    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-        raise InputError(f"{path} is damaged ({type(error).__name__}); tokenize again") from None
+    expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"]))}
+    codes = npz.read(path, expected, mend="tokenize again")[name]
     if codes.min() < 0 or codes.max() >= manifest["K"]:
         raise InputError(
             f"{path} holds codes from {codes.min()} to {codes.max()}, outside of [0, {manifest['K']}); tokenize again"

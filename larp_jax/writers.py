@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from larp_jax import files
 from larp_jax.data import video
+from larp_jax.errors import InputError, reason
+from larp_jax.files import parse_json
 
 logger = logging.getLogger(__name__)
 
+LAST_STEP = 2**53  # beyond it not every number is a float, as charts need
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -149,14 +152,22 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a workdir's metrics.jsonl that are whole; none without the file."""
+    """Rows of a workdir's metrics.jsonl that are whole and of a step; none without the file.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else ()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)})") from error
+    for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
-            continue  # cut short by a crash
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            continue  # cut short by a crash, or being written
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < LAST_STEP:
             rows.append(row)
     return rows
 

@@ -34,7 +34,7 @@ LAYERS = (
     {"models", "rng"},
     {"config"},
     {"distributed"},
-    {"files"},
+    {"files", "npz"},
     {"allocator", "charts", "errors", "paths", "stopping", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
@@ -100,6 +100,30 @@ def f():
     found = imports("larp_jax.losses", source)
     assert found == {"larp_jax.cli", "larp_jax.metrics", "larp_jax.errors", "larp_jax.models.prior"}
     assert {name for name in found if points_up("larp_jax.losses", name)} == {"larp_jax.cli", "larp_jax.metrics"}
+
+
+def defined_twice(source: str) -> list[str]:
+    """Functions and classes of one body (a module's, a class's) that another of their name replaces."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        # decorated ones may be parts of one: a property's setter, an overload
+        names = [x.name for x in getattr(node, "body", ()) if isinstance(x, kinds) and not x.decorator_list] \
+            if isinstance(node, (ast.Module, *kinds)) else []  # fmt: skip
+        found += sorted({name for name in names if names.count(name) > 1})
+    return found
+
+
+def test_nothing_is_defined_twice():
+    for path in [*MODULES.values(), *sorted(pathlib.Path(__file__).parent.rglob("*.py"))]:
+        assert not defined_twice(path.read_text("utf-8")), path
+
+
+def test_the_rule_sees_double_definitions():
+    assert defined_twice("def f(): pass\ndef g(): f()\ndef f(): pass\n") == ["f"]
+    assert defined_twice("class A:\n  def f(self): pass\n  def f(self): pass\n") == ["f"]
+    setter = "  @x.setter\n  def x(self, y): pass\n"
+    assert not defined_twice(f"class A:\n  @property\n  def x(self): pass\n{setter}\ndef x(): pass\n")
 
 
 def import_without(blocked: list[str], modules: list[str]) -> subprocess.CompletedProcess:

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import json
+import os
 import re
 import shutil
 
@@ -192,3 +193,57 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be written"):
         report(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": 1' + "0" * 400 + ', "train/loss": 1}',
+        '{"step": true, "train/loss": 1}',
+        '{"step": "NaN", "train/loss": 1}',
+        '{"step": 3, "train/loss": "NaN", "train/psnr": [], "eval/psnr": {"a": 1}, "train/x": true}',
+        '{"step": 3, "train/loss": 1' + "0" * 400 + ', "wall_time": 1' + "0" * 299 + "}",
+        '{"step": 3, "train/loss": 1e299, "wall_time": 5e-324}',
+        '{"step": 3, "train/loss": NaN, "wall_time": Infinity}',
+        '{"step": 9007199254740991, "train/loss": 1, "train/\\ud800": 1}',
+        '{"step": 3, "train/loss": ' + "[" * 100_000,
+        '{"step": 3, "train/loss": ' + "[" * 900 + "]" * 900 + "}",
+    ],
+)
+def test_odd_metrics(tmp_path, row):
+    first = [{"step": n, "wall_time": float(n), "train/loss": 1.0 / n} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, first), row]) + "\n")
+    (tmp_path / "config.json").write_text('{"steps": 1' + "0" * 299 + ', "data": {"batch_size": 1' + "0" * 299 + "}}")
+    drawn = charts_of(page_of(tmp_path))
+    assert drawn["Loss", ""][:2] == [[1, 1.0], [2, 0.5]]
+
+
+def test_odd_results(workdir, tmp_path):
+    odd = shutil.copytree(workdir, tmp_path / "run")
+    analysis = json.loads((odd / "analysis" / "analysis.json").read_text())
+    analysis["kept"]["tokens"] = [10**400, *analysis["kept"]["tokens"][1:]]
+    (odd / "analysis" / "analysis.json").write_text(json.dumps(analysis))
+    deep = '{"protocol": {"a": ' * 200 + "1" + "}}" * 200
+    (odd / "deep.json").write_text(deep)
+    (odd / "deeper.json").write_text("[" * 100_000)
+    (odd / "half.json").write_text('{"metrics": {"a\\ud800": "\\ud800"}, "protocol": {}}')
+    (odd / "list.json").write_text('{"metrics": {"a": [[1]]}, "protocol": {"definitions": 3}}')
+    os.mkfifo(odd / "pipe.json")
+    os.mkfifo(odd / "media" / "00000009_samples.mp4")
+    (odd / "media" / "²_samples.mp4").write_bytes(b"")
+    directory = odd / "checkpoints" / "6"
+    metadata = json.loads((directory / "metadata" / "metadata").read_text())
+    (directory / "metadata" / "metadata").write_text(json.dumps(metadata | {"code_counts": [10**30, -1]}))
+    checkpoint._write_digests(directory)
+    notes = page_of(odd).texts["notes"]
+    for text in (
+        "deep.json cannot be read (it is nested too deeply)",
+        "deeper.json cannot be read (it is nested too deeply)",
+        "list.json is not as larp-jax writes it (TypeError",
+        "pipe.json cannot be read",
+    ):
+        assert text in notes
+    assert "too big" in notes or "too large" in notes  # the counts
+    (odd / "config.json").write_text('{"a": ' * 200 + "1" + "}" * 200)
+    with pytest.raises(InputError, match="is no recipe .it is nested too deeply"):
+        report(odd)

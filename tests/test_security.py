@@ -88,8 +88,8 @@ def test_pickles_in_the_place_of_arrays(tmp_path):
     np.savez(tmp_path / name, codes=np.array([[Trap(sprung)]], object))
     with pytest.raises(InputError, match="holds object"):
         tokens.read_shard(tmp_path, manifest, 0)
-    with pytest.raises(InputError, match="not a sound npz file"):
-        importing.read_npz(tmp_path / name)
+    with pytest.raises(InputError, match=r"not object \(codes\)"):
+        importing.read_npz(tmp_path / name, check=lambda shapes: None)
     assert not sprung.exists()
 
 

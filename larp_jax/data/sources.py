@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import logging
+import math
 import os
 import pathlib
 import zlib
@@ -25,7 +25,7 @@ from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
 from larp_jax.data.spec import FORMS, DataSpec, advice, parse_spec
 from larp_jax.data.stages import stage
 from larp_jax.errors import InputError, reason
-from larp_jax.files import local_path
+from larp_jax.files import local_path, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class _Records:
         self.data_set, self.split = str(data_set), split
         with self.damage_is_told():
             self.folder = folder = _find_data_set(self.data_set)
-            features = json.loads((folder / "features.json").read_text(encoding="utf-8"))["featuresDict"]["features"]
+            features = read_json(folder / "features.json")["featuresDict"]["features"]
             self._video, self.shape, self.encoding = _video_feature(self.data_set, features)
             labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
             self._label = _preferred(labels, "label")
@@ -316,7 +316,9 @@ class _Records:
         if self.encoding == "none":
             pixels = np.array(features[self._video].int64_list.value, np.uint8)
         else:
-            pixels = np.frombuffer(zlib.decompress(values[0]) if self.encoding == "zlib" else values[0], np.uint8)
+            most = math.prod(self.shape)  # 0 where the number of frames is open: no limit
+            unpacked = zlib.decompressobj().decompress(values[0], most) if self.encoding == "zlib" else values[0]
+            pixels = np.frombuffer(unpacked, np.uint8)
         return pixels.reshape(-1, *self.shape[1:])
 
 
@@ -334,6 +336,10 @@ class TfdsSource(Source):
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
         self._records = _Records(data_set, split)
         super().__init__(self._records.label_names)
+        claimed = self._records.shape[0]
+        with self._records.damage_is_told():
+            if claimed and claimed != (stored := len(self._records.frames(self._records.read(0)))):
+                raise ValueError(f"its videos have {stored} frames, not {claimed} as it says")
 
     def __len__(self):
         return len(self._records.stored)
@@ -427,7 +433,7 @@ class PreparedSource(Source):
         from array_record.python import array_record_data_source
 
         data_set, split, folder = self._records.data_set, self._records.split, self._records.folder
-        index = json.loads((folder / VIDEOS).read_text(encoding="utf-8"))
+        index = read_json(folder / VIDEOS)
         self._run = index["frames_per_record"]
         instructions = _instructions(data_set, folder, split)
         stored = {}
@@ -449,6 +455,10 @@ class PreparedSource(Source):
         if not self._videos:
             raise InputError(f"no video of TFDS data set {data_set} begins in split {split!r}; choose a larger part")
         self._records.stored = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
+        claimed = min(self._run, self._videos[0].frames)
+        stored_frames = len(self._records.frames(self._records.read(self._records_of[0])))
+        if stored_frames != claimed:
+            raise ValueError(f"its records have {stored_frames} frames, not {claimed} as {VIDEOS} says")
 
     def __len__(self):
         return len(self._videos)

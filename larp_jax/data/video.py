@@ -54,7 +54,7 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Reads the header and decodes the first frame; counts packets where the header does not count frames.
+    """Reads the header and decodes the first frame; counts packets where the header does not count frames, or cannot.
 
     Raises:
       InputError: there is no such file, or no frame of it can be decoded within the time limit.
@@ -70,7 +70,7 @@ def _probe(path) -> VideoInfo:
         width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
         rate = stream.average_rate or stream.base_rate
         frames, codec = stream.frames, stream.codec_context.name
-    if frames <= 0:
+    if not 0 < frames <= os.path.getsize(path):  # a frame takes a byte at least: the header may claim any number
         # Opened anew: where times are missing, a seek to the beginning may end up anywhere.
         with _open(path) as (container, stream):
             frames = sum(not packet.is_discard for packet in _packets(container, stream))

@@ -1,0 +1,491 @@
+"""What is gone, lies, or changes while it is read: told in one line, before memory is taken for it."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+import tracemalloc
+import zipfile
+
+import av
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from data_helpers import moving_frames
+
+import larp_jax
+from larp_jax import checkpoint, cli, importing, npz, perceptual, tasks, tokens, writers
+from larp_jax.config import MeshConfig, default_recipe, parse_recipe
+from larp_jax.data import open_source, prepare, video
+from larp_jax.errors import InputError, printable
+from larp_jax.files import DEEPEST, parse_json, read_json
+from larp_jax.frechet import FeatureStatistics
+from larp_jax.sharding import make_mesh
+
+MUCH = 2**27  # bytes that files here claim
+LITTLE = 2**24  # that reading them may take
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard", "media"))
+
+
+def write_zeros(path, **arrays):
+    """An npz file of zeros, compressed to a thousandth, from the shape and dtype of each array."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, (shape, dtype) in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                left = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                while left > 0:
+                    left -= member.write(bytes(min(left, 2**20)))
+    assert path.stat().st_size < LITTLE
+
+
+def refused(match, function, *arguments, **options):
+    """Asserts that a call is refused in one line that matches, and takes little memory for it."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=match) as caught:
+            function(*arguments, **options)
+        assert tracemalloc.get_traced_memory()[1] < LITTLE
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def change_metadata(directory, change):
+    """Changes what a checkpoint says about itself, checksums included: as if it had been written so."""
+    path = directory / "metadata" / "metadata"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    sums = directory / checkpoint.CHECKSUMS
+    if sums.exists():
+        known = json.loads(sums.read_text())
+        known["metadata/metadata"] = checkpoint._digests(directory, ["metadata"])["metadata/metadata"]
+        sums.write_text(json.dumps(known))
+
+
+# ----------------------------------------------------------------------------------------------------------------- gone
+
+
+def test_items_that_are_gone(workdir):
+    newest = workdir / "checkpoints" / "6"
+    assert checkpoint.read_metadata(workdir)["items"] == ["ema", "metadata", "optimizer", "params"]
+    shutil.rmtree(newest / "ema")
+    for weights in ("ema", "raw"):
+        if weights == "ema":
+            with pytest.raises(InputError, match=r"6 is damaged \(ema/.* is missing\); use another step"):
+                larp_jax.load_tokenizer(workdir, weights=weights)
+        else:
+            assert checkpoint.load(workdir, weights=weights).step == 6
+    sums = json.loads((newest / checkpoint.CHECKSUMS).read_text())
+    kept = {name: digest for name, digest in sums.items() if not name.startswith("ema/")}
+    (newest / checkpoint.CHECKSUMS).write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json lists nothing of ema\)"):
+        checkpoint.load(workdir)
+
+
+@pytest.mark.parametrize("part", ["metadata", "params"])
+def test_the_newest_is_not_passed_over(workdir, part):
+    shutil.rmtree(workdir / "checkpoints" / "6" / part)
+    with pytest.raises(InputError, match="checkpoints/6 is damaged .*is missing"):
+        checkpoint.load(workdir, weights="raw")
+    with pytest.raises(InputError, match="checkpoints/6 is damaged"):
+        checkpoint.load(workdir / "checkpoints" / "6", weights="raw")
+    assert checkpoint.load(workdir / "checkpoints" / "4").step == 4
+
+
+def test_checksums_that_are_gone(workdir, caplog):
+    newest = workdir / "checkpoints" / "6"
+    (newest / checkpoint.CHECKSUMS).unlink()
+    flip_a_bit(largest_file(newest / "ema"))
+    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json is missing\)"):
+        checkpoint.load(workdir)
+    with pytest.raises(InputError, match="checksums.json is missing"):
+        checkpoint.read_metadata(workdir)
+    assert checkpoint.damage(newest) == "checksums.json is missing"
+    (newest / checkpoint.CHECKSUMS).write_text("{}")
+    assert "checksums.json lists nothing of" in checkpoint.damage(newest)
+
+
+def test_earlier_versions(workdir, caplog):
+    """Those that name no items load, with a warning if they have no checksums either."""
+    directory = workdir / "checkpoints" / "4"
+    change_metadata(directory, lambda values: values.pop("items"))
+    assert checkpoint.load(directory).step == 4 and not caplog.records
+    (directory / checkpoint.CHECKSUMS).unlink()
+    assert checkpoint.load(directory).step == 4
+    (record,) = caplog.records
+    assert "4 is of a version without checksums: damage would not be noticed" in record.getMessage()
+    directory = workdir / "checkpoints" / "6"
+    change_metadata(directory, lambda values: values.pop("items"))
+    shutil.rmtree(directory / "ema")
+    with pytest.raises(InputError, match="ema/.* is missing"):
+        checkpoint.load(directory)
+
+
+def test_imported_checkpoints_name_their_items(workdir, tmp_path):
+    found = checkpoint.load(workdir)
+    checkpoint.write_imported(tmp_path / "imported", json.loads((workdir / "config.json").read_text()), found.params)
+    assert checkpoint.read_metadata(tmp_path / "imported")["items"] == ["metadata", "params"]
+    (tmp_path / "imported" / checkpoint.CHECKSUMS).unlink()
+    with pytest.raises(InputError, match="checksums.json is missing"):
+        checkpoint.load(tmp_path / "imported")
+
+
+def test_the_recipe_of_a_run_whose_config_is_gone(workdir):
+    before = checkpoint.read_config(workdir)
+    (workdir / checkpoint.CONFIG).unlink()
+    assert checkpoint.read_config(workdir) == before
+    shutil.rmtree(workdir / "checkpoints")
+    assert checkpoint.read_config(workdir) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_a_mean_clip_of_another_shape(workdir):
+    path = workdir / checkpoint.MEAN_CLIP
+    assert checkpoint.load(workdir).mean_clip.shape == (8, 32, 32, 3)
+    write_zeros(path, mean_clip=((MUCH // 12, 1, 1, 3), np.float32))
+    wrong = r"mean_clip.npz holds float32 \[11184810, 1, 1, 3\] where float32 \[8, 32, 32, 3\] belongs; remove it"
+    refused(wrong, checkpoint.read_mean_clip, path, (8, 32, 32, 3))
+    with pytest.raises(InputError, match=wrong):
+        checkpoint.load(workdir)
+    recipe = parse_recipe(json.loads((workdir / "config.json").read_text()))
+    task = object.__new__(tasks.TokenizerTask)
+    task.recipe = recipe
+    refused(wrong, task.open_evaluation, workdir)
+    np.savez(path, mean_clip=np.zeros((8, 32, 32, 3)))
+    refused(r"holds float64 \[8, 32, 32, 3\]", checkpoint.read_mean_clip, path, (8, 32, 32, 3))
+
+
+def sizes(path, value):
+    def change(values):
+        *parents, name = path.split(".")
+        for parent in parents:
+            values = values[parent]
+        assert name in values
+        values[name] = value
+
+    return lambda metadata: change(metadata["config"])
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("model.frames", 4 * 10**9, "make .* positions, above the limit"),
+        ("model.resolution", 8 * 10**8, "make .* positions, above the limit"),
+        ("model.num_tokens", 10**9, "make .* positions, above the limit"),
+        ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings ask for 16777216"),
+        ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings ask for"),
+        ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings ask for"),
+        ("model.channels", 10**9, "encoder/patch_embed/proj/kernel has"),
+        ("model.quantizer.codebook_size", 10**9, "quantizer/embedding has 128 values"),
+        ("prior.width", 10**9, "prior/.* its settings ask for"),
+    ],
+)
+def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
+    directory = shutil.copytree(trained / "checkpoints" / "6", tmp_path / "6")
+    change_metadata(directory, sizes(path, value))
+    refused(message, larp_jax.load_tokenizer, directory)
+
+
+def test_sizes_are_held_to_arrays_of_every_kind():
+    """What is expected of a tokenizer's arrays is what it has, whatever its bottleneck."""
+    from larp_jax.steps import TokenizerStage
+
+    for kind in ("svq", "kl"):
+        config = default_recipe()
+        config.loss.perceptual, config.model.quantizer.kind = "none", kind
+        config.loss.prior_weight = 0.0 if kind == "kl" else 1.0
+        recipe = parse_recipe(config)
+        shapes = jax.eval_shape(TokenizerStage(recipe).init, jax.random.key(0)).params
+        checkpoint._check_sizes(recipe, shapes)
+        with pytest.raises(ValueError, match="settings ask for"):
+            encoder = shapes["tokenizer"]["encoder"]
+            larger = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), encoder)
+            checkpoint._check_sizes(recipe, {"tokenizer": {"encoder": larger}})
+
+
+def codes_folder(folder, rows, N, fingerprint="0" * 16):
+    folder.mkdir()
+    name = "codes-00000-of-00001.npz"
+    listed = [{"source": f"{i}.mp4", "start": 0, "frames": 1, "fps": 8.0, "label": 0} for i in range(rows)]
+    manifest = {"format": tokens.FORMAT, "version": tokens.VERSION, "fingerprint": fingerprint, "K": 2, "N": N}
+    manifest |= {"clip": [1, 8, 8, 3], "label_names": ["a"], "rows": listed, "shards": [{"file": name, "rows": rows}]}
+    (folder / tokens.MANIFEST).write_text(json.dumps(manifest))
+    write_zeros(folder / name, codes=((rows, N), np.int32))
+    return folder
+
+
+def test_codes_of_another_tokenizer_are_not_read(tmp_path):
+    folder = codes_folder(tmp_path / "codes", 64, MUCH // 256)
+    config = default_recipe("generator")
+    config.data.train = f"tokens:{folder}"
+    config.tokenizer_fingerprint = "1" * 16
+    mesh, other = make_mesh(MeshConfig()), "is of tokenizer 0000000000000000, not of 1111111111111111"
+    refused(other, tasks.GeneratorTask, parse_recipe(config), mesh)
+    config.tokenizer_fingerprint = ""
+    config.model.codebook_size = 2
+    refused("model.num_tokens=1024, but data", tasks.GeneratorTask, parse_recipe(config), mesh)
+    manifest = tokens.read_manifest(folder)
+    refused(r"holds int32 \[64, 524288\] where int32 \[64, 8\]", tokens.read_shard, folder, manifest | {"N": 8}, 0)
+
+
+def test_codes_that_do_not_fit_are_not_read_though_sizes_are_open(tmp_path):
+    config = default_recipe("generator")
+    config.data.train = f"tokens:{codes_folder(tmp_path / 'codes', 1, MUCH // 4)}"
+    config.model.num_tokens = config.model.codebook_size = 0
+    refused("positions, above the limit", tasks.GeneratorTask, parse_recipe(config), make_mesh(MeshConfig()))
+
+
+def test_feature_statistics_that_claim_too_much(tmp_path):
+    path, side = tmp_path / "i3d.npz", int((MUCH // 8) ** 0.5)
+    others = {"count": ((), np.int64), "mean": ((side,), np.float64), "metadata": ((2,), np.uint8)}
+    write_zeros(path, scatter=((side, side), np.float64), **others)
+    refused(r"is damaged \(mean claims 32768 bytes, and has \d+\); delete it", FeatureStatistics.load, path)
+
+
+@pytest.mark.parametrize("kind", ["lpips", "i3d"])
+def test_weights_that_claim_too_much(tmp_path, kind):
+    path = tmp_path / "weights.npz"
+    write_zeros(path, **{"features.0.weight": ((MUCH // 4,), np.float32)})
+    read = {"lpips": lambda: perceptual.import_lpips(path, path), "i3d": lambda: perceptual.import_i3d(path)}[kind]
+    refused("do not fit .*weights.npz: missing", read)
+
+
+def test_a_tensor_of_one_value_repeated(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
+    refused("x claims more values than the file holds", importing.float_arrays, tensors, tmp_path / "weights.pth")
+
+
+def test_arrays_of_npz_files(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.arange(6.0).reshape(2, 3), n=np.int64(7))
+    assert npz.headers(path, "")["x"] == (np.float64, (2, 3))
+    found = npz.read(path, {"x": npz.Array("f8", (2, None)), "n": npz.Array("i8", ())}, "")
+    assert np.array_equal(found["x"], [[0, 1, 2], [3, 4, 5]]) and found["n"] == 7
+    for name, dtype, shape, message in (
+        ("x", "f4", (2, 3), r"holds float64 \[2, 3\] where float32 \[2, 3\] belongs; mend it"),
+        ("x", "f8", (3, None), r"where float64 \[3, n\] belongs"),
+        ("x", "f8", (6,), r"where float64 \[6\] belongs"),
+        ("y", "f8", (6,), "is damaged .*y.npy.*; mend it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            npz.read(path, {name: npz.Array(dtype, shape)}, "mend it")
+    with pytest.raises(InputError, match="is missing; mend it"):
+        npz.read(tmp_path / "b.npz", {}, "mend it")
+    path.write_bytes(path.read_bytes().replace(np.float64(5).tobytes(), np.float64(6).tobytes()))
+    with pytest.raises(InputError, match="is damaged .Bad CRC"):
+        npz.read(path, {"x": npz.Array("f8", (2, 3)), "n": npz.Array("i8", ())}, "mend it")
+
+
+def test_a_video_that_claims_more_frames_than_bytes(tmp_path):
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuvj420p"
+        for image in moving_frames(5, 32, 32):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image))))
+        container.mux(stream.encode(None))
+    content = bytearray(path.read_bytes())
+    length = content.index(b"strh") + 8 + 32
+    content[length : length + 4] = (2 * 10**9).to_bytes(4, "little")
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 2 * 10**9
+    assert video.probe(path).frames == 5
+
+
+def test_a_prepared_data_set_that_claims_more_frames_than_it_has(tmp_path):
+    (tmp_path / "videos").mkdir()
+    video.write_video(tmp_path / "videos" / "a.mp4", moving_frames(20, 16, 16), 8)
+    folder = tmp_path / "prepared"
+    prepare.prepare([str(tmp_path / "videos")], folder, prepare.Settings(16, "raw"), workers=1, say=lambda text: None)
+    assert open_source(f"tfds:{folder}:train").frames(0) == 20
+    index = json.loads((folder / "videos.json").read_text())
+    index["frames_per_record"] = 10**9
+    index["splits"]["train"]["videos"][0][3] = 2 * 10**9
+    (folder / "videos.json").write_text(json.dumps(index))
+    refused("its records have 16 frames, not 1000000000", open_source, f"tfds:{folder}:train")
+
+
+def test_a_tfds_data_set_that_claims_more_frames_than_it_has(trained, tmp_path):
+    (features,) = pathlib.Path(os.environ["TFDS_DATA_DIR"]).rglob("features.json")
+    folder = shutil.copytree(features.parent, tmp_path / "data_set")
+    text = (folder / "features.json").read_text()
+    values = json.loads(text)
+    dimensions = values["featuresDict"]["features"]["video"]["tensor"]["shape"]["dimensions"]
+    frames, dimensions[0] = dimensions[0], "4000000000"
+    (folder / "features.json").write_text(json.dumps(values))
+    refused(f"its videos have {frames} frames, not 4000000000", open_source, f"tfds:{folder}:test")
+
+
+@pytest.mark.parametrize("levels, sound", [(DEEPEST, True), (DEEPEST + 1, False), (100_000, False)])
+def test_nested_json(tmp_path, levels, sound):
+    text = "[" * levels + "]" * levels
+    if sound:
+        assert parse_json(text)[0]
+    else:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_json(text)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer that never comes
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json(tmp_path / "pipe")
+
+
+# ------------------------------------------------------------------------------------------------ read while it changes
+
+
+def replace_newest(workdir, step):
+    """What a run with `keep=1` does: a new checkpoint appears, the one before goes."""
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / str(step), checkpoints / "new")
+    (checkpoints / "new").rename(checkpoints / str(step + 1))
+    shutil.rmtree(checkpoints / str(step))
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(workdir, monkeypatch):
+    """At each of the moments that reading has, the one that is then the newest is read."""
+    step = 6
+
+    def deleting(function, times):
+        left = iter(range(times))
+
+        def call(*arguments, **options):
+            nonlocal step
+            for _ in left:
+                replace_newest(workdir, step)
+                step += 1
+                break
+            return function(*arguments, **options)
+
+        return call
+
+    for holder, name in (
+        (checkpoint, "_checksums"),
+        (checkpoint, "_digests"),
+        (checkpoint, "_read_json_item"),
+        (ocp.PyTreeCheckpointer, "metadata"),
+        (ocp.PyTreeCheckpointer, "restore"),
+    ):
+        for read in (checkpoint.load, checkpoint.read_metadata):
+            before = step
+            with monkeypatch.context() as patch:
+                patch.setattr(holder, name, deleting(getattr(holder, name), times=2))
+                found = read(workdir)
+            assert (found if isinstance(found, dict) else vars(found))["step"] == 6  # as they all say
+            assert step == before + 2 or read is checkpoint.read_metadata, name
+            if read is checkpoint.load:
+                assert found.path.name == str(step)
+
+
+def test_a_checkpoint_that_is_always_deleted(workdir, monkeypatch):
+    monkeypatch.setattr(checkpoint, "TRIES", 3)
+    step = 6
+
+    def damage(*arguments):
+        nonlocal step
+        replace_newest(workdir, step)
+        step += 1
+        return "gone"
+
+    monkeypatch.setattr(checkpoint, "damage", damage)
+    with pytest.raises(InputError, match="is damaged .gone."):
+        checkpoint.load(workdir)
+    assert step == 9
+
+
+def test_failing_to_read_shows_no_tracebacks_of_threads(workdir, monkeypatch):
+    """Of TensorStore, which goes on reading after Orbax has failed and closed its event loop."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
+    monkeypatch.setattr(checkpoint, "damage", lambda *arguments: "")
+    files = sorted((workdir / "checkpoints" / "6" / "ema" / "ocdbt.process_0" / "d").iterdir())
+    for path in files[::2]:
+        path.unlink()
+    for _ in range(5):
+        with pytest.raises(InputError, match="cannot be read"):
+            checkpoint.load(workdir)
+    time.sleep(0.5)
+    assert not shown
+    sys.unraisablehook(type("Unraisable", (), {"exc_value": ValueError("other")}))
+    assert [str(error) for error in shown] == ["other"]
+
+
+def test_metrics_while_they_are_written(tmp_path):
+    rows = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    odd = ["[" * 100_000, '{"step": 1' + "0" * 400 + "}", '{"step": true}', '{"step": "3"}', '{"step": -1}', "\xff"]
+    (tmp_path / "metrics.jsonl").write_bytes(("\n".join(odd) + "\n" + lines + '{"step": 3, "tr').encode("latin-1"))
+    assert writers.read_metrics(tmp_path) == rows
+
+
+# ------------------------------------------------------------------------------------------------------------ terminals
+
+NASTY = "a\x1b[2J\x1b]0;title\x07\r\x9b\u202e\udcff"
+
+
+def is_harmless(text):
+    return not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 or c in "\u202e\udcff" for c in text)
+
+
+def test_what_is_printable():
+    assert printable(NASTY) == r"a\x1b[2J\x1b]0;title\x07\r\x9b\u202e\udcff"
+    assert printable("a\tb\n", keep="\n") == "a\\tb\n"
+    assert printable("naïve 漢字.mp4") == "naïve 漢字.mp4"
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_errors_with_names_that_a_terminal_would_obey(tmp_path, capsys, debug):
+    assert cli.main(["report", "--workdir", str(tmp_path / NASTY), *debug]) == 2
+    said = capsys.readouterr().err
+    assert r"a\x1b[2J" in said and is_harmless(said)
+
+
+def test_messages_and_results_with_such_names(tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / NASTY
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+
+    def report(*arguments):
+        writers.logger.warning("%s: skipped", workdir)
+        print(f"read {workdir}")
+        return report_page(*arguments)
+
+    from larp_jax import report as module
+
+    report_page = module.report
+    monkeypatch.setattr(module, "report", report)
+    assert cli.main(["report", "--workdir", str(workdir)]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: ") and err.count("\n") == 1 and is_harmless(err) and r"\x1b[2J" in err
+    assert out.count(r"\x1b[2J") == 2 and out.count("\n") == 2 and is_harmless(out)
+    assert (workdir / "report.html").stat().st_size
+
+
+def test_reasons_come_from_one_place():
+    """Also what the system says of disks, in whatever words a library wraps it."""
+    wrapped = RuntimeError(f"RESOURCE: writing failed: {os.strerror(errno.ENOSPC)} [tensorstore='...']\nmore")
+    assert os.strerror(errno.ENOSPC) in cli._reason(wrapped) and "tensorstore" not in cli._reason(wrapped)
