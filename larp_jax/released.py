@@ -645,9 +645,8 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
         found |= {"mix_max": 1.0, "mix_ramp": 0.0}
     rates = {take(f"args.{kind}_pdrop", float, 0.1) for kind in ("embd", "resid", "attn")}
     if len(rates) > 1:
-        raise InputError(
-            f"{where}: args.embd_pdrop, args.resid_pdrop and args.attn_pdrop must be equal, got {sorted(rates)}"
-        )
+        names = "args.embd_pdrop, args.resid_pdrop and args.attn_pdrop"
+        raise InputError(f"{where}: {names} must be equal, got {sorted(rates)}")
     found["dropout"] = 0.0 if take("no_dropout", bool, False) else rates.pop()
     rows = take("args.max_seq_len", int, 0)
     known = [*(field.released for field in PRIOR_FIELDS), "use_mix_ss", "no_dropout", "args.max_seq_len"]
