@@ -287,10 +287,7 @@ def _has_codec(av, name: str, mode: str) -> bool:
 def _devices() -> Iterator[str]:
     import jax
 
-    try:
-        devices = jax.devices()
-    except Exception:  # of several kinds: a problem, told above
-        return
+    devices = jax.devices()
     for (kind, process), count in collections.Counter((d.device_kind, d.process_index) for d in devices).items():
         yield f"{count} x {kind}" + (f" (process {process})" if jax.process_count() > 1 else "")
 
