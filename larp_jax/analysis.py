@@ -26,10 +26,10 @@ from larp_jax.data.video import write_png
 from larp_jax.errors import InputError
 from larp_jax.evaluators import PriorScore, ReconstructionEvaluator, available, own_metrics
 from larp_jax.metrics import SMALLEST_MSE, codebook_usage, perplexity
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.progress import Progress
 from larp_jax.protocols import ClipSet
-from larp_jax.steps import as_float_video
-from larp_jax.writers import Progress
 
 FORMAT = "larp_jax.token_analysis"
 VERSION = 1

@@ -16,11 +16,11 @@ from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.fingerprint import digest, fingerprint
 from larp_jax.models.generator import Generator
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.paths import path_name
 from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
-from larp_jax.steps import as_float_video
 
 
 def load_tokenizer(
@@ -326,7 +326,7 @@ class LoadedGenerator:
           classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
           key: of the draws, `jax.random.key(seed)`.
           condition: [B, N] integers in [0, K), codes of clips whose first frames are known and whose others repeat the
-            last of these (see `larp_jax.steps.hold_last_frame`); for a generator that predicts frames.
+            last of these (see `larp_jax.models.pixels.hold_last_frame`); for a generator that predicts frames.
           indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
             its number and its condition, not on the others in the batch, nor on their count. (Only so far as rounding
             goes: where two codes are all but equally likely, another batch size may round to the other.)

@@ -19,9 +19,10 @@ from larp_jax.data import ClipSpec, Source, stages, train_batches
 from larp_jax.data.pipeline import DrawClip
 from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.sampling import SamplingOptions
-from larp_jax.steps import DTYPES, TokenizerStage, as_float_video
+from larp_jax.steps import DTYPES, TokenizerStage
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64

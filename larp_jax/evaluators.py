@@ -12,16 +12,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import fvd, losses, metrics, sharding
+from larp_jax import fvd, metrics, sharding
 from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.frechet import FeatureStatistics
+from larp_jax.models.next_code import NextCode, next_code
+from larp_jax.models.pixels import as_float_video, to_uint8
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.progress import Progress
 from larp_jax.protocols import ClipSet
-from larp_jax.steps import as_float_video
-from larp_jax.writers import Progress
 
 METRICS = ("psnr", "ssim", "lpips", "rfvd", "usage", "prior")
 GENERATOR_METRICS = ("fvd", "cross_entropy")
@@ -193,7 +194,7 @@ class PriorScore(Average):
     def by_position(self, batch: Reconstructed) -> dict[str, jax.Array]:
         """The same of each code 1 .. N-1: [B, N-1] by name."""
         prior = nnx.merge(self._graphdef, batch.params["prior"])
-        scored = losses.next_code(
+        scored = next_code(
             prior(batch.quantized.z_q[:, :-1]),
             batch.quantized.indices[:, 1:],
             batch.tokenizer.quantizer.codebook,
@@ -362,7 +363,7 @@ class NextCodeEvaluator:
     """How well a generator predicts the codes of clips, each from those before it, without dropout.
 
     Args:
-      score: `score(params, batch)` gives `larp_jax.losses.NextCode` of a batch of rows.
+      score: `score(params, batch)` gives `larp_jax.NextCode` of a batch of rows.
       rows: arrays [M, ...] by name, the same on every process.
       mesh: where to compute.
       batch_size: rows at a time, over all processes.
@@ -370,7 +371,7 @@ class NextCodeEvaluator:
 
     def __init__(
         self,
-        score: Callable[[dict, dict], losses.NextCode],
+        score: Callable[[dict, dict], NextCode],
         rows: Mapping[str, np.ndarray],
         mesh: Mesh,
         *,
@@ -401,11 +402,6 @@ class NextCodeEvaluator:
             batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
             total = average.add(total, self._evaluate(params, batch), numbers < count)
         return {name: mean.compute() for name, mean in total.items()}
-
-
-def to_uint8(video: np.ndarray) -> np.ndarray:
-    """[0, 1] floats (clamped here, NaN made 0) -> uint8."""
-    return np.asarray(np.clip(np.nan_to_num(np.asarray(video)), 0.0, 1.0) * 255.0 + 0.5, np.uint8)
 
 
 def _local_shards(array: jax.Array) -> list:

@@ -19,10 +19,10 @@ from larp_jax import files, sharding
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.frechet import FeatureStatistics, frechet_distance
+from larp_jax.models.pixels import as_float_video
+from larp_jax.progress import Progress
 from larp_jax.protocols import ClipSet
-from larp_jax.steps import as_float_video
 from larp_jax.version import __version__
-from larp_jax.writers import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,12 @@ from larp_jax.data import ClipSpec
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
-from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, Window, output_names, playable_fps
+from larp_jax.models.pixels import hold_last_frame, to_uint8
+from larp_jax.progress import Progress
 from larp_jax.protocols import ClipSet
 from larp_jax.sampling import SamplingOptions
-from larp_jax.steps import hold_last_frame
 from larp_jax.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
-from larp_jax.writers import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
-from larp_jax.evaluators import to_uint8
 from larp_jax.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.metrics import SMALLEST_MSE
-from larp_jax.writers import Progress
+from larp_jax.models.pixels import to_uint8
+from larp_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
 

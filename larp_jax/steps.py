@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -21,6 +20,8 @@ from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
+from larp_jax.models.next_code import NextCode, score_tokens
+from larp_jax.models.pixels import as_float_video, hold_last_frame
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.paths import path_name
@@ -28,18 +29,6 @@ from larp_jax.state import TrainState
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LECAM_DECAY = 0.999  # METHOD 3
-
-
-def as_float_video(video: jax.Array) -> jax.Array:
-    """uint8 [B, T, H, W, C] -> float32 in [0, 1]; floats pass."""
-    return video.astype(jnp.float32) / 255.0 if video.dtype == jnp.uint8 else video
-
-
-def hold_last_frame(video: jax.Array | np.ndarray, frames: int) -> jax.Array | np.ndarray:
-    """Clips [B, T, ...] whose frames after the first `frames` repeat the last of these: what prediction starts from."""
-    if not 0 < frames < video.shape[1]:
-        raise ValueError(f"frames must be at least 1 and fewer than the clip's {video.shape[1]}, got {frames}")
-    return video[:, np.minimum(np.arange(video.shape[1]), frames - 1)]
 
 
 def mean_over_parts(f: Callable, parts: int, x):
@@ -418,7 +407,7 @@ class GeneratorStage:
                 batch["condition"] = tokenizer.quantize(known).indices
         return batch
 
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> losses.NextCode:
+    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
         """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
         generator, codes = self.module("generator", params), batch["codes"]
         condition = batch["label"]
@@ -426,7 +415,7 @@ class GeneratorStage:
             separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
             condition = jnp.concatenate([batch["condition"], separator], axis=1)
         features = generator.features(condition, codes[:, :-1], key=key)
-        return losses.score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.

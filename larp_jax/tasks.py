@@ -20,15 +20,9 @@ from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import (
-    NextCodeEvaluator,
-    ReconstructionEvaluator,
-    available,
-    encoded_clips,
-    own_metrics,
-    to_uint8,
-)
+from larp_jax.evaluators import NextCodeEvaluator, ReconstructionEvaluator, available, encoded_clips, own_metrics
 from larp_jax.fingerprint import fingerprint
+from larp_jax.models.pixels import to_uint8
 from larp_jax.protocols import ClipSet
 from larp_jax.sampling import SamplingOptions, sample_codes
 from larp_jax.state import TrainState

@@ -19,11 +19,10 @@ from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError, reason
-from larp_jax.evaluators import to_uint8
 from larp_jax.files import read_json
 from larp_jax.inputs import Inputs, output_names, playable_fps
-from larp_jax.steps import hold_last_frame
-from larp_jax.writers import Progress
+from larp_jax.models.pixels import hold_last_frame, to_uint8
+from larp_jax.progress import Progress
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # of a folder that `larp_jax.generate` is writing, or has written

@@ -17,9 +17,10 @@ import jax
 from larp_jax import checkpoint, distributed, importing, rng, sharding, warm_start
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
+from larp_jax.progress import Progress
 from larp_jax.stopping import StopRequest
 from larp_jax.tasks import TASKS
-from larp_jax.writers import MetricWriter, Progress
+from larp_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ from larp_jax.frechet import FeatureStatistics, frechet_distance
 from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
+from larp_jax.models.next_code import next_code
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantizer, mean_and_log_variance, reparameterize, similarities
 from larp_jax.models.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def tokenizer_deviations(folder: pathlib.Path) -> list[Deviation]:
 
     def cross_entropy(predicted, codebook):
         targets = io["indices"][:, 1:]
-        return losses.next_code(predicted, targets, codebook, temperature=config.prior.temperature).cross_entropy.mean()
+        return next_code(predicted, targets, codebook, temperature=config.prior.temperature).cross_entropy.mean()
 
     def forward(params, video):
         """Everything the reference holds, by its name."""
@@ -184,7 +185,7 @@ def rounds_deviations(folder: pathlib.Path) -> list[Deviation]:
         z_q, indices, codebook = quantized.z_q, quantized.indices, module.quantizer.codebook
         mixed = given(z_q[:, :-1], None, codebook, key=None, ratio=None)
         rounds = [
-            losses.next_code(prior(x), indices[:, 1:], codebook, temperature=config.temperature).cross_entropy.mean()
+            next_code(prior(x), indices[:, 1:], codebook, temperature=config.temperature).cross_entropy.mean()
             for x in (z_q[:, :-1], mixed)
         ]
         with mock.patch.object(losses, "mix_sampled", given):

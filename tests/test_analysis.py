@@ -10,12 +10,13 @@ import pytest
 from data_helpers import moving_frames
 from test_steps import RECIPE
 
-from larp_jax import analysis, cli, load_tokenizer, losses
+from larp_jax import analysis, cli, load_tokenizer
 from larp_jax.checkpoint import load, write_imported
 from larp_jax.config import to_dict
 from larp_jax.data import ClipSpec, eval_batches
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
+from larp_jax.models.next_code import next_code
 from larp_jax.steps import TokenizerStage
 
 CLIPS = 5  # of 8 a batch: padded
@@ -125,7 +126,7 @@ def test_statistics_by_position(found, tokenizer, data, folder, result):
 
     prior = stage.module("prior", found.params)
     codebook = tokenizer.codebook
-    scored = losses.next_code(prior(quantized.z_q[:, :-1]), quantized.indices[:, 1:], codebook)
+    scored = next_code(prior(quantized.z_q[:, :-1]), quantized.indices[:, 1:], codebook)
     by_position = result["by_position"]["prior_cross_entropy"]
     assert by_position[0] is None
     np.testing.assert_allclose(by_position[1:], scored.cross_entropy.mean(axis=0), rtol=1e-4)

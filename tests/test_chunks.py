@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larp_jax import losses
+from larp_jax.models.next_code import next_code, score_tokens
 from larp_jax.models.quantizer import nearest_codes, normalize
 
 B, N, D, K = 2, 150, 16, 300  # three pieces of tokens, the last of them shorter
@@ -35,7 +35,7 @@ def assert_same_value_and_gradient(ours, whole, *arguments):
 def test_the_priors_cross_entropy(arrays):
     _, predicted, targets, codebook, _ = arrays
     assert_same_value_and_gradient(
-        lambda x: losses.next_code(x, targets, codebook, temperature=0.2).cross_entropy.mean(),
+        lambda x: next_code(x, targets, codebook, temperature=0.2).cross_entropy.mean(),
         lambda x: cross_entropy(x @ codebook.T / 0.2, targets),
         predicted,
     )
@@ -44,7 +44,7 @@ def test_the_priors_cross_entropy(arrays):
 def test_the_generators_cross_entropy(arrays):
     features, _, targets, _, head = arrays
     assert_same_value_and_gradient(
-        lambda x, head: losses.score_tokens(lambda x: x @ head, x, targets).cross_entropy.mean(),
+        lambda x, head: score_tokens(lambda x: x @ head, x, targets).cross_entropy.mean(),
         lambda x, head: cross_entropy(x @ head, targets),
         features,
         head,
@@ -59,7 +59,7 @@ def test_the_nearest_codes(arrays):
 def test_whole_logits_are_never_held():
     def step(z, codebook):
         drawn = nearest_codes(z, codebook, key=jax.random.key(0), temperature=0.03)
-        return losses.next_code(z, drawn, codebook, key=jax.random.key(1)).cross_entropy.mean()
+        return next_code(z, drawn, codebook, key=jax.random.key(1)).cross_entropy.mean()
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 1024, 16), (8192, 16))]
     held = jax.jit(jax.grad(step)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes

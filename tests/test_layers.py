@@ -24,7 +24,7 @@ LAYERS = (
     {"api", "export"},
     {"evaluators", "inputs"},
     {"fvd"},
-    {"writers", "protocols"},
+    {"writers", "protocols", "progress"},
     {"steps", "data", "checkpoint"},
     {"sharding"},
     {"perceptual"},

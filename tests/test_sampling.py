@@ -14,9 +14,9 @@ from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
+from larp_jax.models.pixels import hold_last_frame
 from larp_jax.sampling import SamplingOptions, cache_parts, filter_logits
 from larp_jax.sharding import make_mesh
-from larp_jax.steps import hold_last_frame
 
 KEY = jax.random.key(5)
 GUIDED = dict(cfg_scale=3.0, temperature=1.5)

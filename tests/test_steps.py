@@ -25,6 +25,7 @@ from larp_jax.config import (
 )
 from larp_jax.errors import InputError
 from larp_jax.models.lpips import Lpips
+from larp_jax.models.next_code import next_code
 from larp_jax.steps import TokenizerStage
 
 RECIPE = TokenizerRecipe(
@@ -290,7 +291,7 @@ def test_prior_loss_averages_rounds_over_all_predicted_positions():
     codebook = np.eye(4, dtype=np.float32)
     predicted = np.broadcast_to(codebook[1], (2, 3, 4))
     targets = np.array([[1, 1, 0], [1, 2, 3]])
-    scored = losses.next_code(predicted, targets, codebook, temperature=1.0)
+    scored = next_code(predicted, targets, codebook, temperature=1.0)
     log_sum = np.log(np.e + 3)
     np.testing.assert_allclose(scored.cross_entropy, np.where(targets == 1, log_sum - 1, log_sum), rtol=1e-6)
     np.testing.assert_array_equal(scored.rank == 0, targets == 1)

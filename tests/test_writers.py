@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from larp_jax import writers
+from larp_jax.progress import Progress
 
 
 def rows(workdir):
@@ -111,7 +112,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
         writer.write_video(1, "video", np.zeros((2, 16, 16, 3), np.uint8), fps=8)
     assert not (tmp_path / "run").exists()
     stream = io.StringIO()
-    with writers.Progress(2, stream=stream) as progress:
+    with Progress(2, stream=stream) as progress:
         progress.update(loss=1.0)
     assert stream.getvalue() == ""
 
@@ -160,7 +161,7 @@ def test_a_broken_tensorflow_costs_only_tensorboard(tmp_path, monkeypatch, caplo
 
 def test_progress_in_a_log_is_plain_lines(monkeypatch):
     stream = io.StringIO()
-    with writers.Progress(
+    with Progress(
         12, description="train", initial=2, clips_per_unit=8, interval=3600, stream=stream
     ) as progress:
         for step in range(10):
