@@ -132,7 +132,7 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
     steps = (config or {}).get("steps")
     done = rows[-1]["step"] if rows else 0
     times = [row["wall_time"] for row in rows if is_number(row.get("wall_time"))]
-    latest = {name: value for row in rows for name, value in row.items() if value is not None}
+    latest = {name: value for row in rows for name, value in row.items() if is_number(value)}
     facts = [("step", f"{done:,}" + (f" of {steps:,}" if is_number(steps) else ""))]
     for name, label in (
         ("eval/psnr", "PSNR, evaluation (dB)"),
@@ -144,7 +144,7 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
         ("eval/top1", "top-1 accuracy, evaluation"),
         ("train/loss", "loss"),
     ):
-        if is_number(latest.get(name)):
+        if name in latest:
             facts.append((label, FORMATS.get(name.partition("/")[2], "{:.4g}").format(latest[name])))
     speed = [y for _, y in _throughput(config, rows) if y is not None]
     if speed:
@@ -158,8 +158,8 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
 
 
 def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
-    named = {name: value for row in rows for name, value in row.items() if "/" in name}
-    scalars = {name for name, value in named.items() if value is None or is_number(value)}
+    named = ((name, value) for row in rows for name, value in row.items() if "/" in name)
+    scalars = {name for name, value in named if value is None or is_number(value)}
     panels, shown, limits = [], set(), (0, rows[-1]["step"] if rows else 0)
     for title, unit, names in PANELS:
         present = {name: label for name, label in names.items() if name in scalars}

@@ -83,6 +83,8 @@ def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsy
     flip_a_bit(largest_file(checkpoints / "6" / "params"))
     # one of an earlier version, cut short
     (checkpoints / "4" / checkpoint.CHECKSUMS).unlink()
+    metadata = checkpoints / "4" / "metadata" / "metadata"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "items": []}))
     os.truncate(largest_file(checkpoints / "4" / "optimizer"), 100)
     assert train(workdir) == 0
     said = capsys.readouterr().err

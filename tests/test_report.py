@@ -180,7 +180,7 @@ def test_damage_is_told(workdir, tmp_path):
     del broken["kept"]
     (damaged / "analysis" / "analysis.json").write_text(json.dumps(broken))
     page = page_of(damaged)
-    assert "cannot be read" in page.texts["notes"] and "checkpoint" in page.texts["notes"]
+    assert "checkpoints/6 is damaged (metadata/metadata is not what was written)" in page.texts["notes"]
     assert "analysis/analysis.json is not as larp-jax writes it" in page.texts["notes"]
 
 
