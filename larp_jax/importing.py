@@ -284,7 +284,8 @@ def _fold_constants(values: dict, tensors: dict, where: str) -> tuple[dict, dict
         settings["norm"] = "none"
         _fold_batch_norm(tensors, f"{where} (bottleneck.args.norm='bn_bn')")
     temperature = arguments.get("stochastic_temperature")
-    if arguments.get("stochastic") is True and type(temperature) in (int, float) and temperature <= 0:
+    draws = regularizer.get("name") == "vq" and arguments.get("stochastic") is True
+    if draws and type(temperature) in (int, float) and temperature <= 0:
         inverse = tensors.pop(INVERSE_TEMPERATURE, None)
         if inverse is None or inverse.shape != () or not 0 < float(inverse) < np.inf:
             raise InputError(
@@ -304,13 +305,14 @@ def _fold_batch_norm(tensors: dict[str, np.ndarray], where: str) -> None:
     found = {name: x.shape for name, x in tensors.items() if name.startswith(prefix) or name in expected}
     compare_shapes(expected, found, where)
     check_finite({name: tensors[name] for name in expected}, where)
-    scale, shift, mean, variance = (tensors.pop(prefix + name).astype(np.float64) for name in
-                                    ("weight", "bias", "running_mean", "running_var"))
+    names = ("weight", "bias", "running_mean", "running_var")
+    scale, shift, mean, variance = (tensors.pop(prefix + name).astype(np.float64) for name in names)
     if (variance < 0).any():
         raise InputError(f"{where}: {prefix}running_var is negative; fetch the weights again")
     scale = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
-    tensors[kernel] = (tensors[kernel] * scale[:, None]).astype(np.float32)
-    tensors[bias] = ((tensors[bias] - mean) * scale + shift).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        tensors[kernel] = (tensors[kernel] * scale[..., None]).astype(np.float32)
+        tensors[bias] = ((tensors[bias] - mean) * scale + shift).astype(np.float32)
 
 
 def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:

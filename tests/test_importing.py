@@ -236,6 +236,7 @@ def test_a_gaussian_bottleneck_keeps_no_prior(copy):
     copy.take().config("bottleneck.args.regularizer.name", "skl")
     assert "prior_model" in refusal(copy.path)
     copy.config("prior_model", {"name": "none"})  # the settings of codes may stay, unread
+    copy.config("bottleneck.args.regularizer.args.stochastic_temperature", -1.0)
     message = refusal(copy.path)
     assert "bottleneck.in_linear.weight [8, 48] for [16, 48]" in message
 
@@ -260,6 +261,9 @@ def test_batch_norm_needs_its_statistics(copy):
     assert "running_var" in refusal(copy.path)
     change("running_var", [1, 1, np.nan, 1])
     assert "running_var" in refusal(copy.path)
+    change("running_var", np.ones(4))
+    change("weight", np.full(4, 3e38))
+    assert "not finite in bottleneck.in_linear" in refusal(copy.path)
     change("running_var", np.ones(3))
     assert "running_var [3] for [4]" in refusal(copy.path)
     copy.tensors(lambda t: t.pop("bottleneck.in_linear.weight"))
