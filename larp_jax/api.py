@@ -11,16 +11,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import checkpoint, distributed, files, importing, rng, sharding
+from larp_jax import files
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
-from larp_jax.fingerprint import digest, fingerprint
 from larp_jax.models.generator import Generator
+from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
+from larp_jax.models.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.paths import path_name
-from larp_jax.sampling import SamplingOptions, cast_params, sample_codes
+from larp_jax.runtime import distributed, rng, sharding
+from larp_jax.weights import checkpoint, importing
+from larp_jax.weights.fingerprint import digest, fingerprint
 
 
 def load_tokenizer(
@@ -330,7 +332,7 @@ class LoadedGenerator:
           indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
             its number and its condition, not on the others in the batch, nor on their count. (Only so far as rounding
             goes: where two codes are all but equally likely, another batch size may round to the other.)
-          **options: of `larp_jax.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k, top_p.
+          **options: of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k, top_p.
 
         Returns:
           [B, N] int32 in [0, K).

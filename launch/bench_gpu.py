@@ -13,10 +13,10 @@ import json
 import pathlib
 import time
 
-from larp_jax import benchmark
 from larp_jax.config import default_recipe, parse_recipe
 from larp_jax.errors import InputError
-from larp_jax.sampling import SamplingOptions
+from larp_jax.models.sampling import SamplingOptions
+from larp_jax.tools import benchmark
 
 
 def recipes(small: bool):

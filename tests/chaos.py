@@ -127,7 +127,7 @@ class Training:
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """What differs between two workdirs but for times."""
-    from larp_jax.checkpoint import damage
+    from larp_jax.weights.checkpoint import damage
 
     found = []
     names = [sorted(_files(workdir)) for workdir in (one, other)]

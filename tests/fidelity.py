@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from network_weights import write_i3d, write_lpips
 
-from larp_jax import losses, metrics, optim, perceptual, released
+from larp_jax import metrics
 from larp_jax.api import load_generator
 from larp_jax.config import (
     DiscriminatorConfig,
@@ -31,17 +31,19 @@ from larp_jax.config import (
     QuantizerConfig,
     TokenizerRecipe,
 )
-from larp_jax.frechet import FeatureStatistics, frechet_distance
-from larp_jax.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
+from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.next_code import next_code
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantizer, mean_and_log_variance, reparameterize, similarities
+from larp_jax.models.sampling import filter_logits
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.sampling import filter_logits
 from larp_jax.state import TrainState
-from larp_jax.steps import TokenizerStage
+from larp_jax.training import losses, optim
+from larp_jax.training.steps import TokenizerStage
+from larp_jax.weights import perceptual, released
+from larp_jax.weights.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 # Folders of tokenizers without a prior, each with an option of its own.

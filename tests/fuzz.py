@@ -160,16 +160,17 @@ class Configs:
     """Recipes: files in Python, settings given on the command line, and the config.json of a run."""
 
     def make(self, folder):
-        from larp_jax import cli
+        from larp_jax.cli import app
         from larp_jax.config import to_dict
 
         shutil.copyfile(HERE / "configs" / "tiny.py", folder / "tiny.py")
-        arguments = cli._parse(["benchmark", "data", "--config", str(folder / "tiny.py")])
-        (folder / "config.json").write_text(json.dumps(to_dict(cli._load_recipe(arguments))))
+        arguments = app._parse(["benchmark", "data", "--config", str(folder / "tiny.py")])
+        (folder / "config.json").write_text(json.dumps(to_dict(app._load_recipe(arguments))))
 
     def try_one(self, rng, good, scratch):
-        from larp_jax import checkpoint, cli
+        from larp_jax.cli import app
         from larp_jax.config import parse_recipe
+        from larp_jax.weights import checkpoint
 
         kind, values = rng.randrange(3), json.loads((good / "config.json").read_text())
         if kind == 0:
@@ -193,7 +194,7 @@ class Configs:
                     flag = mutate_bytes(rng, flag.encode()).decode(errors="replace")
                 overrides.append(flag)
         with contextlib.redirect_stderr(io.StringIO()):  # SyntaxWarning and the like
-            cli._load_recipe(cli._parse(["plan", "--devices=1", "--config", str(scratch / "tiny.py"), *overrides]))
+            app._load_recipe(app._parse(["plan", "--devices=1", "--config", str(scratch / "tiny.py"), *overrides]))
 
 
 def _parts(values, prefix=("config",)):
@@ -209,12 +210,13 @@ class Checkpoints:
     def make(self, folder):
         import jax
 
-        from larp_jax import checkpoint, cli
+        from larp_jax.cli import app
         from larp_jax.config import to_dict
-        from larp_jax.steps import TokenizerStage
+        from larp_jax.training.steps import TokenizerStage
+        from larp_jax.weights import checkpoint
 
-        arguments = cli._parse(["benchmark", "data", "--config", str(HERE / "configs" / "tiny.py")])
-        recipe = cli._load_recipe(arguments)
+        arguments = app._parse(["benchmark", "data", "--config", str(HERE / "configs" / "tiny.py")])
+        recipe = app._load_recipe(arguments)
         state = TokenizerStage(recipe).init(jax.random.key(0))
         manager = checkpoint.CheckpointManager(folder, keep=1, best_metric="psnr")
         manager.save(state, {"config": to_dict(recipe), "step": 0, "code_counts": [1] * 32})
@@ -257,7 +259,7 @@ class Codes:
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     def try_one(self, rng, good, scratch):
-        from larp_jax.code_sets import CodeSet
+        from larp_jax.inference.code_sets import CodeSet
 
         shutil.copytree(good, scratch, dirs_exist_ok=True)
         if rng.random() < 0.5:
@@ -277,7 +279,7 @@ class Safetensors:
         shutil.copytree(HERE / "reference" / "tokenizer", folder, dirs_exist_ok=True)
 
     def try_one(self, rng, good, scratch):
-        from larp_jax.importing import import_huggingface, read_safetensors
+        from larp_jax.weights.importing import import_huggingface, read_safetensors
 
         for name in ("config.json", "prior.json"):
             shutil.copyfile(good / name, scratch / name)

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from larp_jax import allocator
+from larp_jax.runtime import allocator
 
 # Page faults of a run, the median, of a program with 64 MiB of temporaries.
 PROGRAM = """
 import resource, sys
-from larp_jax import allocator
+from larp_jax.runtime import allocator
 if sys.argv[1] == "keep":
     assert allocator.keep_freed_memory()
 import jax, jax.numpy as jnp

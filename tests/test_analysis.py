@@ -10,14 +10,15 @@ import pytest
 from data_helpers import moving_frames
 from test_steps import RECIPE
 
-from larp_jax import analysis, cli, load_tokenizer
-from larp_jax.checkpoint import load, write_imported
+from larp_jax import cli, load_tokenizer
 from larp_jax.config import to_dict
 from larp_jax.data import ClipSpec, eval_batches
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.models.next_code import next_code
-from larp_jax.steps import TokenizerStage
+from larp_jax.tools import analysis
+from larp_jax.training.steps import TokenizerStage
+from larp_jax.weights.checkpoint import load, write_imported
 
 CLIPS = 5  # of 8 a batch: padded
 CLIP = ClipSpec(frames=4, resolution=16, flip=False)

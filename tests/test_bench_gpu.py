@@ -24,7 +24,7 @@ def test_small(tmp_path, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_noted(tmp_path, monkeypatch):
-    from larp_jax import benchmark
+    from larp_jax.tools import benchmark
 
     def out_of_memory(*arguments, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")

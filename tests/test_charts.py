@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from larp_jax import charts
-from larp_jax.charts import Chart, Series
+from larp_jax.tools import charts
+from larp_jax.tools.charts import Chart, Series
 
 NUMBERS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.integers(-(10**400), 10**400))
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from larp_jax import cli
+from larp_jax.cli import app
 from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
 from larp_jax.errors import InputError
-from larp_jax.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.steps import GeneratorStage, TokenizerStage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.py"))
@@ -156,7 +156,7 @@ def test_published_recipes_do_what_the_released_code_does(name):
 
 
 def on_command_line(name, *overrides):
-    return cli._load_recipe(cli._parse(["train", "--workdir=x", "--config", str(FOLDER / f"{name}.py"), *overrides]))
+    return app._load_recipe(app._parse(["train", "--workdir=x", "--config", str(FOLDER / f"{name}.py"), *overrides]))
 
 
 def numbers(part):

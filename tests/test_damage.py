@@ -18,13 +18,17 @@ import pytest
 from data_helpers import moving_frames
 
 import larp_jax
-from larp_jax import checkpoint, cli, importing, npz, perceptual, tasks, tokens, writers
+from larp_jax import cli, npz
+from larp_jax.cli import app
 from larp_jax.config import MeshConfig, default_recipe, parse_recipe
 from larp_jax.data import open_source, prepare, video
 from larp_jax.errors import InputError, printable
+from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.files import DEEPEST, parse_json, read_json
-from larp_jax.frechet import FeatureStatistics
-from larp_jax.sharding import make_mesh
+from larp_jax.inference import tokens
+from larp_jax.runtime.sharding import make_mesh
+from larp_jax.training import tasks, writers
+from larp_jax.weights import checkpoint, importing, perceptual
 
 MUCH = 2**27  # bytes that files here claim
 LITTLE = 2**24  # that reading them may take
@@ -211,7 +215,7 @@ def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
 
 def test_sizes_are_held_to_arrays_of_every_kind():
     """What is expected of a tokenizer's arrays is what it has, whatever its bottleneck."""
-    from larp_jax.steps import TokenizerStage
+    from larp_jax.training.steps import TokenizerStage
 
     for kind in ("svq", "kl"):
         config = default_recipe()
@@ -474,7 +478,7 @@ def test_messages_and_results_with_such_names(tmp_path, capsys, monkeypatch):
         print(f"read {workdir}")
         return report_page(*arguments)
 
-    from larp_jax import report as module
+    from larp_jax.tools import report as module
 
     report_page = module.report
     monkeypatch.setattr(module, "report", report)
@@ -488,4 +492,4 @@ def test_messages_and_results_with_such_names(tmp_path, capsys, monkeypatch):
 def test_reasons_come_from_one_place():
     """Also what the system says of disks, in whatever words a library wraps it."""
     wrapped = RuntimeError(f"RESOURCE: writing failed: {os.strerror(errno.ENOSPC)} [tensorstore='...']\nmore")
-    assert os.strerror(errno.ENOSPC) in cli._reason(wrapped) and "tensorstore" not in cli._reason(wrapped)
+    assert os.strerror(errno.ENOSPC) in app._reason(wrapped) and "tensorstore" not in app._reason(wrapped)

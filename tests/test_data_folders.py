@@ -8,10 +8,10 @@ from data_helpers import moving_frames
 
 from larp_jax.data import ClipSpec, open_source
 from larp_jax.data.folders import find_videos
+from larp_jax.data.inputs import Inputs
 from larp_jax.data.listing import list_videos
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.inputs import Inputs
 
 CLIP = ClipSpec(4, 16)
 

@@ -9,9 +9,9 @@ import pytest
 from data_helpers import moving_frames
 from hypothesis import given, strategies as st
 
-from larp_jax.benchmark import benchmark_data, format_table
 from larp_jax.data import ClipSpec, eval_batches, pipeline, train_batches, video
 from larp_jax.errors import InputError
+from larp_jax.tools.benchmark import benchmark_data, format_table
 
 CLIP = ClipSpec(8, 32)
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from test_generate import all_codes, write_generator
 
-from larp_jax import cli, distributed, load_tokenizer
+from larp_jax import cli, load_tokenizer
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
+from larp_jax.runtime import distributed
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py:plain")
 
@@ -27,7 +28,8 @@ sys.stdout = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from larp_jax import cli, train
+from larp_jax import cli
+from larp_jax.training import train
 dies_at = int(sys.argv.pop(1))
 write = train.Run._write
 def write_or_die(self, pending, progress):

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import larp_jax
-from larp_jax import doctor
+from larp_jax.tools import doctor
 
 
 @pytest.fixture

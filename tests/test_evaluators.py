@@ -17,14 +17,17 @@ from data_helpers import moving_frames
 from flax import nnx
 from test_steps import RECIPE
 
-from larp_jax import evaluators, fvd, losses, metrics, sharding
+from larp_jax import metrics
 from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.frechet import FeatureStatistics, frechet_distance
-from larp_jax.protocols import ClipSet, Protocol
-from larp_jax.steps import TokenizerStage
+from larp_jax.evaluation import evaluators, fvd
+from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from larp_jax.evaluation.protocols import ClipSet, Protocol
+from larp_jax.runtime import sharding
+from larp_jax.training import losses
+from larp_jax.training.steps import TokenizerStage
 
 CLIP = ClipSpec(frames=4, resolution=16, flip=False)
 CLIPS = 11  # windows of 4 frames in the folder below

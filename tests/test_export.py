@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from test_importing import EVERYTHING, FOLDED, FOLDERS, MODEL, NOTHING, OPTIONS, WIDTH
 
-from larp_jax import config as cfg, export, released
+from larp_jax import config as cfg
 from larp_jax.config import GeneratorConfig, PriorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
-from larp_jax.fingerprint import fingerprint
-from larp_jax.importing import import_huggingface
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.weights import export, released
+from larp_jax.weights.fingerprint import fingerprint
+from larp_jax.weights.importing import import_huggingface
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -117,8 +118,8 @@ class Blocker:
         if name.split(".")[0] == "torch":
             raise ModuleNotFoundError("torch is blocked", name=name)
 sys.meta_path.insert(0, Blocker)
-from larp_jax.export import export_huggingface
-from larp_jax.importing import import_huggingface
+from larp_jax.weights.export import export_huggingface
+from larp_jax.weights.importing import import_huggingface
 _, config, params = import_huggingface({str(reference_dir / "tokenizer")!r})
 export_huggingface({str(tmp_path / "out")!r}, config, params)
 assert import_huggingface({str(tmp_path / "out")!r})[1] == config

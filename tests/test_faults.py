@@ -13,9 +13,9 @@ import pytest
 from data_helpers import moving_frames
 from test_train import as_if_killed, assert_same_weights, rows, steps, train
 
-from larp_jax import checkpoint
 from larp_jax.data import ClipSpec, limits, pipeline, train_batches, video
 from larp_jax.errors import InputError
+from larp_jax.weights import checkpoint
 
 
 def fails(code, capsys, workdir, *overrides):

@@ -16,10 +16,13 @@ import av
 import pytest
 
 import larp_jax
-from larp_jax import cli, files, fvd, perceptual
+from larp_jax import cli, files
+from larp_jax.cli import app
 from larp_jax.data import parse_spec, sources
 from larp_jax.errors import InputError, reason
-from larp_jax.importing import import_huggingface
+from larp_jax.evaluation import fvd
+from larp_jax.weights import perceptual
+from larp_jax.weights.importing import import_huggingface
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/x", "hdfs:///x", "file:///x", "gs:/bucket/run"])
@@ -150,7 +153,7 @@ COMMANDS = (
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_takes_urls(command, capsys):
     with pytest.raises(SystemExit):
-        cli._parse([command, "--help"])
+        app._parse([command, "--help"])
     options = re.findall(r"^  --([a-z0-9-]+) (?:FILE|DIR|PATH|SPEC|P|G|I|S)\b", capsys.readouterr().out, re.MULTILINE)
     options = set(options) - {"top-p", "cfg-interval", "cfg-scale", "process-id", "seconds", "size"}
     assert options
@@ -159,7 +162,7 @@ def test_no_option_takes_urls(command, capsys):
             values = [url] if option == "input" and command == "prepare" else url
             arguments = argparse.Namespace(command=command, **{option.replace("-", "_"): values})
             with pytest.raises(InputError, match=f"--{option} .* is not supported"):
-                cli._check_paths(arguments)
+                app._check_paths(arguments)
 
 
 def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsys):
@@ -237,12 +240,12 @@ def test_no_output_replaces_another_file(workdir, name, command, capsys, monkeyp
 
 def test_outputs_of_another_kind_are_not_replaced(tmp_path):
     files.write_json(tmp_path / "evaluation.json", {"metrics": {}, "protocol": {}})
-    files.write_json(tmp_path / "plan.json", {"format": "larp_jax.plan"})
+    files.write_json(tmp_path / "plan.json", {"format": "larp_jax.tools.plan"})
     for name, command in (("plan.json", "plan"), ("evaluation.json", "evaluate")):
         for other in ("plan.json", "evaluation.json"):
             arguments = argparse.Namespace(command=command, output=tmp_path / other)
-            check = cli._check_numbers if command == "plan" else lambda found: files.check_output(
-                found.output, ours=cli._is_evaluation
+            check = app._check_numbers if command == "plan" else lambda found: files.check_output(
+                found.output, ours=app._is_evaluation
             )  # fmt: skip
             if other == name:
                 check(arguments)

@@ -7,7 +7,7 @@ import pytest
 from fidelity import frechet_deviations
 
 from larp_jax.errors import InputError
-from larp_jax.frechet import FeatureStatistics, frechet_distance
+from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 
 
 def draw(count, dimension=6, seed=0):

@@ -12,13 +12,17 @@ from flax import nnx
 from network_weights import write_i3d
 from test_evaluators import IDENTITY, Stub
 
-from larp_jax import checkpoint, cli, files, fvd, generate, load_generator, perceptual, protocols, tokens
+from larp_jax import cli, files, load_generator
 from larp_jax.api import LoadedGenerator
+from larp_jax.cli import app
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
+from larp_jax.evaluation import fvd, protocols
+from larp_jax.inference import generate, tokens
 from larp_jax.models.generator import Generator
+from larp_jax.weights import checkpoint, perceptual
 
 SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_classes=3, mlp_multiple=16)
 
@@ -199,9 +203,9 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
     ],
 )
 def test_classes_that_are_given(by_class, names, options, labels):
-    arguments = cli._parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
+    arguments = app._parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
     found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
-    counts = cli._counts_of_classes(arguments, LoadedGenerator.of(found))
+    counts = app._counts_of_classes(arguments, LoadedGenerator.of(found))
     assert sorted(generate._taking_turns(counts)) == sorted(labels)
 
 
@@ -489,7 +493,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
 
 
 def test_benchmark(tmp_path, capsys):
-    config = f"--config={cli.__file__.replace('larp_jax/cli.py', 'configs/generator_s.py')}"
+    config = f"--config={app.__file__.replace('larp_jax/cli/app.py', 'configs/generator_s.py')}"
     small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]
     output = tmp_path / "sample.json"
     arguments = ["benchmark", "sample", config, *small, "--batch-size=2", "--seconds=1", f"--output={output}"]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larp_jax import sharding
 from larp_jax.config import (
     DataConfig,
     GeneratorConfig,
@@ -23,9 +22,10 @@ from larp_jax.config import (
 )
 from larp_jax.errors import InputError
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
+from larp_jax.models.paths import path_name
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.paths import path_name
-from larp_jax.steps import GeneratorStage
+from larp_jax.runtime import sharding
+from larp_jax.training.steps import GeneratorStage
 
 TOKENIZER = TokenizerConfig(
     size="larp_s",

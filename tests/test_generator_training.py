@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from data_helpers import moving_frames
 
-from larp_jax import checkpoint, cli, load_generator, sharding, tokens
-from larp_jax.code_sets import CodeSet
+from larp_jax import cli, load_generator
 from larp_jax.config import MeshConfig, parse_recipe
 from larp_jax.data.video import VideoFile, probe, write_video
 from larp_jax.errors import InputError
-from larp_jax.tasks import GeneratorTask
+from larp_jax.inference import tokens
+from larp_jax.inference.code_sets import CodeSet
+from larp_jax.runtime import sharding
+from larp_jax.training.tasks import GeneratorTask
+from larp_jax.weights import checkpoint
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny_generator.py")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from larp_jax import hlo
+from larp_jax.tools import hlo
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 

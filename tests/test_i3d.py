@@ -13,9 +13,9 @@ from flax import nnx
 from network_weights import i3d_tensors
 from safetensors.numpy import save_file
 
-from larp_jax import perceptual
 from larp_jax.errors import InputError
 from larp_jax.models.i3d import I3d
+from larp_jax.weights import perceptual
 
 
 @pytest.fixture(scope="module")

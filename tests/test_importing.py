@@ -15,13 +15,14 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
-from larp_jax import config as cfg, released
+from larp_jax import config as cfg
 from larp_jax.config import GeneratorConfig, PriorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
-from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.weights import released
+from larp_jax.weights.importing import import_huggingface
 
 FOLDERS = ["tokenizer", "ar_class", "ar_frame_prediction"]
 OPTIONS = [f"tokenizer_{name}" for name in ("rounds", "base_100", "frame_patches", "kl", "vq_l2", "ln_d", "ln_nd")]

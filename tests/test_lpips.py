@@ -12,9 +12,10 @@ from network_weights import vgg_tensors, write_lpips
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from larp_jax import doctor, perceptual
 from larp_jax.cli import main
 from larp_jax.errors import InputError
+from larp_jax.tools import doctor
+from larp_jax.weights import perceptual
 
 
 @pytest.fixture(scope="module")

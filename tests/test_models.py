@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larp_jax import losses
 from larp_jax.config import (
     PRIOR_SIZES,
     TOKENIZER_SIZES,
@@ -29,8 +28,9 @@ from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.dropout import dropout
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
+from larp_jax.models.sampling import cast_params
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.sampling import cast_params
+from larp_jax.training import losses
 
 SMALL = TokenizerConfig(
     size="larp_s",

@@ -95,9 +95,9 @@ TRAIN = ["train", "--config", "configs/larp_l_long.py", "--workdir", "runs/a b"]
 
 def accepted(words):
     """Whether the words from larp-jax on are a command line of it."""
-    from larp_jax import cli
+    from larp_jax.cli import app
 
-    cli._parse(words[words.index("larp-jax") + 1 :])
+    app._parse(words[words.index("larp-jax") + 1 :])
 
 
 def test_gpu_script():

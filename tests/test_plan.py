@@ -7,11 +7,12 @@ import pathlib
 import jax
 import pytest
 
-from larp_jax import cli, flops, plan
-from larp_jax.benchmark import _Step
+from larp_jax import cli
 from larp_jax.config import default_recipe, parse_recipe
 from larp_jax.errors import InputError
-from larp_jax.sharding import make_mesh
+from larp_jax.runtime.sharding import make_mesh
+from larp_jax.tools import flops, plan
+from larp_jax.tools.benchmark import _Step
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "configs" / "tiny.py:plain")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from larp_jax import cli, files
-from larp_jax.benchmark import benchmark_data
 from larp_jax.data import ClipSpec, listing, open_source, prepare as prepare_module, train_batches, video
 from larp_jax.data.prepare import Settings, prepare
 from larp_jax.data.sources import labels, same_videos
 from larp_jax.errors import InputError
+from larp_jax.tools.benchmark import benchmark_data
 
 SIZE = 32
 CLIP = ClipSpec(8, SIZE)
@@ -162,7 +162,7 @@ def test_workers_change_nothing_and_a_second_run_does_nothing(videos, prepared, 
 def test_killed_runs_finish_equal(videos, prepared, tmp_path):
     command = [sys.executable, "-m", "larp_jax", "prepare", "--input", str(videos), "--size", str(SIZE)]
     command += ["--storage", "raw", "--workers", "1", "--output", str(tmp_path / "a")]
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(cli.__file__).parents[2])}
     for shards in (1, 4):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list((tmp_path / "a" / ".prepare").glob("*-*.json"))) < shards and process.poll() is None:

@@ -10,7 +10,7 @@ from larp_jax import cli
 from larp_jax.data import ClipSpec, sources
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.protocols import GENERATION, RECONSTRUCTION, ClipSet, Protocol
+from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet, Protocol
 
 CLIP = ClipSpec(frames=4, resolution=16, flip=False)
 

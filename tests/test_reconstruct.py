@@ -9,11 +9,11 @@ from data_helpers import moving_frames
 
 from larp_jax import cli, files
 from larp_jax.data import ClipSpec
+from larp_jax.data.inputs import Inputs, output_names
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
-from larp_jax.inputs import Inputs, output_names
-from larp_jax.reconstruct import reconstruct
-from larp_jax.tokens import detokenize, tokenize
+from larp_jax.inference.reconstruct import reconstruct
+from larp_jax.inference.tokens import detokenize, tokenize
 
 
 @pytest.fixture

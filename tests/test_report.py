@@ -10,10 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from larp_jax import charts, checkpoint, cli
+from larp_jax import cli
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.report import report
+from larp_jax.tools import charts
+from larp_jax.tools.report import report
+from larp_jax.weights import checkpoint
 
 HOSTILE = "<script>alert('x')</script>\"'&{{ 7*7 }}</style><img src=http://example.com/x>"
 VOID = {"meta", "input", "img", "link", "br"}

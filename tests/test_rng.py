@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_models import LEARNED
 
-from larp_jax import data, rng
+from larp_jax import data
 from larp_jax.api import LoadedTokenizer
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import draw
+from larp_jax.runtime import rng
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 32, 3), dtype=np.uint8)
 

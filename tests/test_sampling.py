@@ -12,11 +12,11 @@ from flax import nnx
 from larp_jax.api import LoadedGenerator, load_generator
 from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
-from larp_jax.importing import import_huggingface
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import hold_last_frame
-from larp_jax.sampling import SamplingOptions, cache_parts, filter_logits
-from larp_jax.sharding import make_mesh
+from larp_jax.models.sampling import SamplingOptions, cache_parts, filter_logits
+from larp_jax.runtime.sharding import make_mesh
+from larp_jax.weights.importing import import_huggingface
 
 KEY = jax.random.key(5)
 GUIDED = dict(cfg_scale=3.0, temperature=1.5)
@@ -196,7 +196,7 @@ def test_cache_parts_cover_every_code_once():
 
 
 def test_several_parts_compute_what_one_does(monkeypatch, generator, eight):
-    monkeypatch.setattr("larp_jax.sampling.SHORTEST_PART", 3)
+    monkeypatch.setattr("larp_jax.models.sampling.SHORTEST_PART", 3)
     split = LoadedGenerator(generator.config, generator._params)
     np.testing.assert_array_equal(split.sample(CLASSES, key=KEY, **GUIDED), eight)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from larp_jax import sharding
 from larp_jax.config import MeshConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
+from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.steps import GeneratorStage, TokenizerStage
 
 
 def mesh_of(data, fsdp, model):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larp_jax import losses, optim, sharding
 from larp_jax.config import (
     DataConfig,
     DiscriminatorConfig,
@@ -26,7 +25,9 @@ from larp_jax.config import (
 from larp_jax.errors import InputError
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.next_code import next_code
-from larp_jax.steps import TokenizerStage
+from larp_jax.runtime import sharding
+from larp_jax.training import losses, optim
+from larp_jax.training.steps import TokenizerStage
 
 RECIPE = TokenizerRecipe(
     steps=20,

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from larp_jax import stopping
-from larp_jax.stopping import Interrupted, StopRequest
+from larp_jax.runtime import stopping
+from larp_jax.runtime.stopping import Interrupted, StopRequest
 
 
 def send(number):

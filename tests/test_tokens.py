@@ -7,10 +7,11 @@ import pytest
 from data_helpers import moving_frames
 
 import larp_jax
-from larp_jax import cli, files, tokens
+from larp_jax import cli, files
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
+from larp_jax.inference import tokens
 
 
 @pytest.fixture(scope="module")

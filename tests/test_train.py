@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from larp_jax import checkpoint, cli, tasks, warm_start, writers
+from larp_jax import cli
 from larp_jax.config import parse_recipe, to_dict
 from larp_jax.errors import InputError
-from larp_jax.steps import TokenizerStage
-from larp_jax.stopping import StopRequest
-from larp_jax.writers import MetricWriter
+from larp_jax.runtime.stopping import StopRequest
+from larp_jax.training import tasks, warm_start, writers
+from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.writers import MetricWriter
+from larp_jax.weights import checkpoint
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 

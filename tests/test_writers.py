@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larp_jax import writers
-from larp_jax.progress import Progress
+from larp_jax.runtime.progress import Progress
+from larp_jax.training import writers
 
 
 def rows(workdir):

@@ -37,7 +37,7 @@ from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
 from larp_jax.data.folders import cores, open_all
 from larp_jax.data.listing import Item, Listing, list_videos
-from larp_jax.data.report import look, make_report, readable, thumbnail
+from larp_jax.data.prepare_report import look, make_report, readable, thumbnail
 from larp_jax.data.sources import VIDEOS, StoredVideo, open_source
 from larp_jax.errors import InputError
 

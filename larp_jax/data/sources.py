@@ -23,7 +23,7 @@ from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
 from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
 from larp_jax.data.spec import FORMS, DataSpec, advice, parse_spec
-from larp_jax.data.stages import stage
+from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
 from larp_jax.files import local_path, read_json
 

@@ -21,7 +21,7 @@ import numpy as np
 from larp_jax import files
 from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
 from larp_jax.data.limits import within_limit
-from larp_jax.data.stages import stage
+from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)

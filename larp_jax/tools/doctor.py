@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from larp_jax import distributed
 from larp_jax.errors import InputError
+from larp_jax.runtime import distributed
 from larp_jax.version import __version__
 
 PACKAGES = (
@@ -299,7 +299,7 @@ def _optional_parts() -> Iterator[str]:
 
 
 def _weights() -> Iterator[str]:
-    from larp_jax import perceptual
+    from larp_jax.weights import perceptual
 
     for kind in perceptual.KINDS:
         path, origin = perceptual.locate(kind)

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larp_jax import files, sharding
+from larp_jax import files
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
-from larp_jax.frechet import FeatureStatistics, frechet_distance
+from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import as_float_video
-from larp_jax.progress import Progress
-from larp_jax.protocols import ClipSet
+from larp_jax.runtime import sharding
+from larp_jax.runtime.progress import Progress
 from larp_jax.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class VideoFeatures:
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.perceptual.identify` does.
+      identity: names them, as `larp_jax.weights.perceptual.identify` does.
       resolution: side of the squares that frames are resized to first (bilinear, antialiased); 0 leaves them alone.
 
     Attributes:
@@ -160,7 +161,7 @@ class FvdEvaluator:
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.perceptual.identify` does.
+      identity: names them, as `larp_jax.weights.perceptual.identify` does.
       clips: the real ones; their protocol says how to compare.
       batch_size: videos at a time.
       progress: whether to show a bar while the real clips are read.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from larp_jax.config import AdamConfig, GeneratorOptimConfig, OptimConfig
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 

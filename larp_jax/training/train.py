@@ -14,13 +14,15 @@ import pathlib
 
 import jax
 
-from larp_jax import checkpoint, distributed, importing, rng, sharding, warm_start
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
-from larp_jax.progress import Progress
-from larp_jax.stopping import StopRequest
-from larp_jax.tasks import TASKS
-from larp_jax.writers import MetricWriter
+from larp_jax.runtime import distributed, rng, sharding
+from larp_jax.runtime.progress import Progress
+from larp_jax.runtime.stopping import StopRequest
+from larp_jax.training import warm_start
+from larp_jax.training.tasks import TASKS
+from larp_jax.training.writers import MetricWriter
+from larp_jax.weights import checkpoint, importing
 
 logger = logging.getLogger(__name__)
 

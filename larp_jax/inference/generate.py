@@ -1,8 +1,8 @@
 """Videos from a generator, in numbers: sampled by class, predicted from first frames, or beside the clips of a set.
 
-A folder written is one of codes as `larp_jax.tokens` has them, with the videos beside them. It grows batch by batch
-and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and the
-manifest comes last.
+A folder written is one of codes as `larp_jax.inference.tokens` has them, with the videos beside them. It grows batch
+by batch and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and
+the manifest comes last.
 """
 
 import contextlib
@@ -20,18 +20,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from larp_jax import files, rng
+from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
-from larp_jax.inputs import Inputs, Window, output_names, playable_fps
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.inference.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
 from larp_jax.models.pixels import hold_last_frame, to_uint8
-from larp_jax.progress import Progress
-from larp_jax.protocols import ClipSet
-from larp_jax.sampling import SamplingOptions
-from larp_jax.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
+from larp_jax.models.sampling import SamplingOptions
+from larp_jax.runtime import rng
+from larp_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def sample(
       batch_size: sampled at a time.
 
     Returns:
-      The manifest, as `larp_jax.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
 
     Raises:
       InputError: generator and tokenizer do not fit, or the folder holds something else.
@@ -295,7 +296,8 @@ def predict(
     Args:
       generator: that predicts frames.
       tokenizer: the one that it was trained with.
-      source: what `larp_jax.inputs.Inputs` takes; consecutive windows are predicted, each from its own first frames.
+      source: what `larp_jax.data.inputs.Inputs` takes; consecutive windows are predicted, each from its own first
+        frames.
       output: folder to write to, made if missing.
       cond_frames: how many of T frames are given.
       max_clips: at most so many windows; 0 takes all.
@@ -304,7 +306,7 @@ def predict(
       batch_size: as for `sample`.
 
     Returns:
-      The manifest, as `larp_jax.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
 
     Raises:
       InputError: as for `sample`, or nothing can be read.
@@ -397,7 +399,7 @@ def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -
 def videos_beside(
     sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
 ) -> Iterator[np.ndarray]:
-    """A video for each clip of a set, for `larp_jax.fvd.FvdEvaluator.run`; sample i is for clip i.
+    """A video for each clip of a set, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i is for clip i.
 
     Args:
       sampler: of the videos.

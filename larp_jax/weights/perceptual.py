@@ -20,13 +20,14 @@ from flax import nnx, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
-from larp_jax import files, importing
+from larp_jax import files
 from larp_jax.errors import InputError, reason
 from larp_jax.files import parse_json
 from larp_jax.models.i3d import MIXED, I3d
 from larp_jax.models.layers import Dtype
 from larp_jax.models.lpips import STAGES, Lpips
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
+from larp_jax.weights import importing
 
 KINDS = {"lpips": Lpips, "i3d": I3d}
 ORIGINALS = {

@@ -17,15 +17,15 @@ import numpy as np
 from larp_jax import files, npz
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.inputs import Inputs, output_names, playable_fps
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
-from larp_jax.inputs import Inputs, output_names, playable_fps
 from larp_jax.models.pixels import hold_last_frame, to_uint8
-from larp_jax.progress import Progress
+from larp_jax.runtime.progress import Progress
 
 MANIFEST = "manifest.json"
-SETTINGS = "settings.json"  # of a folder that `larp_jax.generate` is writing, or has written
+SETTINGS = "settings.json"  # of a folder that `larp_jax.inference.generate` is writing, or has written
 FORMAT = "larp_jax.codes"
 VERSION = 1
 SHARD_ROWS = 16_384
@@ -50,7 +50,7 @@ def tokenize(
 
     Args:
       tokenizer: to use.
-      source: what `larp_jax.inputs.Inputs` takes.
+      source: what `larp_jax.data.inputs.Inputs` takes.
       output: folder to write to, made if missing.
       max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
       windows: of every video, at most so many full windows, spread over it; 0 takes consecutive ones.

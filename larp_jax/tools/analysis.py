@@ -17,19 +17,21 @@ import numpy as np
 from einops import reduce
 from jax.sharding import Mesh
 
-from larp_jax import charts, files, rng, sharding
+from larp_jax import files
 from larp_jax.api import LoadedTokenizer
-from larp_jax.checkpoint import Checkpoint
 from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_png
 from larp_jax.errors import InputError
-from larp_jax.evaluators import PriorScore, ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.evaluators import PriorScore, ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.metrics import SMALLEST_MSE, codebook_usage, perplexity
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.progress import Progress
-from larp_jax.protocols import ClipSet
+from larp_jax.runtime import rng, sharding
+from larp_jax.runtime.progress import Progress
+from larp_jax.tools import charts
+from larp_jax.weights.checkpoint import Checkpoint
 
 FORMAT = "larp_jax.token_analysis"
 VERSION = 1
@@ -286,17 +288,17 @@ class PriorByPosition(PriorScore):
     result: dict[str, np.ndarray]
 
     def values(self, weights, batch):
-        """See `larp_jax.evaluators.Metric`."""
+        """See `larp_jax.evaluation.evaluators.Metric`."""
         return self.by_position(batch)
 
     def add(self, total, values, mask):
-        """See `larp_jax.evaluators.Metric`."""
+        """See `larp_jax.evaluation.evaluators.Metric`."""
         sums = {name: np.asarray(value, np.float64)[mask > 0].sum(axis=0) for name, value in values.items()}
         clips, before = total or (0, dict.fromkeys(sums, 0.0))
         return clips + int(mask.sum()), {name: before[name] + value for name, value in sums.items()}
 
     def scalars(self, total):
-        """See `larp_jax.evaluators.Metric`."""
+        """See `larp_jax.evaluation.evaluators.Metric`."""
         clips, sums = total
         self.result = {name: value / clips for name, value in sums.items()}
         return {}

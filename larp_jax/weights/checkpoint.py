@@ -31,12 +31,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from larp_jax import files, npz, released
+from larp_jax import files, npz
 from larp_jax.config import TokenizerRecipe, parse_recipe
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
+from larp_jax.weights import released
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

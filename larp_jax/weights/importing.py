@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from larp_jax import files, npz, released
+from larp_jax import files, npz
 from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.files import parse_json, read_json
+from larp_jax.weights import released
 
 CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
 LAYOUT = f"the directory of a released model holds {CONFIG} and {WEIGHTS}"

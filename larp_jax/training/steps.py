@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from larp_jax import losses, metrics, optim, perceptual
+from larp_jax import metrics
 from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.data_init import data_init
@@ -21,11 +21,13 @@ from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.next_code import NextCode, score_tokens
+from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video, hold_last_frame
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.paths import path_name
 from larp_jax.state import TrainState
+from larp_jax.training import losses, optim
+from larp_jax.weights import perceptual
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LECAM_DECAY = 0.999  # METHOD 3

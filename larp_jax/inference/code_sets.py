@@ -10,7 +10,7 @@ import numpy as np
 from larp_jax.data import Batches
 from larp_jax.data.spec import advice
 from larp_jax.errors import InputError
-from larp_jax.tokens import MANIFEST, read_manifest, read_shard
+from larp_jax.inference.tokens import MANIFEST, read_manifest, read_shard
 
 
 class CodeSet:
@@ -23,7 +23,7 @@ class CodeSet:
       directory: the folder.
 
     Attributes:
-      manifest: see `larp_jax.tokens.tokenize`.
+      manifest: see `larp_jax.inference.tokens.tokenize`.
       label_names: names of the classes in the order of their labels; empty without classes.
 
     Raises:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
 
 Tree = TypeVar("Tree")

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from larp_jax import flops, rng, sharding
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, stages, train_batches
@@ -20,9 +19,11 @@ from larp_jax.data.pipeline import DrawClip
 from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
+from larp_jax.models.sampling import SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.sampling import SamplingOptions
-from larp_jax.steps import DTYPES, TokenizerStage
+from larp_jax.runtime import rng, sharding
+from larp_jax.tools import flops
+from larp_jax.training.steps import DTYPES, TokenizerStage
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
@@ -130,8 +131,8 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
 
     Returns:
       By name. Times (`..._ms`) are medians, `step_ms` the mean over a period of turns. `flops_...` are model FLOPs of
-      matrix products and convolutions, counted by `larp_jax.flops`; `compiler_flops_share` is what XLA counts of the
-      whole program over what we count of the same, each loop's body once (above 1: it counts additions and the like
+      matrix products and convolutions, counted by `larp_jax.tools.flops`; `compiler_flops_share` is what XLA counts of
+      the whole program over what we count of the same, each loop's body once (above 1: it counts additions and the like
       too). `mfu` is `step_ms` at the ceiling over `step_ms`. `memory_..._mb` are bytes of a compiled program on one
       device: arguments, results and temporaries. Where there is a discriminator, `memory_over_parts` compares the step
       with both parts together, and `gan_time_ratio` the step with the one without, as `gan_flops_ratio` does for FLOPs.

@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from larp_jax import allocator, distributed, files
+from larp_jax import files
 from larp_jax.errors import InputError, printable, reason
-from larp_jax.stopping import Interrupted, StopRequest
+from larp_jax.runtime import allocator, distributed
+from larp_jax.runtime.stopping import Interrupted, StopRequest
 from larp_jax.version import __version__
 
 CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
@@ -594,7 +595,7 @@ def _computing(command: str) -> Iterator[None]:
     if command in ("doctor", "prepare", "report"):
         yield
         return
-    from larp_jax import rng
+    from larp_jax.runtime import rng
 
     with rng.pinned():
         if command != "plan":  # which brings devices of its own
@@ -628,7 +629,7 @@ def _logging() -> Iterator[None]:
 
 
 def _train(arguments):
-    from larp_jax import train
+    from larp_jax.training import train
 
     recipe = _load_recipe(arguments)
     scores = train.train(recipe, arguments.workdir)
@@ -650,8 +651,11 @@ def _evaluate(arguments):
 def _evaluate_tokenizer(arguments, found):
     import jax
 
-    from larp_jax import api, evaluators, fvd, perceptual, sharding
+    from larp_jax import api
     from larp_jax.config import MeshConfig
+    from larp_jax.evaluation import evaluators, fvd
+    from larp_jax.runtime import sharding
+    from larp_jax.weights import perceptual
 
     for option in ("tokenizer", "samples"):
         if getattr(arguments, option):
@@ -707,8 +711,10 @@ def _evaluate_tokenizer(arguments, found):
 
 
 def _evaluate_generator(arguments, found):
-    from larp_jax import fvd, generate, perceptual
-    from larp_jax.evaluators import GENERATOR_METRICS
+    from larp_jax.evaluation import fvd
+    from larp_jax.evaluation.evaluators import GENERATOR_METRICS
+    from larp_jax.inference import generate
+    from larp_jax.weights import perceptual
 
     if not arguments.tokenizer:
         raise InputError(f"{arguments.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
@@ -762,9 +768,11 @@ def _next_code_scores(found, generator, tokenizer, clips, batch_size):
 
     import jax
 
-    from larp_jax import evaluators, generate, sharding
     from larp_jax.config import MeshConfig
-    from larp_jax.steps import GeneratorStage
+    from larp_jax.evaluation import evaluators
+    from larp_jax.inference import generate
+    from larp_jax.runtime import sharding
+    from larp_jax.training.steps import GeneratorStage
 
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -783,7 +791,7 @@ def _next_code_scores(found, generator, tokenizer, clips, batch_size):
 def _clips(arguments, found, config, cond_frames: int | None = None):
     """The clips of --data and --protocol for a tokenizer's configuration; of generators, `cond_frames` is given."""
     from larp_jax.data import ClipSpec
-    from larp_jax.protocols import GENERATION, RECONSTRUCTION, ClipSet
+    from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
 
     name, stage = arguments.protocol, found.recipe.stage
     known = RECONSTRUCTION if cond_frames is None else GENERATION | {"held_out": RECONSTRUCTION["held_out"]}
@@ -833,7 +841,7 @@ def _is_evaluation(path) -> bool:
 
 def _metric_names(asked: Sequence[str] | None, fitting: Sequence[str]) -> list[str]:
     """The metrics to compute, of those that fit the checkpoint."""
-    from larp_jax.evaluators import GENERATOR_METRICS, METRICS
+    from larp_jax.evaluation.evaluators import GENERATOR_METRICS, METRICS
 
     if asked is None:
         return [name for name in fitting if name not in ("lpips", "rfvd", "fvd")]
@@ -886,7 +894,8 @@ DEFINITIONS = {
 
 
 def _analyze(arguments):
-    from larp_jax import analysis, api
+    from larp_jax import api
+    from larp_jax.tools import analysis
 
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights)
     result = analysis.analyze(
@@ -903,7 +912,8 @@ def _analyze(arguments):
 
 
 def _reconstruct(arguments):
-    from larp_jax import api, reconstruct
+    from larp_jax import api
+    from larp_jax.inference import reconstruct
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     reconstruct.reconstruct(
@@ -912,7 +922,8 @@ def _reconstruct(arguments):
 
 
 def _tokenize(arguments):
-    from larp_jax import api, tokens
+    from larp_jax import api
+    from larp_jax.inference import tokens
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     manifest = tokens.tokenize(
@@ -931,7 +942,8 @@ def _tokenize(arguments):
 
 
 def _detokenize(arguments):
-    from larp_jax import api, tokens
+    from larp_jax import api
+    from larp_jax.inference import tokens
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
@@ -945,8 +957,9 @@ def _load_pair(arguments, found=None):
     """
     import jax
 
-    from larp_jax import api, sharding
+    from larp_jax import api
     from larp_jax.config import MeshConfig
+    from larp_jax.runtime import sharding
 
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     found = found or api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
@@ -958,14 +971,14 @@ def _sampling_options(arguments):
     """What the command has of them."""
     import dataclasses
 
-    from larp_jax.sampling import SamplingOptions
+    from larp_jax.models.sampling import SamplingOptions
 
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     return SamplingOptions(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
 
 
 def _sample(arguments):
-    from larp_jax import generate
+    from larp_jax.inference import generate
 
     options = _sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
@@ -985,7 +998,7 @@ def _sample(arguments):
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:
     """How many to sample of each class."""
-    from larp_jax.generate import as_in_training, read_classes, spread
+    from larp_jax.inference.generate import as_in_training, read_classes, spread
 
     classes, number = generator.config.num_classes, arguments.num
     wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
@@ -1000,7 +1013,7 @@ def _counts_of_classes(arguments, generator) -> dict[int, int]:
 
 
 def _predict(arguments):
-    from larp_jax import generate
+    from larp_jax.inference import generate
 
     options = _sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
@@ -1024,7 +1037,8 @@ EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 
 
 def _export(arguments):
-    from larp_jax import api, export
+    from larp_jax import api
+    from larp_jax.weights import export
 
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
@@ -1053,7 +1067,7 @@ def _import(arguments):
     if arguments.kind == "model":
         _import_model(arguments)
         return
-    from larp_jax import perceptual
+    from larp_jax.weights import perceptual
 
     perceptual.check_output(arguments.output, arguments.kind)
     sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
@@ -1063,8 +1077,8 @@ def _import(arguments):
 
 
 def _import_model(arguments):
-    from larp_jax import checkpoint, importing
     from larp_jax.config import GeneratorRecipe, to_dict
+    from larp_jax.weights import checkpoint, importing
 
     files.check_new_folder(arguments.output)
     kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
@@ -1076,7 +1090,7 @@ def _import_model(arguments):
 
 def _prepare(arguments):
     from larp_jax.data import prepare
-    from larp_jax.data.report import format_report
+    from larp_jax.data.prepare_report import format_report
 
     report = prepare.prepare(
         arguments.input,
@@ -1093,8 +1107,9 @@ def _prepare(arguments):
 
 
 def _benchmark(arguments):
-    from larp_jax import benchmark, data
-    from larp_jax.sampling import SamplingOptions
+    from larp_jax import data
+    from larp_jax.models.sampling import SamplingOptions
+    from larp_jax.tools import benchmark
 
     recipe = _load_recipe(arguments)
     stage = "generator" if arguments.what == "sample" else "tokenizer"
@@ -1133,7 +1148,7 @@ def _benchmark(arguments):
 
 
 def _plan(arguments):
-    from larp_jax import plan
+    from larp_jax.tools import plan
 
     recipe = _load_recipe(arguments)
     _check_numbers(arguments)
@@ -1155,14 +1170,14 @@ def _write_numbers(arguments, result: dict[str, Any]) -> None:
 
 
 def _report(arguments):
-    from larp_jax import report
+    from larp_jax.tools import report
 
     path = report.report(arguments.workdir, arguments.output)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
 def _doctor(arguments):
-    from larp_jax import doctor
+    from larp_jax.tools import doctor
 
     print(doctor.report())
 

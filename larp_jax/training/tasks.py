@@ -14,20 +14,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from larp_jax import api, checkpoint, data, rng, sharding
-from larp_jax.code_sets import CodeSet
+from larp_jax import api, data
 from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluators import NextCodeEvaluator, ReconstructionEvaluator, available, encoded_clips, own_metrics
-from larp_jax.fingerprint import fingerprint
+from larp_jax.evaluation.evaluators import (
+    NextCodeEvaluator,
+    ReconstructionEvaluator,
+    available,
+    encoded_clips,
+    own_metrics,
+)
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.inference.code_sets import CodeSet
 from larp_jax.models.pixels import to_uint8
-from larp_jax.protocols import ClipSet
-from larp_jax.sampling import SamplingOptions, sample_codes
+from larp_jax.models.sampling import SamplingOptions, sample_codes
+from larp_jax.runtime import rng, sharding
 from larp_jax.state import TrainState
-from larp_jax.steps import GeneratorStage, TokenizerStage
-from larp_jax.writers import MetricWriter
+from larp_jax.training.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.writers import MetricWriter
+from larp_jax.weights import checkpoint
+from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ class Task(Protocol):
 
     Attributes:
       recipe: complete: with what only the data or another checkpoint tells.
-      stage: of `larp_jax.steps`: `init` and `train_step`.
+      stage: of `larp_jax.training.steps`: `init` and `train_step`.
       frozen: what `train_step` reads and never changes, on the mesh.
       inputs: names of the arrays of a batch that `train_step` takes.
       shown: names of the logs that the progress bar shows.

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from larp_jax import flops, hlo, rng, sharding
 from larp_jax.errors import InputError, reason
-from larp_jax.steps import STAGES
+from larp_jax.runtime import rng, sharding
+from larp_jax.tools import flops, hlo
+from larp_jax.training.steps import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def plan(
 
     Returns:
       By name, ready for JSON. Bytes are of one chip. `flops_step` are model FLOPs of a step in which the discriminator
-      takes its turn, over all chips, counted by `larp_jax.flops`; `flops_compiler` are XLA's, of one chip, each loop's
-      body once. `traffic_gb` and `collectives` are read from the compiled program, all branches taken. `step_ms` is
-      predicted from the chip's published numbers: products or memory, whichever takes longer, and then the
+      takes its turn, over all chips, counted by `larp_jax.tools.flops`; `flops_compiler` are XLA's, of one chip, each
+      loop's body once. `traffic_gb` and `collectives` are read from the compiled program, all branches taken. `step_ms`
+      is predicted from the chip's published numbers: products or memory, whichever takes longer, and then the
       collectives, none overlapped.
 
     Raises:
@@ -151,7 +152,7 @@ def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
 
 
 def model_flops(recipe) -> dict[str, float]:
-    """FLOPs a row of the batch of a stage's step by part, from `larp_jax.flops`."""
+    """FLOPs a row of the batch of a stage's step by part, from `larp_jax.tools.flops`."""
     if recipe.stage == "generator":
         return flops.generator_train_step(recipe.model)
     return flops.train_step(recipe)

@@ -12,17 +12,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import fvd, metrics, sharding
+from larp_jax import metrics
 from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
-from larp_jax.frechet import FeatureStatistics
+from larp_jax.evaluation import fvd
+from larp_jax.evaluation.frechet import FeatureStatistics
+from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.next_code import NextCode, next_code
 from larp_jax.models.pixels import as_float_video, to_uint8
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.progress import Progress
-from larp_jax.protocols import ClipSet
+from larp_jax.runtime import sharding
+from larp_jax.runtime.progress import Progress
 
 METRICS = ("psnr", "ssim", "lpips", "rfvd", "usage", "prior")
 GENERATOR_METRICS = ("fvd", "cross_entropy")
@@ -126,8 +128,8 @@ class ReconstructionFvd:
 
     Args:
       features: to compare.
-      real: statistics of the same clips, from `larp_jax.fvd.real_statistics`.
-      covariance: of `larp_jax.frechet.COVARIANCES`.
+      real: statistics of the same clips, from `larp_jax.evaluation.fvd.real_statistics`.
+      covariance: of `larp_jax.evaluation.frechet.COVARIANCES`.
       mesh: of the pass.
     """
 

@@ -19,13 +19,15 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from larp_jax import files, released, rng
+from larp_jax import files
 from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
-from larp_jax.fingerprint import fingerprint
-from larp_jax.importing import CONFIG, PRIOR_SIZES, WEIGHTS
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.runtime import rng
+from larp_jax.weights import released
+from larp_jax.weights.fingerprint import fingerprint
+from larp_jax.weights.importing import CONFIG, PRIOR_SIZES, WEIGHTS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # of what is a file and no directory

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from larp_jax import analysis, charts, checkpoint, files
-from larp_jax.charts import Chart, Series, is_number
+from larp_jax import files
 from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
+from larp_jax.tools import analysis, charts
+from larp_jax.tools.charts import Chart, Series, is_number
+from larp_jax.training.writers import read_metrics
 from larp_jax.version import __version__
-from larp_jax.writers import read_metrics
+from larp_jax.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from larp_jax.errors import InputError
 from larp_jax.models.categorical import draw, largest
 from larp_jax.models.generator import Generator, lengthen
 from larp_jax.models.layers import Dtype
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 
 # The caches grow in so many parts, because every step reads them whole: four make 5/8 of the reads that one would,
 # eight 9/16 for twice the time to compile. Parts shorter than this many positions save nothing.

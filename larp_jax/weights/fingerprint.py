@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from larp_jax.config import TRAINING_FIELDS, TokenizerConfig, to_dict
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 
 # Settings that change no code: names of sizes, how codes are drawn in training, and whatever is about the decoder.
 NOT_OF_CODES = TRAINING_FIELDS | {"size", "quantizer.kind"}

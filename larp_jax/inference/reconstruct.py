@@ -13,12 +13,12 @@ from tqdm import tqdm
 from larp_jax import files
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
-from larp_jax.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.metrics import SMALLEST_MSE
 from larp_jax.models.pixels import to_uint8
-from larp_jax.progress import Progress
+from larp_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def reconstruct(
 
     Args:
       tokenizer: to use.
-      source: what `larp_jax.inputs.Inputs` takes.
+      source: what `larp_jax.data.inputs.Inputs` takes.
       output: folder to write to, made if missing; sub-folders of the input are kept.
       max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
       batch_size: windows computed at a time.

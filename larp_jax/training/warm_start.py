@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larp_jax import api, checkpoint, importing
+from larp_jax import api
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, to_dict
 from larp_jax.errors import InputError
 from larp_jax.files import local_path
-from larp_jax.paths import path_name
+from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
+from larp_jax.weights import checkpoint, importing
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What one looks at beside training: analysis, reports, benchmarks, plans, and the doctor."""

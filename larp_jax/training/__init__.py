@@ -1,0 +1,1 @@
+"""What a step computes, what a run reads, and the loop."""

@@ -1,0 +1,1 @@
+"""How weights get in and out: checkpoints, released weights, exports."""
