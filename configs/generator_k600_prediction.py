@@ -8,8 +8,8 @@ their bfloat16 peak, attention and tokenizer not counted. Published score: FVD 5
 end yet.
 
 The tokenizer is what configs/larp_l_long.py trains, or the published one: larp-jax import writes it. Videos are best
-made small beforehand; codes made beforehand (larp-jax tokenize --windows 4 --cond-frames 5, then --config.data.train=tokens:DIR)
-take the tokenizer out of the step.
+made small beforehand; codes made beforehand (larp-jax tokenize --windows 4 --cond-frames 5, then
+--config.data.train=tokens:DIR) take the tokenizer out of the step.
 """
 
 from larp_jax.config import default_recipe

@@ -42,7 +42,7 @@ GENERATOR_SIZES = {
 
 # What a size fills: by stage and section its table, and the parts whose width, depth and heads are left at 0.
 NUMBERS = ("width", "depth", "heads")
-SIZED = {
+SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
     "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
     "generator": {"model": (GENERATOR_SIZES, ("model",))},
 }
@@ -585,9 +585,8 @@ def take_sizes(recipe, given: typing.Collection[str]) -> None:
         chosen = setting in given or size != _defaults(STAGES[stage])[section]["size"]
         numbers = {tuple(part.get(number, 0) for number in NUMBERS) for part in parts.values()}
         if chosen and size in table and all(map(all, numbers)) and numbers != {table[size]}:
-            logger.warning(
-                f"config.{setting}={size!r} changes nothing: width, depth and heads of {' and '.join(names)} are given, too"
-            )
+            given_too = f"width, depth and heads of {' and '.join(names)} are given, too"
+            logger.warning(f"config.{setting}={size!r} changes nothing: {given_too}")
 
 
 def _at(recipe, name: str):

@@ -1,8 +1,8 @@
 """The few layers everything is built from: linear, layer norm, the pre-LN transformer stack.
 
-Parameters are float32; `dtype` is the dtype of the computation: what goes into products is cast to it. Statistics of norms
-and softmaxes stay in float32, and so does the residual stream, which blocks add to: rounded to bfloat16 after every layer,
-it would move more codes than the products do. Modules know nothing of meshes, losses or files.
+Parameters are float32; `dtype` is the dtype of the computation: what goes into products is cast to it. Statistics of
+norms and softmaxes stay in float32, and so does the residual stream that blocks add to, as under PyTorch's autocast:
+it is not rounded after every layer. Modules know nothing of meshes, losses or files.
 """
 
 from collections.abc import Callable
