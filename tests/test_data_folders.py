@@ -12,6 +12,7 @@ from larp_jax.data.inputs import Inputs
 from larp_jax.data.listing import list_videos
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
+from larp_jax.evaluation.protocols import ClipSet
 
 CLIP = ClipSpec(4, 16)
 
@@ -164,3 +165,9 @@ def test_other_machines_are_none_of_ours():
     for spec in ("folder:gs://bucket/videos", "tfds:gs://bucket/set"):
         with pytest.raises(InputError, match="gs:// is not supported"):
             open_source(spec)
+
+
+def test_evaluations_say_which_split_of_a_folder_they_are_of(make):
+    folder = make("train/a/0.mp4", "test/a/1.mp4")
+    assert ClipSet(f"folder:{folder}", CLIP).describe()["split"] == "test"
+    assert ClipSet(f"folder:{folder / 'train'}", CLIP).describe()["split"] is None

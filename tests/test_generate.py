@@ -255,7 +255,7 @@ def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_
     assert load_generator(generator).class_names == tuple(names)
     assert run("sample", generator, trained, tmp_path / "out", "--classes=walk:2,run:1") == 0
     manifest = tokens.read_manifest(tmp_path / "out")
-    assert manifest["label_names"] == names and [row["label"] for row in manifest["rows"]] == [1, 0, 1]
+    assert manifest["label_names"] == names and [row["label"] for row in manifest["rows"]] == [0, 1, 1]
     evaluate(generator, trained, real, tmp_path / "fvd.json", "--metrics=fvd", f"--samples={tmp_path / 'kept'}")
     assert tokens.read_manifest(tmp_path / "kept")["label_names"] == names
 
