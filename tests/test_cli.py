@@ -221,6 +221,22 @@ def test_failures_while_running(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_interrupted_process_does_not_wait_for_its_threads():
+    code = """
+import os, signal, sys, threading, time
+from larp_jax import cli, doctor
+
+def report():
+    threading.Thread(target=time.sleep, args=[600]).start()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+doctor.report, sys.argv = report, ["larp-jax", "doctor"]
+sys.exit(cli.main())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (1, "larp-jax: error: stopped by SIGTERM\n")
+
+
 def test_evaluate(trained, tokenizer, tmp_path, capsys):
     output = tmp_path / "new" / "evaluation.json"
     arguments = ["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:test", "--output", str(output)]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 from larp_jax import files
 from larp_jax.errors import InputError, printable, reason
 from larp_jax.runtime import allocator, distributed
-from larp_jax.runtime.stopping import Interrupted, StopRequest
+from larp_jax.runtime.stopping import StopRequest
 from larp_jax.version import __version__
 
 CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported or a Hugging Face style directory"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, 1 where something failed while running, 2 where what was given is wrong.
     """
-    debug = False
+    debug = interrupted = False
     if argv is None:  # a process of its own, in which JAX has not started yet
         allocator.keep_freed_memory()
     try:
@@ -47,23 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with _computing(arguments.command):
                     arguments.run(arguments)
             return 0
-    except Interrupted as error:
-        code = _complain(str(error), 1, debug)
-    except KeyboardInterrupt:
-        code = _complain("interrupted", 1, debug)
+    except KeyboardInterrupt as error:
+        code, interrupted = _complain(str(error) or "interrupted", 1, debug), True
     except InputError as error:
         code = _complain(str(error), 2, debug)
     except Exception as error:  # whatever it is, users get a line to read and not a traceback
         code = _complain(distributed.explain(error) or _reason(error), 1, debug)
     distributed.leave(code)
+    if interrupted and argv is None:  # a compiler that is still at work would hold up the ordinary way out
+        _exit(code)
     return code
 
 
 def _end_process(message: str) -> NoReturn:
     """Ends the process from another thread than the one that works, which nothing else would stop."""
+    _exit(_complain(message, 1, False))
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process at once, and those that it started."""
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(_complain(message, 1, False))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
