@@ -240,7 +240,7 @@ def test_no_output_replaces_another_file(workdir, name, command, capsys, monkeyp
 
 def test_outputs_of_another_kind_are_not_replaced(tmp_path):
     files.write_json(tmp_path / "evaluation.json", {"metrics": {}, "protocol": {}})
-    files.write_json(tmp_path / "plan.json", {"format": "larp_jax.tools.plan"})
+    files.write_json(tmp_path / "plan.json", {"format": "larp_jax.plan"})
     for name, command in (("plan.json", "plan"), ("evaluation.json", "evaluate")):
         for other in ("plan.json", "evaluation.json"):
             arguments = argparse.Namespace(command=command, output=tmp_path / other)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
-from larp_jax.data import ClipSpec, Source, stages, train_batches
+from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import DrawClip
 from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
@@ -92,7 +92,7 @@ def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
     """Milliseconds a clip takes in one thread, in all and by stage, and which stage takes the most."""
     draw = DrawClip(source, clip)
     rows, times = [], []
-    with stages.measure() as seconds:
+    with timing.measure() as seconds:
         for number in range(CLIPS_TIMED_ALONE):
             began = time.perf_counter()
             rows.append(draw(number % len(source), np.random.default_rng(number))["video"])

@@ -1,0 +1,82 @@
+"""Every setting there is: frozen dataclasses, the tables of sizes, and the way from a recipe to them.
+
+A recipe (a file in `configs/`) is an `ml_collections.ConfigDict` made by `default_recipe` and changed; `parse_recipe`
+turns it into the frozen dataclasses that the code uses and refuses what does not fit, in one line.
+The defaults are the published recipe (LARP-L-Long).
+"""
+
+from larp_jax.config.checks import (
+    MOST_POSITIONS,
+    check_seed,
+)
+from larp_jax.config.models import (
+    GENERATOR_SIZES,
+    NUMBERS,
+    PRIOR_SIZES,
+    TOKENIZER_SIZES,
+    TRAINING_FIELDS,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    PriorConfig,
+    QuantizerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from larp_jax.config.recipes import (
+    SIZED,
+    STAGES,
+    default_recipe,
+    differences,
+    from_dict,
+    named_numbers,
+    parse_recipe,
+    take_sizes,
+    to_dict,
+    unknown_key,
+)
+from larp_jax.config.training import (
+    AdamConfig,
+    DataConfig,
+    GeneratorOptimConfig,
+    GeneratorRecipe,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    Recipe,
+    TokenizerRecipe,
+)
+
+__all__ = [
+    "AdamConfig",
+    "DataConfig",
+    "DiscriminatorConfig",
+    "GENERATOR_SIZES",
+    "GeneratorConfig",
+    "GeneratorOptimConfig",
+    "GeneratorRecipe",
+    "LossConfig",
+    "MOST_POSITIONS",
+    "MeshConfig",
+    "NUMBERS",
+    "OptimConfig",
+    "PRIOR_SIZES",
+    "PriorConfig",
+    "QuantizerConfig",
+    "Recipe",
+    "SIZED",
+    "STAGES",
+    "TOKENIZER_SIZES",
+    "TRAINING_FIELDS",
+    "TokenizerConfig",
+    "TokenizerRecipe",
+    "TransformerConfig",
+    "check_seed",
+    "default_recipe",
+    "differences",
+    "from_dict",
+    "named_numbers",
+    "parse_recipe",
+    "take_sizes",
+    "to_dict",
+    "unknown_key",
+]

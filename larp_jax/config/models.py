@@ -1,0 +1,335 @@
+"""Settings of the networks, and the tables of their sizes. The defaults are the published model (LARP-L-Long)."""
+
+import dataclasses
+import math
+
+from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
+
+NUMBERS = ("width", "depth", "heads")
+
+# The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters at 1024 tokens and 8,192 codes.
+TOKENIZER_SIZES = {
+    "larp_s": (384, 12, 6),
+    "larp_b": (768, 6, 12),
+    "larp_l": (768, 12, 12),
+}
+PRIOR_SIZES = {
+    "L": (1024, 24, 16),
+    "B": (768, 12, 12),
+    "M": (512, 12, 8),
+    "S": (384, 12, 6),
+    "XS": (384, 6, 6),
+    "XXS": (256, 6, 4),
+}
+# `LP` is the published 632 M generator.
+GENERATOR_SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "LP": (1280, 30, 20),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+    "XXXL": (2560, 48, 40),
+}
+
+
+def from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:
+    """The size's numbers, each replaced where one is given (not 0); where all are, the size is a label: any will do."""
+    if width and depth and heads:
+        return width, depth, heads
+    one_of(name, size, table)
+    width, depth, heads = (given or named for given, named in zip((width, depth, heads), table[size], strict=True))
+    return width, depth, heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size of a stack; 0 takes the number of the model's `size`."""
+
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+
+    def check(self, name: str) -> None:
+        """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
+        for field in NUMBERS:
+            require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
+        heads = f"{name}.heads={self.heads}"
+        require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
+        require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """The bottleneck (arXiv 2410.21264, section 3).
+
+    `kind`: `svq` (stochastic draw in training), `vq` (always the nearest code), `kl` (continuous Gaussian latents, the
+    released code's `skl`). `temperature_start` above 0 anneals the draw's temperature linearly from it to `temperature`
+    over the first `temperature_ramp` of training. `input_norm`: `none` or `layer`, a layer norm before in_linear.
+    `norm`: `none`, or a layer norm after in_linear under its released name, over d (`ln_d`) or over tokens and d
+    together (`ln_nd`). `l2_normalized` makes unit vectors of latents and codes, which `svq` needs.
+    The entropy term is that of softmax(-D / `entropy_temperature`), D the squared distances of latents and codes.
+    """
+
+    kind: str = "svq"
+    codebook_size: int = 8192
+    code_dim: int = 16
+    temperature: float = 0.03
+    temperature_start: float = 0.0
+    temperature_ramp: float = 0.0
+    commitment_weight: float = 0.25
+    codebook_weight: float = 1.0
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    kl_weight: float = 1e-6
+    input_norm: str = "none"
+    norm: str = "none"
+    l2_normalized: bool = True
+
+    def __post_init__(self):
+        one_of("quantizer.kind", self.kind, ("svq", "vq", "kl"))
+        one_of("quantizer.input_norm", self.input_norm, ("none", "layer"))
+        one_of("quantizer.norm", self.norm, ("none", "ln_d", "ln_nd"))
+        require(
+            self.l2_normalized or self.kind != "svq",
+            "quantizer.l2_normalized=False leaves no cosines to draw codes by; set quantizer.kind='vq'",
+        )
+        require(self.codebook_size > 1, f"quantizer.codebook_size must be above 1, got {self.codebook_size}")
+        require(self.code_dim > 0, f"quantizer.code_dim must be positive, got {self.code_dim}")
+        for name in ("temperature", "entropy_temperature"):
+            require(getattr(self, name) > 0, f"quantizer.{name} must be positive, got {getattr(self, name)}")
+        weights = ("commitment_weight", "codebook_weight", "entropy_weight", "kl_weight")
+        at_least_0("quantizer", self, "temperature_start", *weights)
+        within("quantizer", self, "temperature_ramp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer. `size` names width, depth and heads; `encoder` and `decoder` may override them one by one.
+
+    `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
+    may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
+    the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.
+    """
+
+    size: str = "larp_l"
+    frames: int = 16
+    resolution: int = 128
+    channels: int = 3
+    patch_frames: int = 4
+    patch_size: int = 8
+    decoder_patch_frames: int = 0
+    decoder_patch_size: int = 0
+    num_tokens: int = 1024
+    encoder: TransformerConfig = TransformerConfig()
+    decoder: TransformerConfig = TransformerConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    learned_encoder_patch_pe: bool = False
+    learned_encoder_latent_query_embed: bool = True
+    learned_decoder_latent_pe: bool = False
+    learned_decoder_patch_query_embed: bool = False
+    use_encoder_patch_token_type_embed: bool = False
+    use_encoder_latent_query_token_type_embed: bool = False
+    use_decoder_latent_token_type_embed: bool = False
+    use_decoder_patch_query_token_type_embed: bool = True
+    encoder_query_gaussian_init: bool = True
+    query_init_std: float = 0.02
+    latent_position_base: float = 10000.0
+
+    def __post_init__(self):
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for name in ("encoder", "decoder"):
+            part = getattr(self, name)
+            width, depth, heads = from_size(
+                "model.size", self.size, TOKENIZER_SIZES, part.width, part.depth, part.heads
+            )
+            set_field(name, TransformerConfig(width=width, depth=depth, heads=heads))
+            getattr(self, name).check(f"model.{name}")
+        at_least_0("model", self, "decoder_patch_frames", "decoder_patch_size", "query_init_std")
+        base = self.latent_position_base
+        require(base > 0, f"model.latent_position_base must be positive, got {base}")
+        set_field("decoder_patch_frames", self.decoder_patch_frames or self.patch_frames)
+        set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
+        for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        require(self.channels == 3, f"model.channels={self.channels} is not supported: videos are RGB; set it to 3")
+        for whole, part in (
+            ("frames", "patch_frames"),
+            ("resolution", "patch_size"),
+            ("frames", "decoder_patch_frames"),
+            ("resolution", "decoder_patch_size"),
+        ):
+            size, patch = getattr(self, whole), getattr(self, part)
+            require(
+                size % patch == 0,
+                f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
+            )
+        for grid in (self.encoder_grid, self.decoder_grid):
+            check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
+
+    @property
+    def encoder_patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width) of the encoder."""
+        return self.patch_frames, self.patch_size, self.patch_size
+
+    @property
+    def decoder_patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width) of the decoder."""
+        return self.decoder_patch_frames, self.decoder_patch_size, self.decoder_patch_size
+
+    @property
+    def encoder_grid(self) -> tuple[int, int, int]:
+        """Patches along time, height, width in the encoder."""
+        return self._grid(self.encoder_patch)
+
+    @property
+    def decoder_grid(self) -> tuple[int, int, int]:
+        """Patches along time, height, width in the decoder."""
+        return self._grid(self.decoder_patch)
+
+    def _grid(self, patch):
+        pt, ph, pw = patch
+        return self.frames // pt, self.resolution // ph, self.resolution // pw
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """[T, H, W, C] of a clip."""
+        return self.frames, self.resolution, self.resolution, self.channels
+
+
+# Settings of TokenizerConfig that only say how training starts and runs: tokenizers that differ in nothing else compute
+# the same codes and videos from the same weights.
+TRAINING_FIELDS = frozenset(
+    {
+        "query_init_std",
+        "encoder_query_gaussian_init",
+        "quantizer.temperature",
+        "quantizer.temperature_start",
+        "quantizer.temperature_ramp",
+        "quantizer.commitment_weight",
+        "quantizer.codebook_weight",
+        "quantizer.entropy_weight",
+        "quantizer.entropy_temperature",
+        "quantizer.kl_weight",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.
+
+    `positions` are the rows of the position table, as many as tokens where 0 (released priors keep 1024 for fewer).
+    """
+
+    size: str = "S"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    positions: int = 0
+    dropout: float = 0.1
+    temperature: float = 1.0
+    rounds: int = 2
+    mix_max: float = 0.5
+    mix_ramp: float = 0.3
+
+    def __post_init__(self):
+        numbers = from_size("prior.size", self.size, PRIOR_SIZES, self.width, self.depth, self.heads)
+        for name, value in zip(NUMBERS, numbers, strict=True):
+            object.__setattr__(self, name, value)
+        TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
+        require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
+        require(0 <= self.dropout < 1, f"prior.dropout must lie in [0, 1), got {self.dropout}")
+        require(self.temperature > 0, f"prior.temperature must be positive, got {self.temperature}")
+        at_least_0("prior", self, "positions")
+        within("prior", self, "mix_max", "mix_ramp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The stage-2 generator (METHOD 4). `size` names width, depth and heads, which may be overridden one by one.
+
+    `kv_heads` of 0 takes as many key/value heads as query heads; `mlp_multiplier` of 0 leaves the hidden width alone.
+    With `frame_prediction` the condition is the codes of the frames before and a separator, otherwise a class.
+    `class_dropout` of 0 leaves out the null class, and with it guidance. Before training, `codebook_size`,
+    `num_tokens` and `num_classes` of 0 are those of the tokenizer and the data.
+    """
+
+    size: str = "LP"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    codebook_size: int = 8192
+    num_tokens: int = 1024
+    frame_prediction: bool = False
+    num_classes: int = 101
+    class_dropout: float = 0.1
+    token_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.1
+    mlp_dropout: float = 0.1
+    path_dropout: float = 0.0
+    mlp_multiplier: float = 0.0
+    mlp_multiple: int = 256
+    norm_epsilon: float = 1e-5
+    fixed_positions: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        numbers = from_size("model.size", self.size, GENERATOR_SIZES, self.width, self.depth, self.heads)
+        for name, value in zip(NUMBERS, numbers, strict=True):
+            object.__setattr__(self, name, value)
+        TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        for name in ("kv_heads", "mlp_multiple"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        for name in ("codebook_size", "num_tokens", "num_classes"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        check_positions(self.condition_tokens + self.num_tokens, "the condition")
+        require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
+        require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
+        at_least_0("model", self, "mlp_multiplier", "init_std")
+        for part in ("class", "token", "attention", "residual", "mlp", "path"):
+            rate = getattr(self, f"{part}_dropout")
+            require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
+
+    def check_complete(self) -> None:
+        """`InputError` where a size is left open, which only training from a tokenizer and data fills in."""
+        for name in ("codebook_size", "num_tokens", "num_classes"):
+            require(getattr(self, name) > 0, f"model.{name}=0 leaves it open; give a number")
+
+    @property
+    def condition_tokens(self) -> int:
+        """Positions before the first token: the class, or the condition's codes and the separator."""
+        return self.num_tokens + 1 if self.frame_prediction else 1
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the SwiGLU (METHOD 4)."""
+        hidden = int(2 * 4 * self.width / 3)
+        if self.mlp_multiplier:
+            hidden = int(self.mlp_multiplier * hidden)
+        return -(-hidden // self.mlp_multiple) * self.mlp_multiple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(TransformerConfig):
+    """The transformer that judges whole clips (METHOD 3), the published size by default."""
+
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    patch_frames: int = 4
+    patch_size: int = 8
+
+    def __post_init__(self):
+        self.check("discriminator")
+        for name in ("patch_frames", "patch_size"):
+            require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width)."""
+        return self.patch_frames, self.patch_size, self.patch_size
