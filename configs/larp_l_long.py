@@ -4,7 +4,8 @@
 
 Hardware as published: 47 hours on 8 H100 GPUs. Where the batch does not fit, --config.accumulate=2 (4, 8) takes it in
 parts, and --config.remat=block trades time for memory. Published score on UCF101 with deterministic codes: PSNR 28.70,
-LPIPS 0.0755, rFVD 20. This recipe has not been run to its end yet.
+LPIPS 0.0755, rFVD 20. This recipe has not been run to its end yet. The prior learns at the tokenizer's rate, as in the
+released trainer; --config.optim.multipliers.prior=50 is what the paper names.
 
 Data: one folder that holds the training videos of both data sets, or links to them, wherever they are in it
 (`data/k600_ucf101/train/k600`, `data/k600_ucf101/train/ucf101`): every video is as likely as any other, which is how
