@@ -4,7 +4,9 @@
 
 Hardware, as published: 47 hours on 8 H100 GPUs. If the batch does not fit in memory, --config.accumulate=2 (4, 8)
 accumulates gradients over parts of it, and --config.remat=block saves memory and costs time. Published scores on UCF101
-with deterministic codes: PSNR 28.70, LPIPS 0.0755, rFVD 20. This recipe has not been run to completion yet.
+with deterministic codes: PSNR 28.70, LPIPS 0.0755, rFVD 20. This recipe has not been run to completion yet. The prior
+learns at the rate of the tokenizer, as in the released trainer; --config.optim.multipliers.prior=50 is the rate that
+the paper names.
 
 Data: one folder with the training videos of both data sets, or links to them, anywhere below it
 (`data/k600_ucf101/train/k600`, `data/k600_ucf101/train/ucf101`). Every video is equally likely, as in the published

@@ -107,6 +107,8 @@ class QuantizerConfig:
 class TokenizerConfig:
     """The tokenizer. `size` names width, depth and heads; `encoder` and `decoder` may override them one by one.
 
+    On the command line, a size sets these numbers whatever the recipe sets (see `take_sizes`).
+
     `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
     may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
     the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.

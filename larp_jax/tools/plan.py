@@ -174,8 +174,9 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
 def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     """What the backward pass keeps on each device, estimated for fused attention.
 
-    34 bytes for each number of a token's width in a block computed in 16 bits (Korthikanti et al. 2022, arXiv
-    2205.05198, without attention scores), 2 where blocks are computed again, and for LPIPS every feature map of VGG16.
+    For each number of a token's width in a block: 30 bytes where it is computed in 16 bits (Korthikanti et al. 2022,
+    arXiv 2205.05198, without attention scores), and 8 of the float32 residual stream, which both norms read; 4 of the
+    stream where blocks are computed again. For LPIPS every feature map of VGG16.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
@@ -195,8 +196,9 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
             maps = frames * flops.vgg_features(c.resolution) * width
     tokens = 0.0
     for length, config in stacks:
-        kept = config.depth * 2 + 34 if recipe.remat == "block" else config.depth * 34
-        tokens += length * config.width * kept * width / 2
+        block = 8 + 30 * width / 2
+        kept = config.depth * 4 + block if recipe.remat == "block" else config.depth * block
+        tokens += length * config.width * kept
     return recipe.data.batch_size / parts * (tokens + maps)
 
 
