@@ -48,7 +48,7 @@ def test_two_runs_in_one_workdir(trained, tmp_path, capsys):
 
 
 def test_the_lock_does_not_outlive_a_killed_process(tmp_path):
-    code = "import sys, time; from larp_jax import checkpoint\n"
+    code = "import sys, time; from larp_jax.weights import checkpoint\n"
     code += "with checkpoint.claim(sys.argv[1]): print('mine', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "mine\n"
