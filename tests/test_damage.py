@@ -202,7 +202,7 @@ def sizes(path, value):
         ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings ask for 16777216"),
         ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings ask for"),
         ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings ask for"),
-        ("model.channels", 10**9, "encoder/patch_embed/proj/kernel has"),
+        ("model.channels", 10**9, "model.channels"),
         ("model.quantizer.codebook_size", 10**9, "quantizer/embedding has 128 values"),
         ("prior.width", 10**9, "prior/.* its settings ask for"),
     ],

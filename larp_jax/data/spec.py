@@ -87,7 +87,8 @@ def parse_spec(text: str) -> DataSpec:
 
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
-    files.refuse_url(rest if kind in ("folder", "tokens", "tfds") else text, "data")
+    if kind in ("folder", "tokens", "tfds"):
+        files.refuse_url(rest, "data")
     if kind in ("folder", "tokens") and rest:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
