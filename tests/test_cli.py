@@ -17,6 +17,7 @@ from test_evaluators import Stub
 import larp_jax
 from larp_jax import cli
 from larp_jax.cli import app
+from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import to_dict
 from larp_jax.errors import InputError
 from larp_jax.tools import doctor
@@ -112,25 +113,25 @@ def test_config_files_that_are_wrong(source, message, tmp_path, capsys):
 
 
 def test_a_variant(tmp_path, capsys):
-    arguments = app._parse(["benchmark", "data", "--config", f"{CONFIG}:plain", "--config.steps", "9"])
-    recipe = app._load_recipe(arguments)
+    arguments = app.parse(["benchmark", "data", "--config", f"{CONFIG}:plain", "--config.steps", "9"])
+    recipe = load_recipe(arguments)
     assert (recipe.loss.prior_weight, recipe.steps) == (0.0, 9)
-    arguments = app._parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
-    assert app._load_recipe(arguments).data.flip is False
+    arguments = app.parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
+    assert load_recipe(arguments).data.flip is False
 
 
 def test_names_with_slashes_and_dots_and_large_seeds():
     names = ["--config.optim.multipliers.tokenizer/encoder=0.01", "--config.optim.multipliers.prior=2"]
     names += ["--config.optim.multipliers.tokenizer.decoder.head", "0.5", "--config.optim.multipliers.prior=3"]
     names += ["--config.seed=9223372036854775808", "--config.steps=9"]
-    recipe = app._load_recipe(app._parse(["benchmark", "data", "--config", CONFIG, *names]))
+    recipe = load_recipe(app.parse(["benchmark", "data", "--config", CONFIG, *names]))
     assert recipe.optim.multipliers == {"prior": 3.0, "tokenizer/encoder": 0.01, "tokenizer/decoder/head": 0.5}
     assert (recipe.seed, recipe.steps) == (2**63, 9)
 
 
 def test_seeds_of_draws(capsys):
     sample = ["sample", "--checkpoint=g", "--tokenizer=t", "--output=o"]
-    assert app._parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
+    assert app.parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
     assert "is above 2^64 - 1" in fails([*sample, "--seed=18446744073709551616"], capsys)
     assert "is no number from 0 up" in fails([*sample, "--seed=-1"], capsys)
 
