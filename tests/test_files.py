@@ -100,7 +100,9 @@ KILLED = """
 def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path, block):
     target = tmp_path / "out"
     code = textwrap.dedent(KILLED).format(block=block)
-    process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     process.stdout.readline()
     (left,) = os.listdir(tmp_path)
     files.remove_leftovers(tmp_path)
@@ -143,13 +145,7 @@ def test_reasons(error, said):
     assert reason(error) == said
 
 
-URLS = (
-    "gs://bucket/x",
-    "s3://bucket/x",
-    "file:///x",
-    "folder:gs://bucket/x",
-    "0.5*folder:/a+0.5*tfds:gs://bucket/x:train",
-)
+URLS = "gs://bucket/x", "s3://bucket/x", "file:///x", "folder:gs://bucket/x", "0.5*folder:/a+0.5*tfds:gs://bucket/x:train"
 COMMANDS = (
     "train evaluate analyze reconstruct tokenize detokenize sample predict export import prepare plan benchmark report"
 ).split()
