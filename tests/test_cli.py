@@ -61,7 +61,7 @@ def fails(arguments, capsys, code=2):
             "config.model.num_token is not a setting; did you mean config.model.num_tokens?",
         ),
         (["--config.modell.num_tokens=4"], "config.modell is not a setting; did you mean config.model?"),
-        (["--config.steps.x=4"], "config.steps is one value, it has no config.steps.x"),
+        (["--config.steps.x=4"], "config.steps is a single value and has no config.steps.x"),
         (["--config.steps=many"], "config.steps=many"),
         (["--config.steps=1.5"], "config.steps=1.5"),
         (["--config.data.flip=maybe"], "config.data.flip=maybe"),
@@ -92,8 +92,8 @@ def test_settings_that_are_wrong(overrides, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     "source, message",
     [
-        (None, "is no file; give a recipe such as configs/quickstart.py"),
-        ("", "it defines no get_config()"),
+        (None, "is not a file; give a recipe such as configs/quickstart.py"),
+        ("", "it does not define get_config()"),
         ("def get_config(): return {}", "must return a ConfigDict, not a dict"),
         ("def get_config(:", "SyntaxError: invalid syntax (recipe.py, line 1)"),
         ("import nothing_of_the_kind", "line 1: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
@@ -133,7 +133,7 @@ def test_seeds_of_draws(capsys):
     sample = ["sample", "--checkpoint=g", "--tokenizer=t", "--output=o"]
     assert app.parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
     assert "is above 2^64 - 1" in fails([*sample, "--seed=18446744073709551616"], capsys)
-    assert "is no number from 0 up" in fails([*sample, "--seed=-1"], capsys)
+    assert "is not an integer of at least 0" in fails([*sample, "--seed=-1"], capsys)
 
 
 def test_a_missing_device_is_told_before_anything_else(trained, tmp_path, capsys, monkeypatch):

@@ -296,7 +296,7 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     output = tmp_path / "out"
     arguments = ["predict", predictor, trained, output, f"--input={video}", "--cond-frames=3", "--batch-size=8"]
     assert run(*arguments) == 0
-    assert "2 predictions beside the truth" in capsys.readouterr().out
+    assert "2 predictions next to the originals" in capsys.readouterr().out
     info = probe(output / "walk-000008.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (8, 64, 32, 12.0)
     assert (output / "walk-000008.png").exists()

@@ -1,4 +1,4 @@
-"""The command line: `larp-jax COMMAND`. What a command needs is imported when it runs, so that help is instant."""
+"""The command line: `larp-jax COMMAND`. Commands import what they need when they run, so that help is instant."""
 
 import argparse
 import contextlib
@@ -42,43 +42,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      argv: its arguments; those of the process by default.
+      argv: the command and its arguments; by default those of the process.
 
     Returns:
-      The exit code: 0, 1 where something failed while running, 2 where what was given is wrong.
+      The exit code: 0 for success, 1 for a failure while running, 2 for wrong arguments, configs or inputs.
     """
     debug = interrupted = False
-    if argv is None:  # a process of its own, in which JAX has not started yet
+    if argv is None:  # called as a program: JAX has not started yet
         allocator.keep_freed_memory()
     try:
         with _logging(), contextlib.redirect_stdout(Printable(sys.stdout)):
             arguments = parse(sys.argv[1:] if argv is None else list(argv))
             debug = arguments.debug
             check_paths(arguments)
-            # the inner one, because joining other processes makes JAX swallow SIGTERM
+            # StopRequest twice: joining other processes makes JAX replace the handler of SIGTERM
             with StopRequest(end_process=_end_process), _among_processes(arguments), StopRequest():
                 with _computing(arguments.command):
                     arguments.run(arguments)
             return 0
     except KeyboardInterrupt as error:
-        code, interrupted = _complain(str(error) or "interrupted", 1, debug), True
+        code, interrupted = _print_error(str(error) or "interrupted", 1, debug), True
     except InputError as error:
-        code = _complain(str(error), 2, debug)
-    except Exception as error:  # whatever it is, users get a line to read and not a traceback
-        code = _complain(distributed.explain(error) or _reason(error), 1, debug)
+        code = _print_error(str(error), 2, debug)
+    except Exception as error:  # users get one line for any error, not a traceback
+        code = _print_error(distributed.explain(error) or _reason(error), 1, debug)
     distributed.leave(code)
-    if interrupted and argv is None:  # a compiler that is still at work would hold up the ordinary way out
+    if interrupted and argv is None:  # a normal exit would wait for a running compilation
         _exit(code)
     return code
 
 
 def _end_process(message: str) -> NoReturn:
-    """Ends the process from another thread than the one that works, which nothing else would stop."""
-    _exit(_complain(message, 1, False))
+    """Ends the process from a second thread, because the main thread cannot be stopped."""
+    _exit(_print_error(message, 1, False))
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process at once, and those that it started."""
+    """Ends the process and its child processes at once."""
     for process in multiprocessing.active_children():
         process.kill()
     sys.stdout.flush()
@@ -86,7 +86,8 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _complain(message: str, code: int, debug: bool) -> int:
+def _print_error(message: str, code: int, debug: bool) -> int:
+    """Prints an error in one line, after its traceback if `debug`; returns `code`."""
     if debug:
         sys.stderr.write(printable(traceback.format_exc(), keep="\n"))
     print(f"larp-jax: error: {printable(' '.join(message.split()))}", file=sys.stderr)
@@ -94,14 +95,14 @@ def _complain(message: str, code: int, debug: bool) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """One line for an error that no one put into words; those raised on purpose need no more than these."""
+    """One line for an error of any type; errors of this package and of the operating system have a clear message."""
     if type(error).__module__.startswith("larp_jax") or isinstance(error, OSError):
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{type(error).__name__}: {reason(error)} (--debug shows where)"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments of a command; settings of its config, which follow later, are in `overrides`."""
+    """The arguments of a command. `overrides` are the settings of its config, which `load_recipe` checks."""
     parser = Parser(
         prog="larp-jax", description="LARP: a video tokenizer with a learned autoregressive prior.", allow_abbrev=False
     )
@@ -121,7 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 class _Lines(logging.Handler):
-    """Messages as plain lines on standard error, above the progress bar if there is one."""
+    """Writes messages as plain lines to standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -132,7 +133,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def _among_processes(arguments: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes of a command that may have some; only the first of them speaks, unless it warns."""
+    """Joins the other processes of a multi-process command; all but the first process print only warnings."""
     if "coordinator" in arguments:
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with contextlib.ExitStack() as stack:
@@ -144,33 +145,33 @@ def _among_processes(arguments: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _computing(command: str) -> Iterator[None]:
-    """JAX as a command needs it: with a device, and with numbers that do not depend on the environment."""
+    """Checks the devices of JAX and pins its random numbers, so that they do not depend on the environment."""
     if command in ("doctor", "prepare", "report"):
         yield
         return
     from larp_jax.runtime import rng
 
     with rng.pinned():
-        if command != "plan":  # which brings devices of its own
+        if command != "plan":  # plan chooses its own devices
             distributed.check_devices()
         yield
 
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Shows what larp_jax logs, and of other packages only errors."""
+    """Shows the messages of larp_jax, and only errors of other packages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logger, handler = logging.getLogger("larp_jax"), _Lines()
     before = logger.level, logger.propagate, sys.excepthook
-    # Nothing gets past main(), but for what threads of TensorStore raise after a save has failed.
+    # main() catches all exceptions except those in threads of TensorStore after a failed save.
     sys.excepthook = lambda *error: logger.debug("in a thread: %s", error)
     for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("absl", "asyncio"):  # Orbax shows tracebacks there of what it raises
+    for name in ("absl", "asyncio"):  # Orbax logs tracebacks there for errors that it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # some package always gives the root logger a handler of its own
+    logger.propagate = False  # other packages add handlers to the root logger
     try:
         yield
     finally:

@@ -29,35 +29,36 @@ def add_evaluate(commands) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "measure how well a tokenizer reconstructs a data set, or how close a generator comes to it",
+        "evaluate the reconstructions of a tokenizer or the samples of a generator",
         "--checkpoint runs/quickstart --data moving_shapes:test --output evaluation.json",
     )
     add_checkpoint(sub)
     sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
     sub.add_argument(
         "--metrics", type=lambda text: text.split(","), metavar="A,B",
-        help="of psnr, ssim, lpips, rfvd, usage and prior; of a generator, fvd and cross_entropy (default: all that fit"
-        " and need no further network)",
+        help="comma-separated. Tokenizers: psnr, ssim, lpips, rfvd, usage, prior; generators: fvd, cross_entropy"
+        " (default: all that apply and need no extra network)",
     )  # fmt: skip
-    sub.add_argument("--lpips", metavar="FILE", help="for lpips: what larp-jax import --kind lpips wrote")
-    sub.add_argument("--i3d", metavar="FILE", help="for rfvd and fvd: what larp-jax import --kind i3d wrote")
+    sub.add_argument("--lpips", metavar="FILE", help="weights of LPIPS, written by larp-jax import --kind lpips")
+    sub.add_argument("--i3d", metavar="FILE", help="weights of I3D, written by larp-jax import --kind i3d")
     sub.add_argument(
         "--protocol", choices=("held_out", "larp_ucf101", "larp_ucf101_generation", "larp_k600_prediction"),
-        help="choose the clips as docs/evaluation.md says (default: all windows of the split test)",
+        help="choose the clips by a named protocol, see docs/evaluation.md (default: all windows of the test split)",
     )  # fmt: skip
     sub.add_argument(
-        "--training-data", metavar="SPEC", help="for held_out: what to leave out (default: what the checkpoint names)"
-    )
-    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers and how they were computed")
+        "--training-data", metavar="SPEC",
+        help="for held_out: training data to exclude (default: as named in the checkpoint)",
+    )  # fmt: skip
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the metrics and their protocol")
     sub.add_argument("--max-clips", type=count, default=0, metavar="N", help="at most N clips; 0 for all (default)")
     add_batch_size(sub)
-    of_generators = sub.add_argument_group("of generators")
-    of_generators.add_argument("--tokenizer", metavar="P", help="the one that the generator was trained with")
-    of_generators.add_argument(
-        "--samples", metavar="DIR", help="for fvd: keep the codes sampled there, and go on with those already there"
+    generators = sub.add_argument_group("generators")
+    generators.add_argument("--tokenizer", metavar="P", help="the tokenizer that the generator was trained with")
+    generators.add_argument(
+        "--samples", metavar="DIR", help="for fvd: folder to keep sampled codes in; resumes from the codes there"
     )
-    add_guidance(of_generators, 1.0)
-    add_sampling(of_generators, "sample")
+    add_guidance(generators, 1.0)
+    add_sampling(generators, "sample")
     add_processes(sub)
 
 
@@ -323,23 +324,23 @@ def add_analyze(commands) -> None:
         commands,
         "analyze",
         _analyze,
-        "find out what each token position of a tokenizer carries",
+        "find out what each token position encodes",
         "--checkpoint runs/quickstart --data moving_shapes:test --output runs/quickstart/analysis",
     )
     add_checkpoint(sub)
     sub.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
-    sub.add_argument("--output", required=True, metavar="DIR", help="folder for numbers and pictures")
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for numbers and images")
     sub.add_argument(
         "--max-clips", type=count, default=256, metavar="N",
-        help="statistics of codes are of at most N clips; 0 for all (default: 256)",
+        help="clips for the statistics of codes; 0 for all (default: 256)",
     )  # fmt: skip
     sub.add_argument(
         "--ablated-clips", type=count, default=16, metavar="N",
-        help="codes are replaced in at most N clips, which takes one decoding a position each (default: 16)",
+        help="clips in which codes are replaced; each costs one decoding per position (default: 16)",
     )  # fmt: skip
     sub.add_argument(
         "--replace", choices=("other", "common"), default="other",
-        help="by the code of another clip, or by the most frequent one, of the same position (default: other)",
+        help="replace a code by that of another clip or by the most common one at the same position (default: other)",
     )  # fmt: skip
     add_batch_size(sub)
 

@@ -10,6 +10,7 @@ from larp_jax.cli.arguments import (
     add_processes,
     add_sampling,
     add_videos,
+    add_weights,
     count,
     positive,
 )
@@ -22,7 +23,7 @@ def add_reconstruct(commands) -> None:
         commands,
         "reconstruct",
         _reconstruct,
-        "write videos beside their reconstructions, with their PSNR",
+        "write videos next to their reconstructions, with PSNR",
         "--checkpoint runs/quickstart --input videos --output reconstructions",
     )
     add_checkpoint(sub)
@@ -45,19 +46,19 @@ def add_tokenize(commands) -> None:
         commands,
         "tokenize",
         _tokenize,
-        "write the codes of videos",
+        "encode videos to codes on disk",
         "--checkpoint runs/quickstart --input folder:videos --output codes",
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=0)
     sub.add_argument(
         "--windows", type=count, default=0, metavar="W",
-        help="of every video, at most W full windows, spread over it (default: consecutive ones)",
+        help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
     )  # fmt: skip
-    sub.add_argument("--flips", action="store_true", help="add the codes of all windows mirrored")
+    sub.add_argument("--flips", action="store_true", help="also encode every window mirrored left to right")
     sub.add_argument(
         "--cond-frames", type=count, default=0, metavar="F",
-        help="add the codes that frame prediction from F frames starts from",
+        help="also write the condition codes for frame prediction from F frames",
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def add_detokenize(commands) -> None:
         commands,
         "detokenize",
         _detokenize,
-        "write the videos of codes",
+        "decode codes on disk to videos",
         "--checkpoint runs/quickstart --input codes --output videos_again",
     )
     add_checkpoint(sub)
@@ -106,21 +107,24 @@ def _detokenize(arguments):
 
 
 def _add_generation(sub, what) -> None:
+    """Adds the options that sample and predict share. `what` is the name of a result."""
     sub.add_argument("--checkpoint", required=True, metavar="G", help=f"the generator: {CHECKPOINT}")
-    sub.add_argument("--tokenizer", required=True, metavar="P", help="the tokenizer it was trained with, likewise")
     sub.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="the moving average where there is one, or not"
+        "--tokenizer", required=True, metavar="P", help="the tokenizer that the generator was trained with"
     )
-    sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to, or to go on writing to")
+    add_weights(sub)
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
+    )
     add_sampling(sub, what)
     add_batch_size(sub)
     add_processes(sub)
 
 
 def load_pair(arguments, found=None):
-    """Generator and tokenizer, on this host's devices: hosts sample apart from each other.
+    """The generator and its tokenizer, on the devices of this host, because each host samples on its own.
 
-    `found` is the generator's checkpoint where it is loaded already.
+    `found` is the checkpoint of the generator if it is already loaded.
     """
     import jax
 
@@ -135,7 +139,7 @@ def load_pair(arguments, found=None):
 
 
 def sampling_options(arguments):
-    """What the command has of them."""
+    """The `SamplingOptions` that the command has arguments for; defaults for the others."""
     import dataclasses
 
     from larp_jax.models.sampling import SamplingOptions
@@ -155,10 +159,11 @@ def add_sample(commands) -> None:
     )
     _add_generation(sub, "sample")
     sub.add_argument(
-        "--classes", metavar="C", help="by number or name: 0,walk shares --num out evenly, 0:100,walk:50 gives the"
-        " count of each; without, classes are as frequent as in training where that is known, else all alike",
+        "--classes", metavar="C",
+        help="by number or name: 0,walk splits --num evenly; 0:100,walk:50 gives the count of each. Default: class"
+        " frequencies of the training data if known, else uniform",
     )  # fmt: skip
-    sub.add_argument("--num", type=positive, metavar="N", help="videos in all (default: 16)")
+    sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
     add_guidance(sub, 1.0)
 
 
@@ -168,7 +173,9 @@ def _sample(arguments):
     options = sampling_options(arguments)
     generator, tokenizer = load_pair(arguments)
     if generator.config.frame_prediction:
-        raise InputError(f"{arguments.checkpoint} predicts frames; use larp-jax predict, or give one of classes")
+        raise InputError(
+            f"{arguments.checkpoint} is a frame predictor; use larp-jax predict, or give a class-conditional generator"
+        )
     manifest = generate.sample(
         generator,
         tokenizer,
@@ -182,7 +189,7 @@ def _sample(arguments):
 
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:
-    """How many to sample of each class."""
+    """The number of videos to sample, by class."""
     from larp_jax.inference.generate import as_in_training, read_classes, spread
 
     classes, number = generator.config.num_classes, arguments.num
@@ -203,13 +210,19 @@ def add_predict(commands) -> None:
         commands,
         "predict",
         _predict,
-        "predict how videos go on after their first frames",
+        "predict how videos continue after their first frames",
         "--checkpoint runs/predictor --tokenizer runs/k600 --input video.mp4 --cond-frames 5 --output predictions",
     )
     _add_generation(sub, "prediction")
-    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of them, or {SPEC}")
-    sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="frames given (default: 5)")
-    sub.add_argument("--max-clips", type=count, default=8, metavar="N", help="at most N clips; 0 for all (default: 8)")
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of video files, or {SPEC}")
+    sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")
+    sub.add_argument(
+        "--max-clips",
+        type=count,
+        default=8,
+        metavar="N",
+        help="at most N clips, spread evenly over the data set; 0 for all (default: 8)",
+    )
 
 
 def _predict(arguments):
@@ -218,7 +231,10 @@ def _predict(arguments):
     options = sampling_options(arguments)
     generator, tokenizer = load_pair(arguments)
     if not generator.config.frame_prediction:
-        raise InputError(f"{arguments.checkpoint} is conditional on classes; use larp-jax sample, or give a predictor")
+        raise InputError(
+            f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
+            " prediction"
+        )
     manifest = generate.predict(
         generator,
         tokenizer,
@@ -230,4 +246,4 @@ def _predict(arguments):
         options=options,
         batch_size=arguments.batch_size,
     )
-    print(f"{len(manifest['rows'])} predictions beside the truth, in {arguments.output}")
+    print(f"{len(manifest['rows'])} predictions next to the originals, in {arguments.output}")

@@ -13,9 +13,9 @@ def print_table(values: dict[str, Any]) -> None:
 
 
 class Printable:
-    """Standard output on which nothing that is printed moves the cursor or the like, see `larp_jax.errors.printable`.
+    """Standard output without control characters, such as those that move the cursor; see `larp_jax.errors.printable`.
 
-    Messages on standard error pass `_Lines` and `_complain` instead: progress bars do move the cursor there.
+    Standard error has progress bars, which move the cursor: only messages are made printable there.
     """
 
     def __init__(self, stream: TextIO):

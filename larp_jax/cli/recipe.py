@@ -13,7 +13,11 @@ from larp_jax.errors import InputError, reason
 
 
 def load_recipe(arguments: argparse.Namespace):
-    """The recipe of `--config` with its overrides."""
+    """The recipe in the file of `--config`, with the settings of `overrides` applied.
+
+    Raises:
+      InputError: the file, its recipe or a setting is wrong.
+    """
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
@@ -23,15 +27,15 @@ def load_recipe(arguments: argparse.Namespace):
     path = os.path.expanduser(path)
     path = path if os.path.isfile(path) else _shipped(path)
     if not os.path.isfile(path):
-        raise InputError(f"--config {path} is no file; give a recipe such as configs/quickstart.py")
+        raise InputError(f"--config {path} is not a file; give a recipe such as configs/quickstart.py")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
-            raise InputError("it defines no get_config(), which returns the recipe")
+            raise InputError("it does not define get_config(), which returns the recipe")
         config = get_config(variant) if variant else get_config()
     except InputError as error:
         raise InputError(f"--config {arguments.config}: {error}") from error
-    except Exception as error:  # the file may hold anything
+    except Exception as error:  # the file is Python code and may raise anything
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"line {frames[-1]}: " if frames else ""
         text = " ".join(str(error).split())
@@ -50,7 +54,7 @@ def load_recipe(arguments: argparse.Namespace):
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         rest = [f"--{error.flagname}"]
-    except Exception as error:  # of many kinds: what they hold, their types, their order
+    except Exception as error:  # wrong names, types or order raise errors of many types
         raise InputError(reason(error)) from error
     if rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)}; see larp-jax {arguments.command} --help")
@@ -59,7 +63,7 @@ def load_recipe(arguments: argparse.Namespace):
 
 
 def _shipped(path: str) -> str:
-    """The recipe configs/X.py that an installed package brings along; other paths, and unknown ones, as they are."""
+    """The file of a recipe configs/NAME.py in the installed package; any other path is returned unchanged."""
     folder, name = os.path.split(path)
     found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
     places = found.submodule_search_locations if found and found.submodule_search_locations else ()
@@ -67,10 +71,10 @@ def _shipped(path: str) -> str:
 
 
 def _set_by_name(config, overrides: Sequence[str]) -> list[str]:
-    """Sets numbers under names of the user's, such as those of `optim.multipliers`: new ones too, with `/` or `.`.
+    """Sets numbers under names that users choose, such as those of `optim.multipliers`; `.` in a name becomes `/`.
 
     Returns:
-      The overrides that are left.
+      The other overrides.
     """
     from larp_jax.config import named_numbers
 
@@ -99,13 +103,13 @@ def _set_by_name(config, overrides: Sequence[str]) -> list[str]:
 
 
 def _check_name(config, keys: Sequence[str]) -> None:
-    """`InputError` unless these keys, one below the other, lead to a setting."""
+    """Raises `InputError` unless these nested keys lead to a setting."""
     from larp_jax.config import unknown_key
 
     name = "config"
     for key in keys:
         if not hasattr(config, "keys"):
-            raise InputError(f"{name} is one value, it has no {name}.{key}")
+            raise InputError(f"{name} is a single value and has no {name}.{key}")
         name = f"{name}.{key}"
         if key not in config:
             raise InputError(unknown_key(name, key, config))

@@ -14,14 +14,19 @@ def add_plan(commands) -> None:
         commands,
         "plan",
         _plan,
-        "say what a training step takes of hardware that need not be there",
+        "estimate memory and step time on hardware you do not have",
         "--config configs/larp_l_long.py --topology v5e:16x16 --config.remat=block",
     )
     add_config(sub)
     hardware = sub.add_mutually_exclusive_group(required=True)
-    hardware.add_argument("--topology", metavar="T", help="TPUs, v5e:4x4 or v5p:4x4x4: compiled for them, by libtpu")
-    hardware.add_argument("--devices", type=positive, metavar="N", help="emulated CPUs: compiled for them")
-    hardware.add_argument("--gpus", metavar="KIND:N", help="GPUs, H200:8: estimated, nothing is compiled")
+    hardware.add_argument(
+        "--topology", metavar="T",
+        help="TPU slice, for example v5e:4x4 or v5p:4x4x4; the step is compiled for it with libtpu",
+    )  # fmt: skip
+    hardware.add_argument(
+        "--devices", type=positive, metavar="N", help="number of emulated CPU devices; the step is compiled for them"
+    )
+    hardware.add_argument("--gpus", metavar="KIND:N", help="GPUs, for example H200:8; estimated without compiling")
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
 
 
@@ -46,19 +51,22 @@ def add_benchmark(commands) -> None:
     )
     sub.add_argument(
         "what", choices=("train", "encode", "decode", "sample", "data"),
-        help="the training step, or a tokenizer's encoding or decoding, on synthetic clips with weights at random; a"
-        " generator's sampling, likewise; training batches, read with nothing else running",
+        help="train: the training step; encode, decode: a tokenizer; sample: a generator (all with random weights and"
+        " synthetic clips); data: reading training batches",
     )  # fmt: skip
     add_config(sub)
-    sub.add_argument("--seconds", type=positive, default=10, metavar="S", help="how long to measure (default: 10)")
-    of_models = sub.add_argument_group("of benchmark encode, decode and sample")
-    add_batch_size(of_models)
-    add_precision(of_models)
-    add_guidance(sub.add_argument_group("of benchmark sample"), 1.25)
+    sub.add_argument(
+        "--seconds", type=positive, default=10, metavar="S", help="length of the measurement in seconds (default: 10)"
+    )
+    models = sub.add_argument_group("benchmark encode, decode and sample")
+    add_batch_size(models)
+    add_precision(models)
+    add_guidance(sub.add_argument_group("benchmark sample"), 1.25)
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
-        "--model-rate", type=positive, metavar="R", help="clips a second that training takes: can data keep up?"
-    )
+        "--model-rate", type=positive, metavar="R",
+        help="clips per second that the model trains on, to check whether data keeps up",
+    )  # fmt: skip
 
 
 def _benchmark(arguments):
@@ -103,7 +111,7 @@ def _benchmark(arguments):
 
 
 def _check_numbers(arguments) -> None:
-    """Checks that `_write_numbers` can write: in place of numbers of the same command at most."""
+    """Checks that `_write_numbers` can write and replaces no other file than numbers of the same command."""
     if arguments.output:
         kind = f"larp_jax.{arguments.command}"
         files.check_output(arguments.output, ours=lambda path: files.json_object(path).get("format") == kind)
@@ -120,7 +128,7 @@ def add_report(commands) -> None:
         commands,
         "report",
         _report,
-        "show a run on one HTML page: curves, pictures, codes, metrics, configuration",
+        "show a run on one HTML page: curves, videos, codebook usage, metrics, settings",
         "--workdir runs/quickstart",
     )
     sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, finished or not")
@@ -136,7 +144,9 @@ def _report(arguments):
 
 def add_doctor(commands) -> None:
     """Adds the command doctor."""
-    add_command(commands, "doctor", _doctor, "show versions, devices and what is missing", "")
+    add_command(
+        commands, "doctor", _doctor, "check the installation: versions, devices, missing parts and how to fix them", ""
+    )
 
 
 def _doctor(arguments):

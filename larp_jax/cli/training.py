@@ -11,11 +11,11 @@ def add_train(commands) -> None:
         commands,
         "train",
         _train,
-        "train a stage, or continue where the workdir left off",
+        "train a tokenizer or a generator, or resume a run",
         "--config configs/quickstart.py --workdir runs/quickstart --config.steps=1000",
     )
     add_config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, the same for all processes")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; the same for all processes")
     add_processes(sub)
 
 

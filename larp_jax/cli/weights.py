@@ -13,12 +13,12 @@ def add_export(commands) -> None:
         commands,
         "export",
         _export,
-        "write a tokenizer for other frameworks",
+        "export a tokenizer or generator for other frameworks",
         "--checkpoint runs/quickstart --format codebook-npz --output codebook.npz",
     )
     add_checkpoint(sub)
-    sub.add_argument("--format", required=True, choices=EXPORTS, help="what to write")
-    sub.add_argument("--output", required=True, metavar="PATH", help="file (codebooks) or directory")
+    sub.add_argument("--format", required=True, choices=EXPORTS, help="output format")
+    sub.add_argument("--output", required=True, metavar="PATH", help="file (codebook formats) or directory")
 
 
 def _export(arguments):
@@ -32,7 +32,7 @@ def _export(arguments):
         config = found.recipe if params is not None else model
         export.export_huggingface(arguments.output, config, found.params)
     elif params is None:
-        raise InputError(f"{arguments.checkpoint} holds a generator, which exports as huggingface only")
+        raise InputError(f"{arguments.checkpoint} contains a generator, which exports as huggingface only")
     elif arguments.format == "stablehlo":
         export.export_stablehlo(arguments.output, model, params, step=found.step)
     else:
@@ -50,7 +50,7 @@ def add_import(commands) -> None:
         commands,
         "import",
         _import,
-        "turn released PyTorch weights into a checkpoint, or those of LPIPS and I3D into a file",
+        "import released PyTorch weights, or convert the weights of LPIPS or I3D",
         "--source larp_tokenizer --output runs/released",
     )
     sub.add_argument(
@@ -58,12 +58,14 @@ def add_import(commands) -> None:
     )
     sub.add_argument(
         "--source", required=True, metavar="S",
-        help="directory with config.json and model.safetensors, a Hugging Face repository id, or a .pth file; for lpips"
-        " and i3d the file of VGG16 or I3D that doctor names",
+        help="directory with config.json and model.safetensors, Hugging Face repository id, or .pth file; for lpips and"
+        " i3d, the VGG16 or I3D file that larp-jax doctor names",
     )  # fmt: skip
-    sub.add_argument("--heads", metavar="FILE", help="for lpips: the file of its heads")
-    sub.add_argument("--output", required=True, metavar="P", help="new folder for the checkpoint; else a file")
-    sub.add_argument("--ema", action="store_true", help="take the moving average out of a .pth file")
+    sub.add_argument("--heads", metavar="FILE", help="for lpips: file with the linear heads")
+    sub.add_argument(
+        "--output", required=True, metavar="P", help="new folder for the checkpoint; for lpips and i3d, a file"
+    )
+    sub.add_argument("--ema", action="store_true", help="import the EMA weights of a .pth file")
 
 
 def _import(arguments):
