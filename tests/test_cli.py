@@ -225,7 +225,8 @@ def test_failures_while_running(capsys, monkeypatch):
 def test_an_interrupted_process_does_not_wait_for_its_threads():
     code = """
 import os, signal, sys, threading, time
-from larp_jax import cli, doctor
+from larp_jax import cli
+from larp_jax.tools import doctor
 
 def report():
     threading.Thread(target=time.sleep, args=[600]).start()

@@ -107,7 +107,7 @@ def add_sampling(sub, what) -> None:
     )
     sub.add_argument(
         "--top-p", type=float, default=1.0, metavar="P",
-        help="sample from the smallest set of codes with probability of at least P (default: 1, all)",
+        help="sample from the smallest set of codes with probability above P (default: 1, all)",
     )  # fmt: skip
     add_precision(sub)
 
