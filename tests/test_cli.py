@@ -193,7 +193,7 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     same = [*evaluate[:-1], "moving_shapes:train", "--protocol=held_out"]
     assert "is also in the training data moving_shapes" in fails(same, capsys)
     assert "must be at least 1" in fails([*evaluate, "--batch-size=0"], capsys)
-    assert "is no number" in fails([*evaluate, "--max-clips=-1"], capsys)
+    assert "is not an integer of at least 0" in fails([*evaluate, "--max-clips=-1"], capsys)
     assert "has no split" in fails(["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:x"], capsys)
     (tmp_path / "empty").mkdir()
     spec = f"folder:{tmp_path / 'empty'}"
