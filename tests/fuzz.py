@@ -161,14 +161,16 @@ class Configs:
 
     def make(self, folder):
         from larp_jax.cli import app
+        from larp_jax.cli.recipe import load_recipe
         from larp_jax.config import to_dict
 
         shutil.copyfile(HERE / "configs" / "tiny.py", folder / "tiny.py")
-        arguments = app._parse(["benchmark", "data", "--config", str(folder / "tiny.py")])
-        (folder / "config.json").write_text(json.dumps(to_dict(app._load_recipe(arguments))))
+        arguments = app.parse(["benchmark", "data", "--config", str(folder / "tiny.py")])
+        (folder / "config.json").write_text(json.dumps(to_dict(load_recipe(arguments))))
 
     def try_one(self, rng, good, scratch):
         from larp_jax.cli import app
+        from larp_jax.cli.recipe import load_recipe
         from larp_jax.config import parse_recipe
         from larp_jax.weights import checkpoint
 
@@ -194,7 +196,7 @@ class Configs:
                     flag = mutate_bytes(rng, flag.encode()).decode(errors="replace")
                 overrides.append(flag)
         with contextlib.redirect_stderr(io.StringIO()):  # SyntaxWarning and the like
-            app._load_recipe(app._parse(["plan", "--devices=1", "--config", str(scratch / "tiny.py"), *overrides]))
+            load_recipe(app.parse(["plan", "--devices=1", "--config", str(scratch / "tiny.py"), *overrides]))
 
 
 def _parts(values, prefix=("config",)):
@@ -211,12 +213,13 @@ class Checkpoints:
         import jax
 
         from larp_jax.cli import app
+        from larp_jax.cli.recipe import load_recipe
         from larp_jax.config import to_dict
         from larp_jax.training.steps import TokenizerStage
         from larp_jax.weights import checkpoint
 
-        arguments = app._parse(["benchmark", "data", "--config", str(HERE / "configs" / "tiny.py")])
-        recipe = app._load_recipe(arguments)
+        arguments = app.parse(["benchmark", "data", "--config", str(HERE / "configs" / "tiny.py")])
+        recipe = load_recipe(arguments)
         state = TokenizerStage(recipe).init(jax.random.key(0))
         manager = checkpoint.CheckpointManager(folder, keep=1, best_metric="psnr")
         manager.save(state, {"config": to_dict(recipe), "step": 0, "code_counts": [1] * 32})

@@ -17,6 +17,7 @@ from test_evaluators import Stub
 import larp_jax
 from larp_jax import cli
 from larp_jax.cli import app
+from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import to_dict
 from larp_jax.errors import InputError
 from larp_jax.tools import doctor
@@ -60,7 +61,7 @@ def fails(arguments, capsys, code=2):
             "config.model.num_token is not a setting; did you mean config.model.num_tokens?",
         ),
         (["--config.modell.num_tokens=4"], "config.modell is not a setting; did you mean config.model?"),
-        (["--config.steps.x=4"], "config.steps is one value, it has no config.steps.x"),
+        (["--config.steps.x=4"], "config.steps is a single value and has no config.steps.x"),
         (["--config.steps=many"], "config.steps=many"),
         (["--config.steps=1.5"], "config.steps=1.5"),
         (["--config.data.flip=maybe"], "config.data.flip=maybe"),
@@ -91,8 +92,8 @@ def test_settings_that_are_wrong(overrides, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     "source, message",
     [
-        (None, "is no file; give a recipe such as configs/quickstart.py"),
-        ("", "it defines no get_config()"),
+        (None, "is not a file; give a recipe such as configs/quickstart.py"),
+        ("", "it does not define get_config()"),
         ("def get_config(): return {}", "must return a ConfigDict, not a dict"),
         ("def get_config(:", "SyntaxError: invalid syntax (recipe.py, line 1)"),
         ("import nothing_of_the_kind", "line 1: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
@@ -112,27 +113,27 @@ def test_config_files_that_are_wrong(source, message, tmp_path, capsys):
 
 
 def test_a_variant(tmp_path, capsys):
-    arguments = app._parse(["benchmark", "data", "--config", f"{CONFIG}:plain", "--config.steps", "9"])
-    recipe = app._load_recipe(arguments)
+    arguments = app.parse(["benchmark", "data", "--config", f"{CONFIG}:plain", "--config.steps", "9"])
+    recipe = load_recipe(arguments)
     assert (recipe.loss.prior_weight, recipe.steps) == (0.0, 9)
-    arguments = app._parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
-    assert app._load_recipe(arguments).data.flip is False
+    arguments = app.parse(["benchmark", "data", "--config", CONFIG, "--noconfig.data.flip", "--config.mesh.data=-1"])
+    assert load_recipe(arguments).data.flip is False
 
 
 def test_names_with_slashes_and_dots_and_large_seeds():
     names = ["--config.optim.multipliers.tokenizer/encoder=0.01", "--config.optim.multipliers.prior=2"]
     names += ["--config.optim.multipliers.tokenizer.decoder.head", "0.5", "--config.optim.multipliers.prior=3"]
     names += ["--config.seed=9223372036854775808", "--config.steps=9"]
-    recipe = app._load_recipe(app._parse(["benchmark", "data", "--config", CONFIG, *names]))
+    recipe = load_recipe(app.parse(["benchmark", "data", "--config", CONFIG, *names]))
     assert recipe.optim.multipliers == {"prior": 3.0, "tokenizer/encoder": 0.01, "tokenizer/decoder/head": 0.5}
     assert (recipe.seed, recipe.steps) == (2**63, 9)
 
 
 def test_seeds_of_draws(capsys):
     sample = ["sample", "--checkpoint=g", "--tokenizer=t", "--output=o"]
-    assert app._parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
+    assert app.parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
     assert "is above 2^64 - 1" in fails([*sample, "--seed=18446744073709551616"], capsys)
-    assert "is no number from 0 up" in fails([*sample, "--seed=-1"], capsys)
+    assert "is not an integer of at least 0" in fails([*sample, "--seed=-1"], capsys)
 
 
 def test_a_missing_device_is_told_before_anything_else(trained, tmp_path, capsys, monkeypatch):
@@ -192,7 +193,7 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     same = [*evaluate[:-1], "moving_shapes:train", "--protocol=held_out"]
     assert "is also in the training data moving_shapes" in fails(same, capsys)
     assert "must be at least 1" in fails([*evaluate, "--batch-size=0"], capsys)
-    assert "is no number" in fails([*evaluate, "--max-clips=-1"], capsys)
+    assert "is not an integer of at least 0" in fails([*evaluate, "--max-clips=-1"], capsys)
     assert "has no split" in fails(["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:x"], capsys)
     (tmp_path / "empty").mkdir()
     spec = f"folder:{tmp_path / 'empty'}"

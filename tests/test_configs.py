@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from larp_jax.cli import app
+from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
 from larp_jax.errors import InputError
@@ -156,7 +157,7 @@ def test_published_recipes_do_what_the_released_code_does(name):
 
 
 def on_command_line(name, *overrides):
-    return app._load_recipe(app._parse(["train", "--workdir=x", "--config", str(FOLDER / f"{name}.py"), *overrides]))
+    return load_recipe(app.parse(["train", "--workdir=x", "--config", str(FOLDER / f"{name}.py"), *overrides]))
 
 
 def numbers(part):

@@ -17,6 +17,7 @@ from test_generate import write_generator
 
 from larp_jax import cli
 from larp_jax.cli import app
+from larp_jax.cli.recipe import load_recipe
 from larp_jax.data import parse_spec
 from larp_jax.data.video import write_video
 
@@ -65,10 +66,10 @@ def test_commands_are_accepted(page, monkeypatch):
 
 def accept(words):
     """Raises unless every word of a command line is one that it takes, down to the settings of its config."""
-    arguments = app._parse(words[1:])
+    arguments = app.parse(words[1:])
     specs = [getattr(arguments, "data", None)]
     if hasattr(arguments, "config"):
-        recipe = app._load_recipe(arguments)
+        recipe = load_recipe(arguments)
         specs += [recipe.data.train, recipe.data.eval]
     for spec in filter(None, specs):
         parse_spec(spec)

@@ -17,7 +17,8 @@ import pytest
 
 import larp_jax
 from larp_jax import cli, files
-from larp_jax.cli import app
+from larp_jax.cli import app, evaluation, tools
+from larp_jax.cli.arguments import check_paths
 from larp_jax.data import parse_spec, sources
 from larp_jax.errors import InputError, reason
 from larp_jax.evaluation import fvd
@@ -153,7 +154,7 @@ COMMANDS = (
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_takes_urls(command, capsys):
     with pytest.raises(SystemExit):
-        app._parse([command, "--help"])
+        app.parse([command, "--help"])
     options = re.findall(r"^  --([a-z0-9-]+) (?:FILE|DIR|PATH|SPEC|P|G|I|S)\b", capsys.readouterr().out, re.MULTILINE)
     options = set(options) - {"top-p", "cfg-interval", "cfg-scale", "process-id", "seconds", "size"}
     assert options
@@ -162,7 +163,7 @@ def test_no_option_takes_urls(command, capsys):
             values = [url] if option == "input" and command == "prepare" else url
             arguments = argparse.Namespace(command=command, **{option.replace("-", "_"): values})
             with pytest.raises(InputError, match=f"--{option} .* is not supported"):
-                app._check_paths(arguments)
+                check_paths(arguments)
 
 
 def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsys):
@@ -244,8 +245,8 @@ def test_outputs_of_another_kind_are_not_replaced(tmp_path):
     for name, command in (("plan.json", "plan"), ("evaluation.json", "evaluate")):
         for other in ("plan.json", "evaluation.json"):
             arguments = argparse.Namespace(command=command, output=tmp_path / other)
-            check = app._check_numbers if command == "plan" else lambda found: files.check_output(
-                found.output, ours=app._is_evaluation
+            check = tools._check_numbers if command == "plan" else lambda found: files.check_output(
+                found.output, ours=evaluation._is_evaluation
             )  # fmt: skip
             if other == name:
                 check(arguments)

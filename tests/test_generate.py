@@ -14,7 +14,7 @@ from test_evaluators import IDENTITY, Stub
 
 from larp_jax import cli, files, load_generator
 from larp_jax.api import LoadedGenerator
-from larp_jax.cli import app
+from larp_jax.cli import app, inference
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import probe, write_video
@@ -203,9 +203,9 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
     ],
 )
 def test_classes_that_are_given(by_class, names, options, labels):
-    arguments = app._parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
+    arguments = app.parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
     found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
-    counts = app._counts_of_classes(arguments, LoadedGenerator.of(found))
+    counts = inference._counts_of_classes(arguments, LoadedGenerator.of(found))
     assert sorted(generate._taking_turns(counts)) == sorted(labels)
 
 
@@ -296,7 +296,7 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     output = tmp_path / "out"
     arguments = ["predict", predictor, trained, output, f"--input={video}", "--cond-frames=3", "--batch-size=8"]
     assert run(*arguments) == 0
-    assert "2 predictions beside the truth" in capsys.readouterr().out
+    assert "2 predictions next to the originals" in capsys.readouterr().out
     info = probe(output / "walk-000008.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (8, 64, 32, 12.0)
     assert (output / "walk-000008.png").exists()

@@ -97,7 +97,7 @@ def accepted(words):
     """Whether the words from larp-jax on are a command line of it."""
     from larp_jax.cli import app
 
-    app._parse(words[words.index("larp-jax") + 1 :])
+    app.parse(words[words.index("larp-jax") + 1 :])
 
 
 def test_gpu_script():

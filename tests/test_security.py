@@ -28,7 +28,7 @@ EXCEPTIONAL = {"runpy", "subprocess", "ctypes"}
 FUNCTIONS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
 # The recipe that users name on the command line is a Python file, and runs as one.
 # `doctor` asks nvidia-smi, and `allocator` sets what the C library does with freed memory.
-EXCEPTIONS = {("app.py", "runpy"), ("doctor.py", "subprocess"), ("allocator.py", "ctypes")}
+EXCEPTIONS = {("recipe.py", "runpy"), ("doctor.py", "subprocess"), ("allocator.py", "ctypes")}
 
 
 def dotted(node):
@@ -68,7 +68,7 @@ def test_the_rule_sees_every_way():
     source = "import pickle\nfrom yaml import load\nimport runpy, subprocess\neval(x)\nnp.load(p)\n"
     source += "np.load(p, allow_pickle=True)\ntorch.load(p)\ntorch.load(p, weights_only=False)\nrun(c, shell=True)\n"
     assert len(list(complaints("x.py", source))) == 10
-    assert not list(complaints("app.py", "import runpy\nnp.load(p, allow_pickle=False)\nmodel.eval(x)"))
+    assert not list(complaints("recipe.py", "import runpy\nnp.load(p, allow_pickle=False)\nmodel.eval(x)"))
 
 
 class Trap:

@@ -63,4 +63,4 @@ def test_it_trains_where_there_is_no_repository(wheel, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "codebook.npz").exists()
     result = run("train", "--config", "configs/quickstarts.py", "--workdir", "runs/other")
-    assert result.returncode == 2 and "is no file; give a recipe such as configs/quickstart.py" in result.stderr
+    assert result.returncode == 2 and "is not a file; give a recipe such as configs/quickstart.py" in result.stderr

@@ -1,0 +1,162 @@
+"""Arguments that commands share, the types of their values, and checks of paths."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from larp_jax import files
+from larp_jax.errors import InputError
+
+CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported directory, or a Hugging Face style directory"
+SPEC = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[:SPLIT]"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one-line `InputError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `InputError` with the message and a pointer to the help."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str) -> Parser:
+    """Adds a command, which calls `run` with its arguments, and returns its parser."""
+    sub = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  larp-jax {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("--debug", action="store_true", help="show the traceback of errors")
+    return sub
+
+
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text) if text.isdecimal() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer in [0, 2^64)."""
+    value = count(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is above 2^64 - 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = count(text)
+    if not value:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return value
+
+
+def add_config(sub) -> None:
+    """Adds --config."""
+    sub.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]",
+        help="Python file with a recipe; change settings with --config.NAME=VALUE, for example --config.steps=1000",
+    )  # fmt: skip
+
+
+def add_checkpoint(sub) -> None:
+    """Adds --checkpoint and --weights."""
+    sub.add_argument("--checkpoint", required=True, metavar="P", help=CHECKPOINT)
+    add_weights(sub)
+
+
+def add_weights(sub) -> None:
+    """Adds --weights."""
+    sub.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema",
+        help="EMA weights if the checkpoint has them, or the raw weights (default: ema)",
+    )  # fmt: skip
+
+
+def add_videos(sub, max_clips) -> None:
+    """Adds the options of commands that read videos and write a folder; `max_clips` is a default."""
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of video files, or {SPEC}")
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    sub.add_argument(
+        "--max-clips", type=count, default=max_clips, metavar="N",
+        help=f"at most N clips, spread evenly over the data set; 0 for all (default: {max_clips})",
+    )  # fmt: skip
+    add_batch_size(sub)
+
+
+def add_batch_size(sub) -> None:
+    """Adds --batch-size."""
+    sub.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default: 8)")
+
+
+def add_sampling(sub, what) -> None:
+    """Adds the options of sampling, except guidance. `what` is the name of a result, such as "prediction"."""
+    sub.add_argument(
+        "--seed", type=seed, default=0, help=f"random seed; {what} i of a seed is always the same (default: 0)"
+    )
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (default: 1)")
+    sub.add_argument(
+        "--top-k", type=count, default=0, metavar="K", help="sample from the K most likely codes (default: 0, all)"
+    )
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="sample from the smallest set of codes with probability above P (default: 1, all)",
+    )  # fmt: skip
+    add_precision(sub)
+
+
+def add_precision(sub) -> None:
+    """Adds --precision."""
+    sub.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="compute precision (default: float32)"
+    )
+
+
+def add_guidance(sub, default) -> None:
+    """Adds the options of classifier-free guidance; `default` is that of the scale."""
+    sub.add_argument(
+        "--cfg-scale", type=float, default=default, metavar="S",
+        help=f"classifier-free guidance scale; 1 turns guidance off (default: {default:g})",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cfg-interval", type=int, default=-1, metavar="I", help="guide only the first I + 2 codes (default: all)"
+    )
+
+
+def add_processes(sub) -> None:
+    """Adds the options of multi-process runs."""
+    group = sub.add_argument_group(
+        "multi-process runs", "give these to every process; TPU pods, srun and mpirun need none of them"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
+    group.add_argument("--num-processes", type=positive, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=count, metavar="I", help="index of this process, from 0")
+
+
+# Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
+PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples", "lpips", "i3d", "heads", "root")
+TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
+FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Expands `~` in every path and rejects URLs and unusable output folders, before any work starts."""
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in PATHS and value is not None:
+            setattr(arguments, name, str(files.local_path(value, option)))
+        elif name in TEXTS and value is not None:
+            for text in [value] if isinstance(value, str) else value:
+                files.refuse_url(text, "setting" if name == "overrides" else option)
+    for name in ("workdir", "samples"):
+        if getattr(arguments, name, None) and arguments.command != "report":
+            files.check_folder(getattr(arguments, name), f"--{name}")
+    if arguments.command in FOLDER_WRITERS:
+        files.check_folder(arguments.output)

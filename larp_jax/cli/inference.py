@@ -1,0 +1,249 @@
+"""The commands reconstruct, tokenize, detokenize, sample and predict."""
+
+from larp_jax.cli.arguments import (
+    CHECKPOINT,
+    SPEC,
+    add_batch_size,
+    add_checkpoint,
+    add_command,
+    add_guidance,
+    add_processes,
+    add_sampling,
+    add_videos,
+    add_weights,
+    count,
+    positive,
+)
+from larp_jax.errors import InputError
+
+
+def add_reconstruct(commands) -> None:
+    """Adds the command reconstruct."""
+    sub = add_command(
+        commands,
+        "reconstruct",
+        _reconstruct,
+        "write videos next to their reconstructions, with PSNR",
+        "--checkpoint runs/quickstart --input videos --output reconstructions",
+    )
+    add_checkpoint(sub)
+    add_videos(sub, max_clips=8)
+
+
+def _reconstruct(arguments):
+    from larp_jax import api
+    from larp_jax.inference import reconstruct
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    reconstruct.reconstruct(
+        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+    )
+
+
+def add_tokenize(commands) -> None:
+    """Adds the command tokenize."""
+    sub = add_command(
+        commands,
+        "tokenize",
+        _tokenize,
+        "encode videos to codes on disk",
+        "--checkpoint runs/quickstart --input folder:videos --output codes",
+    )
+    add_checkpoint(sub)
+    add_videos(sub, max_clips=0)
+    sub.add_argument(
+        "--windows", type=count, default=0, metavar="W",
+        help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
+    )  # fmt: skip
+    sub.add_argument("--flips", action="store_true", help="also encode every window mirrored left to right")
+    sub.add_argument(
+        "--cond-frames", type=count, default=0, metavar="F",
+        help="also write the condition codes for frame prediction from F frames",
+    )  # fmt: skip
+
+
+def _tokenize(arguments):
+    from larp_jax import api
+    from larp_jax.inference import tokens
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    manifest = tokens.tokenize(
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        max_clips=arguments.max_clips,
+        windows=arguments.windows,
+        flips=arguments.flips,
+        cond_frames=arguments.cond_frames,
+        batch_size=arguments.batch_size,
+    )
+    videos = len({row["source"] for row in manifest["rows"]})
+    skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""
+    print(f"{len(manifest['rows'])} clips of {videos} videos{skipped}, in {arguments.output}")
+
+
+def add_detokenize(commands) -> None:
+    """Adds the command detokenize."""
+    sub = add_command(
+        commands,
+        "detokenize",
+        _detokenize,
+        "decode codes on disk to videos",
+        "--checkpoint runs/quickstart --input codes --output videos_again",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--input", required=True, metavar="DIR", help="folder that tokenize wrote")
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    add_batch_size(sub)
+
+
+def _detokenize(arguments):
+    from larp_jax import api
+    from larp_jax.inference import tokens
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
+    print(f"{len(written)} videos, in {arguments.output}")
+
+
+def _add_generation(sub, what) -> None:
+    """Adds the options that sample and predict share. `what` is the name of a result."""
+    sub.add_argument("--checkpoint", required=True, metavar="G", help=f"the generator: {CHECKPOINT}")
+    sub.add_argument(
+        "--tokenizer", required=True, metavar="P", help="the tokenizer that the generator was trained with"
+    )
+    add_weights(sub)
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
+    )
+    add_sampling(sub, what)
+    add_batch_size(sub)
+    add_processes(sub)
+
+
+def load_pair(arguments, found=None):
+    """The generator and its tokenizer, on the devices of this host, because each host samples on its own.
+
+    `found` is the checkpoint of the generator if it is already loaded.
+    """
+    import jax
+
+    from larp_jax import api
+    from larp_jax.config import MeshConfig
+    from larp_jax.runtime import sharding
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    found = found or api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
+    generator = api.LoadedGenerator.of(found, precision=arguments.precision, mesh=mesh)
+    return generator, api.load_tokenizer(arguments.tokenizer, weights=arguments.weights, mesh=mesh)
+
+
+def sampling_options(arguments):
+    """The `SamplingOptions` that the command has arguments for; defaults for the others."""
+    import dataclasses
+
+    from larp_jax.models.sampling import SamplingOptions
+
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    return SamplingOptions(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def add_sample(commands) -> None:
+    """Adds the command sample."""
+    sub = add_command(
+        commands,
+        "sample",
+        _sample,
+        "sample videos by class",
+        "--checkpoint runs/generator --tokenizer runs/ucf101 --classes 0,3 --num 16 --cfg-scale 1.25 --output samples",
+    )
+    _add_generation(sub, "sample")
+    sub.add_argument(
+        "--classes", metavar="C",
+        help="by number or name: 0,walk splits --num evenly; 0:100,walk:50 gives the count of each. Default: class"
+        " frequencies of the training data if known, else uniform",
+    )  # fmt: skip
+    sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
+    add_guidance(sub, 1.0)
+
+
+def _sample(arguments):
+    from larp_jax.inference import generate
+
+    options = sampling_options(arguments)
+    generator, tokenizer = load_pair(arguments)
+    if generator.config.frame_prediction:
+        raise InputError(
+            f"{arguments.checkpoint} is a frame predictor; use larp-jax predict, or give a class-conditional generator"
+        )
+    manifest = generate.sample(
+        generator,
+        tokenizer,
+        arguments.output,
+        counts=_counts_of_classes(arguments, generator),
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
+
+
+def _counts_of_classes(arguments, generator) -> dict[int, int]:
+    """The number of videos to sample, by class."""
+    from larp_jax.inference.generate import as_in_training, read_classes, spread
+
+    classes, number = generator.config.num_classes, arguments.num
+    wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
+    if any(wanted.values()):
+        if number is not None:
+            raise InputError("--num cannot be given with counts in --classes; leave it out")
+        return wanted
+    number = 16 if number is None else number
+    if wanted:
+        return spread(number, [label in wanted for label in range(classes)])
+    return as_in_training(generator, number)
+
+
+def add_predict(commands) -> None:
+    """Adds the command predict."""
+    sub = add_command(
+        commands,
+        "predict",
+        _predict,
+        "predict how videos continue after their first frames",
+        "--checkpoint runs/predictor --tokenizer runs/k600 --input video.mp4 --cond-frames 5 --output predictions",
+    )
+    _add_generation(sub, "prediction")
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of video files, or {SPEC}")
+    sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")
+    sub.add_argument(
+        "--max-clips",
+        type=count,
+        default=8,
+        metavar="N",
+        help="at most N clips, spread evenly over the data set; 0 for all (default: 8)",
+    )
+
+
+def _predict(arguments):
+    from larp_jax.inference import generate
+
+    options = sampling_options(arguments)
+    generator, tokenizer = load_pair(arguments)
+    if not generator.config.frame_prediction:
+        raise InputError(
+            f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
+            " prediction"
+        )
+    manifest = generate.predict(
+        generator,
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        cond_frames=arguments.cond_frames,
+        max_clips=arguments.max_clips,
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
+    )
+    print(f"{len(manifest['rows'])} predictions next to the originals, in {arguments.output}")

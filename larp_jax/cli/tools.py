@@ -1,0 +1,155 @@
+"""The commands plan, benchmark, report and doctor."""
+
+from typing import Any
+
+from larp_jax import files
+from larp_jax.cli.arguments import add_batch_size, add_command, add_config, add_guidance, add_precision, positive
+from larp_jax.cli.recipe import load_recipe
+from larp_jax.errors import InputError
+
+
+def add_plan(commands) -> None:
+    """Adds the command plan."""
+    sub = add_command(
+        commands,
+        "plan",
+        _plan,
+        "estimate memory and step time on hardware you do not have",
+        "--config configs/larp_l_long.py --topology v5e:16x16 --config.remat=block",
+    )
+    add_config(sub)
+    hardware = sub.add_mutually_exclusive_group(required=True)
+    hardware.add_argument(
+        "--topology", metavar="T",
+        help="TPU slice, for example v5e:4x4 or v5p:4x4x4; the step is compiled for it with libtpu",
+    )  # fmt: skip
+    hardware.add_argument(
+        "--devices", type=positive, metavar="N", help="number of emulated CPU devices; the step is compiled for them"
+    )
+    hardware.add_argument("--gpus", metavar="KIND:N", help="GPUs, for example H200:8; estimated without compiling")
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
+
+
+def _plan(arguments):
+    from larp_jax.tools import plan
+
+    recipe = load_recipe(arguments)
+    _check_numbers(arguments)
+    result = plan.plan(recipe, topology=arguments.topology, devices=arguments.devices, gpus=arguments.gpus)
+    print(plan.format_table(result))
+    _write_numbers(arguments, result)
+
+
+def add_benchmark(commands) -> None:
+    """Adds the command benchmark."""
+    sub = add_command(
+        commands,
+        "benchmark",
+        _benchmark,
+        "measure throughput",
+        "train --config configs/quickstart.py --output train.json",
+    )
+    sub.add_argument(
+        "what", choices=("train", "encode", "decode", "sample", "data"),
+        help="train: the training step; encode, decode: a tokenizer; sample: a generator (all with random weights and"
+        " synthetic clips); data: reading training batches",
+    )  # fmt: skip
+    add_config(sub)
+    sub.add_argument(
+        "--seconds", type=positive, default=10, metavar="S", help="length of the measurement in seconds (default: 10)"
+    )
+    models = sub.add_argument_group("benchmark encode, decode and sample")
+    add_batch_size(models)
+    add_precision(models)
+    add_guidance(sub.add_argument_group("benchmark sample"), 1.25)
+    sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
+    sub.add_argument(
+        "--model-rate", type=positive, metavar="R",
+        help="clips per second that the model trains on, to check whether data keeps up",
+    )  # fmt: skip
+
+
+def _benchmark(arguments):
+    from larp_jax import data
+    from larp_jax.models.sampling import SamplingOptions
+    from larp_jax.tools import benchmark
+
+    recipe = load_recipe(arguments)
+    stage = "generator" if arguments.what == "sample" else "tokenizer"
+    _check_numbers(arguments)
+    if recipe.stage != stage:
+        raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
+    if arguments.what == "train":
+        result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    elif arguments.what in ("encode", "decode"):
+        result = benchmark.benchmark_codec(
+            recipe,
+            arguments.what,
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            seconds=arguments.seconds,
+        )
+    elif arguments.what == "sample":
+        result = benchmark.benchmark_sample(
+            recipe.model,
+            SamplingOptions(cfg_scale=arguments.cfg_scale, cfg_interval=arguments.cfg_interval),
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            seconds=arguments.seconds,
+        )
+    else:
+        result = benchmark.benchmark_data(
+            recipe.data.train,
+            data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+            batch_size=recipe.data.batch_size,
+            workers=recipe.data.workers,
+            seconds=arguments.seconds,
+            model_rate=arguments.model_rate,
+        )
+    print(benchmark.format_table(result))
+    _write_numbers(arguments, result)
+
+
+def _check_numbers(arguments) -> None:
+    """Checks that `_write_numbers` can write and replaces no other file than numbers of the same command."""
+    if arguments.output:
+        kind = f"larp_jax.{arguments.command}"
+        files.check_output(arguments.output, ours=lambda path: files.json_object(path).get("format") == kind)
+
+
+def _write_numbers(arguments, result: dict[str, Any]) -> None:
+    if arguments.output:
+        files.write_json(arguments.output, {"format": f"larp_jax.{arguments.command}", **result})
+
+
+def add_report(commands) -> None:
+    """Adds the command report."""
+    sub = add_command(
+        commands,
+        "report",
+        _report,
+        "show a run on one HTML page: curves, videos, codebook usage, metrics, settings",
+        "--workdir runs/quickstart",
+    )
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, finished or not")
+    sub.add_argument("--output", metavar="FILE", help="page to write (default: report.html in the workdir)")
+
+
+def _report(arguments):
+    from larp_jax.tools import report
+
+    path = report.report(arguments.workdir, arguments.output)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
+
+
+def add_doctor(commands) -> None:
+    """Adds the command doctor."""
+    add_command(
+        commands, "doctor", _doctor, "check the installation: versions, devices, missing parts and how to fix them", ""
+    )
+
+
+def _doctor(arguments):
+    from larp_jax.tools import doctor
+
+    print(doctor.report())
