@@ -446,7 +446,7 @@ def test_data_init_says_what_it_needs(change, message):
     ({"frames": 10}, "not divisible"),
     ({"size": "larp_x", "encoder": TransformerConfig()}, "choose one of"),
     ({"num_tokens": 0}, "positive"),
-    ({"encoder": TransformerConfig(width=30, depth=1, heads=4)}, "divisible by 4 heads"),
+    ({"encoder": TransformerConfig(width=30, depth=1, heads=4)}, "divisible by model.encoder.heads=4"),
 ])  # fmt: skip
 def test_wrong_sizes_are_refused(change, message):
     with pytest.raises(InputError, match=message):
