@@ -41,7 +41,7 @@ from larp_jax.models.sampling import filter_logits
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
 from larp_jax.training import losses, optim
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage
 from larp_jax.weights import perceptual, released
 from larp_jax.weights.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
 

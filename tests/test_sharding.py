@@ -12,7 +12,8 @@ from larp_jax.config import MeshConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.generator import GeneratorStage
+from larp_jax.training.tokenizer import TokenizerStage
 
 
 def mesh_of(data, fsdp, model):

@@ -23,7 +23,8 @@ from larp_jax.models.sampling import SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
-from larp_jax.training.steps import DTYPES, TokenizerStage
+from larp_jax.training.common import DTYPES
+from larp_jax.training.tokenizer import TokenizerStage
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64

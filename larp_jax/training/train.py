@@ -20,7 +20,7 @@ from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.training import warm_start
-from larp_jax.training.tasks import TASKS
+from larp_jax.training.stages import TASKS
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint, importing
 

@@ -1,196 +1,159 @@
-"""What a run of each stage reads, measures and shows: all that the trainer leaves to the stage but its jitted step."""
+"""Stage 2: a generator of a frozen tokenizer's codes (LARP, arXiv 2410.21264, section 4.1).
+
+`GeneratorStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `GeneratorTask` is
+the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
+"""
 
 import dataclasses
-import hashlib
 import itertools
 import logging
-import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import api, data
-from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax.config import GeneratorRecipe, TokenizerConfig
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluation.evaluators import (
-    NextCodeEvaluator,
-    ReconstructionEvaluator,
-    available,
-    encoded_clips,
-    own_metrics,
-)
+from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.inference.code_sets import CodeSet
-from larp_jax.models.pixels import to_uint8
+from larp_jax.models.generator import Generator
+from larp_jax.models.next_code import NextCode, score_tokens
+from larp_jax.models.pixels import as_float_video, hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
+from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.state import TrainState
-from larp_jax.training.steps import GeneratorStage, TokenizerStage
-from larp_jax.training.writers import MetricWriter
-from larp_jax.weights import checkpoint
+from larp_jax.training import common, optim
 from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
-MEAN_CLIP_CLIPS = 256
-PICTURED = 8  # samples
-GUIDANCE = 1.25  # of these, METHOD 4
+PICTURED = 8  # samples shown in an evaluation
+GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
 
 
-class Task(Protocol):
-    """A stage as the trainer sees it. Making it opens the data and writes nothing.
+# ------------------------------------------------------------------------------------------------------ the jitted step
 
-    Attributes:
-      recipe: complete: with what only the data or another checkpoint tells.
-      stage: of `larp_jax.training.steps`: `init` and `train_step`.
-      frozen: what `train_step` reads and never changes, on the mesh.
-      inputs: names of the arrays of a batch that `train_step` takes.
-      shown: names of the logs that the progress bar shows.
-      only_logged: names of the logs that are computed in logged steps only.
+
+class GeneratorStage:
+    """Stage 2: a generator of a frozen tokenizer's codes (METHOD 4).
+
+    A batch holds `video`, uint8 or float [B, T, H, W, C], which the frozen tokenizer turns into codes, or `codes`,
+    [B, N] int32, and with frame prediction `condition`, likewise. `label` [B] int32 gives the classes (-1: none).
+
+    Args:
+      recipe: whose model is complete: no size is 0.
+      tokenizer: whose parameters `train_step` is given; None where batches hold codes.
     """
 
-    recipe: Any
-    stage: Any
-    frozen: dict
-    inputs: tuple[str, ...]
-    shown: tuple[str, ...]
-    only_logged: tuple[str, ...]
+    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
+        self.recipe, model = recipe, recipe.model
+        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=common.DTYPES[recipe.precision])
+        make = {"generator": self._make}
+        if tokenizer is not None:
+            make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
+        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
+        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
+        self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
+        self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
 
-    def start(self, state: TrainState, placement: TrainState, key: jax.Array) -> TrainState:
-        """The state before the first step, given that of `stage.init`, which may be donated."""
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first step."""
+        params = {"generator": nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))}
+        ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
 
-    def open_evaluation(self, workdir: pathlib.Path) -> None:
-        """Prepares for `evaluate`, once the workdir is this run's."""
+    def frozen_shapes(self) -> dict:
+        """Shapes and dtypes of what `train_step` takes as `frozen`."""
+        modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
+        return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
 
-    def batches(self, start_step: int) -> data.Batches:
-        """This process's rows of the batches from a step on."""
+    def module(self, name: str, params: dict) -> nnx.Module:
+        """The module of that name with the parameters of the tree under it."""
+        return nnx.merge(self.graphdefs[name], params[name])
 
-    def watch(self, step: int, logs: Mapping[str, float]) -> None:
-        """Warns of what does not look right in a logged step."""
+    def codes(self, batch: dict, frozen: dict) -> dict:
+        """The batch with `codes`, and with frame prediction `condition`, in place of its `video`.
 
-    def evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        """Writes an evaluation's scalars and pictures; returns the scalars."""
+        They are deterministic and computed in float32 whatever the recipe's precision: those that are written to disk.
+        """
+        if "video" not in batch:
+            return batch
+        batch = dict(batch)
+        video = as_float_video(batch.pop("video"))
+        with jax.default_matmul_precision("float32"):
+            tokenizer = self.module("tokenizer", frozen)
+            batch["codes"] = tokenizer.quantize(video).indices
+            if self.recipe.model.frame_prediction:
+                known = hold_last_frame(video, self.recipe.cond_frames)
+                batch["condition"] = tokenizer.quantize(known).indices
+        return batch
 
-    def metadata(self) -> dict[str, Any]:
-        """What a checkpoint says about the run beside its recipe, ready for JSON."""
+    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
+        """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
+        generator, codes = self.module("generator", params), batch["codes"]
+        condition = batch["label"]
+        if self.recipe.model.frame_prediction:
+            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
+            condition = jnp.concatenate([batch["condition"], separator], axis=1)
+        features = generator.features(condition, codes[:, :-1], key=key)
+        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
 
-    def resume(self, metadata: Mapping[str, Any]) -> None:
-        """Takes up what `metadata` gave when the checkpoint was saved that the run continues from."""
+    def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
+        """One update.
 
+        Args:
+          state: donated by the trainer.
+          batch: see the class.
+          key: the run's root key; the step's randomness is a function of it and `state.step`.
+          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty where batches hold codes.
 
-class TokenizerTask:
-    """Training a tokenizer; see `Task`."""
-
-    inputs = ("video",)
-    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
-    only_logged = ("ssim",)
-
-    def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):
-        self.recipe, self._mesh = recipe, mesh
-        self.stage = TokenizerStage(recipe)
-        self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
-        model = recipe.model
-        self._clip = data.ClipSpec(frames=model.frames, resolution=model.resolution, flip=recipe.data.flip)
-        source = data.open_source(recipe.data.train, self._clip)
-        self._identity = _identity(map(source.name, range(len(source))))
-        self._evaluator = self._code_counts = None
-
-    def start(self, state, placement, key):
-        """See `Task`."""
-        count = self.recipe.data_init_clips
-        if not count:
-            return state
-        clips = jax.device_put(self._some_clips(count), sharding.replicated(self._mesh))
-        return jax.jit(self.stage.data_init, donate_argnums=0, out_shardings=placement)(state, clips, key)
-
-    def open_evaluation(self, workdir):
-        """See `Task`."""
+        Returns:
+          The next state and float32 scalars by name.
+        """
         recipe = self.recipe
-        if not recipe.data.eval:
-            return
-        path = workdir / checkpoint.MEAN_CLIP
-        if path.exists():
-            mean_clip = checkpoint.read_mean_clip(path, recipe.model.clip_shape)
-        else:
-            # what a tokenizer whose codes say nothing gives at best
-            mean_clip = self._some_clips(MEAN_CLIP_CLIPS).mean(axis=0) / 255.0
-            if jax.process_index() == 0:
-                checkpoint.write_mean_clip(workdir, mean_clip)
-        self._evaluator = ReconstructionEvaluator(
-            lambda params: self.stage.module("tokenizer", params),
-            ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips),
-            self._mesh,
-            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
-            batch_size=recipe.data.batch_size,
-        )
+        key = jax.random.fold_in(key, state.step)
 
-    def batches(self, start_step):
-        """See `Task`."""
-        return _train_clips(self.recipe, self._clip, start_step)
+        def gradient(i, part):
+            part = self.codes(part, frozen)
 
-    def watch(self, step, logs):
-        """See `Task`."""
-        if logs.get("perplexity", math.inf) < 2.0 and step >= 10 * self.recipe.log_every:
-            logger.warning(
-                "step %d: codes have collapsed to perplexity %.2f; see the README on small runs",
-                step,
-                logs["perplexity"],
-            )
+            def objective(params):
+                scored = self.score(params, part, jax.random.fold_in(key, i))
+                loss = scored.cross_entropy.mean()
+                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
 
-    def evaluate(self, state, step, writer):
-        """See `Task`."""
-        if self._evaluator is None:
-            return {}
-        scores, extras = self._evaluator.run(state.ema or state.params)
-        self._code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
-        _write_scores(scores, step, writer)
-        if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self.recipe.steps // 10:
-            logger.warning(
-                "step %d: reconstructions are no better than the mean training clip (%.2f dB)",
-                step,
-                scores["psnr_mean_clip"],
-            )
-        if len(extras["examples"]):
-            rows = [video for pair in extras["examples"] for video in pair]
-            writer.write_image(step, "reconstruction", frame_grid(rows))
-            side_by_side = np.concatenate([np.concatenate(list(pair), axis=2) for pair in extras["examples"]], axis=1)
-            writer.write_video(step, "reconstruction", side_by_side, fps=8)
-        return scores
+            return jax.grad(objective, has_aux=True)(state.params)
 
-    def metadata(self):
-        """See `Task`."""
-        counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
-        return {"data": self._identity} | counts
+        grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
+        logs["grad_norm"] = optax.tree.norm(grads)
+        logs["learning_rate"] = self.learning_rate(state.step + 1)
+        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
 
-    def resume(self, metadata):
-        """See `Task`."""
-        _compare_data(metadata, self._identity)
-        if (counts := metadata.get("code_counts")) is not None:
-            self._code_counts = np.asarray(counts, np.int64)
 
-    def _some_clips(self, count: int) -> np.ndarray:
-        """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
-        videos = []
-        with data.train_batches(self.recipe.data.train, self._clip, batch_size=16, seed=self.recipe.seed) as batches:
-            while len(videos) * 16 < count:
-                videos.append(next(batches)["video"])
-        return np.concatenate(videos)[:count]
+# ---------------------------------------------------------------------------------------- what a run reads and measures
 
 
 class GeneratorTask:
-    """Training a generator on a frozen tokenizer's codes; see `Task`.
+    """A run of stage 2, as `larp_jax.training.stages.Task` defines it.
 
     Raises:
-      InputError: model, tokenizer and data do not fit each other.
+      InputError: model, tokenizer and data do not match.
     """
 
+    stage_class = GeneratorStage
     shown = ("loss", "top1", "top5")
     only_logged = ()
 
@@ -216,12 +179,12 @@ class GeneratorTask:
             if theirs != names and not recipe.model.frame_prediction:
                 ours, theirs = (", ".join(n) or "none" for n in (names, theirs))
                 raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
-        self._identity = _identity(self._names())
+        self._identity = common.data_identity(self._names())
         self.recipe, self._class_counts = self._with_classes(recipe)
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
         if isinstance(self._train, CodeSet) and recipe.model.frame_prediction:
             self.inputs += ("condition",)
-        self.stage = GeneratorStage(self.recipe, self._tokenizer)
+        self.stage = self.stage_class(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
         self._evaluator = self._pictured = None
@@ -274,11 +237,11 @@ class GeneratorTask:
         return map(self._train.name, range(len(self._train)))
 
     def start(self, state, placement, key):
-        """See `Task`."""
+        """The state unchanged."""
         return state
 
     def open_evaluation(self, workdir):
-        """See `Task`."""
+        """Reads or computes the codes of the evaluation clips, and prepares the samples to show."""
         recipe, rows = self.recipe, None
         if isinstance(self._eval, CodeSet):
             rows = self._eval.some(recipe.data.eval_clips)
@@ -294,10 +257,10 @@ class GeneratorTask:
             self._make_pictures(rows)
 
     def batches(self, start_step):
-        """See `Task`."""
+        """This process's rows of the batches of clips or codes from a step on."""
         recipe = self.recipe
         if not isinstance(self._train, CodeSet):
-            return _train_clips(recipe, self._clip, start_step)
+            return common.train_clips(recipe, self._clip, start_step)
         return self._train.batches(
             batch_size=recipe.data.batch_size,
             seed=recipe.seed,
@@ -307,14 +270,14 @@ class GeneratorTask:
         )
 
     def watch(self, step, logs):
-        """See `Task`."""
+        """Nothing to warn of."""
 
     def evaluate(self, state, step, writer):
-        """See `Task`."""
+        """Writes the scores of the evaluation codes and the videos of some samples; returns the scores."""
         params, scores = state.ema or state.params, {}
         if self._evaluator is not None:
             scores = self._evaluator.run(params)
-            _write_scores(scores, step, writer)
+            common.write_scores(scores, step, writer)
         if self._pictured is not None:
             # [what is beside each other, PICTURED, T, H, W, 3]
             videos = to_uint8(np.stack(self._draw(params, self.frozen, **self._pictured)))[:, :PICTURED]
@@ -349,7 +312,7 @@ class GeneratorTask:
         self._pictured = jax.device_put(pictured, sharding.batch_sharding(self._mesh))
 
     def metadata(self):
-        """See `Task`."""
+        """The tokenizer's fingerprint, the identity of the training data, and its classes."""
         found = {"tokenizer_fingerprint": self.recipe.tokenizer_fingerprint, "data": self._identity}
         if self._class_counts is not None:
             found["class_counts"] = self._class_counts.tolist()
@@ -357,8 +320,8 @@ class GeneratorTask:
         return found
 
     def resume(self, metadata):
-        """See `Task`."""
-        _compare_data(metadata, self._identity)
+        """Checks that the classes are those of the checkpoint; warns if the training data has changed."""
+        common.warn_if_data_changed(metadata, self._identity)
         ours, theirs = list(self._train.label_names), metadata.get("class_names")
         if self._class_counts is not None and theirs not in (None, ours):
             changed = next(pair for pair in itertools.zip_longest(theirs, ours) if pair[0] != pair[1])
@@ -366,9 +329,6 @@ class GeneratorTask:
                 f"data.train has other classes than before, {changed[1]!r} in place of {changed[0]!r}; give those,"
                 " or another --workdir"
             )
-
-
-TASKS = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
 
 
 def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, dict]:
@@ -399,41 +359,3 @@ def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, wh
         if wanted not in (0, value):
             raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to 0")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
-
-
-def _identity(names: Iterable[str]) -> dict[str, Any]:
-    """How many clips or videos there are and a digest of their names, on which the order depends that they come in."""
-    digest, count = hashlib.sha256(), 0
-    for count, name in enumerate(names, 1):  # noqa: B007
-        digest.update(name.encode(errors="surrogateescape") + b"\0")
-    return {"count": count, "names": digest.hexdigest()[:16]}
-
-
-def _compare_data(metadata: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    before = metadata.get("data", identity)
-    if before != identity:
-        logger.warning(
-            "data.train has %d videos, it had %d when the checkpoint was saved, or others: clips come in another order "
-            "than in a run that was never stopped",
-            identity["count"],
-            before["count"],
-        )
-
-
-def _train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:
-    """Training batches of clips from a step on."""
-    return data.train_batches(
-        recipe.data.train,
-        clip,
-        batch_size=recipe.data.batch_size,
-        seed=recipe.seed,
-        start_step=start_step,
-        workers=recipe.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def _write_scores(scores: Mapping[str, float], step: int, writer: MetricWriter) -> None:
-    writer.write_scalars(step, {f"eval/{name}": value for name, value in scores.items()})
-    logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))

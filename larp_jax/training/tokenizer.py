@@ -1,59 +1,47 @@
-"""The jitted steps of each stage. One class a stage; the trainer knows only its `init` and `train_step`.
+"""Stage 1: tokenizer, prior and discriminator trained together (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
-A stage's methods are pure functions of arrays, ready for `jax.jit`: nothing here knows of meshes or loops.
+`TokenizerStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `TokenizerTask` is
+the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
 """
 
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+import logging
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from larp_jax import metrics
-from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax import data, metrics
+from larp_jax.config import TokenizerRecipe
+from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
+from larp_jax.evaluation.evaluators import ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
-from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
-from larp_jax.models.next_code import NextCode, score_tokens
 from larp_jax.models.paths import path_name
-from larp_jax.models.pixels import as_float_video, hold_last_frame
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training import losses, optim
-from larp_jax.weights import perceptual
+from larp_jax.training import common, losses, optim
+from larp_jax.weights import checkpoint, perceptual
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LECAM_DECAY = 0.999  # METHOD 3
+logger = logging.getLogger(__name__)
+
+LECAM_DECAY = 0.999  # the released code
+MEAN_CLIP_CLIPS = 256
 
 
-def mean_over_parts(f: Callable, parts: int, x):
-    """The mean of `f(i, part)` over equal parts of x, arrays [B, ...], taken one after the other.
-
-    Part i holds the rows i, i + parts, ...: where the batch is split over devices, each device works on its own rows.
-
-    Args:
-      f: returns a pytree of floats.
-      parts: number of parts; 1 calls f once, on all of x.
-      x: a pytree; B is divisible by `parts`.
-    """
-    if parts == 1:
-        return f(0, x)
-    x = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), x)
-    shapes = jax.eval_shape(f, 0, jax.tree.map(lambda x: x[0], x))
-    total = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, f(*part)), None
-
-    total, _ = jax.lax.scan(add, total, (jnp.arange(parts), x))
-    return jax.tree.map(lambda y: y / parts, total)
+# ------------------------------------------------------------------------------------------------------ the jitted step
 
 
 class TokenizerStage:
@@ -98,23 +86,23 @@ class TokenizerStage:
 
     def _make_tokenizer(self, rngs: nnx.Rngs) -> Tokenizer:
         r = self.recipe
-        return Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=DTYPES[r.precision])
+        return Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision])
 
     def _make_prior(self, rngs: nnx.Rngs) -> Prior:
         r = self.recipe
         quantizer = r.model.quantizer
         return Prior(
-            r.prior, r.model.num_tokens, quantizer.code_dim, rngs=rngs, remat=r.remat, dtype=DTYPES[r.precision]
+            r.prior, r.model.num_tokens, quantizer.code_dim, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision]
         )
 
     def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
         r = self.recipe
         # R1 is differentiated twice, which cuDNN's attention in half precision is not made for
-        dtype = jnp.float32 if r.loss.r1_weight else DTYPES[r.precision]
+        dtype = jnp.float32 if r.loss.r1_weight else common.DTYPES[r.precision]
         return Discriminator(r.discriminator, r.model.clip_shape, rngs=rngs, remat=r.remat, dtype=dtype)
 
     def _make_lpips(self, rngs: nnx.Rngs) -> Lpips:
-        return Lpips(rngs=rngs, dtype=DTYPES[self.recipe.precision])
+        return Lpips(rngs=rngs, dtype=common.DTYPES[self.recipe.precision])
 
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step."""
@@ -205,7 +193,7 @@ class TokenizerStage:
                     video = as_float_video(video)
                     return self.discriminator_gradient(discriminator, opt_state, video, reconstruction, part_key)
 
-                grads, logs = mean_over_parts(gradient, recipe.accumulate, batch["video"])
+                grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
                 return self.discriminator_update(discriminator, opt_state, grads, logs)
 
             start, every = recipe.loss.adversarial_start, recipe.loss.discriminator_every
@@ -228,7 +216,7 @@ class TokenizerStage:
             logs |= self._picture_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
             return grads, codes, logs
 
-        grads, codes, logs = mean_over_parts(gradient, recipe.accumulate, batch["video"])
+        grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
         updates, tokenizer_state = self.optimizer.update(grads, opt_state["tokenizer"], model)
         model = optax.apply_updates(model, updates)
         ema = optax.incremental_update(model, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
@@ -355,102 +343,104 @@ def _model(params: dict) -> dict:
     return {name: x for name, x in params.items() if name != "discriminator"}
 
 
-class GeneratorStage:
-    """Stage 2: a generator of a frozen tokenizer's codes (METHOD 4).
+# ---------------------------------------------------------------------------------------- what a run reads and measures
 
-    A batch holds `video`, uint8 or float [B, T, H, W, C], which the frozen tokenizer turns into codes, or `codes`,
-    [B, N] int32, and with frame prediction `condition`, likewise. `label` [B] int32 gives the classes (-1: none).
 
-    Args:
-      recipe: whose model is complete: no size is 0.
-      tokenizer: whose parameters `train_step` is given; None where batches hold codes.
-    """
+class TokenizerTask:
+    """A run of stage 1, as `larp_jax.training.stages.Task` defines it."""
 
-    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
-        self.recipe, model = recipe, recipe.model
-        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=DTYPES[recipe.precision])
-        make = {"generator": self._make}
-        if tokenizer is not None:
-            make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
-        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
-        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
-        self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
-        self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
+    stage_class = TokenizerStage
+    inputs = ("video",)
+    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
+    only_logged = ("ssim",)
 
-    def init(self, key: jax.Array) -> TrainState:
-        """The state before the first step."""
-        params = {"generator": nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))}
-        ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
+    def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):
+        self.recipe, self._mesh = recipe, mesh
+        self.stage = self.stage_class(recipe)
+        self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
+        model = recipe.model
+        self._clip = data.ClipSpec(frames=model.frames, resolution=model.resolution, flip=recipe.data.flip)
+        source = data.open_source(recipe.data.train, self._clip)
+        self._identity = common.data_identity(map(source.name, range(len(source))))
+        self._evaluator = self._code_counts = None
 
-    def frozen_shapes(self) -> dict:
-        """Shapes and dtypes of what `train_step` takes as `frozen`."""
-        modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
-        return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+    def start(self, state, placement, key):
+        """The state with the tokenizer initialized from clips if the recipe has `data_init_clips`."""
+        count = self.recipe.data_init_clips
+        if not count:
+            return state
+        clips = jax.device_put(self._some_clips(count), sharding.replicated(self._mesh))
+        return jax.jit(self.stage.data_init, donate_argnums=0, out_shardings=placement)(state, clips, key)
 
-    def module(self, name: str, params: dict) -> nnx.Module:
-        """The module of that name with the parameters of the tree under it."""
-        return nnx.merge(self.graphdefs[name], params[name])
-
-    def codes(self, batch: dict, frozen: dict) -> dict:
-        """The batch with `codes`, and with frame prediction `condition`, in place of its `video`.
-
-        They are deterministic and computed in float32 whatever the recipe's precision: those that are written to disk.
-        """
-        if "video" not in batch:
-            return batch
-        batch = dict(batch)
-        video = as_float_video(batch.pop("video"))
-        with jax.default_matmul_precision("float32"):
-            tokenizer = self.module("tokenizer", frozen)
-            batch["codes"] = tokenizer.quantize(video).indices
-            if self.recipe.model.frame_prediction:
-                known = hold_last_frame(video, self.recipe.cond_frames)
-                batch["condition"] = tokenizer.quantize(known).indices
-        return batch
-
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
-        generator, codes = self.module("generator", params), batch["codes"]
-        condition = batch["label"]
-        if self.recipe.model.frame_prediction:
-            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
-            condition = jnp.concatenate([batch["condition"], separator], axis=1)
-        features = generator.features(condition, codes[:, :-1], key=key)
-        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
-
-    def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
-        """One update.
-
-        Args:
-          state: donated by the trainer.
-          batch: see the class.
-          key: the run's root key; the step's randomness is a function of it and `state.step`.
-          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty where batches hold codes.
-
-        Returns:
-          The next state and float32 scalars by name.
-        """
+    def open_evaluation(self, workdir):
+        """Opens the evaluation clips, and computes the mean training clip or reads it from the workdir."""
         recipe = self.recipe
-        key = jax.random.fold_in(key, state.step)
+        if not recipe.data.eval:
+            return
+        path = workdir / checkpoint.MEAN_CLIP
+        if path.exists():
+            mean_clip = checkpoint.read_mean_clip(path, recipe.model.clip_shape)
+        else:
+            # the best reconstruction without any information in the codes
+            mean_clip = self._some_clips(MEAN_CLIP_CLIPS).mean(axis=0) / 255.0
+            if jax.process_index() == 0:
+                checkpoint.write_mean_clip(workdir, mean_clip)
+        self._evaluator = ReconstructionEvaluator(
+            lambda params: self.stage.module("tokenizer", params),
+            ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips),
+            self._mesh,
+            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
+            batch_size=recipe.data.batch_size,
+        )
 
-        def gradient(i, part):
-            part = self.codes(part, frozen)
+    def batches(self, start_step):
+        """This process's rows of the batches of clips from a step on."""
+        return common.train_clips(self.recipe, self._clip, start_step)
 
-            def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
-                loss = scored.cross_entropy.mean()
-                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
+    def watch(self, step, logs):
+        """Warns if all codes collapse to one."""
+        if logs.get("perplexity", math.inf) < 2.0 and step >= 10 * self.recipe.log_every:
+            logger.warning(
+                "step %d: codes have collapsed to perplexity %.2f; see the README on small runs",
+                step,
+                logs["perplexity"],
+            )
 
-            return jax.grad(objective, has_aux=True)(state.params)
+    def evaluate(self, state, step, writer):
+        """Writes the scores of reconstructions, and examples next to their originals; returns the scores."""
+        if self._evaluator is None:
+            return {}
+        scores, extras = self._evaluator.run(state.ema or state.params)
+        self._code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
+        common.write_scores(scores, step, writer)
+        if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self.recipe.steps // 10:
+            logger.warning(
+                "step %d: reconstructions are no better than the mean training clip (%.2f dB)",
+                step,
+                scores["psnr_mean_clip"],
+            )
+        if len(extras["examples"]):
+            rows = [video for pair in extras["examples"] for video in pair]
+            writer.write_image(step, "reconstruction", frame_grid(rows))
+            side_by_side = np.concatenate([np.concatenate(list(pair), axis=2) for pair in extras["examples"]], axis=1)
+            writer.write_video(step, "reconstruction", side_by_side, fps=8)
+        return scores
 
-        grads, logs = mean_over_parts(gradient, recipe.accumulate, batch)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
-        logs["grad_norm"] = optax.tree.norm(grads)
-        logs["learning_rate"] = self.learning_rate(state.step + 1)
-        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+    def metadata(self):
+        """Identity of the training data, and how often the last evaluation used each code."""
+        counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
+        return {"data": self._identity} | counts
 
+    def resume(self, metadata):
+        """Restores the code counts; warns if the training data has changed."""
+        common.warn_if_data_changed(metadata, self._identity)
+        if (counts := metadata.get("code_counts")) is not None:
+            self._code_counts = np.asarray(counts, np.int64)
 
-STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}
+    def _some_clips(self, count: int) -> np.ndarray:
+        """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
+        videos = []
+        with data.train_batches(self.recipe.data.train, self._clip, batch_size=16, seed=self.recipe.seed) as batches:
+            while len(videos) * 16 < count:
+                videos.append(next(batches)["video"])
+        return np.concatenate(videos)[:count]
