@@ -224,7 +224,7 @@ def benchmark_codec(
       InputError: the tokenizer has continuous latents and no codes.
     """
     config = recipe.model
-    if config.quantizer.kind == "kl":
+    if not config.quantizer.has_codes:
         raise InputError(f"benchmark {what} needs codes, which model.quantizer.kind='kl' has none of")
     recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
     mesh = sharding.make_mesh(recipe.mesh)

@@ -102,10 +102,7 @@ class GeneratorStage:
     def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
         """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
         generator, codes = self.module("generator", params), batch["codes"]
-        condition = batch["label"]
-        if self.recipe.model.frame_prediction:
-            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
-            condition = jnp.concatenate([batch["condition"], separator], axis=1)
+        condition = batch["condition" if self.recipe.model.frame_prediction else "label"]
         features = generator.features(condition, codes[:, :-1], key=key)
         return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
 
@@ -295,8 +292,6 @@ class GeneratorTask:
             pictured = {"condition": trained[numbers % len(trained)].astype(np.int32)}
         elif rows is not None:
             pictured = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
-            separator = ((0, 0), (0, 1))
-            pictured["condition"] = np.pad(pictured["condition"], separator, constant_values=model.codebook_size)
         else:
             return
         guided = not model.frame_prediction and model.class_dropout > 0
@@ -339,7 +334,7 @@ def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, di
         found = api.load_checkpoint(os.path.expanduser(recipe.tokenizer))
     except InputError as error:
         raise InputError(f"tokenizer={recipe.tokenizer}: {error}") from error
-    if found.recipe.model.quantizer.kind == "kl":
+    if not found.recipe.model.quantizer.has_codes:
         raise InputError(f"tokenizer={recipe.tokenizer} has continuous latents and no codes; give another")
     return found.recipe.model, {"tokenizer": found.params["tokenizer"]}
 
