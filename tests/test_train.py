@@ -72,7 +72,7 @@ def test_resuming_is_never_having_stopped(trained, tmp_path, capsys):
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train/lo')  # cut short by the kill
     assert train(workdir, "--config.data.workers=2") == 0  # which may change
-    assert "changed since the run began: data.workers from 0 to 2" in capsys.readouterr().err
+    assert "settings changed since the run started: data.workers from 0 to 2" in capsys.readouterr().err
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
 
@@ -190,7 +190,7 @@ def test_starting_from_weights_where_a_first_try_left_no_checkpoint(trained, tmp
     start += ["--config.optim.discriminator_learning_rate=1e-9", "--config.seed=1"]
     assert train(workdir, *start) == 0
     error = capsys.readouterr().err
-    assert "holds no checkpoint: it takes the new recipe" in error
+    assert "contains no checkpoint; the new recipe replaces the old one" in error
     assert f"starting from {trained}/checkpoints/6 (step 6): discriminator, prior, tokenizer" in error
     source = checkpoint.load(trained, weights="raw").params | checkpoint.load(trained).params
     for weights in ("raw", "ema"):
@@ -312,7 +312,7 @@ def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys,
     monkeypatch.setattr(common, "data_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
     assert train(workdir, "--config.steps=4") == 0  # fewer than it has done
     assert steps(workdir) == [2, 4, 6]
-    assert "data.train has 31 videos, it had 32 when the checkpoint was saved" in capsys.readouterr().err
+    assert "data.train has changed since the checkpoint was saved (31 videos, was 32): clips" in capsys.readouterr().err
 
 
 def test_perceptual_weights_that_are_missing(tmp_path, capsys, monkeypatch):

@@ -53,8 +53,8 @@ def warn_if_data_changed(metadata: Mapping[str, Any], identity: Mapping[str, Any
     before = metadata.get("data", identity)
     if before != identity:
         logger.warning(
-            "data.train has %d videos, it had %d when the checkpoint was saved, or others: clips come in another order "
-            "than in a run that was never stopped",
+            "data.train has changed since the checkpoint was saved (%d videos, was %d): clips come in another order "
+            "than in an uninterrupted run",
             identity["count"],
             before["count"],
         )

@@ -38,7 +38,7 @@ from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
-PICTURED = 8  # samples shown in an evaluation
+SAMPLES_SHOWN = 8  # samples shown in an evaluation
 GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
 
 
@@ -46,14 +46,14 @@ GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022
 
 
 class GeneratorStage:
-    """Stage 2: a generator of a frozen tokenizer's codes (METHOD 4).
+    """A generator, trained on the codes of a frozen tokenizer.
 
-    A batch holds `video`, uint8 or float [B, T, H, W, C], which the frozen tokenizer turns into codes, or `codes`,
-    [B, N] int32, and with frame prediction `condition`, likewise. `label` [B] int32 gives the classes (-1: none).
+    A batch contains `video`, uint8 or float [B, T, H, W, C], which the tokenizer encodes, or `codes`, [B, N] int32, and
+    for frame prediction also `condition`, [B, N] int32. `label` [B] int32 contains the classes (-1: none).
 
     Args:
-      recipe: whose model is complete: no size is 0.
-      tokenizer: whose parameters `train_step` is given; None where batches hold codes.
+      recipe: its model is complete: no size is 0.
+      tokenizer: configuration of the tokenizer in `frozen`; None if batches contain codes.
     """
 
     def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
@@ -74,18 +74,19 @@ class GeneratorStage:
         return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
 
     def frozen_shapes(self) -> dict:
-        """Shapes and dtypes of what `train_step` takes as `frozen`."""
+        """Shapes and dtypes of what `train_step` needs as `frozen`."""
         modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
         return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
 
     def module(self, name: str, params: dict) -> nnx.Module:
-        """The module of that name with the parameters of the tree under it."""
+        """The module of that name with its parameters, `params[name]`."""
         return nnx.merge(self.graphdefs[name], params[name])
 
     def codes(self, batch: dict, frozen: dict) -> dict:
-        """The batch with `codes`, and with frame prediction `condition`, in place of its `video`.
+        """The batch with `codes`, and for frame prediction `condition`, instead of its `video`.
 
-        They are deterministic and computed in float32 whatever the recipe's precision: those that are written to disk.
+        Codes are deterministic and computed in float32 at any precision of the recipe, so they are those of
+        `larp-jax tokenize`.
         """
         if "video" not in batch:
             return batch
@@ -100,7 +101,7 @@ class GeneratorStage:
         return batch
 
     def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
+        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
         generator, codes = self.module("generator", params), batch["codes"]
         condition = batch["condition" if self.recipe.model.frame_prediction else "label"]
         features = generator.features(condition, codes[:, :-1], key=key)
@@ -113,7 +114,7 @@ class GeneratorStage:
           state: donated by the trainer.
           batch: see the class.
           key: the run's root key; the step's randomness is a function of it and `state.step`.
-          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty where batches hold codes.
+          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty if batches contain codes.
 
         Returns:
           The next state and float32 scalars by name.
@@ -184,10 +185,10 @@ class GeneratorTask:
         self.stage = self.stage_class(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
-        self._evaluator = self._pictured = None
+        self._evaluator = self._sample_inputs = None
 
     def _open(self, recipe: GeneratorRecipe, spec: str, open_clips: Callable) -> tuple[Any, GeneratorRecipe]:
-        """A `CodeSet` or what `open_clips` gives, and the recipe with what it tells."""
+        """A `CodeSet`, or the result of `open_clips`, and the recipe with the sizes of the codes filled in."""
         parsed = data.parse_spec(spec)
         if parsed.kind != "tokens":
             if self._clip is None:
@@ -202,11 +203,11 @@ class GeneratorTask:
             raise InputError(
                 f"data {spec} was not made for cond_frames={wanted}; tokenize again with --cond-frames {wanted}"
             )
-        codes.rows  # noqa: B018  (reads them now that they are known to fit: they may be large, or damaged)
+        codes.rows  # noqa: B018  (read only after these checks: codes may be large, or damaged)
         return codes, recipe
 
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
-        """The recipe with the number of classes, and how many training videos each has."""
+        """The recipe with the number of classes, and the number of training videos of each class."""
         names, count = self._train.label_names, recipe.model.num_classes
         if recipe.model.frame_prediction:
             count = count or len(names) or 1
@@ -228,7 +229,7 @@ class GeneratorTask:
         return recipe, counts
 
     def _names(self) -> Iterable[str]:
-        """What the training data is made of, in its order."""
+        """Names of the training videos or clips, in order."""
         if isinstance(self._train, CodeSet):
             return (f"{row['source']} {row['start']}" for row in self._train.manifest["rows"])
         return map(self._train.name, range(len(self._train)))
@@ -251,7 +252,7 @@ class GeneratorTask:
                 raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
             self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
         if self._tokenizer is not None:
-            self._make_pictures(rows)
+            self._prepare_samples(rows)
 
     def batches(self, start_step):
         """This process's rows of the batches of clips or codes from a step on."""
@@ -275,36 +276,36 @@ class GeneratorTask:
         if self._evaluator is not None:
             scores = self._evaluator.run(params)
             common.write_scores(scores, step, writer)
-        if self._pictured is not None:
-            # [what is beside each other, PICTURED, T, H, W, 3]
-            videos = to_uint8(np.stack(self._draw(params, self.frozen, **self._pictured)))[:, :PICTURED]
+        if self._sample_inputs is not None:
+            # [original and sample, or sample only; SAMPLES_SHOWN, T, H, W, 3]
+            videos = to_uint8(np.stack(self._sample(params, self.frozen, **self._sample_inputs)))[:, :SAMPLES_SHOWN]
             writer.write_image(step, "samples", frame_grid(list(np.concatenate(list(videos.swapaxes(0, 1))))))
             columns = [np.concatenate(list(column), axis=1) for column in videos.swapaxes(0, 1)]
             writer.write_video(step, "samples", np.concatenate(columns, axis=2), fps=8)
         return scores
 
-    def _make_pictures(self, rows: Mapping[str, np.ndarray] | None) -> None:
-        """Prepares for pictures of samples: of the trained classes in turn, or of the first evaluation clips."""
+    def _prepare_samples(self, rows: Mapping[str, np.ndarray] | None) -> None:
+        """Prepares the samples to show: of the trained classes in turn, or of the first evaluation clips."""
         model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
-        numbers = np.arange(-(-PICTURED // parts) * parts)
+        numbers = np.arange(-(-SAMPLES_SHOWN // parts) * parts)
         if not model.frame_prediction:
             trained = np.flatnonzero(self._class_counts) if self._class_counts.any() else np.array([-1])
-            pictured = {"condition": trained[numbers % len(trained)].astype(np.int32)}
+            inputs = {"condition": trained[numbers % len(trained)].astype(np.int32)}
         elif rows is not None:
-            pictured = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
+            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
         else:
             return
         guided = not model.frame_prediction and model.class_dropout > 0
         options = SamplingOptions(cfg_scale=GUIDANCE if guided else 1.0)
 
-        def draw(params, frozen, condition, codes=None):
+        def sample(params, frozen, condition, codes=None):
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
             key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
-            drawn = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
-            return [tokenizer.decode(x) for x in (codes, drawn) if x is not None]
+            sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
 
-        self._draw = jax.jit(draw, out_shardings=sharding.replicated(self._mesh))
-        self._pictured = jax.device_put(pictured, sharding.batch_sharding(self._mesh))
+        self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
+        self._sample_inputs = jax.device_put(inputs, sharding.batch_sharding(self._mesh))
 
     def metadata(self):
         """The tokenizer's fingerprint, the identity of the training data, and its classes."""
@@ -327,7 +328,7 @@ class GeneratorTask:
 
 
 def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, dict]:
-    """Configuration and parameters (`{"tokenizer": ...}`) of the recipe's tokenizer; nothing where it names none."""
+    """Configuration and parameters (`{"tokenizer": ...}`) of the recipe's tokenizer; (None, {}) if it has none."""
     if not recipe.tokenizer:
         return None, {}
     try:
@@ -340,6 +341,7 @@ def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, di
 
 
 def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> GeneratorRecipe:
+    """The recipe with the fingerprint of its tokenizer filled in; `InputError` if it has another."""
     wanted = recipe.tokenizer_fingerprint
     if wanted not in ("", name):
         raise InputError(f"{where} is of tokenizer {name}, not of {wanted}; give what is of one tokenizer")
@@ -347,7 +349,7 @@ def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> Generat
 
 
 def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, where: str) -> GeneratorRecipe:
-    """The recipe with the sizes of codes filled in; refuses other sizes."""
+    """The recipe with the sizes of codes filled in; `InputError` if it has other sizes."""
     found = {"codebook_size": codebook_size, "num_tokens": num_tokens}
     for name, value in found.items():
         wanted = getattr(recipe.model, name)

@@ -45,7 +45,7 @@ MEAN_CLIP_CLIPS = 256
 
 
 class TokenizerStage:
-    """Stage 1: tokenizer, prior and discriminator trained together (METHOD 3)."""
+    """Tokenizer, prior and discriminator, updated together."""
 
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
@@ -74,7 +74,7 @@ class TokenizerStage:
         self.mix_ratio = optim.linear(0.0, recipe.prior.mix_max, recipe.prior.mix_ramp * recipe.steps)
 
     def _check_multipliers(self) -> None:
-        """`InputError` where a multiplier is for no parameter. Those of a prior may stay where there is none."""
+        """`InputError` if a multiplier matches no parameter. Multipliers for a prior are allowed without a prior."""
         modules = {name: self._abstract[name] for name in ("tokenizer", "prior") if name in self._make}
         params = {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
         names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -82,7 +82,9 @@ class TokenizerStage:
         for wanted in self.recipe.optim.multipliers:
             if wanted not in paths and wanted.partition("/")[0] not in {"prior"} - modules.keys():
                 near = difflib.get_close_matches(wanted, paths, n=1, cutoff=0.0)[0]
-                raise InputError(f"optim.multipliers: {wanted} is no parameter, nor above any; did you mean {near}?")
+                raise InputError(
+                    f"optim.multipliers: {wanted} is not a parameter or a prefix of one; did you mean {near}?"
+                )
 
     def _make_tokenizer(self, rngs: nnx.Rngs) -> Tokenizer:
         r = self.recipe
@@ -97,7 +99,7 @@ class TokenizerStage:
 
     def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
         r = self.recipe
-        # R1 is differentiated twice, which cuDNN's attention in half precision is not made for
+        # R1 needs second derivatives, which cuDNN's attention in half precision does not support
         dtype = jnp.float32 if r.loss.r1_weight else common.DTYPES[r.precision]
         return Discriminator(r.discriminator, r.model.clip_shape, rngs=rngs, remat=r.remat, dtype=dtype)
 
@@ -117,14 +119,14 @@ class TokenizerStage:
             names += ["loss_r1"] if self.recipe.loss.r1_weight else []
             opt_state["discriminator"] = {
                 "optimizer": self.discriminator_optimizer.init(params["discriminator"]),
-                # its last update in numbers, kept to be logged until the next; LeCam's running means are among them
+                # the logs of its last update, shown until the next one; they include the EMAs of LeCam
                 "last": {name: jnp.zeros(()) for name in names},
             }
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
     def data_init(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
-        """The state before the first step with the tokenizer started from clips: `larp_jax.models.data_init`."""
+        """The state before the first step with the tokenizer initialized by `larp_jax.models.data_init`."""
         tokenizer = self.module("tokenizer", state.params)
         data_init(tokenizer, as_float_video(video), key)
         params = state.params | {"tokenizer": nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))}
@@ -132,10 +134,10 @@ class TokenizerStage:
         return dataclasses.replace(state, params=params, ema=ema)
 
     def frozen(self) -> dict:
-        """Weights that steps read and never change, by module: `lpips`, where the recipe wants it.
+        """Weights that steps read and never change, by module: `lpips` if the recipe has a perceptual loss.
 
         Raises:
-          InputError: their file is missing or broken.
+          InputError: the file of weights is missing or damaged.
         """
         name = self.recipe.loss.perceptual
         if name == "none":
@@ -152,30 +154,30 @@ class TokenizerStage:
         return {name: nnx.to_pure_dict(nnx.state(m, nnx.Param)) for name, m in shapes.items()}
 
     def module(self, name: str, params: dict) -> nnx.Module:
-        """The module of that name with the parameters of the tree under it."""
+        """The module of that name with its parameters, `params[name]`."""
         return nnx.merge(self.graphdefs[name], params[name])
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
-        """One update: of the discriminator in its turn, then of tokenizer and prior against the updated discriminator.
+        """One update: of the discriminator if it is due, then of tokenizer and prior against the new discriminator.
 
-        Both use one forward pass of the tokenizer. Where the batch is taken in parts (`accumulate`) its residuals are
-        not kept, and the discriminator's turn runs the pass again.
+        Both share one forward pass of the tokenizer. If the batch is split into parts (`accumulate`), activations are
+        not kept, and the discriminator update repeats the forward pass.
 
         Args:
           state: donated by the trainer.
           batch: `video` uint8 [B, T, H, W, C].
           key: the run's root key; the step's randomness is a function of it and `state.step`.
-          frozen: what the method of that name returned.
+          frozen: as returned by `frozen`.
 
         Returns:
-          The next state and float32 scalars by name; what concerns the discriminator's update is of its last one.
+          The next state and float32 scalars by name; those of the discriminator are from its last update.
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
         params, opt_state, model, last = state.params, state.opt_state, _model(state.params), {}
 
         def forward(i, video):
-            """(reconstruction, what else is minimised), pullback, (codes, logs)"""
+            """(reconstruction, the other losses), pullback, (codes, logs)"""
             video = as_float_video(video)
             f = functools.partial(self._forward, video=video, step=state.step + 1, key=jax.random.fold_in(key, i))
             return jax.vjp(f, model, has_aux=True)
@@ -186,7 +188,7 @@ class TokenizerStage:
 
         if "discriminator" in params:
 
-            def turn(discriminator, opt_state):
+            def discriminator_step(discriminator, opt_state):
                 def gradient(i, video):
                     (reconstruction, _), _, _ = forward(i, video)
                     part_key = jax.random.fold_in(key, recipe.accumulate + i)
@@ -197,9 +199,9 @@ class TokenizerStage:
                 return self.discriminator_update(discriminator, opt_state, grads, logs)
 
             start, every = recipe.loss.adversarial_start, recipe.loss.discriminator_every
-            its_turn = (state.step >= start) & (state.step % every == 0)
+            is_due = (state.step >= start) & (state.step % every == 0)
             same = lambda *unchanged: unchanged  # noqa: E731
-            after = jax.lax.cond(its_turn, turn, same, params["discriminator"], opt_state["discriminator"])
+            after = jax.lax.cond(is_due, discriminator_step, same, params["discriminator"], opt_state["discriminator"])
             params, opt_state = (
                 old | {"discriminator": new} for old, new in zip((params, opt_state), after, strict=True)
             )
@@ -213,7 +215,7 @@ class TokenizerStage:
             )
             (grads,) = pullback((cotangent, jnp.ones(())))
             logs = logs | terms | {"loss": loss + logs["loss"]}
-            logs |= self._picture_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
+            logs |= self._image_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
             return grads, codes, logs
 
         grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
@@ -238,9 +240,9 @@ class TokenizerStage:
         `step` counts from 1, as the schedules do.
         """
         recipe = self.recipe
-        draw_key, prior_key = jax.random.split(key)
+        sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
-        reconstruction, quantized = tokenizer(video, key=draw_key, temperature=self.temperature(step))
+        reconstruction, quantized = tokenizer(video, key=sample_key, temperature=self.temperature(step))
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * quantized.loss
@@ -265,7 +267,7 @@ class TokenizerStage:
         return (reconstruction, loss), (codes, logs)
 
     def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
-        """The objective as a function of the reconstruction: the weighted sum of its terms, and each by name."""
+        """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
         weights = self.recipe.loss
         terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
         if frozen:
@@ -286,17 +288,17 @@ class TokenizerStage:
     def discriminator_gradient(
         self, params: dict, opt_state: dict, video: jax.Array, reconstruction: jax.Array, key: jax.Array
     ) -> tuple[dict, dict]:
-        """Of the discriminator's objective on real clips and their reconstructions, both float [B, T, H, W, C].
+        """Gradient of the discriminator's objective on clips and their reconstructions, both float [B, T, H, W, C].
 
         Args:
-          params: the discriminator's.
-          opt_state: the discriminator's; LeCam's running means are read from it.
+          params: of the discriminator.
+          opt_state: of the discriminator; contains the EMAs of LeCam.
           video: in [0, 1].
-          reconstruction: no gradient reaches what made it.
-          key: of the smoothed targets.
+          reconstruction: treated as a constant.
+          key: random key of the smoothed targets.
 
         Returns:
-          The gradient and what is to be logged.
+          The gradient and the logs.
         """
         weights, before = self.recipe.loss, opt_state["last"]
 
@@ -316,7 +318,7 @@ class TokenizerStage:
         return jax.grad(objective, has_aux=True)(params)
 
     def discriminator_update(self, params: dict, opt_state: dict, grads: dict, logs: dict) -> tuple[dict, dict]:
-        """The discriminator's parameters and `opt_state` after its turn, from `discriminator_gradient`'s results."""
+        """The discriminator's parameters and `opt_state` after an update by the results of `discriminator_gradient`."""
         updates, optimizer = self.discriminator_optimizer.update(grads, opt_state["optimizer"], params)
         averages = {
             f"lecam_{side}": optax.incremental_update(
@@ -326,8 +328,8 @@ class TokenizerStage:
         }
         return optax.apply_updates(params, updates), {"optimizer": optimizer, "last": logs | averages}
 
-    def _picture_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
-        """PSNR always; SSIM (where frames are large enough) only in steps that are logged, as it costs more."""
+    def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
+        """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
         quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
         if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
             quality["ssim"] = jax.lax.cond(
@@ -339,7 +341,7 @@ class TokenizerStage:
 
 
 def _model(params: dict) -> dict:
-    """The modules that outlive training or are judged: all but the discriminator."""
+    """All modules but the discriminator: tokenizer and prior."""
     return {name: x for name, x in params.items() if name != "discriminator"}
 
 
@@ -401,7 +403,7 @@ class TokenizerTask:
         """Warns if all codes collapse to one."""
         if logs.get("perplexity", math.inf) < 2.0 and step >= 10 * self.recipe.log_every:
             logger.warning(
-                "step %d: codes have collapsed to perplexity %.2f; see the README on small runs",
+                "step %d: codes have collapsed (perplexity %.2f); see \"Small runs\" in the README",
                 step,
                 logs["perplexity"],
             )
