@@ -59,7 +59,8 @@ def test_without_fsdp_nothing_needs_to_be_split(state):
 
 def test_a_mesh_that_divides_nothing_is_refused(state):
     mesh = mesh_of(1, 7, 1)
-    with pytest.raises(InputError, match=r"mesh.fsdp=7 shards only .* MB would be replicated on every device, mostly .*kernel"):
+    message = r"mesh.fsdp=7 shards only .* MB would be replicated on every device, mostly .*kernel"
+    with pytest.raises(InputError, match=message):
         sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh)
 
 
