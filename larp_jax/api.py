@@ -202,7 +202,7 @@ class LoadedTokenizer:
         return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
     def _need_codes(self) -> None:
-        if self.config.quantizer.kind == "kl":
+        if not self.config.quantizer.has_codes:
             raise InputError(
                 "this tokenizer has continuous latents (quantizer.kind='kl') and so neither codes nor codebook"
             )
@@ -381,9 +381,7 @@ class LoadedGenerator:
                 raise ValueError("this generator predicts frames: give condition=codes and no classes")
             if options.cfg_scale > 1.0:
                 raise ValueError(f"cfg_scale must be 1 for frame prediction (no guidance); got {options.cfg_scale:g}")
-            codes = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
-            separator = np.full((len(codes), 1), c.codebook_size, np.int32)
-            condition = jnp.concatenate([codes, separator], axis=1)
+            condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
         else:
             if classes is None or condition is not None:
                 raise ValueError("this generator is conditional on classes: give classes=[...] and no condition")

@@ -41,7 +41,7 @@ from larp_jax.models.sampling import filter_logits
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
 from larp_jax.training import losses, optim
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage
 from larp_jax.weights import perceptual, released
 from larp_jax.weights.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
 
@@ -517,14 +517,16 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     _, config, params = import_huggingface(folder)
     io = np.load(folder / "io.npz")
     generator = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params["generator"])
-    tokens = io["tokens"]
+    tokens, condition = io["tokens"], io["cond"]
+    if config.frame_prediction:
+        condition = condition[:, :-1]  # our generator appends the separator itself
     forward = jax.jit(lambda condition: generator(condition, tokens[:, :-1]))
-    logits = forward(io["cond"])
+    logits = forward(condition)
     log_probs = jax.nn.log_softmax(logits)
     cross_entropy = -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1))
     deviations = [relative("logits", logits, io["logits"]), relative("ce", cross_entropy, io["ce"])]
     if "uncond_logits" in io:
-        deviations.append(relative("uncond_logits", forward(np.full_like(io["cond"], -1)), io["uncond_logits"]))
+        deviations.append(relative("uncond_logits", forward(np.full_like(condition, -1)), io["uncond_logits"]))
     return deviations
 
 

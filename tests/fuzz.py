@@ -215,7 +215,7 @@ class Checkpoints:
         from larp_jax.cli import app
         from larp_jax.cli.recipe import load_recipe
         from larp_jax.config import to_dict
-        from larp_jax.training.steps import TokenizerStage
+        from larp_jax.training.tokenizer import TokenizerStage
         from larp_jax.weights import checkpoint
 
         arguments = app.parse(["benchmark", "data", "--config", str(HERE / "configs" / "tiny.py")])

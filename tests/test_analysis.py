@@ -17,7 +17,7 @@ from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.models.next_code import next_code
 from larp_jax.tools import analysis
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage
 from larp_jax.weights.checkpoint import load, write_imported
 
 CLIPS = 5  # of 8 a batch: padded

@@ -73,7 +73,10 @@ def fails(arguments, capsys, code=2):
         (["--config.optim.multipliers.tokenizer/encoder=fast"], "multipliers.tokenizer/encoder=fast must be NAME=NUM"),
         (["--config.optim.multipliers.prior=nan"], "multipliers.prior=nan must be NAME=NUMBER"),
         (["--config.optim.multipliers.=1"], "must be NAME=NUMBER"),
-        (["--config.optim.multipliers.tokenizer/encodr=1"], "is no parameter, nor above any; did you mean tokeniz"),
+        (
+            ["--config.optim.multipliers.tokenizer/encodr=1"],
+            "is not a parameter or a prefix of one; did you mean tokeniz",
+        ),
         (["--config.optim.multiplierz.prior=1"], "did you mean config.optim.multipliers?"),
         (["--config.data.train=moving_shape"], "did you mean 'moving_shapes'?"),
         (["--config.data.train=folder:/does/not/exist"], "does not exist"),

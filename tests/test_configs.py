@@ -16,7 +16,8 @@ from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
 from larp_jax.errors import InputError
-from larp_jax.training.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.generator import GeneratorStage
+from larp_jax.training.tokenizer import TokenizerStage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.py"))

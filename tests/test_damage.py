@@ -27,7 +27,9 @@ from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.files import DEEPEST, parse_json, read_json
 from larp_jax.inference import tokens
 from larp_jax.runtime.sharding import make_mesh
-from larp_jax.training import tasks, writers
+from larp_jax.training import writers
+from larp_jax.training.generator import GeneratorTask
+from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
 from larp_jax.weights import checkpoint, importing, perceptual
 
 MUCH = 2**27  # bytes that files here claim
@@ -175,7 +177,7 @@ def test_a_mean_clip_of_another_shape(workdir):
     with pytest.raises(InputError, match=wrong):
         checkpoint.load(workdir)
     recipe = parse_recipe(json.loads((workdir / "config.json").read_text()))
-    task = object.__new__(tasks.TokenizerTask)
+    task = object.__new__(TokenizerTask)
     task.recipe = recipe
     refused(wrong, task.open_evaluation, workdir)
     np.savez(path, mean_clip=np.zeros((8, 32, 32, 3)))
@@ -215,8 +217,6 @@ def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
 
 def test_sizes_are_held_to_arrays_of_every_kind():
     """What is expected of a tokenizer's arrays is what it has, whatever its bottleneck."""
-    from larp_jax.training.steps import TokenizerStage
-
     for kind in ("svq", "kl"):
         config = default_recipe()
         config.loss.perceptual, config.model.quantizer.kind = "none", kind
@@ -247,10 +247,10 @@ def test_codes_of_another_tokenizer_are_not_read(tmp_path):
     config.data.train = f"tokens:{folder}"
     config.tokenizer_fingerprint = "1" * 16
     mesh, other = make_mesh(MeshConfig()), "is of tokenizer 0000000000000000, not of 1111111111111111"
-    refused(other, tasks.GeneratorTask, parse_recipe(config), mesh)
+    refused(other, GeneratorTask, parse_recipe(config), mesh)
     config.tokenizer_fingerprint = ""
     config.model.codebook_size = 2
-    refused("model.num_tokens=1024, but data", tasks.GeneratorTask, parse_recipe(config), mesh)
+    refused("model.num_tokens=1024, but data", GeneratorTask, parse_recipe(config), mesh)
     manifest = tokens.read_manifest(folder)
     refused(r"holds int32 \[64, 524288\] where int32 \[64, 8\]", tokens.read_shard, folder, manifest | {"N": 8}, 0)
 
@@ -259,7 +259,7 @@ def test_codes_that_do_not_fit_are_not_read_though_sizes_are_open(tmp_path):
     config = default_recipe("generator")
     config.data.train = f"tokens:{codes_folder(tmp_path / 'codes', 1, MUCH // 4)}"
     config.model.num_tokens = config.model.codebook_size = 0
-    refused("positions, above the limit", tasks.GeneratorTask, parse_recipe(config), make_mesh(MeshConfig()))
+    refused("positions, above the limit", GeneratorTask, parse_recipe(config), make_mesh(MeshConfig()))
 
 
 def test_feature_statistics_that_claim_too_much(tmp_path):

@@ -27,7 +27,7 @@ from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from larp_jax.evaluation.protocols import ClipSet, Protocol
 from larp_jax.runtime import sharding
 from larp_jax.training import losses
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage
 
 CLIP = ClipSpec(frames=4, resolution=16, flip=False)
 CLIPS = 11  # windows of 4 frames in the folder below

@@ -427,7 +427,6 @@ def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no
     make = nnx.eval_shape(lambda: Generator(found.recipe.model, rngs=nnx.Rngs(0)))
     module = nnx.merge(nnx.graphdef(make), found.params["generator"])
     truth = np.asarray(tokenizer.encode(clips))
-    condition = np.pad(np.asarray(condition), ((0, 0), (0, 1)), constant_values=32)
     logits = module.head(module.features(condition, truth[:, :-1]))
     likelihoods = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), truth[..., None], axis=-1)
     assert written["metrics"]["cross_entropy"] == pytest.approx(-likelihoods.mean(), rel=1e-4)

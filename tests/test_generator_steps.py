@@ -25,7 +25,7 @@ from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.paths import path_name
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
-from larp_jax.training.steps import GeneratorStage
+from larp_jax.training.generator import GeneratorStage
 
 TOKENIZER = TokenizerConfig(
     size="larp_s",

@@ -17,7 +17,7 @@ from larp_jax.errors import InputError
 from larp_jax.inference import tokens
 from larp_jax.inference.code_sets import CodeSet
 from larp_jax.runtime import sharding
-from larp_jax.training.tasks import GeneratorTask
+from larp_jax.training.generator import GeneratorTask
 from larp_jax.weights import checkpoint
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny_generator.py")

@@ -12,7 +12,8 @@ from larp_jax.config import MeshConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training.steps import GeneratorStage, TokenizerStage
+from larp_jax.training.generator import GeneratorStage
+from larp_jax.training.tokenizer import TokenizerStage
 
 
 def mesh_of(data, fsdp, model):
@@ -58,7 +59,8 @@ def test_without_fsdp_nothing_needs_to_be_split(state):
 
 def test_a_mesh_that_divides_nothing_is_refused(state):
     mesh = mesh_of(1, 7, 1)
-    with pytest.raises(InputError, match=r"mesh.fsdp=7 splits only .* MB would lie whole on every device, .*kernel"):
+    message = r"mesh.fsdp=7 shards only .* MB would be replicated on every device, mostly .*kernel"
+    with pytest.raises(InputError, match=message):
         sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh)
 
 

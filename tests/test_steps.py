@@ -27,7 +27,7 @@ from larp_jax.models.lpips import Lpips
 from larp_jax.models.next_code import next_code
 from larp_jax.runtime import sharding
 from larp_jax.training import losses, optim
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage
 
 RECIPE = TokenizerRecipe(
     steps=20,

@@ -14,8 +14,8 @@ from larp_jax import cli
 from larp_jax.config import parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime.stopping import StopRequest
-from larp_jax.training import tasks, warm_start, writers
-from larp_jax.training.steps import TokenizerStage
+from larp_jax.training import common, stages, warm_start, writers
+from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint
 
@@ -72,7 +72,7 @@ def test_resuming_is_never_having_stopped(trained, tmp_path, capsys):
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train/lo')  # cut short by the kill
     assert train(workdir, "--config.data.workers=2") == 0  # which may change
-    assert "changed since the run began: data.workers from 0 to 2" in capsys.readouterr().err
+    assert "settings changed since the run started: data.workers from 0 to 2" in capsys.readouterr().err
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
 
@@ -190,7 +190,7 @@ def test_starting_from_weights_where_a_first_try_left_no_checkpoint(trained, tmp
     start += ["--config.optim.discriminator_learning_rate=1e-9", "--config.seed=1"]
     assert train(workdir, *start) == 0
     error = capsys.readouterr().err
-    assert "holds no checkpoint: it takes the new recipe" in error
+    assert "contains no checkpoint; the new recipe replaces the old one" in error
     assert f"starting from {trained}/checkpoints/6 (step 6): discriminator, prior, tokenizer" in error
     source = checkpoint.load(trained, weights="raw").params | checkpoint.load(trained).params
     for weights in ("raw", "ema"):
@@ -295,12 +295,12 @@ def test_weights_are_no_workdir(trained, tmp_path, capsys):
 
 
 def test_a_signal_before_the_first_step_ends_the_run_with_nothing_saved(tmp_path, capsys, monkeypatch):
-    class Slow(tasks.TokenizerTask):
+    class Slow(TokenizerTask):
         def __init__(self, recipe, mesh):
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("the signal was ignored")
 
-    monkeypatch.setitem(tasks.TASKS, "tokenizer", Slow)
+    monkeypatch.setitem(stages.TASKS, "tokenizer", Slow)
     assert train(tmp_path / "run") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "larp-jax: error: stopped by SIGTERM before the first step; nothing new was saved"
@@ -309,10 +309,10 @@ def test_a_signal_before_the_first_step_ends_the_run_with_nothing_saved(tmp_path
 
 def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys, monkeypatch):
     workdir = shutil.copytree(trained, tmp_path / "run")
-    monkeypatch.setattr(tasks, "_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
+    monkeypatch.setattr(common, "data_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
     assert train(workdir, "--config.steps=4") == 0  # fewer than it has done
     assert steps(workdir) == [2, 4, 6]
-    assert "data.train has 31 videos, it had 32 when the checkpoint was saved" in capsys.readouterr().err
+    assert "data.train has changed since the checkpoint was saved (31 videos, was 32): clips" in capsys.readouterr().err
 
 
 def test_perceptual_weights_that_are_missing(tmp_path, capsys, monkeypatch):

@@ -197,7 +197,7 @@ def _next_code_scores(found, generator, tokenizer, clips, batch_size):
     from larp_jax.evaluation import evaluators
     from larp_jax.inference import generate
     from larp_jax.runtime import sharding
-    from larp_jax.training.steps import GeneratorStage
+    from larp_jax.training.generator import GeneratorStage
 
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size

@@ -102,6 +102,11 @@ class QuantizerConfig:
         at_least_0("quantizer", self, "temperature_start", *weights)
         within("quantizer", self, "temperature_ramp")
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether latents are rounded to codes; `kl` has continuous latents instead, and no codebook."""
+        return self.kind != "kl"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:

@@ -86,7 +86,7 @@ def parse_recipe(values: typing.Mapping):
     one_of("config.stage", stage, STAGES)
     recipe = from_dict(STAGES[stage], values, "config")
     require(
-        stage != "tokenizer" or recipe.model.quantizer.kind != "kl" or "norm" in values["model"]["quantizer"],
+        stage != "tokenizer" or recipe.model.quantizer.has_codes or "norm" in values["model"]["quantizer"],
         "config.model.quantizer.kind='kl' without a norm is of an earlier version, which kept means and log-variances"
         " in other columns; train that tokenizer again",
     )

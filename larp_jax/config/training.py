@@ -207,7 +207,7 @@ class TokenizerRecipe(Recipe):
             not rows or rows >= tokens, f"prior.positions={rows} are fewer than model.num_tokens={tokens}; set it to 0"
         )
         require(
-            not (self.loss.prior_weight and self.model.quantizer.kind == "kl"),
+            not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, which model.quantizer.kind='kl' has none of; set it to 0",
         )
 

@@ -216,7 +216,7 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
     unfit = set()
     if recipe.model.resolution < metrics.SSIM_WINDOW:
         unfit.add("ssim")
-    if recipe.model.quantizer.kind == "kl":
+    if not recipe.model.quantizer.has_codes:
         unfit |= {"usage", "prior"}
     if "prior" not in modules or recipe.model.num_tokens < 2:
         unfit.add("prior")

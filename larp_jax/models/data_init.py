@@ -56,7 +56,7 @@ def data_init(tokenizer: Tokenizer, video: jax.Array, key: jax.Array) -> None:
             "model.learned_encoder_patch_pe, learned_encoder_latent_query_embed, learned_decoder_latent_pe and "
             "learned_decoder_patch_query_embed"
         )
-    if c.quantizer.kind == "kl" or c.quantizer.norm != "none" or not c.quantizer.l2_normalized:
+    if not c.quantizer.has_codes or c.quantizer.norm != "none" or not c.quantizer.l2_normalized:
         raise InputError(
             "data_init_clips above 0 makes codes of unit length; set model.quantizer.kind to svq or vq, norm to none "
             "and l2_normalized to True"

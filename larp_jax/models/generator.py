@@ -176,8 +176,8 @@ class Generator(nnx.Module):
         """Logits of each next code.
 
         Args:
-          condition: classes [B] int, where negative means the null class; for frame prediction the condition's codes
-            and the separator K, [B, N + 1] int.
+          condition: classes [B] int, where negative means the null class; for frame prediction the codes of the given
+            frames, [B, N] int.
           tokens: the first n < N codes, [B, n] int; training gives N - 1.
           key: turns on dropout of classes and activations.
 
@@ -239,10 +239,14 @@ class Generator(nnx.Module):
         return self.head(self.norm(x)).astype(jnp.float32), written
 
     def embed_condition(self, condition: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """The condition as [B, condition positions, D] float32; with a key, classes are dropped for the null class."""
+        """The condition as [B, condition positions, D] float32.
+
+        Codes are followed by the separator, the row after those of all codes. With a key, classes are randomly replaced
+        by the null class.
+        """
         c = self.config
         if c.frame_prediction:
-            return self.embed_tokens(condition)
+            return self.embed_tokens(jnp.pad(condition, ((0, 0), (0, 1)), constant_values=c.codebook_size))
         null = condition < 0
         if key is not None and c.class_dropout > 0:
             null |= jax.random.bernoulli(key, c.class_dropout, condition.shape)

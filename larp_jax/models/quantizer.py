@@ -66,7 +66,7 @@ class Quantizer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        projected = 2 * config.code_dim if config.kind == "kl" else config.code_dim
+        projected = config.code_dim if config.has_codes else 2 * config.code_dim
         self.in_norm = LayerNorm(encoder_width, epsilon=1e-5) if config.input_norm == "layer" else None
         self.in_linear = Linear(encoder_width, projected, rngs=rngs)
         widths = {"ln_d": projected, "ln_nd": num_tokens * projected}

@@ -90,7 +90,7 @@ def sample_codes(
 
     Args:
       generator: the network; parameters best in its dtype already, see `cast_params`.
-      condition: [B] int classes (negative: null), or [B, N + 1] int codes and the separator.
+      condition: [B] int classes (negative: null), or [B, N] int codes of the given frames.
       indices: [B] int, which sample of the key each row is.
       key: of the draws.
       scalars: of `SamplingOptions.scalars`.

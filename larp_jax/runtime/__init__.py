@@ -1,1 +1,1 @@
-"""Devices, processes, memory and the terminal."""
+"""Devices, processes, memory, random keys, signals and progress bars."""

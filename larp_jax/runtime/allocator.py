@@ -1,4 +1,4 @@
-"""Memory of the C library, where XLA's CPU backend gets the temporaries of every step."""
+"""Settings of the C library's allocator, which XLA's CPU backend uses for the temporaries of every step."""
 
 import ctypes
 import glob
@@ -10,13 +10,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """On CPUs, makes the C library keep what is freed for the next step. To be called before any thread starts.
+    """On CPUs, makes the C library keep freed memory for the next step. To be called before any thread starts.
 
-    It would give a step's temporaries, gigabytes at once, back to the system after the step, and the next step would
-    wait for every page to be cleared and mapped again: up to a third of its time.
+    By default it returns the temporaries of a step, gigabytes at once, to the system after the step, and the next step
+    waits until all pages are cleared and mapped again: up to a third of its time.
 
     Returns:
-      Whether it does; not with another C library, and not beside an accelerator, whose temporaries lie elsewhere.
+      Whether it is set; False without glibc, and with an accelerator, which has its own memory for temporaries.
     """
     if sys.platform != "linux" or _may_have_accelerator():
         return False
@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    # one heap for all threads, which nothing is mapped beside and nothing is returned from
+    # one heap for all threads; no separate mappings, and nothing is returned to the system
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
     return all([mallopt(name, value) for name, value in settings.items()])
 

@@ -1,7 +1,7 @@
-"""Several processes, usually on several hosts, as one run.
+"""Runs of several processes, usually on several hosts.
 
-Where a launcher says who is who (a TPU pod, Slurm's srun, Open MPI's mpirun) nothing needs to be given; elsewhere each
-process is told by `--coordinator`, `--num-processes` and `--process-id`. A run of one process initialises nothing.
+If a launcher sets the process indices (TPU pod, Slurm's srun, Open MPI's mpirun), no flags are needed; otherwise each
+process needs `--coordinator`, `--num-processes` and `--process-id`. A run of one process initializes nothing.
 """
 
 import glob
@@ -15,25 +15,25 @@ from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
-# A process that was not heard of for so long is dead, and the others end. JAX's default is 100 seconds.
+# Seconds without a heartbeat after which a process counts as dead and the others end. JAX's default is 100 seconds.
 HEARTBEAT_TIMEOUT = 30
 CONNECT_TIMEOUT = 300
-# Its end is the end of all, wherever they are: they should come to say themselves what is wrong.
+# Seconds that process 0 waits before it ends: its end also ends the others, which should report their errors first.
 COORDINATOR_LINGERS = 2
 
-_joined = False  # whether this process is one of several
+_joined = False  # whether this process is part of a multi-process run
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the processes of this run, if there are several. To be called before JAX is asked for devices.
+    """Joins the processes of this run, if there are several. To be called before any use of JAX devices.
 
     Args:
       coordinator: HOST:PORT on which process 0 listens.
-      processes: how many there are.
-      process: which one this is, from 0.
+      processes: number of processes.
+      process: index of this process, from 0.
 
     Raises:
-      InputError: only some of the three are given, they make no sense, or the others cannot be reached.
+      InputError: only some of the three are given, they are invalid, or the other processes cannot be reached.
     """
     global _joined
     given = {"--coordinator": coordinator, "--num-processes": processes, "--process-id": process}
@@ -70,7 +70,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     except (RuntimeError, ValueError, OSError) as error:
         if arguments or launcher != TPU:
             raise InputError(f"the other processes cannot be reached ({who}): {reason(error)}") from error
-        # TPUs that belong to no pod, and no metadata server that would know of one
+        # TPUs outside a pod, and no metadata server
         logger.warning("no TPU pod was found; running on the TPUs of this host alone")
         return
     _joined = jax.process_count() > 1
@@ -79,9 +79,9 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
 
 
 def _meet() -> None:
-    """The first sums over all processes, of one device of each and of all devices.
+    """The first sums over all processes: of one device per process, and of all devices.
 
-    What is wrong with the network shows now, and no process is late for it: CPUs wait 30 seconds for the others.
+    Network problems show here, while all processes are at the same point: CPUs wait only 30 seconds for the others.
     """
     import jax
     import numpy as np
@@ -94,16 +94,16 @@ def _meet() -> None:
     placement = NamedSharding(mesh, PartitionSpec("devices"))
     ones = jax.make_array_from_callback((count,), placement, lambda _: np.ones(1, np.float32))
     if float(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)) != count:
-        raise RuntimeError(f"{count} devices of {jax.process_count()} processes cannot add up one and one")
+        raise RuntimeError(f"a sum over {count} devices of {jax.process_count()} processes is wrong")
 
 
 def check_devices() -> None:
-    """`InputError` where JAX has no device to compute on, before anything else is blamed for it."""
+    """`InputError` if JAX has no device to compute on. To be called first, so that no other error hides the cause."""
     import jax
 
     try:
         jax.devices()
-    except Exception as error:  # RuntimeError, but without a plugin for CUDA an AssertionError that says nothing
+    except Exception as error:  # RuntimeError, or without a CUDA plugin an AssertionError without a message
         said = "" if isinstance(error, AssertionError) else f" ({reason(error).partition(' (set JAX_PLATFORMS')[0]})"
         asked = os.environ.get("JAX_PLATFORMS")
         cure = f": JAX_PLATFORMS={asked} asks for what is not here; unset it" if asked else ""
@@ -114,7 +114,7 @@ TPU = "TPU"
 
 
 def detect() -> str | None:
-    """The launcher that started this process as one of several, None where there is none."""
+    """The launcher that started this process as one of several; None if there is none."""
     several = lambda name: int(os.environ.get(name) or 1) > 1  # noqa: E731
     # in a batch script itself, outside of srun, SLURM_STEP_NODELIST is not set
     if several("SLURM_NTASKS") and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys():
@@ -124,7 +124,7 @@ def detect() -> str | None:
     platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
     if "tpu" not in platforms or importlib.util.find_spec("libtpu") is None:
         return None
-    # on Kubernetes the variables say it; on TPU VMs the metadata server does, which jax.distributed asks
+    # Kubernetes sets these variables; on TPU VMs jax.distributed asks the metadata server
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if workers is not None:
         return TPU if "," in workers or several("MEGASCALE_NUM_SLICES") else None
@@ -133,14 +133,14 @@ def detect() -> str | None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this process is the one that logs and writes files."""
     import jax
 
     return not _joined or jax.process_index() == 0
 
 
 def explain(error: Exception) -> str | None:
-    """What to tell users of an error that another process's end has caused; None for others."""
+    """The message for an error caused by the end of another process; None for other errors."""
     if not _joined:
         return None
     import jax
@@ -149,8 +149,8 @@ def explain(error: Exception) -> str | None:
     signs = ("Gloo", "NCCL", "closed", "reset by peer", "heartbeat", "coordination service")
     if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs):
         return (
-            "another process of this run has ended or cannot be reached, its own messages say why; start all of them"
-            " again with the same commands, and the run continues"
+            "another process of this run has ended or cannot be reached (see its messages); start all processes again"
+            " with the same commands, and the run continues"
         )
     return None
 
@@ -158,7 +158,7 @@ def explain(error: Exception) -> str | None:
 def leave(code: int) -> None:
     """Ends this process after a failure, if it is one of several; otherwise returns.
 
-    Leaving in the ordinary way would wait for the others, and they may be waiting for this one.
+    A normal exit would wait for the others, which may be waiting for this process.
     """
     if not _joined:
         return

@@ -14,13 +14,13 @@ class Progress:
     Only the process with index 0 shows anything.
 
     Args:
-      total: units of work in all.
-      description: stands at the left.
-      unit: what is counted.
+      total: number of units of work.
+      description: text on the left.
+      unit: name of a unit.
       initial: units done in an earlier run.
-      clips_per_unit: also shows clips a second, if given.
-      interval: seconds between lines when the stream is no terminal.
-      stream: standard error unless given.
+      clips_per_unit: if given, also shows clips per second.
+      interval: seconds between lines if the stream is not a terminal.
+      stream: standard error by default.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Progress:
         stream: TextIO | None = None,
     ):
         stream = stream or sys.stderr
-        # A terminal of no width, as some containers give, is as good as none.
+        # Some containers have a terminal of width 0, which cannot show a bar.
         terminal = stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
-        # A width of 0 is tqdm's way to say: the numbers without the bar.
+        # With a width of 0 tqdm shows the numbers without the bar.
         look = {"dynamic_ncols": True} if terminal else {"ncols": 0, "mininterval": interval}
         self._bar = _Bar(
             clips_per_unit=clips_per_unit,
@@ -58,18 +58,18 @@ class Progress:
         self.close()
 
     def update(self, units: int = 1, **values: float) -> None:
-        """Counts units as done; values replace those shown so far."""
+        """Counts units as done; `values` replace those shown before."""
         if values:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self._bar.update(units)
 
     def close(self) -> None:
-        """Shows the last state and leaves it standing."""
+        """Shows the last state and ends the bar."""
         self._bar.close()
 
 
 class _Bar(tqdm):
-    """tqdm that shows clips a second beside steps a second."""
+    """tqdm that also shows clips per second."""
 
     def __init__(self, *args, clips_per_unit: float | None, **kwargs):
         self._clips_per_unit = clips_per_unit
@@ -87,7 +87,7 @@ class _Bar(tqdm):
 
 
 class _Lines:
-    """A stream for tqdm that turns each redrawing of the bar into a line of its own."""
+    """A stream for tqdm that writes each update of the bar as a separate line."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

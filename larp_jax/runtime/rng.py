@@ -1,7 +1,7 @@
-"""Random keys, and the settings of JAX that numbers depend on, fixed whatever the environment says.
+"""Random keys, and the JAX settings that results depend on, fixed independent of the environment.
 
-JAX reads its random number generator and the width of its types from environment variables. A run that resumes under
-other ones would go on with other random numbers, and `rbg` draws other samples when the batch size changes.
+JAX reads its random number generator and the width of its types from environment variables. With other values a
+resumed run would continue with other random numbers, and with `rbg` samples would depend on the batch size.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ import numpy as np
 
 from larp_jax.config import check_seed
 
-IMPLEMENTATION = "threefry2x32"  # bits are a function of key and position alone, on every device
+IMPLEMENTATION = "threefry2x32"  # bits depend only on key and position, on every device
 
 
 def key(seed: int) -> jax.Array:
     """The root key of a seed: typed, scalar, always of `IMPLEMENTATION`.
 
     Args:
-      seed: in [0, 2^64). Below 2^32 it gives the key that `jax.random.key` gives by default. All bits count.
+      seed: in [0, 2^64). Below 2^32 the key is that of `jax.random.key` by default; all 64 bits are used.
 
     Raises:
       InputError: the seed is out of range.
@@ -29,14 +29,14 @@ def key(seed: int) -> jax.Array:
 
 
 def as_key(key: jax.Array) -> jax.Array:
-    """A user's key as one of `IMPLEMENTATION`.
+    """A key given by a user, converted to `IMPLEMENTATION`.
 
     Args:
-      key: scalar, from `jax.random.key` or, of the old style, from `jax.random.PRNGKey`. One of another implementation
-        (JAX_DEFAULT_PRNG_IMPL) becomes a key that all its bits decide.
+      key: scalar, from `jax.random.key` or, in the old style, from `jax.random.PRNGKey`. A key of another
+        implementation (JAX_DEFAULT_PRNG_IMPL) is converted using all its bits.
 
     Raises:
-      ValueError: it is no key, or several.
+      ValueError: it is not a key, or it is an array of keys.
     """
     expected = "key must be one random key, such as jax.random.key(0)"
     if not isinstance(key, jax.Array | np.ndarray):
@@ -62,9 +62,9 @@ def _wrap(words: list[int]) -> jax.Array:
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """A block in which JAX has the types and the random bits of its defaults, in this thread.
+    """A context in which JAX uses its default types and random bits, in this thread.
 
-    JAX_ENABLE_X64, JAX_DEFAULT_PRNG_IMPL and the like do not matter in it: float is float32, int is int32.
+    JAX_ENABLE_X64, JAX_DEFAULT_PRNG_IMPL and similar variables have no effect in it: float is float32, int is int32.
     """
     with (
         jax.enable_x64(False),

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: rules as data, beside the models and not in them.
+"""Shardings of arrays on a mesh: rules by parameter path, kept outside the models.
 
 The mesh has three axes. `data` splits the batch, `fsdp` splits the batch and the parameters, `model` splits the
 parameters of single layers (tensor parallelism).
@@ -22,14 +22,14 @@ Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "model")
 MIN_SHARDED = 0.98
-NEGLIGIBLE_BYTES = 64e6  # biases and norms make up more than 2 % of models so small that it does not matter
+NEGLIGIBLE_BYTES = 64e6  # in small models biases and norms are more than 2% of the bytes, which does not matter
 BATCH = P(("data", "fsdp"))
 
-# First match wins. A spec speaks of the trailing axes; stacked layers have one more in front, never split.
+# The first match applies. A spec is for the last axes; stacked layers have one more in front, which is never split.
 RULES = (
     (r"(qkv|gate|up|proj|in_linear)/kernel", P("fsdp", "model")),
     (r"(out|down|head|out_linear)/kernel", P("model", "fsdp")),
-    # by columns: the rows of codes and a separator, or of classes and null, are odd numbers
+    # by columns: the number of rows, codes and a separator or classes and null, is odd
     (r"(token_embedding|class_embedding|positions|queries)(/table)?$", P(None, ("fsdp", "model"))),
     (r"embedding", P(("fsdp", "model"), None)),
     (r".*", P()),
@@ -39,7 +39,7 @@ RULES = (
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of a configuration over the given (default: all) devices.
 
-    Neighbours in the mesh lie near each other in a slice of TPUs, of which an axis may take parts: 8 chips of 4x4x4.
+    Neighbors in the mesh are close to each other in a TPU slice. An axis may split a physical axis: 8 chips of 4x4x4.
     """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The placement of one parameter. An axis that does not divide its dimension is left out."""
+    """The sharding of one parameter. A mesh axis that does not divide its dimension is left out."""
     spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
     if len(spec) > len(shape):
         return P()
@@ -56,7 +56,7 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     def fits(axes, size):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        for some in (names, names[:1]):  # of two axes at least the first
+        for some in (names, names[:1]):  # if two axes do not fit, the first alone
             parts = int(np.prod([mesh.shape[n] for n in some]))
             if parts > 1 and size % parts == 0:
                 return some if len(some) > 1 else some[0]
@@ -73,19 +73,19 @@ def param_shardings(shapes: Tree, mesh: Mesh) -> Tree:
 
 
 def state_shardings(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Shardings of a whole `TrainState`, all by the same rules.
+    """Shardings of a whole `TrainState`, by the same rules.
 
-    The paths of moments and averages end with those of their parameters, so they lie with them. (Without being told,
-    jit would silently leave every Adam moment replicated.)
+    The paths of optimizer state and EMA end with those of their parameters, so they get the same shardings. (Without
+    explicit shardings, jit would silently replicate the optimizer state.)
     """
     return param_shardings(shapes, mesh)
 
 
 def check_sharded(shapes: TrainState, shardings: TrainState, mesh: Mesh) -> float:
-    """Of the bytes of parameters, optimiser and average the share that lies split over `fsdp`; 1 where that is 1.
+    """Fraction of the bytes of parameters, optimizer state and EMA that is sharded over `fsdp`; 1.0 if fsdp is 1.
 
     Raises:
-      InputError: it is below `MIN_SHARDED`, and what every device would hold whole is not negligible.
+      InputError: it is below `MIN_SHARDED`, and the replicated rest is not negligible.
     """
     if mesh.shape["fsdp"] == 1:
         return 1.0
@@ -101,8 +101,8 @@ def check_sharded(shapes: TrainState, shardings: TrainState, mesh: Mesh) -> floa
     if share < MIN_SHARDED and sum(whole.values()) > NEGLIGIBLE_BYTES:
         largest = max(whole, key=whole.get)
         raise InputError(
-            f"mesh.fsdp={mesh.shape['fsdp']} splits only {share:.1%} of the bytes of parameters and optimiser, and"
-            f" {sum(whole.values()) / 1e6:,.0f} MB would lie whole on every device, {largest} above all; choose a"
+            f"mesh.fsdp={mesh.shape['fsdp']} shards only {share:.1%} of the parameter and optimizer bytes;"
+            f" {sum(whole.values()) / 1e6:,.0f} MB would be replicated on every device, mostly {largest}; choose a"
             " number that divides the widths, or mesh.fsdp=1"
         )
     return share
@@ -119,12 +119,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Devices that a batch is split over."""
+    """Number of devices that a batch is split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """`InputError` where the batch, or each of its parts, does not split evenly over the mesh."""
+    """`InputError` if the batch, or each of its parts, does not split evenly over the mesh."""
     devices = batch_parts(mesh)
     if batch_size % (devices * accumulate):
         into = f" into accumulate={accumulate} parts" if accumulate > 1 else ""
@@ -138,20 +138,20 @@ def to_mesh(batch: dict, mesh: Mesh) -> dict:
 
 
 def replicate(tree, mesh: Mesh):
-    """A pytree of arrays as whole copies on every device; each process gives all of it."""
-    # through the host, because devices of one process may not be able to reach those of another
+    """A pytree of arrays, replicated on every device; each process passes the whole pytree."""
+    # through the host, because a process may not be able to read the devices of another
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
 
 
 def clip_by_clip(f: Callable, mesh: Mesh) -> Callable:
-    """A function of one clip as one of a batch, in the memory that one clip takes on each device.
+    """Maps a function of one clip over a batch, with the memory of one clip per device.
 
     Args:
-      f: `f(weights, *arrays)` of the arrays of one clip.
-      mesh: whose devices go through their rows of the batch, one after the other.
+      f: `f(weights, *arrays)`, with the arrays of one clip.
+      mesh: each device computes its rows of the batch one after the other.
 
     Returns:
-      `g(weights, *batches)` of the same with a batch axis, for use under `jax.jit`.
+      `g(weights, *batches)`, where arrays have a batch axis, for use under `jax.jit`.
     """
 
     def rows(weights, batches):

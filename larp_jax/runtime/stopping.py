@@ -1,4 +1,4 @@
-"""What SIGINT (Ctrl-C) and SIGTERM do: end a command promptly, or wait until what it works on is whole."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM: end a command promptly, or after its current work is complete."""
 
 import contextlib
 import os
@@ -8,27 +8,27 @@ from collections.abc import Callable
 from typing import ClassVar, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds for a block to end by itself before its process is ended.
+# Seconds that a block has to end by itself before its process is ended.
 PATIENCE = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command. The message is one line: which signal, and what was done before it."""
+    """A signal ended the command. The message is one line: which signal, and what was done before."""
 
 
 class StopRequest:
-    """What SIGINT and SIGTERM do in a block.
+    """Handles SIGINT and SIGTERM in a `with` block.
 
-    A signal ends the block by `Interrupted`. After `defer` it is only noted in `signal`, and a second SIGINT ends the
-    block. Python's own handlers wait while compiled code runs, such as a compiler: where the block has not ended within
-    `PATIENCE` seconds, `end_process` of it, or of a block around it, is called from another thread.
+    A signal raises `Interrupted` in the block. After `defer` it is only stored in `signal`, and a second SIGINT raises.
+    Python's own handlers do not run while compiled code does, such as the XLA compiler: if the block has not ended
+    within `PATIENCE` seconds, its `end_process`, or that of an outer block, is called from another thread.
 
     Args:
-      so_far: what to say after the name of the signal.
-      end_process: takes the message and ends the process; None leaves that to a block around this one.
+      so_far: the message after the name of the signal.
+      end_process: called with the message, ends the process; None leaves that to an outer block.
 
     Attributes:
-      signal: the first signal that came; None without.
+      signal: the first signal received; None if there was none.
       so_far: as given; may change.
     """
 
@@ -42,7 +42,7 @@ class StopRequest:
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # else signals are somebody else's
+        if threading.current_thread() is threading.main_thread():  # only the main thread receives signals
             for number in SIGNALS:
                 self._restore.callback(signal.signal, number, signal.signal(number, self._note))
             self._active.append(self)
@@ -53,16 +53,16 @@ class StopRequest:
 
     def __exit__(self, kind, error, trace) -> None:
         self._restore.close()
-        if self._ending and isinstance(error, Exception):  # something on the way has turned it into its own error
+        if self._ending and isinstance(error, Exception):  # other code turned `Interrupted` into its own error
             raise Interrupted(self._message(self.signal)) from error
 
     @property
     def name(self) -> str:
-        """Of the signal that came here; without one, another process of the run got it."""
+        """Name of the signal received; if there was none, another process of the run received it."""
         return signal.Signals(self.signal).name if self.signal else "a signal to another process"
 
     def defer(self, so_far: str = "") -> None:
-        """From now on signals are only noted, and a second SIGINT is told with this `so_far`."""
+        """From now on signals are only stored; a second SIGINT raises with this `so_far` as its message."""
         self._deferred, self.so_far = True, so_far
 
     def _note(self, number, frame) -> None:
@@ -76,7 +76,7 @@ class StopRequest:
         return f"stopped by {signal.Signals(number).name} {self.so_far}".strip()
 
     def _watch(self) -> None:
-        """Starts the thread that sees signals even while compiled code runs, through a pipe that the system fills."""
+        """Starts the thread that receives signals even while compiled code runs, through a pipe."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -109,7 +109,7 @@ class StopRequest:
 
 
 def _forget() -> None:
-    """In a forked process: signals that it gets are not its parent's."""
+    """In a forked process: restores the default handling of signals."""
     if StopRequest._active:
         StopRequest._active.clear()
         with contextlib.suppress(ValueError):

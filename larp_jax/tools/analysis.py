@@ -94,7 +94,7 @@ def analyze(
       InputError: the tokenizer has no codes, the data cannot be read, or is too little.
     """
     model = found.recipe.model
-    if model.quantizer.kind == "kl":
+    if not model.quantizer.has_codes:
         raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyse")
     output = files.check_folder(output)
     if replace not in REPLACEMENTS:

@@ -23,7 +23,8 @@ from larp_jax.models.sampling import SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
-from larp_jax.training.steps import DTYPES, TokenizerStage
+from larp_jax.training.common import DTYPES
+from larp_jax.training.tokenizer import TokenizerStage
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
@@ -223,7 +224,7 @@ def benchmark_codec(
       InputError: the tokenizer has continuous latents and no codes.
     """
     config = recipe.model
-    if config.quantizer.kind == "kl":
+    if not config.quantizer.has_codes:
         raise InputError(f"benchmark {what} needs codes, which model.quantizer.kind='kl' has none of")
     recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
     mesh = sharding.make_mesh(recipe.mesh)

@@ -24,10 +24,9 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
     in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
     counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "adversarial", "discriminator"), 0.0)
 
-    has_codes = q.kind != "kl"
     tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient of pixels
-    tokenizer += 3 * (_stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - has_codes)))
-    tokenizer += has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
+    tokenizer += 3 * (_stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes)))
+    tokenizer += q.has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
     tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + n))
     counts["tokenizer"] = tokenizer + 3 * _linear(pixels, c.decoder.width)
 
@@ -85,7 +84,7 @@ def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
     )
     counts = train_step(single)
     n, q = recipe.model.num_tokens, recipe.model.quantizer
-    if q.kind != "kl":
+    if q.has_codes:
         skipped = _linear(max(0, n - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
         counts["tokenizer"] -= (1 + 3 * bool(q.entropy_weight)) * skipped
         skipped = _linear(max(0, n - 1 - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from larp_jax.errors import InputError, reason
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops, hlo
-from larp_jax.training.steps import STAGES
+from larp_jax.training.stages import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ def plan(
     Raises:
       InputError: the hardware is not known, cannot be compiled for here, or the recipe does not fit it.
     """
-    if recipe.stage not in STAGES:
-        raise InputError(f"stage {recipe.stage!r} cannot be planned by this version; choose {', '.join(STAGES)}")
-    stage = STAGES[recipe.stage](recipe)
+    if recipe.stage not in TASKS:
+        raise InputError(f"stage {recipe.stage!r} cannot be planned by this version; choose {', '.join(TASKS)}")
+    stage = TASKS[recipe.stage].stage_class(recipe)
     if gpus is not None:
         kind, count = _parse_gpus(gpus)
         mesh, chip = AbstractMesh(recipe.mesh.shape(count), sharding.AXES), CHIPS[kind]

@@ -1,1 +1,1 @@
-"""What a step computes, what a run reads, and the loop."""
+"""Training: the stages with their losses and optimizers, and the loop."""

@@ -1,4 +1,4 @@
-"""The terms of the objectives of both stages (METHOD 2 to 4), in float32."""
+"""The losses of both stages, in float32 (LARP, arXiv 2410.21264, sections 3.2 and 3.3; details: the released code)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from larp_jax.models.next_code import next_code
 
 
 def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) -> jax.Array:
-    """Mean absolute (`l1`) or squared (`l2`) difference over everything, a scalar."""
+    """Mean absolute (`l1`) or squared (`l2`) difference over all elements, a scalar."""
     difference = video.astype(jnp.float32) - reconstruction.astype(jnp.float32)
     return jnp.mean(jnp.abs(difference) if kind == "l1" else jnp.square(difference))
 
@@ -25,19 +25,19 @@ def prior_loss(
     key: jax.Array | None,
     mix_ratio: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The prior's cross-entropy over its rounds (METHOD 2): round 1 reads the latents, later rounds a mixture.
+    """The cross-entropy of the prior over its rounds (section 3.3): round 1 reads the latents, later rounds a mixture.
 
-    In a later round each position but the first is, with probability `mix_ratio`, the code vector of a token drawn
-    from the round before (scheduled sampling), else the latent with its gradient. All later rounds mix the same
+    In a later round each position but the first is, with probability `mix_ratio`, the code vector of a token sampled
+    from the previous round (scheduled sampling), else the latent with its gradient. All later rounds mix the same
     positions, as in the released code.
 
     Args:
       prior: `prior(latents [B, N-1, d], key=...)` -> unit vectors [B, N-1, d].
       config: rounds and temperature.
-      z_q: [B, N, d] straight-through latents: the loss reaches the encoder through them.
+      z_q: [B, N, d] straight-through latents, through which gradients reach the encoder.
       indices: [B, N] int32 codes, the targets.
       codebook: [K, d] unit vectors.
-      key: of dropout and draws; None for evaluation (no dropout; one round, since there is nothing to mix).
+      key: random key of dropout and sampling; None for evaluation (no dropout, and only round 1).
       mix_ratio: scalar in [0, 1].
 
     Returns:
@@ -52,8 +52,8 @@ def prior_loss(
             dropout_key, sample_key, mask_key = jax.random.split(jax.random.fold_in(key, i), 3)
             mix_key = mask_key if mix_key is None else mix_key
         predicted = prior(inputs, key=dropout_key)
-        draw_key = sample_key if i + 1 < rounds else None
-        scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=draw_key)
+        next_key = sample_key if i + 1 < rounds else None
+        scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=next_key)
         losses.append(scored.cross_entropy.mean())
         first = first or scored
         if i + 1 < rounds:
@@ -65,13 +65,13 @@ def prior_loss(
 def mix_sampled(
     latents: jax.Array, sampled: jax.Array, codebook: jax.Array, *, key: jax.Array, ratio: jax.Array | float
 ) -> jax.Array:
-    """Replaces latents [B, n, d] at random by the code vectors of sampled tokens; position 0 never is.
+    """Replaces random latents [B, n, d], but never that of position 0, by the code vectors of sampled tokens.
 
     Args:
       latents: positions 0..n-1 of the sequence.
-      sampled: [B, n] int32; column j was drawn for token j + 1.
+      sampled: [B, n] int32; column j was sampled for token j + 1.
       codebook: [K, d]; no gradient reaches it.
-      key: of the choice.
+      key: random key of the positions.
       ratio: probability of a replacement.
     """
     mask = jax.random.bernoulli(key, ratio, sampled.shape)
@@ -79,21 +79,21 @@ def mix_sampled(
 
 
 def replace_next(latents: jax.Array, mask: jax.Array, sampled: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Where mask[:, j], position j + 1 of latents [B, n, d] becomes the code vector of sampled[:, j]."""
+    """Replaces position j + 1 of latents [B, n, d] by the code vector of sampled[:, j] where mask[:, j] is true."""
     vectors = jax.lax.stop_gradient(codebook)[sampled[:, :-1]]
     later = jnp.where(mask[:, :-1, None], vectors, latents[:, 1:])
     return jnp.concatenate([latents[:, :1], later], axis=1)
 
 
 def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """What the discriminator minimises, a scalar, from its logits [B] of real clips and of reconstructions.
+    """The loss of the discriminator, a scalar, from its logits [B] of real clips and of reconstructions.
 
     Args:
-      kind: `ns` (binary cross-entropy against 1 and 0), `ns_smooth` (against targets drawn below 1 and above 0) or
+      kind: `ns` (binary cross-entropy against 1 and 0), `ns_smooth` (against random targets below 1 and above 0) or
         `hinge`.
       real: logits.
       fake: logits.
-      key: of the targets of `ns_smooth`.
+      key: random key of the targets of `ns_smooth`.
     """
     if kind == "hinge":
         return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
@@ -109,19 +109,19 @@ def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array, key: jax.Arr
 
 
 def adversarial_loss(kind: str, fake: jax.Array) -> jax.Array:
-    """What the tokenizer minimises, a scalar, from the logits [B] of its reconstructions: METHOD's `g_loss`."""
+    """The tokenizer's adversarial loss, a scalar, from the logits [B] of its reconstructions (released: `g_loss`)."""
     return -jnp.mean(fake) if kind == "hinge" else jnp.mean(jax.nn.softplus(-fake))
 
 
 def lecam_loss(real: jax.Array, fake: jax.Array, real_ema: jax.Array, fake_ema: jax.Array) -> jax.Array:
-    """LeCam regularisation (Tseng et al. 2021) of logits [B] against running means of earlier ones, a scalar."""
+    """LeCam regularization (arXiv 2104.03310) of logits [B] against the EMAs of earlier logits, a scalar."""
     above = jax.nn.relu(jnp.mean(real) - fake_ema)
     below = jax.nn.relu(real_ema - jnp.mean(fake))
     return jnp.square(above) + jnp.square(below)
 
 
 def r1_penalty(discriminator: Callable, video: jax.Array) -> jax.Array:
-    """Squared norm of each logit's gradient with respect to its real clip [B, T, H, W, C], mean over clips."""
+    """R1 (arXiv 1801.04406): the mean squared norm of the gradients of logits by their clips [B, T, H, W, C]."""
     gradient = jax.grad(lambda x: discriminator(x).sum())(video)
     return jnp.mean(jnp.sum(jnp.square(gradient), axis=(1, 2, 3, 4)))
 
@@ -129,13 +129,13 @@ def r1_penalty(discriminator: Callable, video: jax.Array) -> jax.Array:
 def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Array) -> jax.Array:
     """Mean perceptual distance of frames, a scalar.
 
-    Each frame's gradient is computed together with its distance: the features of one frame a clip are held at a time,
-    and none are computed twice.
+    The gradient of each frame is computed together with its distance: only the features of one frame per clip are in
+    memory at a time, and none are computed twice.
 
     Args:
-      distance: of frames [B, H, W, C] from others, [B].
+      distance: `distance(frames, frames)` of two arrays [B, H, W, C], [B].
       video: [B, T, H, W, C].
-      reconstruction: as video; the only argument that a gradient reaches.
+      reconstruction: as video; the only argument with a gradient.
     """
 
     def compare(x):
@@ -149,13 +149,13 @@ def perceptual_loss(distance: Callable, video: jax.Array, reconstruction: jax.Ar
 
 
 def eager_gradient(value_and_gradient: Callable, x: jax.Array) -> jax.Array:
-    """A scalar function of x whose gradient is computed along with its value, so that nothing is kept for later.
+    """A scalar function of x whose gradient is computed together with its value, so that no activations are kept.
 
-    Where the backward pass of the whole objective would hold every term's activations at once, terms given like this
-    release theirs one after the other. The gradient is that of first order only.
+    The backward pass of a sum of losses keeps the activations of all of them at once; losses computed like this release
+    theirs one after the other. There are no second derivatives.
 
     Args:
-      value_and_gradient: of x, (scalar, array like x).
+      value_and_gradient: function of x that returns (scalar, array like x).
       x: any array.
     """
     value, gradient = jax.lax.stop_gradient(value_and_gradient(jax.lax.stop_gradient(x)))
@@ -163,12 +163,12 @@ def eager_gradient(value_and_gradient: Callable, x: jax.Array) -> jax.Array:
 
 
 def started(condition: jax.Array, loss: Callable, x: jax.Array) -> jax.Array:
-    """loss(x), a scalar, where the condition holds; else 0, and nothing is computed."""
+    """loss(x), a scalar, if the condition is true; else 0, without computing the loss."""
 
-    def nothing(x):
+    def zero(x):
         return jnp.zeros(()), jnp.zeros_like(x)
 
-    return eager_gradient(lambda x: jax.lax.cond(condition, jax.value_and_grad(loss), nothing, x), x)
+    return eager_gradient(lambda x: jax.lax.cond(condition, jax.value_and_grad(loss), zero, x), x)
 
 
 @jax.custom_jvp

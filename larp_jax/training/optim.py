@@ -1,6 +1,6 @@
 """Optimizers and the schedules that depend on the step.
 
-Schedules are functions of a step that counts from 1, as in the released code: that of the first update is 1.
+Schedules are functions of a step that counts from 1, as in the released code: the first update is step 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def learning_rate(config: AdamConfig, steps: int, rate: float | None = None) -> Schedule:
-    """Linear warm-up from `floor` times the rate, then a cosine down to `floor` times it at the last step, `steps`.
+    """Linear warmup from `floor` times the rate, then cosine decay to `floor` times the rate at the last step, `steps`.
 
-    `rate` is that of the configuration unless given.
+    `rate` defaults to that of the configuration.
     """
     rate = config.learning_rate if rate is None else rate
     low = rate * config.floor
@@ -41,7 +41,7 @@ def linear(start: float, end: float, steps: float) -> Schedule:
 
 
 def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies updates by the factor of the longest path that theirs starts with: rate multipliers."""
+    """Learning rate multipliers: scales each update by the factor of the longest prefix of its parameter path."""
 
     def factor(name):
         matches = [prefix for prefix in factors if name == prefix or name.startswith(prefix + "/")]
@@ -54,7 +54,7 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def decay_kernels(weight: float) -> optax.GradientTransformation:
-    """Adds `weight` times the parameter to the updates of linear layers' kernels: weight decay (METHOD 4)."""
+    """Adds `weight` times the parameter to the updates of the kernels of linear layers: weight decay."""
 
     def update(updates, params):
         def decayed(path, u, p):
@@ -66,20 +66,20 @@ def decay_kernels(weight: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam for the tokenizer and the prior, at one rate but for the multipliers."""
+    """Adam for the tokenizer and the prior, at one learning rate except for the multipliers."""
     return _adam(config, _of_update(learning_rate(config, steps)), scale_by_path(config.multipliers))
 
 
 def make_discriminator_optimizer(
     config: OptimConfig, steps: int, *, start: int, every: int
 ) -> optax.GradientTransformation:
-    """Adam for the discriminator, which learns after `start` updates of the tokenizer or the next multiple of `every`.
+    """Adam for the discriminator, updated on every step before which the number of updates is a multiple of `every`.
 
-    Its rate is that of the step.
+    The first such step comes after at least `start` updates. The learning rate depends on the step.
     """
     rate = _of_update(learning_rate(config, steps, config.discriminator_learning_rate))
     first = -(-start // every) * every
-    return _adam(config, lambda turn: rate(first + every * turn))
+    return _adam(config, lambda updates: rate(first + every * updates))
 
 
 def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.GradientTransformation:
@@ -88,14 +88,14 @@ def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.
 
 
 def _of_update(schedule: Schedule) -> Schedule:
-    """The schedule as a function of the updates before, which Optax counts."""
+    """The schedule as a function of the number of earlier updates, which Optax counts."""
     return lambda updates: schedule(updates + 1)
 
 
 def _adam(
     config: AdamConfig, rate: Schedule, then: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
-    """`then` changes the directions before the rate scales them."""
+    """Adam; `then` transforms its updates before the learning rate scales them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),

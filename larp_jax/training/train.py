@@ -1,9 +1,8 @@
 """The trainer: one loop for every stage.
 
-A turn evaluates, saves, fetches, steps and writes, in this order. Evaluation comes before saving, so that a checkpoint
-carries the score it is kept for. Both look at the state before the step, so what a step number means is the same
-everywhere: so many updates done. Writing comes last and speaks of the step before: the device is never waited for
-while there is work to hand it.
+Each iteration evaluates, saves, reads a batch, computes a step and writes metrics, in this order. Evaluation comes
+before saving, so that a checkpoint contains the score by which it is kept. Both use the state before the step: `step`
+counts finished updates. Metrics of the previous step are written last, so that the loop never waits for the device.
 """
 
 import contextlib
@@ -20,21 +19,21 @@ from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.training import warm_start
-from larp_jax.training.tasks import TASKS
+from larp_jax.training.stages import TASKS
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint, importing
 
 logger = logging.getLogger(__name__)
 
-# Settings, and groups of them, that may change when a run continues: what it is stays the same, though not bit by bit.
+# Settings, and groups of them, that may change when a run continues: the run is the same, though not bit by bit.
 MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "keep", "mesh", "remat", "accumulate", "precision",
               "tokenizer", "data.eval", "data.workers", "data.eval_clips", "optim", "loss.quantizer_weight",
               "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames", "loss.adversarial_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
-# Of these, the ones that being 0 or not decides what a checkpoint holds.
+# The settings among them that change the contents of a checkpoint when they change to or from 0.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
 
-# Of a second Ctrl-C.
+# Message after a second Ctrl-C.
 HURRIED = "without waiting for the last save; the same command continues from the newest checkpoint"
 
 
@@ -51,46 +50,46 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:
-      recipe: what `larp_jax.config.parse_recipe` gave.
-      workdir: folder of the run; made if missing.
+      recipe: from `larp_jax.config.parse_recipe`.
+      workdir: folder of the run; created if missing.
 
     Returns:
-      The last evaluation's scalars.
+      The scalars of the last evaluation.
 
     Raises:
-      InputError: the recipe does not fit the data, the devices, `init_from`, or what the workdir holds.
+      InputError: the recipe does not match the data, the devices, `init_from` or the run in the workdir.
       Diverged: a value became NaN or infinite.
       Stopped: after SIGINT or SIGTERM, with everything saved.
-      Interrupted: after SIGINT or SIGTERM before there was anything to save, or after a second SIGINT.
+      Interrupted: after SIGINT or SIGTERM before the first step, or after a second SIGINT.
     """
     _check_workdir(pathlib.Path(workdir))
     distributed.check_devices()
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     stop = StopRequest("before the first step; nothing new was saved")
-    with jax.set_mesh(mesh), stop, contextlib.ExitStack() as held:
-        return Run(recipe, pathlib.Path(workdir), mesh, stop, held).loop()
+    with jax.set_mesh(mesh), stop, contextlib.ExitStack() as resources:
+        return Run(recipe, pathlib.Path(workdir), mesh, stop, resources).loop()
 
 
 class Run:
-    """Everything a run holds on to: task, state, checkpoints, writers; `held` gets what is let go of in the end."""
+    """A run: task, state, checkpoints, writers. Closing `resources` releases the workdir."""
 
-    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, held: contextlib.ExitStack):
+    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, resources: contextlib.ExitStack):
         self.workdir, self.mesh, self.stop = workdir, mesh, stop
         self.key = rng.key(recipe.seed)
-        # the data is opened before anything is written, so that a wrong path leaves no workdir behind
+        # data is opened before anything is written, so that a wrong path leaves no workdir behind
         self.task = TASKS[recipe.stage](recipe, mesh)
         self.recipe, stage = self.task.recipe, self.task.stage
         shapes = jax.eval_shape(stage.init, self.key)
         placement = sharding.state_shardings(shapes, mesh)
         sharding.check_sharded(shapes, placement, mesh)
         start = None
-        if recipe.init_from and not _steps(workdir):  # read before anything is written, too
+        if recipe.init_from and not _steps(workdir):  # also read before anything is written
             start = warm_start.read(self.recipe, shapes.params)
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
-        self._claim_workdir(held)
+        self._claim_workdir(resources)
         self.manager = checkpoint.CheckpointManager(workdir, keep=recipe.keep, best_metric=recipe.best_metric)
         found = self.manager.restore_newest(shapes, placement)
         if found is None:
@@ -108,13 +107,13 @@ class Run:
         self.task.open_evaluation(workdir)
 
     def loop(self) -> dict[str, float]:
-        """Runs to the last step; on the way out, whatever happens, what is being saved is saved whole."""
+        """Runs to the last step. A checkpoint that is being saved is completed after any error."""
         recipe = self.recipe
-        pending = None  # the logs of the last step, not yet waited for
+        pending = None  # the step and logs of the last update, which the device may still be computing
         batches = self.task.batches(self.first_step)
         stopping = False
         if jax.process_count() > 1:
-            self.stop.defer(HURRIED)  # all of them stop after the same step
+            self.stop.defer(HURRIED)  # all processes stop after the same step
         with batches, self.writer, self._progress() as progress:
             try:
                 while True:
@@ -124,7 +123,7 @@ class Run:
                     new = self.step > self.first_step
                     save = done or stopping or self.step % recipe.save_every == 0
                     if new and (save or self.step % recipe.eval_every == 0):
-                        pending = self._write(pending, progress)  # nothing is saved unless it was seen to be finite
+                        pending = self._write(pending, progress)  # only a state with finite logs is saved
                     if done or (new and not stopping and self.step % recipe.eval_every == 0):
                         scores = self.task.evaluate(self.state, self.step, self.writer)
                     if new and save:
@@ -157,15 +156,15 @@ class Run:
 
         return bool(multihost_utils.process_allgather(asked).any())
 
-    def _claim_workdir(self, held: contextlib.ExitStack) -> None:
-        """Makes the workdir and its config.json, or checks that the run in it is this one."""
+    def _claim_workdir(self, resources: contextlib.ExitStack) -> None:
+        """Creates the workdir and its config.json, or checks that the run in it is this one."""
         recipe = to_dict(self.recipe)
         try:
-            held.enter_context(checkpoint.claim(self.workdir))
+            resources.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
             changed = {} if before is None else differences(_complete(before), recipe)
             if changed and not _steps(self.workdir):
-                logger.info("%s holds no checkpoint: it takes the new recipe", self.workdir)
+                logger.info("%s contains no checkpoint; the new recipe replaces the old one", self.workdir)
                 if jax.process_index() == 0:
                     (self.workdir / checkpoint.MEAN_CLIP).unlink(missing_ok=True)
             elif changed:
@@ -173,11 +172,11 @@ class Run:
                 if refused:
                     said = ", ".join(f"{name}={changed[name][0]!r}, not {changed[name][1]!r}" for name in refused[:3])
                     raise InputError(
-                        f"{self.workdir} holds a run with {said}; it could not continue as if never stopped: choose "
+                        f"{self.workdir} holds a run with {said}; it cannot continue with these settings: choose "
                         "another --workdir, or the settings it was started with (its config.json)"
                     )
                 said = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in sorted(changed.items()))
-                logger.warning("changed since the run began: %s", said)
+                logger.warning("settings changed since the run started: %s", said)
             if jax.process_index() == 0:
                 checkpoint.write_config(self.workdir, recipe)
         except OSError as error:
@@ -189,7 +188,7 @@ class Run:
         )
 
     def _write(self, pending, progress: Progress) -> None:
-        """Waits for a step's logs, checks them, shows them and, every `log_every` steps, writes them."""
+        """Waits for the logs of a step, checks and shows them, and writes them every `log_every` steps."""
         if pending is None:
             return None
         step, logs = pending
@@ -207,12 +206,12 @@ class Run:
         return None
 
     def _cure(self, step: int) -> str:
-        """What is left of a run that diverged in a step, and what to change."""
+        """Which checkpoint is left after divergence in a step, and what to change."""
         if step == 1:
             start = "config.init_from" if self.recipe.init_from else "config.data_init_clips"
             return (
-                "no update was made before, so rates are not the cause. Look at the clips of config.data.train, and"
-                f" at what the run starts from: {start}, config.precision"
+                "no update was made before, so learning rates are not the cause. Check the clips of config.data.train,"
+                f" {start} and config.precision"
             )
         kept = _steps(self.workdir)
         left = f"the newest checkpoint is that of step {max(kept)}" if kept else "there is no checkpoint yet"
@@ -227,13 +226,13 @@ class Run:
 
 
 def _steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints in a workdir, whole or damaged."""
+    """Steps of the checkpoints in a workdir, intact or damaged."""
     folder = pathlib.Path(workdir) / checkpoint.CHECKPOINTS
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
-    """`InputError` where a folder holds something else than a run, which training would hide or overwrite."""
+    """`InputError` if a folder contains something other than a run, which training would hide or overwrite."""
     if checkpoint.is_checkpoint(workdir) or (workdir / importing.WEIGHTS).is_file():
         raise InputError(
             f"--workdir {workdir} holds weights, no run; to train from them, give --config.init_from={workdir}"
@@ -241,17 +240,17 @@ def _check_workdir(workdir: pathlib.Path) -> None:
         )
     try:
         before = checkpoint.read_config(workdir)
-    except OSError:  # told when it is to be written
+    except OSError:  # reported when config.json is written
         return
     if before is not None and before.get("stage") not in TASKS:
         raise InputError(f"{workdir / checkpoint.CONFIG} is not that of a run; choose another --workdir")
 
 
 def _complete(config: dict) -> dict:
-    """A recipe as `config.json` holds it with settings that came later, at their defaults."""
+    """The recipe of a `config.json`, with settings that were added later at their defaults."""
     try:
         return to_dict(parse_recipe(config))
-    except InputError:  # with settings that are gone: they show as differences
+    except InputError:  # it has settings that no longer exist; they show as differences
         return config
 
 

@@ -1,4 +1,4 @@
-"""Starting a run from weights that another run, or the released code, has trained: `init_from`."""
+"""Starting a run from the weights of another run or of the released code: `init_from`."""
 
 import dataclasses
 import logging
@@ -17,32 +17,32 @@ from larp_jax.weights import checkpoint, importing
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 20  # mismatches named of many
+SHOWN = 20  # number of mismatches in the message
 
-# Settings of a model that its weights do not depend on: names of sizes, where the clips' size only changes how many
-# patches there are, how training draws and drops, and what already shows in shapes.
+# Settings of a model that its weights do not depend on: names of sizes, the size of clips (only the number of patches
+# depends on it), sampling and dropout in training, and settings that change shapes, which are compared anyway.
 NOT_OF_WEIGHTS = TRAINING_FIELDS | {"size", "frames", "resolution", "quantizer.kind", "init_std", "mlp_multiplier",
                                     "mlp_multiple", "class_dropout", "token_dropout", "attention_dropout",
                                     "residual_dropout", "mlp_dropout", "path_dropout",
-                                    # of a prior
+                                    # settings of a prior
                                     "positions", "dropout", "temperature", "rounds", "mix_max", "mix_ramp"}  # fmt: skip
 
 
 def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
     """The weights of `recipe.init_from` for the modules of a run.
 
-    The moving average is taken where there is one. A module that the source lacks, such as the prior or the
-    discriminator, is left out, and starts as in any run.
+    The EMA is used if there is one. A module that the source does not contain, such as the prior or the discriminator,
+    is left out and initialized as in any run.
 
     Args:
-      recipe: complete, of the run.
-      shapes: of the run's parameters by module, `TrainState.params`.
+      recipe: the complete recipe of the run.
+      shapes: shapes of the run's parameters by module, as `TrainState.params`.
 
     Returns:
       Parameters by module, float32 NumPy arrays.
 
     Raises:
-      InputError: there are no such weights, they are of another stage, or one of them does not fit; it names each
+      InputError: there are no such weights, they are of another stage, or some do not match; the message names each
         parameter and setting that differs.
     """
     path = local_path(recipe.init_from, "init_from")
@@ -50,7 +50,7 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
         found = api.load_checkpoint(path, kind=recipe.stage)
         params = dict(found.params)
         if shapes.keys() - params.keys() and checkpoint.is_checkpoint(found.path):
-            # averages leave out the discriminator
+            # the EMA does not include the discriminator
             params = api.load_checkpoint(found.path, weights="raw", kind=recipe.stage).params | params
     except InputError as error:
         raise InputError(f"init_from={recipe.init_from}: {error}") from error
@@ -69,11 +69,11 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
 
 
 def apply(state: TrainState, params: dict, placement: TrainState) -> TrainState:
-    """The state before the first step with these parameters by module, and their moving average the same.
+    """The state before the first step with these parameters by module, and equal EMA parameters.
 
     Args:
-      state: of a stage's `init`; donated.
-      params: what `read` returned.
+      state: from a stage's `init`; donated.
+      params: from `read`.
       placement: shardings of the state.
     """
     params = jax.device_put(params, {name: placement.params[name] for name in params})
@@ -88,7 +88,7 @@ def apply(state: TrainState, params: dict, placement: TrainState) -> TrainState:
 
 
 def _check_fit(ours, theirs, shapes: dict, params: dict) -> None:
-    """`InputError` unless the parameters have these shapes, and the settings that they depend on are the same."""
+    """`InputError` unless the parameters have these shapes, and the settings they depend on are the same."""
     complaints = []
     for part in ("model", *({"prior", "discriminator"} & params.keys())):
         for name, (here, there) in sorted(differences(*(to_dict(getattr(x, part)) for x in (ours, theirs))).items()):

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: scalars and pictures by step."""
+"""Metrics, images and videos of a run, by step."""
 
 import errno
 import importlib.util
@@ -21,24 +21,24 @@ from larp_jax.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-LAST_STEP = 2**53  # beyond it not every number is a float, as charts need
+LAST_STEP = 2**53  # larger integers are not exact as floats, which charts need
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class MetricWriter:
     """Writes the scalars and media of a run into its workdir; only the process with index 0 writes anything.
 
-    `metrics.jsonl` holds one strict JSON object a line: `step`, `wall_time` (seconds since the epoch) and every scalar
-    of that step; null stands for NaN and infinities. Steps rise from line to line, and a line is on disk when
-    `write_scalars` returns. `media/` holds `STEP_name.png` and `STEP_name.mp4`. `tensorboard/` gets the scalars and
-    pictures too where TensorFlow and TensorBoard are installed.
+    `metrics.jsonl` contains one strict JSON object per line: `step`, `wall_time` (seconds since the epoch) and every
+    scalar of that step; NaN and infinities become null. Steps increase from line to line, and a line is on disk when
+    `write_scalars` returns. `media/` contains `STEP_name.png` and `STEP_name.mp4`. If TensorFlow and TensorBoard are
+    installed, `tensorboard/` also gets the scalars and images.
 
-    A full disk does not stop a run: it is logged once, and scalars are written when there is room again.
+    A full disk does not stop a run: it is logged once, and scalars are written when there is space again.
 
     Args:
-      workdir: folder of the run, made if missing.
-      restored_step: the step the run continues from. Lines of later steps, which the run is about to repeat, are
-        removed, and so is a last line that a crash cut short.
+      workdir: folder of the run, created if missing.
+      restored_step: the step the run continues from. Lines of later steps, which the run will repeat, are
+        removed, as is a last line that a crash cut short.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, restored_step: int = 0):
@@ -55,9 +55,9 @@ class MetricWriter:
         self._row: dict[str, Any] = rows[-1] if rows else {"step": -1}
         lines = [_encode(row) for row in rows]
         files.write_bytes(path, b"".join(lines))
-        # Unbuffered: a failed write leaves nothing behind to fail again, or to be written twice.
+        # Unbuffered: after a failed write no data is left in a buffer to fail again or to be written twice.
         self._file = path.open("r+b", buffering=0)
-        # The last line and any before it that are on no disk yet, from where they belong.
+        # The last line, and lines before it that are not on disk yet; they belong at `_start`.
         self._lines = lines[-1:] or [b""]
         self._end = sum(map(len, lines))
         self._start = self._end - len(self._lines[0])
@@ -80,10 +80,10 @@ class MetricWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes scalars (numbers, or arrays of one element) of a step.
 
-        Several calls for one step make one line; of a name given twice the later value stays.
+        Several calls for one step write one line; the later value of a name replaces the earlier one.
 
         Raises:
-          ValueError: the step lies before the last one written.
+          ValueError: the step is before the last one written.
         """
         if not self._enabled:
             return
@@ -93,7 +93,7 @@ class MetricWriter:
         same_step = step == self._row["step"]
         self._row = {**(self._row if same_step else {}), "step": int(step), "wall_time": time.time(), **values}
         if not same_step:
-            # Lines that there was no room for are written with the next ones.
+            # Lines that did not fit on the disk are written with the next ones.
             self._start, self._lines = (self._end, []) if self._written else (self._start, self._lines)
             self._lines.append(b"")
         self._lines[-1] = _encode(self._row)
@@ -102,9 +102,9 @@ class MetricWriter:
         def write():
             self._file.seek(self._start)
             rest = data
-            while rest:  # an unbuffered write may take only a part
+            while rest:  # an unbuffered write may write only a part
                 rest = rest[self._file.write(rest) :]
-            self._file.truncate()  # last, for a process that is killed here should not have lost the line
+            self._file.truncate()  # last, so that a process killed before this has not lost the line
 
         self._written = self._unless_disk_full("metrics.jsonl", write)
         if self._written:
@@ -122,7 +122,7 @@ class MetricWriter:
             self._unless_disk_full("tensorboard", lambda: self._tensorboard.write_images(step, {name: image}))
 
     def write_video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
-        """Writes uint8 [T, H, W, 3] at `fps` frames a second to `media/STEP_name.mp4`."""
+        """Writes uint8 [T, H, W, 3] at `fps` frames per second to `media/STEP_name.mp4`."""
         if self._enabled:
             path = self._media_path(step, name, ".mp4")
             self._unless_disk_full(path, lambda: video.write_video(path, frames, fps))
@@ -131,14 +131,14 @@ class MetricWriter:
         return self._media / f"{step:08d}_{name.replace('/', '_')}{suffix}"
 
     def _unless_disk_full(self, what: str | os.PathLike, write: Callable[[], None]) -> bool:
-        """Calls write; whether it was done. Raises what is not a full disk."""
+        """Calls write; returns whether it succeeded. Raises all errors but a full disk."""
         try:
             write()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             if not self._warned_full:
-                logger.warning("no room to write %s in %s (%s); the run goes on", what, self._workdir, error)
+                logger.warning("disk full, cannot write %s in %s (%s); training continues", what, self._workdir, error)
             self._warned_full = True
             return False
         return True
@@ -150,10 +150,10 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a workdir's metrics.jsonl that are whole and of a step; none without the file.
+    """Complete rows of a workdir's metrics.jsonl; empty without the file.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: the file cannot be read.
     """
     path, rows = pathlib.Path(workdir) / "metrics.jsonl", []
     try:
@@ -171,16 +171,16 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _open_tensorboard(path: pathlib.Path):
-    """A clu SummaryWriter, or None where its requirements are missing or broken."""
+    """A clu SummaryWriter, or None if its requirements are missing or broken."""
     if any(importlib.util.find_spec(name) is None for name in ("clu", "tensorflow", "tensorboard")):
         return None
     try:
         import tensorflow as tf
 
-        tf.config.set_visible_devices([], "GPU")  # or it would take the memory that JAX needs
+        tf.config.set_visible_devices([], "GPU")  # or TensorFlow reserves the memory that JAX needs
         from clu.metric_writers import SummaryWriter
 
         return SummaryWriter(str(path))
-    except Exception as error:  # a TensorFlow at odds with its protobuf or NumPy raises errors of many kinds
+    except Exception as error:  # a TensorFlow that does not match its protobuf or NumPy raises many kinds of errors
         logger.warning("no TensorBoard summaries: %s: %s", type(error).__name__, error)
         return None

@@ -175,7 +175,7 @@ def export_codebook_safetensors(
 
 
 def _codebook(config: TokenizerConfig, params: Mapping) -> np.ndarray:
-    if config.quantizer.kind == "kl":
+    if not config.quantizer.has_codes:
         raise InputError("model.quantizer.kind='kl' has continuous latents and no codebook to export")
     embedding = jnp.asarray(params["quantizer"]["embedding"], jnp.float32)
     return np.asarray(code_vectors(config.quantizer, embedding))
@@ -201,7 +201,7 @@ def export_stablehlo(
       InputError: the directory is in use, or the tokenizer has no codes.
       OSError: writing failed.
     """
-    if config.quantizer.kind == "kl":
+    if not config.quantizer.has_codes:
         raise InputError("model.quantizer.kind='kl' has continuous latents and no codes to export functions of")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
     tokenizer = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))

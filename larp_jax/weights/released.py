@@ -179,7 +179,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         c.latent_position_base,
     )
     yield from _transformer("encoder/transformer", "encoder", c.encoder)
-    projected = q.code_dim * (2 if q.kind == "kl" else 1)
+    projected = q.code_dim * (1 if q.has_codes else 2)
     yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, projected)
     if q.norm == "ln_d":
         yield from _norm("quantizer/norm", BOTTLENECK_NORM, projected)
@@ -187,7 +187,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         for leaf, name in (("scale", "weight"), ("bias", "bias")):
             shape = (c.num_tokens, projected)
             yield Parameter(f"quantizer/norm/{leaf}", (f"{BOTTLENECK_NORM}.{name}",), shape, "n d -> (n d)")
-    if q.kind != "kl":
+    if q.has_codes:
         embedding = ("bottleneck.regularizer.embedding.weight",)
         yield Parameter("quantizer/embedding", embedding, (q.codebook_size, q.code_dim), "k d -> k d")
     yield from _linear("quantizer/out_linear", "bottleneck.out_linear", q.code_dim, c.decoder.width)
@@ -619,7 +619,7 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
             raise InputError(f"{where}: prior_model must hold fields of its own, got {prior_values!r}")
         name = prior_values.get("name")
         if (name.lower() if isinstance(name, str) else name) not in NONE_NAMES:
-            if model.quantizer.kind == "kl":
+            if not model.quantizer.has_codes:
                 raise InputError(f"{where}: prior_model needs codes, which {_REGULARIZER}.name='skl' has none of")
             prior = _prior_from_released(prior_values, shapes, prior_sizes, model, where)
     if prior is None:
@@ -714,7 +714,7 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
         return flat, None
     _refuse_inexpressible(config.model)
     flat = _write_fields(TOKENIZER_FIELDS, config.model)
-    if config.model.quantizer.kind == "kl":
+    if not config.model.quantizer.has_codes:
         flat[f"{_REGULARIZER}.name"] = "skl"
     else:
         flat |= _write_fields(VQ_FIELDS, config.model) | {f"{_REGULARIZER}.name": "vq"}

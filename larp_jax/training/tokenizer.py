@@ -1,63 +1,51 @@
-"""The jitted steps of each stage. One class a stage; the trainer knows only its `init` and `train_step`.
+"""Stage 1: tokenizer, prior and discriminator trained together (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
-A stage's methods are pure functions of arrays, ready for `jax.jit`: nothing here knows of meshes or loops.
+`TokenizerStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `TokenizerTask` is
+the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
 """
 
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+import logging
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from larp_jax import metrics
-from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax import data, metrics
+from larp_jax.config import TokenizerRecipe
+from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
+from larp_jax.evaluation.evaluators import ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
-from larp_jax.models.generator import Generator
 from larp_jax.models.lpips import Lpips
-from larp_jax.models.next_code import NextCode, score_tokens
 from larp_jax.models.paths import path_name
-from larp_jax.models.pixels import as_float_video, hold_last_frame
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training import losses, optim
-from larp_jax.weights import perceptual
+from larp_jax.training import common, losses, optim
+from larp_jax.weights import checkpoint, perceptual
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LECAM_DECAY = 0.999  # METHOD 3
+logger = logging.getLogger(__name__)
+
+LECAM_DECAY = 0.999  # the released code
+MEAN_CLIP_CLIPS = 256
 
 
-def mean_over_parts(f: Callable, parts: int, x):
-    """The mean of `f(i, part)` over equal parts of x, arrays [B, ...], taken one after the other.
-
-    Part i holds the rows i, i + parts, ...: where the batch is split over devices, each device works on its own rows.
-
-    Args:
-      f: returns a pytree of floats.
-      parts: number of parts; 1 calls f once, on all of x.
-      x: a pytree; B is divisible by `parts`.
-    """
-    if parts == 1:
-        return f(0, x)
-    x = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), x)
-    shapes = jax.eval_shape(f, 0, jax.tree.map(lambda x: x[0], x))
-    total = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, f(*part)), None
-
-    total, _ = jax.lax.scan(add, total, (jnp.arange(parts), x))
-    return jax.tree.map(lambda y: y / parts, total)
+# ------------------------------------------------------------------------------------------------------ the jitted step
 
 
 class TokenizerStage:
-    """Stage 1: tokenizer, prior and discriminator trained together (METHOD 3)."""
+    """Tokenizer, prior and discriminator, updated together."""
 
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
@@ -86,7 +74,7 @@ class TokenizerStage:
         self.mix_ratio = optim.linear(0.0, recipe.prior.mix_max, recipe.prior.mix_ramp * recipe.steps)
 
     def _check_multipliers(self) -> None:
-        """`InputError` where a multiplier is for no parameter. Those of a prior may stay where there is none."""
+        """`InputError` if a multiplier matches no parameter. Multipliers for a prior are allowed without a prior."""
         modules = {name: self._abstract[name] for name in ("tokenizer", "prior") if name in self._make}
         params = {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
         names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -94,27 +82,29 @@ class TokenizerStage:
         for wanted in self.recipe.optim.multipliers:
             if wanted not in paths and wanted.partition("/")[0] not in {"prior"} - modules.keys():
                 near = difflib.get_close_matches(wanted, paths, n=1, cutoff=0.0)[0]
-                raise InputError(f"optim.multipliers: {wanted} is no parameter, nor above any; did you mean {near}?")
+                raise InputError(
+                    f"optim.multipliers: {wanted} is not a parameter or a prefix of one; did you mean {near}?"
+                )
 
     def _make_tokenizer(self, rngs: nnx.Rngs) -> Tokenizer:
         r = self.recipe
-        return Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=DTYPES[r.precision])
+        return Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision])
 
     def _make_prior(self, rngs: nnx.Rngs) -> Prior:
         r = self.recipe
         quantizer = r.model.quantizer
         return Prior(
-            r.prior, r.model.num_tokens, quantizer.code_dim, rngs=rngs, remat=r.remat, dtype=DTYPES[r.precision]
+            r.prior, r.model.num_tokens, quantizer.code_dim, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision]
         )
 
     def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
         r = self.recipe
-        # R1 is differentiated twice, which cuDNN's attention in half precision is not made for
-        dtype = jnp.float32 if r.loss.r1_weight else DTYPES[r.precision]
+        # R1 needs second derivatives, which cuDNN's attention in half precision does not support
+        dtype = jnp.float32 if r.loss.r1_weight else common.DTYPES[r.precision]
         return Discriminator(r.discriminator, r.model.clip_shape, rngs=rngs, remat=r.remat, dtype=dtype)
 
     def _make_lpips(self, rngs: nnx.Rngs) -> Lpips:
-        return Lpips(rngs=rngs, dtype=DTYPES[self.recipe.precision])
+        return Lpips(rngs=rngs, dtype=common.DTYPES[self.recipe.precision])
 
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step."""
@@ -129,14 +119,14 @@ class TokenizerStage:
             names += ["loss_r1"] if self.recipe.loss.r1_weight else []
             opt_state["discriminator"] = {
                 "optimizer": self.discriminator_optimizer.init(params["discriminator"]),
-                # its last update in numbers, kept to be logged until the next; LeCam's running means are among them
+                # the logs of its last update, shown until the next one; they include the EMAs of LeCam
                 "last": {name: jnp.zeros(()) for name in names},
             }
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
     def data_init(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
-        """The state before the first step with the tokenizer started from clips: `larp_jax.models.data_init`."""
+        """The state before the first step with the tokenizer initialized by `larp_jax.models.data_init`."""
         tokenizer = self.module("tokenizer", state.params)
         data_init(tokenizer, as_float_video(video), key)
         params = state.params | {"tokenizer": nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))}
@@ -144,10 +134,10 @@ class TokenizerStage:
         return dataclasses.replace(state, params=params, ema=ema)
 
     def frozen(self) -> dict:
-        """Weights that steps read and never change, by module: `lpips`, where the recipe wants it.
+        """Weights that steps read and never change, by module: `lpips` if the recipe has a perceptual loss.
 
         Raises:
-          InputError: their file is missing or broken.
+          InputError: the file of weights is missing or damaged.
         """
         name = self.recipe.loss.perceptual
         if name == "none":
@@ -164,30 +154,30 @@ class TokenizerStage:
         return {name: nnx.to_pure_dict(nnx.state(m, nnx.Param)) for name, m in shapes.items()}
 
     def module(self, name: str, params: dict) -> nnx.Module:
-        """The module of that name with the parameters of the tree under it."""
+        """The module of that name with its parameters, `params[name]`."""
         return nnx.merge(self.graphdefs[name], params[name])
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
-        """One update: of the discriminator in its turn, then of tokenizer and prior against the updated discriminator.
+        """One update: of the discriminator if it is due, then of tokenizer and prior against the new discriminator.
 
-        Both use one forward pass of the tokenizer. Where the batch is taken in parts (`accumulate`) its residuals are
-        not kept, and the discriminator's turn runs the pass again.
+        Both share one forward pass of the tokenizer. If the batch is split into parts (`accumulate`), activations are
+        not kept, and the discriminator update repeats the forward pass.
 
         Args:
           state: donated by the trainer.
           batch: `video` uint8 [B, T, H, W, C].
           key: the run's root key; the step's randomness is a function of it and `state.step`.
-          frozen: what the method of that name returned.
+          frozen: as returned by `frozen`.
 
         Returns:
-          The next state and float32 scalars by name; what concerns the discriminator's update is of its last one.
+          The next state and float32 scalars by name; those of the discriminator are from its last update.
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
         params, opt_state, model, last = state.params, state.opt_state, _model(state.params), {}
 
         def forward(i, video):
-            """(reconstruction, what else is minimised), pullback, (codes, logs)"""
+            """(reconstruction, the other losses), pullback, (codes, logs)"""
             video = as_float_video(video)
             f = functools.partial(self._forward, video=video, step=state.step + 1, key=jax.random.fold_in(key, i))
             return jax.vjp(f, model, has_aux=True)
@@ -198,20 +188,20 @@ class TokenizerStage:
 
         if "discriminator" in params:
 
-            def turn(discriminator, opt_state):
+            def discriminator_step(discriminator, opt_state):
                 def gradient(i, video):
                     (reconstruction, _), _, _ = forward(i, video)
                     part_key = jax.random.fold_in(key, recipe.accumulate + i)
                     video = as_float_video(video)
                     return self.discriminator_gradient(discriminator, opt_state, video, reconstruction, part_key)
 
-                grads, logs = mean_over_parts(gradient, recipe.accumulate, batch["video"])
+                grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
                 return self.discriminator_update(discriminator, opt_state, grads, logs)
 
             start, every = recipe.loss.adversarial_start, recipe.loss.discriminator_every
-            its_turn = (state.step >= start) & (state.step % every == 0)
+            is_due = (state.step >= start) & (state.step % every == 0)
             same = lambda *unchanged: unchanged  # noqa: E731
-            after = jax.lax.cond(its_turn, turn, same, params["discriminator"], opt_state["discriminator"])
+            after = jax.lax.cond(is_due, discriminator_step, same, params["discriminator"], opt_state["discriminator"])
             params, opt_state = (
                 old | {"discriminator": new} for old, new in zip((params, opt_state), after, strict=True)
             )
@@ -225,10 +215,10 @@ class TokenizerStage:
             )
             (grads,) = pullback((cotangent, jnp.ones(())))
             logs = logs | terms | {"loss": loss + logs["loss"]}
-            logs |= self._picture_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
+            logs |= self._image_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
             return grads, codes, logs
 
-        grads, codes, logs = mean_over_parts(gradient, recipe.accumulate, batch["video"])
+        grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
         updates, tokenizer_state = self.optimizer.update(grads, opt_state["tokenizer"], model)
         model = optax.apply_updates(model, updates)
         ema = optax.incremental_update(model, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
@@ -250,9 +240,9 @@ class TokenizerStage:
         `step` counts from 1, as the schedules do.
         """
         recipe = self.recipe
-        draw_key, prior_key = jax.random.split(key)
+        sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
-        reconstruction, quantized = tokenizer(video, key=draw_key, temperature=self.temperature(step))
+        reconstruction, quantized = tokenizer(video, key=sample_key, temperature=self.temperature(step))
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * quantized.loss
@@ -277,7 +267,7 @@ class TokenizerStage:
         return (reconstruction, loss), (codes, logs)
 
     def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
-        """The objective as a function of the reconstruction: the weighted sum of its terms, and each by name."""
+        """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
         weights = self.recipe.loss
         terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
         if frozen:
@@ -298,17 +288,17 @@ class TokenizerStage:
     def discriminator_gradient(
         self, params: dict, opt_state: dict, video: jax.Array, reconstruction: jax.Array, key: jax.Array
     ) -> tuple[dict, dict]:
-        """Of the discriminator's objective on real clips and their reconstructions, both float [B, T, H, W, C].
+        """Gradient of the discriminator's objective on clips and their reconstructions, both float [B, T, H, W, C].
 
         Args:
-          params: the discriminator's.
-          opt_state: the discriminator's; LeCam's running means are read from it.
+          params: of the discriminator.
+          opt_state: of the discriminator; contains the EMAs of LeCam.
           video: in [0, 1].
-          reconstruction: no gradient reaches what made it.
-          key: of the smoothed targets.
+          reconstruction: treated as a constant.
+          key: random key of the smoothed targets.
 
         Returns:
-          The gradient and what is to be logged.
+          The gradient and the logs.
         """
         weights, before = self.recipe.loss, opt_state["last"]
 
@@ -328,7 +318,7 @@ class TokenizerStage:
         return jax.grad(objective, has_aux=True)(params)
 
     def discriminator_update(self, params: dict, opt_state: dict, grads: dict, logs: dict) -> tuple[dict, dict]:
-        """The discriminator's parameters and `opt_state` after its turn, from `discriminator_gradient`'s results."""
+        """The discriminator's parameters and `opt_state` after an update by the results of `discriminator_gradient`."""
         updates, optimizer = self.discriminator_optimizer.update(grads, opt_state["optimizer"], params)
         averages = {
             f"lecam_{side}": optax.incremental_update(
@@ -338,8 +328,8 @@ class TokenizerStage:
         }
         return optax.apply_updates(params, updates), {"optimizer": optimizer, "last": logs | averages}
 
-    def _picture_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
-        """PSNR always; SSIM (where frames are large enough) only in steps that are logged, as it costs more."""
+    def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
+        """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
         quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
         if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
             quality["ssim"] = jax.lax.cond(
@@ -351,106 +341,108 @@ class TokenizerStage:
 
 
 def _model(params: dict) -> dict:
-    """The modules that outlive training or are judged: all but the discriminator."""
+    """All modules but the discriminator: tokenizer and prior."""
     return {name: x for name, x in params.items() if name != "discriminator"}
 
 
-class GeneratorStage:
-    """Stage 2: a generator of a frozen tokenizer's codes (METHOD 4).
+# ---------------------------------------------------------------------------------------- what a run reads and measures
 
-    A batch holds `video`, uint8 or float [B, T, H, W, C], which the frozen tokenizer turns into codes, or `codes`,
-    [B, N] int32, and with frame prediction `condition`, likewise. `label` [B] int32 gives the classes (-1: none).
 
-    Args:
-      recipe: whose model is complete: no size is 0.
-      tokenizer: whose parameters `train_step` is given; None where batches hold codes.
-    """
+class TokenizerTask:
+    """A run of stage 1, as `larp_jax.training.stages.Task` defines it."""
 
-    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
-        self.recipe, model = recipe, recipe.model
-        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=DTYPES[recipe.precision])
-        make = {"generator": self._make}
-        if tokenizer is not None:
-            make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
-        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
-        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
-        self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
-        self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
+    stage_class = TokenizerStage
+    inputs = ("video",)
+    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
+    only_logged = ("ssim",)
 
-    def init(self, key: jax.Array) -> TrainState:
-        """The state before the first step."""
-        params = {"generator": nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))}
-        ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
+    def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):
+        self.recipe, self._mesh = recipe, mesh
+        self.stage = self.stage_class(recipe)
+        self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
+        model = recipe.model
+        self._clip = data.ClipSpec(frames=model.frames, resolution=model.resolution, flip=recipe.data.flip)
+        source = data.open_source(recipe.data.train, self._clip)
+        self._identity = common.data_identity(map(source.name, range(len(source))))
+        self._evaluator = self._code_counts = None
 
-    def frozen_shapes(self) -> dict:
-        """Shapes and dtypes of what `train_step` takes as `frozen`."""
-        modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
-        return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+    def start(self, state, placement, key):
+        """The state with the tokenizer initialized from clips if the recipe has `data_init_clips`."""
+        count = self.recipe.data_init_clips
+        if not count:
+            return state
+        clips = jax.device_put(self._some_clips(count), sharding.replicated(self._mesh))
+        return jax.jit(self.stage.data_init, donate_argnums=0, out_shardings=placement)(state, clips, key)
 
-    def module(self, name: str, params: dict) -> nnx.Module:
-        """The module of that name with the parameters of the tree under it."""
-        return nnx.merge(self.graphdefs[name], params[name])
-
-    def codes(self, batch: dict, frozen: dict) -> dict:
-        """The batch with `codes`, and with frame prediction `condition`, in place of its `video`.
-
-        They are deterministic and computed in float32 whatever the recipe's precision: those that are written to disk.
-        """
-        if "video" not in batch:
-            return batch
-        batch = dict(batch)
-        video = as_float_video(batch.pop("video"))
-        with jax.default_matmul_precision("float32"):
-            tokenizer = self.module("tokenizer", frozen)
-            batch["codes"] = tokenizer.quantize(video).indices
-            if self.recipe.model.frame_prediction:
-                known = hold_last_frame(video, self.recipe.cond_frames)
-                batch["condition"] = tokenizer.quantize(known).indices
-        return batch
-
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
-        generator, codes = self.module("generator", params), batch["codes"]
-        condition = batch["label"]
-        if self.recipe.model.frame_prediction:
-            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
-            condition = jnp.concatenate([batch["condition"], separator], axis=1)
-        features = generator.features(condition, codes[:, :-1], key=key)
-        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
-
-    def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
-        """One update.
-
-        Args:
-          state: donated by the trainer.
-          batch: see the class.
-          key: the run's root key; the step's randomness is a function of it and `state.step`.
-          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty where batches hold codes.
-
-        Returns:
-          The next state and float32 scalars by name.
-        """
+    def open_evaluation(self, workdir):
+        """Opens the evaluation clips, and computes the mean training clip or reads it from the workdir."""
         recipe = self.recipe
-        key = jax.random.fold_in(key, state.step)
+        if not recipe.data.eval:
+            return
+        path = workdir / checkpoint.MEAN_CLIP
+        if path.exists():
+            mean_clip = checkpoint.read_mean_clip(path, recipe.model.clip_shape)
+        else:
+            # the best reconstruction without any information in the codes
+            mean_clip = self._some_clips(MEAN_CLIP_CLIPS).mean(axis=0) / 255.0
+            if jax.process_index() == 0:
+                checkpoint.write_mean_clip(workdir, mean_clip)
+        self._evaluator = ReconstructionEvaluator(
+            lambda params: self.stage.module("tokenizer", params),
+            ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips),
+            self._mesh,
+            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
+            batch_size=recipe.data.batch_size,
+        )
 
-        def gradient(i, part):
-            part = self.codes(part, frozen)
+    def batches(self, start_step):
+        """This process's rows of the batches of clips from a step on."""
+        return common.train_clips(self.recipe, self._clip, start_step)
 
-            def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
-                loss = scored.cross_entropy.mean()
-                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
+    def watch(self, step, logs):
+        """Warns if all codes collapse to one."""
+        if logs.get("perplexity", math.inf) < 2.0 and step >= 10 * self.recipe.log_every:
+            logger.warning(
+                "step %d: codes have collapsed (perplexity %.2f); see \"Small runs\" in the README",
+                step,
+                logs["perplexity"],
+            )
 
-            return jax.grad(objective, has_aux=True)(state.params)
+    def evaluate(self, state, step, writer):
+        """Writes the scores of reconstructions, and examples next to their originals; returns the scores."""
+        if self._evaluator is None:
+            return {}
+        scores, extras = self._evaluator.run(state.ema or state.params)
+        self._code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
+        common.write_scores(scores, step, writer)
+        if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self.recipe.steps // 10:
+            logger.warning(
+                "step %d: reconstructions are no better than the mean training clip (%.2f dB)",
+                step,
+                scores["psnr_mean_clip"],
+            )
+        if len(extras["examples"]):
+            rows = [video for pair in extras["examples"] for video in pair]
+            writer.write_image(step, "reconstruction", frame_grid(rows))
+            side_by_side = np.concatenate([np.concatenate(list(pair), axis=2) for pair in extras["examples"]], axis=1)
+            writer.write_video(step, "reconstruction", side_by_side, fps=8)
+        return scores
 
-        grads, logs = mean_over_parts(gradient, recipe.accumulate, batch)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
-        logs["grad_norm"] = optax.tree.norm(grads)
-        logs["learning_rate"] = self.learning_rate(state.step + 1)
-        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+    def metadata(self):
+        """Identity of the training data, and how often the last evaluation used each code."""
+        counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
+        return {"data": self._identity} | counts
 
+    def resume(self, metadata):
+        """Restores the code counts; warns if the training data has changed."""
+        common.warn_if_data_changed(metadata, self._identity)
+        if (counts := metadata.get("code_counts")) is not None:
+            self._code_counts = np.asarray(counts, np.int64)
 
-STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}
+    def _some_clips(self, count: int) -> np.ndarray:
+        """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
+        videos = []
+        with data.train_batches(self.recipe.data.train, self._clip, batch_size=16, seed=self.recipe.seed) as batches:
+            while len(videos) * 16 < count:
+                videos.append(next(batches)["video"])
+        return np.concatenate(videos)[:count]

@@ -1,0 +1,358 @@
+"""Stage 2: a generator of a frozen tokenizer's codes (LARP, arXiv 2410.21264, section 4.1).
+
+`GeneratorStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `GeneratorTask` is
+the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from larp_jax import api, data
+from larp_jax.config import GeneratorRecipe, TokenizerConfig
+from larp_jax.data.sources import class_list, labels
+from larp_jax.data.video import frame_grid
+from larp_jax.errors import InputError
+from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.inference.code_sets import CodeSet
+from larp_jax.models.generator import Generator
+from larp_jax.models.next_code import NextCode, score_tokens
+from larp_jax.models.pixels import as_float_video, hold_last_frame, to_uint8
+from larp_jax.models.sampling import SamplingOptions, sample_codes
+from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.runtime import rng, sharding
+from larp_jax.state import TrainState
+from larp_jax.training import common, optim
+from larp_jax.weights.fingerprint import fingerprint
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_SHOWN = 8  # samples shown in an evaluation
+GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
+
+
+# ------------------------------------------------------------------------------------------------------ the jitted step
+
+
+class GeneratorStage:
+    """A generator, trained on the codes of a frozen tokenizer.
+
+    A batch contains `video`, uint8 or float [B, T, H, W, C], which the tokenizer encodes, or `codes`, [B, N] int32, and
+    for frame prediction also `condition`, [B, N] int32. `label` [B] int32 contains the classes (-1: none).
+
+    Args:
+      recipe: its model is complete: no size is 0.
+      tokenizer: configuration of the tokenizer in `frozen`; None if batches contain codes.
+    """
+
+    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
+        self.recipe, model = recipe, recipe.model
+        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=common.DTYPES[recipe.precision])
+        make = {"generator": self._make}
+        if tokenizer is not None:
+            make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
+        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
+        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
+        self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
+        self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first step."""
+        params = {"generator": nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key)), nnx.Param))}
+        ema = jax.tree.map(jnp.copy, params) if self.recipe.optim.ema_decay else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, {"generator": self.optimizer.init(params)}, ema)
+
+    def frozen_shapes(self) -> dict:
+        """Shapes and dtypes of what `train_step` needs as `frozen`."""
+        modules = {name: module for name, module in self._abstract.items() if name == "tokenizer"}
+        return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+
+    def module(self, name: str, params: dict) -> nnx.Module:
+        """The module of that name with its parameters, `params[name]`."""
+        return nnx.merge(self.graphdefs[name], params[name])
+
+    def codes(self, batch: dict, frozen: dict) -> dict:
+        """The batch with `codes`, and for frame prediction `condition`, instead of its `video`.
+
+        Codes are deterministic and computed in float32 at any precision of the recipe, so they are those of
+        `larp-jax tokenize`.
+        """
+        if "video" not in batch:
+            return batch
+        batch = dict(batch)
+        video = as_float_video(batch.pop("video"))
+        with jax.default_matmul_precision("float32"):
+            tokenizer = self.module("tokenizer", frozen)
+            batch["codes"] = tokenizer.quantize(video).indices
+            if self.recipe.model.frame_prediction:
+                known = hold_last_frame(video, self.recipe.cond_frames)
+                batch["condition"] = tokenizer.quantize(known).indices
+        return batch
+
+    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
+        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
+        generator, codes = self.module("generator", params), batch["codes"]
+        condition = batch["condition" if self.recipe.model.frame_prediction else "label"]
+        features = generator.features(condition, codes[:, :-1], key=key)
+        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+
+    def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
+        """One update.
+
+        Args:
+          state: donated by the trainer.
+          batch: see the class.
+          key: the run's root key; the step's randomness is a function of it and `state.step`.
+          frozen: the tokenizer's parameters, `{"tokenizer": ...}`; empty if batches contain codes.
+
+        Returns:
+          The next state and float32 scalars by name.
+        """
+        recipe = self.recipe
+        key = jax.random.fold_in(key, state.step)
+
+        def gradient(i, part):
+            part = self.codes(part, frozen)
+
+            def objective(params):
+                scored = self.score(params, part, jax.random.fold_in(key, i))
+                loss = scored.cross_entropy.mean()
+                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
+
+            return jax.grad(objective, has_aux=True)(state.params)
+
+        grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
+        logs["grad_norm"] = optax.tree.norm(grads)
+        logs["learning_rate"] = self.learning_rate(state.step + 1)
+        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+
+
+# ---------------------------------------------------------------------------------------- what a run reads and measures
+
+
+class GeneratorTask:
+    """A run of stage 2, as `larp_jax.training.stages.Task` defines it.
+
+    Raises:
+      InputError: model, tokenizer and data do not match.
+    """
+
+    stage_class = GeneratorStage
+    shown = ("loss", "top1", "top5")
+    only_logged = ()
+
+    def __init__(self, recipe: GeneratorRecipe, mesh: Mesh):
+        self._mesh = mesh
+        self._tokenizer, params = _load_tokenizer(recipe)
+        self._clip = None
+        if self._tokenizer is not None:
+            config = self._tokenizer
+            self._clip = data.ClipSpec(frames=config.frames, resolution=config.resolution, flip=recipe.data.flip)
+            name = fingerprint(config, params["tokenizer"])
+            recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
+            recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
+            if recipe.model.frame_prediction and recipe.cond_frames >= config.frames:
+                raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
+        train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
+        self._train, recipe = self._open(recipe, recipe.data.train, train)
+        self._eval, names = None, self._train.label_names
+        if spec := recipe.data.eval:
+            clips = lambda: ClipSet(spec, self._clip, max_clips=recipe.data.eval_clips)  # noqa: E731
+            self._eval, recipe = self._open(recipe, spec, clips)
+            theirs = getattr(self._eval, "source", self._eval).label_names
+            if theirs != names and not recipe.model.frame_prediction:
+                ours, theirs = (", ".join(n) or "none" for n in (names, theirs))
+                raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
+        self._identity = common.data_identity(self._names())
+        self.recipe, self._class_counts = self._with_classes(recipe)
+        self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
+        if isinstance(self._train, CodeSet) and recipe.model.frame_prediction:
+            self.inputs += ("condition",)
+        self.stage = self.stage_class(self.recipe, self._tokenizer)
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+        self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
+        self._evaluator = self._sample_inputs = None
+
+    def _open(self, recipe: GeneratorRecipe, spec: str, open_clips: Callable) -> tuple[Any, GeneratorRecipe]:
+        """A `CodeSet`, or the result of `open_clips`, and the recipe with the sizes of the codes filled in."""
+        parsed = data.parse_spec(spec)
+        if parsed.kind != "tokens":
+            if self._clip is None:
+                raise InputError(f"data {spec} needs the tokenizer; give its checkpoint, config.tokenizer=P")
+            return open_clips(), recipe
+        codes = CodeSet(parsed.name)
+        manifest = codes.manifest
+        recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
+        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], f"data {spec}")
+        wanted = recipe.cond_frames if recipe.model.frame_prediction else None
+        if wanted not in (None, manifest.get("cond_frames")):
+            raise InputError(
+                f"data {spec} was not made for cond_frames={wanted}; tokenize again with --cond-frames {wanted}"
+            )
+        codes.rows  # noqa: B018  (read only after these checks: codes may be large, or damaged)
+        return codes, recipe
+
+    def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
+        """The recipe with the number of classes, and the number of training videos of each class."""
+        names, count = self._train.label_names, recipe.model.num_classes
+        if recipe.model.frame_prediction:
+            count = count or len(names) or 1
+            return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count)), None
+        found = self._train.labels() if isinstance(self._train, CodeSet) else labels(self._train)
+        needed = max(len(names), int(found.max()) + 1)
+        if needed > (count or needed):
+            raise InputError(
+                f"data.train has label {needed - 1}, but model.num_classes={count}; raise it, or set it to 0"
+            )
+        count = count or needed or 1
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count))
+        if found.min() < 0 and not recipe.model.class_dropout:
+            raise InputError("data.train has videos without a class, which need model.class_dropout above 0")
+        counts = np.bincount(found[found >= 0], minlength=count)
+        if counts.any() and not counts.all():
+            empty = np.flatnonzero(counts == 0).tolist()
+            logger.warning("data.train has no video of the classes %s: they are not learned", class_list(empty, names))
+        return recipe, counts
+
+    def _names(self) -> Iterable[str]:
+        """Names of the training videos or clips, in order."""
+        if isinstance(self._train, CodeSet):
+            return (f"{row['source']} {row['start']}" for row in self._train.manifest["rows"])
+        return map(self._train.name, range(len(self._train)))
+
+    def start(self, state, placement, key):
+        """The state unchanged."""
+        return state
+
+    def open_evaluation(self, workdir):
+        """Reads or computes the codes of the evaluation clips, and prepares the samples to show."""
+        recipe, rows = self.recipe, None
+        if isinstance(self._eval, CodeSet):
+            rows = self._eval.some(recipe.data.eval_clips)
+        elif self._eval is not None:
+            rows = encoded_clips(
+                self.stage.codes, self.frozen, self._eval, self._mesh, batch_size=recipe.data.batch_size
+            )
+        if rows is not None:
+            if self._class_counts is not None and not recipe.model.class_dropout and rows["label"].min() < 0:
+                raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
+            self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
+        if self._tokenizer is not None:
+            self._prepare_samples(rows)
+
+    def batches(self, start_step):
+        """This process's rows of the batches of clips or codes from a step on."""
+        recipe = self.recipe
+        if not isinstance(self._train, CodeSet):
+            return common.train_clips(recipe, self._clip, start_step)
+        return self._train.batches(
+            batch_size=recipe.data.batch_size,
+            seed=recipe.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def watch(self, step, logs):
+        """Nothing to warn of."""
+
+    def evaluate(self, state, step, writer):
+        """Writes the scores of the evaluation codes and the videos of some samples; returns the scores."""
+        params, scores = state.ema or state.params, {}
+        if self._evaluator is not None:
+            scores = self._evaluator.run(params)
+            common.write_scores(scores, step, writer)
+        if self._sample_inputs is not None:
+            # [original and sample, or sample only; SAMPLES_SHOWN, T, H, W, 3]
+            videos = to_uint8(np.stack(self._sample(params, self.frozen, **self._sample_inputs)))[:, :SAMPLES_SHOWN]
+            writer.write_image(step, "samples", frame_grid(list(np.concatenate(list(videos.swapaxes(0, 1))))))
+            columns = [np.concatenate(list(column), axis=1) for column in videos.swapaxes(0, 1)]
+            writer.write_video(step, "samples", np.concatenate(columns, axis=2), fps=8)
+        return scores
+
+    def _prepare_samples(self, rows: Mapping[str, np.ndarray] | None) -> None:
+        """Prepares the samples to show: of the trained classes in turn, or of the first evaluation clips."""
+        model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
+        numbers = np.arange(-(-SAMPLES_SHOWN // parts) * parts)
+        if not model.frame_prediction:
+            trained = np.flatnonzero(self._class_counts) if self._class_counts.any() else np.array([-1])
+            inputs = {"condition": trained[numbers % len(trained)].astype(np.int32)}
+        elif rows is not None:
+            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
+        else:
+            return
+        guided = not model.frame_prediction and model.class_dropout > 0
+        options = SamplingOptions(cfg_scale=GUIDANCE if guided else 1.0)
+
+        def sample(params, frozen, condition, codes=None):
+            generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
+            key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
+            sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
+
+        self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
+        self._sample_inputs = jax.device_put(inputs, sharding.batch_sharding(self._mesh))
+
+    def metadata(self):
+        """The tokenizer's fingerprint, the identity of the training data, and its classes."""
+        found = {"tokenizer_fingerprint": self.recipe.tokenizer_fingerprint, "data": self._identity}
+        if self._class_counts is not None:
+            found["class_counts"] = self._class_counts.tolist()
+            found["class_names"] = list(self._train.label_names)
+        return found
+
+    def resume(self, metadata):
+        """Checks that the classes are those of the checkpoint; warns if the training data has changed."""
+        common.warn_if_data_changed(metadata, self._identity)
+        ours, theirs = list(self._train.label_names), metadata.get("class_names")
+        if self._class_counts is not None and theirs not in (None, ours):
+            changed = next(pair for pair in itertools.zip_longest(theirs, ours) if pair[0] != pair[1])
+            raise InputError(
+                f"data.train has other classes than before, {changed[1]!r} in place of {changed[0]!r}; give those,"
+                " or another --workdir"
+            )
+
+
+def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, dict]:
+    """Configuration and parameters (`{"tokenizer": ...}`) of the recipe's tokenizer; (None, {}) if it has none."""
+    if not recipe.tokenizer:
+        return None, {}
+    try:
+        found = api.load_checkpoint(os.path.expanduser(recipe.tokenizer))
+    except InputError as error:
+        raise InputError(f"tokenizer={recipe.tokenizer}: {error}") from error
+    if not found.recipe.model.quantizer.has_codes:
+        raise InputError(f"tokenizer={recipe.tokenizer} has continuous latents and no codes; give another")
+    return found.recipe.model, {"tokenizer": found.params["tokenizer"]}
+
+
+def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> GeneratorRecipe:
+    """The recipe with the fingerprint of its tokenizer filled in; `InputError` if it has another."""
+    wanted = recipe.tokenizer_fingerprint
+    if wanted not in ("", name):
+        raise InputError(f"{where} is of tokenizer {name}, not of {wanted}; give what is of one tokenizer")
+    return dataclasses.replace(recipe, tokenizer_fingerprint=name)
+
+
+def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, where: str) -> GeneratorRecipe:
+    """The recipe with the sizes of codes filled in; `InputError` if it has other sizes."""
+    found = {"codebook_size": codebook_size, "num_tokens": num_tokens}
+    for name, value in found.items():
+        wanted = getattr(recipe.model, name)
+        if wanted not in (0, value):
+            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to 0")
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
