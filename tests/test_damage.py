@@ -28,7 +28,9 @@ from larp_jax.files import DEEPEST, parse_json, read_json
 from larp_jax.inference import tokens
 from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training import tasks, writers
-from larp_jax.weights import checkpoint, importing, perceptual
+from larp_jax.weights import checkpoint
+from larp_jax.weights.i3d import import_i3d
+from larp_jax.weights.lpips import import_lpips
 
 MUCH = 2**27  # bytes that files here claim
 LITTLE = 2**24  # that reading them may take
@@ -273,14 +275,14 @@ def test_feature_statistics_that_claim_too_much(tmp_path):
 def test_weights_that_claim_too_much(tmp_path, kind):
     path = tmp_path / "weights.npz"
     write_zeros(path, **{"features.0.weight": ((MUCH // 4,), np.float32)})
-    read = {"lpips": lambda: perceptual.import_lpips(path, path), "i3d": lambda: perceptual.import_i3d(path)}[kind]
+    read = {"lpips": lambda: import_lpips(path, path), "i3d": lambda: import_i3d(path)}[kind]
     refused("do not fit .*weights.npz: missing", read)
 
 
 def test_a_tensor_of_one_value_repeated(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
-    refused("x claims more values than the file holds", importing.float_arrays, tensors, tmp_path / "weights.pth")
+    refused("x claims more values than the file holds", tensors.float_arrays, tensors, tmp_path / "weights.pth")
 
 
 def test_arrays_of_npz_files(tmp_path):

@@ -22,7 +22,7 @@ from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, protocols
 from larp_jax.inference import generate, tokens
 from larp_jax.models.generator import Generator
-from larp_jax.weights import checkpoint, perceptual
+from larp_jax.weights import checkpoint, networks
 
 SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_classes=3, mlp_multiple=16)
 
@@ -363,8 +363,8 @@ def clips_of(folder):
 def no_i3d(tmp_path, monkeypatch):
     """A network in place of I3D, which takes no clips as short as these."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
-    monkeypatch.setattr(perceptual, "identify", lambda kind, path: IDENTITY)
+    monkeypatch.setattr(networks, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(networks, "identify", lambda kind, path: IDENTITY)
 
 
 def evaluate(generator, trained, real, output, *options):

@@ -19,7 +19,7 @@ from larp_jax.config import parse_recipe
 from larp_jax.data import open_source, prepare, video
 from larp_jax.errors import InputError
 from larp_jax.inference import tokens
-from larp_jax.weights import importing
+from larp_jax.weights import importing, tensors
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
 # Modules that make objects or code of bytes, and functions that do.
@@ -90,7 +90,7 @@ def test_pickles_in_the_place_of_arrays(tmp_path):
     with pytest.raises(InputError, match="holds object"):
         tokens.read_shard(tmp_path, manifest, 0)
     with pytest.raises(InputError, match=r"not object \(codes\)"):
-        importing.read_npz(tmp_path / name, check=lambda shapes: None)
+        tensors.read_npz(tmp_path / name, check=lambda shapes: None)
     assert not sprung.exists()
 
 

@@ -662,7 +662,7 @@ def _evaluate_tokenizer(arguments, found):
     from larp_jax.config import MeshConfig
     from larp_jax.evaluation import evaluators, fvd
     from larp_jax.runtime import sharding
-    from larp_jax.weights import perceptual
+    from larp_jax.weights.networks import identify, load_i3d, load_lpips
 
     for option in ("tokenizer", "samples"):
         if getattr(arguments, option):
@@ -670,9 +670,9 @@ def _evaluate_tokenizer(arguments, found):
     names = _metric_names(arguments.metrics, evaluators.available(found.recipe, found.params))
     networks = {}
     if "lpips" in names:
-        networks["lpips"] = perceptual.load_lpips(arguments.lpips), perceptual.identify("lpips", arguments.lpips)
+        networks["lpips"] = load_lpips(arguments.lpips), identify("lpips", arguments.lpips)
     if "rfvd" in names:
-        networks["i3d"] = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+        networks["i3d"] = load_i3d(arguments.i3d), identify("i3d", arguments.i3d)
 
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
     clips = _clips(arguments, found, tokenizer.config)
@@ -721,7 +721,7 @@ def _evaluate_generator(arguments, found):
     from larp_jax.evaluation import fvd
     from larp_jax.evaluation.evaluators import GENERATOR_METRICS
     from larp_jax.inference import generate
-    from larp_jax.weights import perceptual
+    from larp_jax.weights import networks
 
     if not arguments.tokenizer:
         raise InputError(f"{arguments.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
@@ -730,7 +730,7 @@ def _evaluate_generator(arguments, found):
         raise InputError("--samples is for --metrics fvd; leave it out")
     batch_size = arguments.batch_size
     if "fvd" in names:
-        i3d = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+        i3d = networks.load_i3d(arguments.i3d), networks.identify("i3d", arguments.i3d)
     cond_frames = found.recipe.cond_frames if found.recipe.model.frame_prediction else 0
     generator, tokenizer = _load_pair(arguments, found)
     # before anything is computed, because it checks how all of them fit each other
@@ -1074,12 +1074,14 @@ def _import(arguments):
     if arguments.kind == "model":
         _import_model(arguments)
         return
-    from larp_jax.weights import perceptual
+    from larp_jax.weights import networks
+    from larp_jax.weights.i3d import import_i3d
+    from larp_jax.weights.lpips import import_lpips
 
-    perceptual.check_output(arguments.output, arguments.kind)
+    networks.check_output(arguments.output, arguments.kind)
     sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
-    read = {"lpips": perceptual.import_lpips, "i3d": perceptual.import_i3d}[arguments.kind]
-    perceptual.save(arguments.output, arguments.kind, read(*sources), sources)
+    read = {"lpips": import_lpips, "i3d": import_i3d}[arguments.kind]
+    networks.save(arguments.output, arguments.kind, read(*sources), sources)
     print(f"{arguments.kind} imported into {arguments.output}")
 
 

@@ -27,7 +27,7 @@ from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
 from larp_jax.training import losses, optim
-from larp_jax.weights import perceptual
+from larp_jax.weights import networks
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LECAM_DECAY = 0.999  # METHOD 3
@@ -153,7 +153,7 @@ class TokenizerStage:
         if name == "none":
             return {}
         try:
-            lpips = perceptual.load_lpips(None if name == "lpips" else name)
+            lpips = networks.load_lpips(None if name == "lpips" else name)
         except InputError as error:
             raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
         return {"lpips": nnx.to_pure_dict(nnx.state(lpips, nnx.Param))}
