@@ -21,11 +21,10 @@ import larp_jax
 from larp_jax import cli, npz
 from larp_jax.cli import app
 from larp_jax.config import MeshConfig, default_recipe, parse_recipe
-from larp_jax.data import open_source, prepare, video
+from larp_jax.data import codes as codes_on_disk, open_source, prepare, video
 from larp_jax.errors import InputError, printable
 from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.files import DEEPEST, parse_json, read_json
-from larp_jax.inference import tokens
 from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training import tasks, writers
 from larp_jax.weights import checkpoint
@@ -236,9 +235,15 @@ def codes_folder(folder, rows, N, fingerprint="0" * 16):
     folder.mkdir()
     name = "codes-00000-of-00001.npz"
     listed = [{"source": f"{i}.mp4", "start": 0, "frames": 1, "fps": 8.0, "label": 0} for i in range(rows)]
-    manifest = {"format": tokens.FORMAT, "version": tokens.VERSION, "fingerprint": fingerprint, "K": 2, "N": N}
+    manifest = {
+        "format": codes_on_disk.FORMAT,
+        "version": codes_on_disk.VERSION,
+        "fingerprint": fingerprint,
+        "K": 2,
+        "N": N,
+    }
     manifest |= {"clip": [1, 8, 8, 3], "label_names": ["a"], "rows": listed, "shards": [{"file": name, "rows": rows}]}
-    (folder / tokens.MANIFEST).write_text(json.dumps(manifest))
+    (folder / codes_on_disk.MANIFEST).write_text(json.dumps(manifest))
     write_zeros(folder / name, codes=((rows, N), np.int32))
     return folder
 
@@ -253,8 +258,10 @@ def test_codes_of_another_tokenizer_are_not_read(tmp_path):
     config.tokenizer_fingerprint = ""
     config.model.codebook_size = 2
     refused("model.num_tokens=1024, but data", tasks.GeneratorTask, parse_recipe(config), mesh)
-    manifest = tokens.read_manifest(folder)
-    refused(r"holds int32 \[64, 524288\] where int32 \[64, 8\]", tokens.read_shard, folder, manifest | {"N": 8}, 0)
+    manifest = codes_on_disk.read_manifest(folder)
+    refused(
+        r"holds int32 \[64, 524288\] where int32 \[64, 8\]", codes_on_disk.read_shard, folder, manifest | {"N": 8}, 0
+    )
 
 
 def test_codes_that_do_not_fit_are_not_read_though_sizes_are_open(tmp_path):

@@ -930,10 +930,10 @@ def _reconstruct(arguments):
 
 def _tokenize(arguments):
     from larp_jax import api
-    from larp_jax.inference import tokens
+    from larp_jax.inference.tokenize import tokenize
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
-    manifest = tokens.tokenize(
+    manifest = tokenize(
         tokenizer,
         arguments.input,
         arguments.output,
@@ -950,10 +950,10 @@ def _tokenize(arguments):
 
 def _detokenize(arguments):
     from larp_jax import api
-    from larp_jax.inference import tokens
+    from larp_jax.inference.tokenize import detokenize
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
-    written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
+    written = detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
     print(f"{len(written)} videos, in {arguments.output}")
 
 

@@ -1,6 +1,6 @@
 """Videos from a generator, in numbers: sampled by class, predicted from first frames, or beside the clips of a set.
 
-A folder written is one of codes as `larp_jax.inference.tokens` has them, with the videos beside them. It grows batch
+A folder written is one of codes as `larp_jax.data.codes` has them, with the videos beside them. It grows batch
 by batch and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and
 the manifest comes last.
 """
@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.codes import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.inference.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import rng
@@ -153,7 +153,7 @@ def sample(
       batch_size: sampled at a time.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
 
     Raises:
       InputError: generator and tokenizer do not fit, or the folder holds something else.
@@ -306,7 +306,7 @@ def predict(
       batch_size: as for `sample`.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
 
     Raises:
       InputError: as for `sample`, or nothing can be read.

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from larp_jax import api, data
 from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax.data.codes import CodeSet
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
@@ -27,7 +28,6 @@ from larp_jax.evaluation.evaluators import (
     own_metrics,
 )
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.inference.code_sets import CodeSet
 from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
 from larp_jax.runtime import rng, sharding
