@@ -235,15 +235,10 @@ def codes_folder(folder, rows, N, fingerprint="0" * 16):
     folder.mkdir()
     name = "codes-00000-of-00001.npz"
     listed = [{"source": f"{i}.mp4", "start": 0, "frames": 1, "fps": 8.0, "label": 0} for i in range(rows)]
-    manifest = {
-        "format": codes_on_disk.FORMAT,
-        "version": codes_on_disk.VERSION,
-        "fingerprint": fingerprint,
-        "K": 2,
-        "N": N,
-    }
-    manifest |= {"clip": [1, 8, 8, 3], "label_names": ["a"], "rows": listed, "shards": [{"file": name, "rows": rows}]}
-    (folder / codes_on_disk.MANIFEST).write_text(json.dumps(manifest))
+    manifest = codes_on_disk.new_manifest(
+        fingerprint=fingerprint, step=0, K=2, N=N, clip=(1, 8, 8, 3), sizes=[rows], label_names=["a"], rows=listed
+    )
+    codes_on_disk.write_manifest(folder, manifest)
     write_zeros(folder / name, codes=((rows, N), np.int32))
     return folder
 

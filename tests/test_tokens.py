@@ -51,6 +51,16 @@ def test_what_is_written(tokenizer, videos, codes):
     assert np.array_equal(stored, tokenizer.encode(np.stack(windows)))
 
 
+def test_a_folder_of_version_1_is_read(tokenizer, codes, tmp_path):
+    manifest = json.loads((codes / "manifest.json").read_text())
+    assert (manifest["version"], manifest.pop("layout")) == (2, "fixed")
+    before = codes_on_disk.CodeSet(codes).rows
+    (codes / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    after = codes_on_disk.CodeSet(codes).rows
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    assert len(detokenize(tokenizer, codes, tmp_path / "out")) == 2
+
+
 def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
     codes, output = str(tmp_path / "codes"), tmp_path / "out"
     checkpoint = ["--checkpoint", str(trained)]
@@ -117,7 +127,10 @@ def in_rows(name, value):
         (lambda m: m["rows"].pop(), "4 rows in shards, 3 listed"),
         (lambda m: m["shards"][0].update(file="../codes-0-of-1.npz"), "is no shard's name"),
         (lambda m: m.pop("fingerprint"), "no fingerprint"),
-        (lambda m: m.update(version=2), "version 2, this reads 1"),
+        (lambda m: m.update(version=3), "version 3, this reads 1 to 2"),
+        (lambda m: m.update(version=0), "version 0, this reads 1 to 2"),
+        (lambda m: m.update(version=True), "version True, this reads 1 to 2"),
+        (lambda m: m.update(layout="packed"), "layout 'packed', this reads 'fixed'"),
         (lambda m: m.update(format="x"), "no manifest of codes"),
         (lambda m: m.update(K=64), "K, N and clip are not the tokenizer's"),
     ],

@@ -23,7 +23,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,68 @@ from larp_jax.files import read_json
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # of a folder that `larp_jax.inference.generate` is writing, or has written
 FORMAT = "larp_jax.codes"
-VERSION = 1
+VERSION = 2
+LAYOUT = "fixed"
 SHARD_ROWS = 16_384
 SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
 
 
+def shard_name(number: int, count: int) -> str:
+    """The file of shard `number` of `count`."""
+    return f"codes-{number:05d}-of-{count:05d}.npz"
+
+
+def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a shard, all of it or nothing.
+
+    Args:
+      path: the file.
+      arrays: `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32.
+    """
+    with files.writing(path) as file:
+        np.savez(file, **arrays)
+
+
+def new_manifest(
+    *, fingerprint: str, step: int, K: int, N: int, clip: Sequence[int], sizes: Sequence[int], **details
+) -> dict[str, Any]:
+    """A manifest in the current version.
+
+    Args:
+      fingerprint: of the tokenizer.
+      step: of the tokenizer.
+      K: size of its codebook.
+      N: codes per clip.
+      clip: [T, H, W, C].
+      sizes: rows of each shard.
+      details: the remaining keys, see the top of this module; `rows` may be added later.
+    """
+    shards = [{"file": shard_name(i, len(sizes)), "rows": size} for i, size in enumerate(sizes)]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": LAYOUT,
+        "fingerprint": fingerprint,
+        "step": step,
+        "K": K,
+        "N": N,
+        "clip": list(clip),
+        "shards": shards,
+        **details,
+    }
+
+
+def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, which completes a folder whose shards are written."""
+    files.write_json(directory / MANIFEST, manifest)
+
+
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """Reads and checks the manifest of a folder of codes; see `tokenize`.
+    """Reads and checks the manifest of a folder of codes, of version 1 or 2.
 
     Raises:
-      InputError: there is none, or it is damaged, of a later version, or names files outside of its folder.
+      InputError: there is none, or it is damaged, of a later version or another layout, or names files
+        outside its folder.
     """
     path = files.local_path(directory, "folder of codes") / MANIFEST
     try:
@@ -57,8 +109,12 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({reason(error)}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is no manifest of codes; give the folder that tokenize wrote")
-    if manifest.get("version") != VERSION:
-        raise InputError(f"{path} is of version {manifest.get('version')}, this reads {VERSION}; tokenize again")
+    version = manifest.get("version")
+    layout = manifest.get("layout", LAYOUT if version == 1 else None)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise InputError(f"{path} is of version {version}, this reads 1 to {VERSION}; tokenize again")
+    if layout != LAYOUT:
+        raise InputError(f"{path} has the layout {layout!r}, this reads {LAYOUT!r}; tokenize again")
     if complaint := _complaint(manifest):
         raise InputError(f"{path} is damaged ({complaint}); tokenize again")
     return manifest
@@ -147,7 +203,7 @@ class CodeSet:
       directory: the folder.
 
     Attributes:
-      manifest: see `larp_jax.inference.tokens.tokenize`.
+      manifest: see the top of this module.
       label_names: names of the classes in the order of their labels; empty without classes.
 
     Raises:

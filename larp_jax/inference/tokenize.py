@@ -1,8 +1,4 @@
-"""Codes on disk: videos to shards of codes with a manifest, and back.
-
-A folder of codes holds `codes-00000-of-00001.npz` and so on, each with `codes` [M, N] int32, and `manifest.json`, which
-says for each row in turn what it is of.
-"""
+"""Videos to codes on disk, and codes on disk to videos; `larp_jax.data.codes` defines the format."""
 
 import itertools
 import os
@@ -15,7 +11,17 @@ import numpy as np
 from larp_jax import files
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
-from larp_jax.data.codes import FORMAT, MANIFEST, SETTINGS, SHARD_NAME, SHARD_ROWS, VERSION, read_manifest, read_shard
+from larp_jax.data.codes import (
+    MANIFEST,
+    SETTINGS,
+    SHARD_NAME,
+    SHARD_ROWS,
+    new_manifest,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
 from larp_jax.data.inputs import Inputs, output_names, playable_fps
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
@@ -52,10 +58,7 @@ def tokenize(
       shard_rows: rows a shard.
 
     Returns:
-      The manifest: `format`, `version`, `fingerprint` of the tokenizer, `K`, `N`, `clip` [T, H, W, C], `input`,
-      `label_names`, `skipped`, `cond_frames`, `shards` (`file` and `rows` each), and `rows`: `source` (path within the
-      input, with forward slashes), `start` (first frame), `frames` (how many of T are the video's), `fps` (0: unknown),
-      `label`, and `flip` where it is mirrored.
+      The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
       InputError: nothing can be read, the folder holds codes already or is being written, or the tokenizer has none.
@@ -72,28 +75,25 @@ def tokenize(
         rows, counts = _write_shards(tokenizer, inputs, folder, flips, cond_frames, batch_size, shard_rows)
         if not rows:
             raise InputError(f"{source}: nothing in it could be read")
-        shards = [{"file": f"codes-{i:05d}-of-{len(counts):05d}.npz", "rows": count} for i, count in enumerate(counts)]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": tokenizer.fingerprint,
-            "step": tokenizer.step,
-            "K": config.quantizer.codebook_size,
-            "N": config.num_tokens,
-            "clip": list(config.clip_shape),
-            "input": str(source),
-            "label_names": list(inputs.label_names),
-            "skipped": dict(inputs.skipped),
-            "cond_frames": cond_frames,
-            "shards": shards,
-            "rows": rows,
-        }
+        manifest = new_manifest(
+            fingerprint=tokenizer.fingerprint,
+            step=tokenizer.step,
+            K=config.quantizer.codebook_size,
+            N=config.num_tokens,
+            clip=config.clip_shape,
+            sizes=counts,
+            input=str(source),
+            label_names=list(inputs.label_names),
+            skipped=dict(inputs.skipped),
+            cond_frames=cond_frames,
+            rows=rows,
+        )
         for path in output.iterdir():  # of a call that was killed before it wrote the manifest
             if SHARD_NAME.fullmatch(path.name):
                 path.unlink()
-        for number, shard in enumerate(shards):
+        for number, shard in enumerate(manifest["shards"]):
             os.replace(folder / str(number), output / shard["file"])
-        files.write_json(output / MANIFEST, manifest)
+        write_manifest(output, manifest)
     return manifest
 
 
@@ -118,8 +118,7 @@ def _write_shards(
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
         pending.clear()
-        with open(folder / str(len(counts)), "wb") as file:
-            np.savez(file, **arrays)
+        write_shard(folder / str(len(counts)), arrays)
         counts.append(len(arrays["codes"]))
 
     mirrored = (False, True) if flips else (False,)

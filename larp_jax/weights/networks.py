@@ -1,4 +1,4 @@
-"""Weights of the networks that judge videos, LPIPS and I3D: taken once from public files, kept in one file each.
+"""Weights of LPIPS and I3D, converted from public files to one safetensors file each.
 
 A file of ours is a safetensors file whose tensors bear our parameters' names; its metadata says which network it is
 for and names the files it was made from with their SHA-256.
