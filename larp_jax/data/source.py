@@ -11,7 +11,7 @@ from larp_jax.data.clips import ClipSpec
 class Source(abc.ABC):
     """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
 
-    A class of sources implements all methods, or it cannot be made. Numbers are those of videos, whatever is stored.
+    Subclasses implement all methods. Indices count videos, however they are stored.
 
     Args:
       label_names: names of the classes in the order of their labels; empty without classes.
@@ -28,23 +28,23 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many videos there are, 1 at least."""
+        """Number of videos, at least 1."""
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """What a video is called: the path of its file within the folder, or its number in the data set."""
+        """Name of a video: the path of its file within the folder, or its number in the data set."""
 
     @abc.abstractmethod
     def fps(self, index: int) -> float:
-        """Frames a second; 0.0 where the data set does not say."""
+        """Frames per second; 0.0 if unknown."""
 
     @abc.abstractmethod
     def frames(self, index: int) -> int:
-        """How many frames a video has, by its header: a damaged file may decode to fewer."""
+        """Number of frames according to the header; a damaged file may decode to fewer."""
 
     @abc.abstractmethod
     def label(self, index: int) -> int:
-        """The number of a video's class; -1 for none."""
+        """Class of a video; -1 for none."""
 
     @abc.abstractmethod
     def read_clip(self, index: int, start: int | np.random.Generator, clip: ClipSpec) -> tuple[np.ndarray, int]:
@@ -52,7 +52,7 @@ class Source(abc.ABC):
 
         Args:
           index: the video.
-          start: number of the first frame; a Generator draws one uniformly from all that leave a full clip.
+          start: number of the first frame; a Generator samples one uniformly from all that leave a full clip.
           clip: length and size.
 
         Returns:

@@ -19,7 +19,7 @@ from larp_jax.data.tfds import VIDEOS, PreparedSource, TfdsSource, find_data_set
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-# The most classes that a message lists.
+# The largest number of classes that a message lists.
 MANY_LISTED = 20
 
 
@@ -59,7 +59,7 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
 
 
 class FolderSource(Source):
-    """The video files below a folder, sorted by path; see `Source` and `larp_jax.data.folders.find_videos`.
+    """The video files below a folder, sorted by path; see `larp_jax.data.folders.find_videos`.
 
     Opening it reads the header of every file and decodes its first frame; those that fail are skipped, and named in one
     warning.
@@ -100,19 +100,16 @@ class FolderSource(Source):
         return str(self._videos[index].path.relative_to(self.folder))
 
     def fps(self, index):
-        """See `Source`."""
         return self._videos[index].info.fps
 
     def frames(self, index):
-        """See `Source`."""
         return self._videos[index].info.frames
 
     def label(self, index):
-        """See `Source`."""
         return self._labels[index]
 
     def read_clip(self, index, start, clip):
-        """See `Source`. A file that holds fewer frames than it claims gives a drawn start its last full clip."""
+        """If the file has fewer frames than its header claims, a random start falls back to the last full clip."""
         drawn = isinstance(start, np.random.Generator)
         if drawn:
             start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
@@ -120,15 +117,13 @@ class FolderSource(Source):
         return repeat_last(frames, clip.frames), self._labels[index]
 
     def size(self, index):
-        """See `Source`."""
         return self._videos[index].path.stat().st_size
 
     def digest(self, index):
-        """See `Source`."""
         return files.digest(self._videos[index].path)
 
     def origin(self, index):
-        """See `Source`: the file itself."""
+        """The file itself."""
         return self.size(index), functools.partial(self.digest, index)
 
 
@@ -167,13 +162,13 @@ def same_videos(source: Source, other: Source) -> set[int]:
 
 
 class MixtureSource(Source):
-    """Several data sets one after the other; see `Source`.
+    """Several data sets, concatenated.
 
-    Classes of the same name are one class, numbered in the order in which the data sets bring them.
+    Classes of the same name are one class, numbered in order of first appearance.
 
     Args:
       parts: the data sets.
-      weights: how often training draws from each, in any unit; empty for by their length.
+      weights: how often training samples from each, in any unit; empty: proportional to their lengths.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] = ()):
@@ -189,43 +184,35 @@ class MixtureSource(Source):
         return self._ends[-1]
 
     def name(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].name(index)
 
     def fps(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].fps(index)
 
     def frames(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].frames(index)
 
     def label(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self._label(part, self.parts[part].label(index))
 
     def read_clip(self, index, start, clip):
-        """See `Source`."""
         part, index = self._locate(index)
         frames, label = self.parts[part].read_clip(index, start, clip)
         return frames, self._label(part, label)
 
     def size(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].size(index)
 
     def digest(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].digest(index)
 
     def origin(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].origin(index)
 

@@ -24,14 +24,14 @@ from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
 from larp_jax.files import local_path, read_json
 
-# The most classes that a data set may claim.
+# The largest number of classes that a data set may claim.
 MANY_CLASSES = 1_000_000
-# The file of a prepared data set that says which videos its records hold.
+# The file of a prepared data set that lists the videos in its records.
 VIDEOS = "videos.json"
 
 
 class _Records:
-    """The records of a split of a TFDS data set that lies prepared on disk in array_record format.
+    """The records of a split of a TFDS data set that is prepared on disk in array_record format.
 
     Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
     TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
@@ -59,7 +59,7 @@ class _Records:
 
     def __init__(self, data_set: str | os.PathLike, split: str):
         self.data_set, self.split = str(data_set), split
-        with self.damage_is_told():
+        with self.damage_as_input_error():
             self.folder = folder = find_data_set(self.data_set)
             features = read_json(folder / "features.json")["featuresDict"]["features"]
             self._video, self.shape, self.encoding = _video_feature(self.data_set, features)
@@ -76,15 +76,15 @@ class _Records:
                 )
             self.stored = _open_records(self.data_set, folder, split)
 
-    def damage_is_told(self) -> contextlib.AbstractContextManager[None]:
-        """A block that reads files of the data set: what it raises becomes one line."""
-        return _damage_is_told(f"TFDS data set {self.data_set}")
+    def damage_as_input_error(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager for reading files of the data set: errors become one line."""
+        return _as_input_error(f"TFDS data set {self.data_set}")
 
     def read(self, record: int):
         """The features of a record."""
         from tensorflow_datasets.proto import tf_example_pb2
 
-        with stage("read"), _damage_is_told(f"record {record} of {self.data_set}"):
+        with stage("read"), _as_input_error(f"record {record} of {self.data_set}"):
             return tf_example_pb2.Example.FromString(self.stored[record]).features.feature
 
     def label(self, features) -> int:
@@ -106,7 +106,7 @@ class _Records:
 
 
 class TfdsSource(Source):
-    """A split of a TFDS data set in array_record format, a record a video; see `Source`.
+    """A split of a TFDS data set in array_record format, a record a video.
 
     Args:
       data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
@@ -120,7 +120,7 @@ class TfdsSource(Source):
         self._records = _Records(data_set, split)
         super().__init__(self._records.label_names)
         claimed = self._records.shape[0]
-        with self._records.damage_is_told():
+        with self._records.damage_as_input_error():
             if claimed and claimed != (stored := len(self._records.frames(self._records.read(0)))):
                 raise ValueError(f"its videos have {stored} frames, not {claimed} as it says")
 
@@ -132,24 +132,23 @@ class TfdsSource(Source):
         return f"{self._records.data_set}:{self._records.split}#{index}"
 
     def fps(self, index):
-        """0.0: TFDS data sets do not say."""
+        """0.0: TFDS data sets do not contain it."""
         return 0.0
 
     def frames(self, index):
-        """See `Source`; reads the record where the data set's features leave the number open."""
+        """Reads the record if the features of the data set do not fix the number."""
         if self._records.shape[0]:
             return self._records.shape[0]
-        with _damage_is_told(self.name(index)):
+        with _as_input_error(self.name(index)):
             return len(self._records.frames(self._records.read(index)))
 
     def label(self, index):
-        """See `Source`; reads the record."""
-        with _damage_is_told(self.name(index)):
+        """Reads the record."""
+        with _as_input_error(self.name(index)):
             return self._records.label(self._records.read(index))
 
     def read_clip(self, index, start, clip):
-        """See `Source`."""
-        with _damage_is_told(self.name(index)):
+        with _as_input_error(self.name(index)):
             features = self._records.read(index)
             stored = self._records.frames(features)
             if isinstance(start, np.random.Generator):
@@ -160,15 +159,13 @@ class TfdsSource(Source):
             return repeat_last(frames, clip.frames), self._records.label(features)
 
     def size(self, index):
-        """See `Source`."""
         return len(self._records.stored[index])
 
     def digest(self, index):
-        """See `Source`."""
         return hashlib.sha256(self._records.stored[index]).hexdigest()
 
     def origin(self, index):
-        """See `Source`: the record itself."""
+        """The record itself."""
         return self.size(index), functools.partial(self.digest, index)
 
 
@@ -178,7 +175,7 @@ class StoredVideo(NamedTuple):
     Attributes:
       source: the file it was made from, as the data set calls it.
       label: number of its class, -1 without.
-      fps: frames a second; 0.0 where the input did not say.
+      fps: frames a second; 0.0 if unknown.
       frames: how many.
       shard: number of the file of its split that holds it.
       record: number of the first of its records in that file.
@@ -197,7 +194,7 @@ class StoredVideo(NamedTuple):
 
 
 class PreparedSource(Source):
-    """A split of what `larp-jax prepare` wrote; see `Source`.
+    """A split of what `larp-jax prepare` wrote.
 
     A record holds a run of frames, and videos.json says which runs are a video: the number of frames is known without
     reading, and of a long video only the runs are read that the clip lies in. A part of a split takes whole videos,
@@ -209,7 +206,7 @@ class PreparedSource(Source):
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
         self._records = _Records(data_set, split)
         super().__init__(self._records.label_names)
-        with self._records.damage_is_told():
+        with self._records.damage_as_input_error():
             self._find_videos()
 
     def _find_videos(self) -> None:
@@ -251,26 +248,22 @@ class PreparedSource(Source):
         return self._videos[index].source
 
     def fps(self, index):
-        """See `Source`."""
         return self._videos[index].fps
 
     def frames(self, index):
-        """See `Source`."""
         return self._videos[index].frames
 
     def label(self, index):
-        """See `Source`."""
         return self._videos[index].label
 
     def read_clip(self, index, start, clip):
-        """See `Source`."""
         row = self._videos[index]
         if isinstance(start, np.random.Generator):
             start = int(start.integers(last_start(row.frames, clip.frames) + 1))
         elif start and start + clip.frames > row.frames:
             raise InputError(f"{self.name(index)} ends after {row.frames} frames, before {start + clip.frames}")
         stop = min(start + clip.frames, row.frames)
-        with _damage_is_told(f"{self.name(index)} of {self._records.data_set}"):
+        with _as_input_error(f"{self.name(index)} of {self._records.data_set}"):
             runs = []
             for number in range(start // self._run, -(-stop // self._run)):
                 run = self._records.frames(self._records.read(self._records_of[index] + number))
@@ -282,18 +275,16 @@ class PreparedSource(Source):
             return repeat_last(frames, clip.frames), row.label
 
     def size(self, index):
-        """See `Source`."""
         return sum(len(self._records.stored[record]) for record in self._runs(index))
 
     def digest(self, index):
-        """See `Source`."""
         digest = hashlib.sha256()
         for record in self._runs(index):
             digest.update(self._records.stored[record])
         return digest.hexdigest()
 
     def origin(self, index):
-        """See `Source`: the file that was prepared, of which nothing is left to read."""
+        """The file it was prepared from; only its size and hash are known."""
         return self._videos[index].bytes, lambda: self._videos[index].sha256
 
     def _runs(self, index) -> range:
@@ -302,19 +293,19 @@ class PreparedSource(Source):
 
 
 @contextlib.contextmanager
-def _damage_is_told(what: str) -> Iterator[None]:
-    """A block that reads files of TFDS: what it raises becomes one line."""
+def _as_input_error(what: str) -> Iterator[None]:
+    """Context manager for reading files of TFDS: errors become one line."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged file provokes in json, protobuf, array_record, zlib and NumPy
+    except Exception as error:  # any error from json, protobuf, array_record, zlib and NumPy on a damaged file
         raise InputError(f"{what} is damaged ({reason(error)}); prepare the data set again") from error
 
 
 def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
     if not len(frames):
-        raise InputError("it holds no frames")
+        raise InputError("it contains no frames")
     if not isinstance(frames, np.ndarray):
         return video.decode_images(frames, resolution)
     frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
@@ -406,7 +397,7 @@ def _open_records(data_set: str, folder: pathlib.Path, split: str):
 
 def split_names(data_set: str) -> list[str]:
     """The splits of a TFDS data set that hold anything."""
-    with _damage_is_told(f"TFDS data set {data_set}"):
+    with _as_input_error(f"TFDS data set {data_set}"):
         return [name for name, split in _splits(data_set, find_data_set(data_set)).items() if split.num_examples]
 
 
@@ -416,7 +407,7 @@ def _splits(data_set: str, folder: pathlib.Path):
     info = dataset_info.read_proto_from_builder_dir(folder)
     if info.file_format != "array_record":
         raise InputError(
-            f"TFDS data set {data_set} lies in {folder} as {info.file_format or 'tfrecord'}, without "
+            f"TFDS data set {data_set} in {folder} is stored as {info.file_format or 'tfrecord'}, which has no "
             f"random access; run: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
         )
     template = naming.ShardedFileTemplate(data_dir=folder, dataset_name=info.name, filetype_suffix=info.file_format)
@@ -434,7 +425,7 @@ def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
         raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
     for file in instructions:
         if not pathlib.Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
-            raise InputError(f"TFDS data set {data_set} names a file outside of {folder}: {file.filename}")
+            raise InputError(f"TFDS data set {data_set} names a file outside {folder}: {file.filename}")
         if file.examples_in_shard > os.path.getsize(file.filename):
             raise ValueError(f"{file.filename} cannot hold {file.examples_in_shard} records")
     return instructions

@@ -10,7 +10,7 @@ from larp_jax.models.i3d import MIXED
 from larp_jax.weights.networks import template
 from larp_jax.weights.tensors import finished, read_expected
 
-BATCH_NORM_EPSILON = 1e-5  # METHOD 5; PyTorch's default, with which the weights are used for FVD
+BATCH_NORM_EPSILON = 1e-5  # PyTorch's default, with which the weights are used for FVD
 COUNTERS = r".+\.num_batches_tracked"
 
 

@@ -1,7 +1,7 @@
 """Weights of LPIPS and I3D, converted from public files to one safetensors file each.
 
-A file of ours is a safetensors file whose tensors bear our parameters' names; its metadata says which network it is
-for and names the files it was made from with their SHA-256.
+Such a file has one tensor per parameter, under the parameter's path. Its metadata contains the kind of network and the
+SHA-256 of the files that it was converted from.
 """
 
 import functools
@@ -36,7 +36,7 @@ ORIGINALS = {
 def save(
     path: str | os.PathLike, kind: str, params: Mapping[str, np.ndarray], sources: Iterable[str | os.PathLike]
 ) -> None:
-    """Writes a file of ours, whole or not at all; one of its kind that is there is replaced.
+    """Writes a file of weights, completely or not at all; replaces an existing one of the same kind.
 
     Args:
       path: the file; its folder is made.
@@ -107,7 +107,7 @@ def load_i3d(path: str | os.PathLike | None = None) -> I3d:
 
 
 def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str | dict[str, str]]:
-    """What to write beside a number of `lpips` or `i3d`: the `sha256` of the file, and that of its `sources` by name.
+    """Identity of the weights of `lpips` or `i3d`: `sha256` of the file, and of its `sources` by name.
 
     Args:
       kind: of the file.

@@ -1,4 +1,4 @@
-"""The authors' released layout as data: names and shapes of tensors, fields of `config.json`, and how ours match them.
+"""The tensors of released models: their names and shapes, and the parameters of ours that they become.
 
 Every table here is read in both directions, so import and export cannot disagree. Nothing here touches files.
 """
@@ -141,7 +141,7 @@ def _token_type(path, name: str | None, width):
 
 
 def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
-    """What a released tokenizer holds, without the prior (arXiv 2410.21264, section 3)."""
+    """The tensors of a released tokenizer without its prior (LARP, arXiv 2410.21264, section 3.2)."""
     c, q = config, config.quantizer
     pt, p, _ = c.encoder_patch
     # one frame a patch is a 2-D convolution there
@@ -209,7 +209,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
 
 
 def prior_tensors(config: PriorConfig, num_tokens: int, code_dim: int) -> Iterator[Parameter]:
-    """What a released tokenizer holds of its prior (METHOD 2)."""
+    """The prior in a released tokenizer (LARP, section 3.3)."""
     d, n = config.width, config.depth
     path, name = "blocks", "prior_model.blocks.{}"
     yield from _linear("in_linear", "prior_model.input_proj", code_dim, d)
@@ -229,7 +229,7 @@ def prior_tensors(config: PriorConfig, num_tokens: int, code_dim: int) -> Iterat
 
 
 def discriminator_tensors(config: DiscriminatorConfig, clip: tuple[int, int, int, int]) -> Iterator[Parameter | Table]:
-    """What the authors' trainer holds of a discriminator of clips [T, H, W, C] (METHOD 3)."""
+    """The discriminator of clips [T, H, W, C] in a checkpoint of the released trainer (LARP, section 3.2)."""
     c, d = config, config.width
     pt, p, _ = c.patch
     grid = tuple(size // patch for size, patch in zip(clip, c.patch, strict=False))
@@ -244,7 +244,7 @@ def discriminator_tensors(config: DiscriminatorConfig, clip: tuple[int, int, int
 
 
 def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
-    """What a released generator holds (METHOD 4)."""
+    """The tensors of a released generator (LARP, section 4.1)."""
     c, d, n = config, config.width, config.depth
     path, name = "blocks", "layers.{}"
 
