@@ -23,6 +23,7 @@ from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
 from larp_jax.weights.fingerprint import digest, fingerprint
+from larp_jax.weights.tensors import compare_shapes
 
 
 def load_tokenizer(
@@ -408,7 +409,7 @@ def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
         return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
     expected = by_name(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    importing.compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
+    compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 

@@ -42,8 +42,10 @@ from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
 from larp_jax.training import losses, optim
 from larp_jax.training.tokenizer import TokenizerStage
-from larp_jax.weights import perceptual, released
+from larp_jax.weights import networks, released, released_config
+from larp_jax.weights.i3d import import_i3d
 from larp_jax.weights.importing import PRIOR_SIZES, compare_shapes, import_huggingface, read_safetensors
+from larp_jax.weights.lpips import import_lpips
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 # Folders of tokenizers without a prior, each with an option of its own.
@@ -324,13 +326,13 @@ def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
     five times that of the two together. The largest magnitude, which tells distributions apart, may differ by half.
     """
     setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
-    recipe = released.config_from_released(setup["tokenizer"], {}, where="setup.json")
+    recipe = released_config.config_from_released(setup["tokenizer"], {}, where="setup.json")
     sizes = setup["discriminator"]
     recipe = dataclasses.replace(
         recipe, discriminator=discriminator_config(sizes), loss=LossConfig(perceptual="none", adversarial_weight=0.3)
     )
     params = TokenizerStage(recipe).init(jax.random.key(0)).params
-    config = released.config_from_released(setup["generator"], {}, where="setup.json")
+    config = released_config.config_from_released(setup["generator"], {}, where="setup.json")
     generator = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
     clip = recipe.model.clip_shape
     assert clip == (sizes["frames"], sizes["input_size"], sizes["input_size"], 3)
@@ -552,8 +554,8 @@ def lpips_deviations(folder: pathlib.Path) -> list[Deviation]:
     with tempfile.TemporaryDirectory() as scratch:
         sources = write_lpips(pathlib.Path(scratch), folder.parent)
         path = pathlib.Path(scratch, "lpips.safetensors")
-        perceptual.save(path, "lpips", perceptual.import_lpips(*sources), sources)
-        lpips = perceptual.load_lpips(path)
+        networks.save(path, "lpips", import_lpips(*sources), sources)
+        lpips = networks.load_lpips(path)
 
     @jax.jit
     def both(lpips, x, y):
@@ -572,8 +574,8 @@ def i3d_deviations(folder: pathlib.Path) -> list[Deviation]:
     with tempfile.TemporaryDirectory() as scratch:
         source = write_i3d(pathlib.Path(scratch), folder.parent)
         path = pathlib.Path(scratch, "i3d.safetensors")
-        perceptual.save(path, "i3d", perceptual.import_i3d(source), [source])
-        i3d = perceptual.load_i3d(path)
+        networks.save(path, "i3d", import_i3d(source), [source])
+        i3d = networks.load_i3d(path)
     io = np.load(folder / "io.npz")
     video = np.random.default_rng(64).random((2, 3, 16, 64, 64), dtype=np.float32)
     np.testing.assert_array_equal(video.ravel()[:16], io["video_head"])

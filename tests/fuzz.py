@@ -262,7 +262,7 @@ class Codes:
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     def try_one(self, rng, good, scratch):
-        from larp_jax.inference.code_sets import CodeSet
+        from larp_jax.data.codes import CodeSet
 
         shutil.copytree(good, scratch, dirs_exist_ok=True)
         if rng.random() < 0.5:

@@ -21,7 +21,7 @@ from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import to_dict
 from larp_jax.errors import InputError
 from larp_jax.tools import doctor
-from larp_jax.weights import perceptual
+from larp_jax.weights import networks
 from larp_jax.weights.checkpoint import load, write_imported
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
@@ -271,8 +271,8 @@ def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, 
     assert cli.main(import_) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # in place of I3D, which takes no clips as short as these
-    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
-    monkeypatch.setattr(perceptual, "identify", lambda kind, path, known=perceptual.identify: (
+    monkeypatch.setattr(networks, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(networks, "identify", lambda kind, path, known=networks.identify: (
         known(kind, path) if kind == "lpips" else {"sha256": "of a stub"}
     ))  # fmt: skip
     output = tmp_path / "evaluation.json"

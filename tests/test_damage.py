@@ -21,16 +21,17 @@ import larp_jax
 from larp_jax import cli, npz
 from larp_jax.cli import app
 from larp_jax.config import MeshConfig, default_recipe, parse_recipe
-from larp_jax.data import open_source, prepare, video
+from larp_jax.data import codes as codes_on_disk, open_source, prepare, video
 from larp_jax.errors import InputError, printable
 from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.files import DEEPEST, parse_json, read_json
-from larp_jax.inference import tokens
 from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training import writers
 from larp_jax.training.generator import GeneratorTask
 from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
-from larp_jax.weights import checkpoint, importing, perceptual
+from larp_jax.weights import checkpoint
+from larp_jax.weights.i3d import import_i3d
+from larp_jax.weights.lpips import import_lpips
 
 MUCH = 2**27  # bytes that files here claim
 LITTLE = 2**24  # that reading them may take
@@ -234,9 +235,10 @@ def codes_folder(folder, rows, N, fingerprint="0" * 16):
     folder.mkdir()
     name = "codes-00000-of-00001.npz"
     listed = [{"source": f"{i}.mp4", "start": 0, "frames": 1, "fps": 8.0, "label": 0} for i in range(rows)]
-    manifest = {"format": tokens.FORMAT, "version": tokens.VERSION, "fingerprint": fingerprint, "K": 2, "N": N}
-    manifest |= {"clip": [1, 8, 8, 3], "label_names": ["a"], "rows": listed, "shards": [{"file": name, "rows": rows}]}
-    (folder / tokens.MANIFEST).write_text(json.dumps(manifest))
+    manifest = codes_on_disk.new_manifest(
+        fingerprint=fingerprint, step=0, K=2, N=N, clip=(1, 8, 8, 3), sizes=[rows], label_names=["a"], rows=listed
+    )
+    codes_on_disk.write_manifest(folder, manifest)
     write_zeros(folder / name, codes=((rows, N), np.int32))
     return folder
 
@@ -251,8 +253,10 @@ def test_codes_of_another_tokenizer_are_not_read(tmp_path):
     config.tokenizer_fingerprint = ""
     config.model.codebook_size = 2
     refused("model.num_tokens=1024, but data", GeneratorTask, parse_recipe(config), mesh)
-    manifest = tokens.read_manifest(folder)
-    refused(r"holds int32 \[64, 524288\] where int32 \[64, 8\]", tokens.read_shard, folder, manifest | {"N": 8}, 0)
+    manifest = codes_on_disk.read_manifest(folder)
+    refused(
+        r"holds int32 \[64, 524288\] where int32 \[64, 8\]", codes_on_disk.read_shard, folder, manifest | {"N": 8}, 0
+    )
 
 
 def test_codes_that_do_not_fit_are_not_read_though_sizes_are_open(tmp_path):
@@ -273,14 +277,14 @@ def test_feature_statistics_that_claim_too_much(tmp_path):
 def test_weights_that_claim_too_much(tmp_path, kind):
     path = tmp_path / "weights.npz"
     write_zeros(path, **{"features.0.weight": ((MUCH // 4,), np.float32)})
-    read = {"lpips": lambda: perceptual.import_lpips(path, path), "i3d": lambda: perceptual.import_i3d(path)}[kind]
+    read = {"lpips": lambda: import_lpips(path, path), "i3d": lambda: import_i3d(path)}[kind]
     refused("do not fit .*weights.npz: missing", read)
 
 
 def test_a_tensor_of_one_value_repeated(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
-    refused("x claims more values than the file holds", importing.float_arrays, tensors, tmp_path / "weights.pth")
+    refused("x claims more values than the file holds", tensors.float_arrays, tensors, tmp_path / "weights.pth")
 
 
 def test_arrays_of_npz_files(tmp_path):

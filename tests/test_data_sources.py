@@ -10,7 +10,9 @@ import pytest
 from data_helpers import moving_frames
 
 from larp_jax.data import ClipSpec, open_source, video
-from larp_jax.data.sources import FolderSource, MixtureSource, PreparedSource, Source, TfdsSource
+from larp_jax.data.source import Source
+from larp_jax.data.sources import FolderSource, MixtureSource
+from larp_jax.data.tfds import PreparedSource, TfdsSource
 from larp_jax.errors import InputError
 
 CLIP = ClipSpec(8, 32)

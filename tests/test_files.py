@@ -19,10 +19,10 @@ import larp_jax
 from larp_jax import cli, files
 from larp_jax.cli import app, evaluation, tools
 from larp_jax.cli.arguments import check_paths
-from larp_jax.data import parse_spec, sources
+from larp_jax.data import parse_spec, tfds
 from larp_jax.errors import InputError, reason
 from larp_jax.evaluation import fvd
-from larp_jax.weights import perceptual
+from larp_jax.weights import networks
 from larp_jax.weights.importing import import_huggingface
 
 
@@ -177,10 +177,10 @@ def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
     for variable, use in (
-        ("LARP_LPIPS", lambda: perceptual.locate("lpips")),
-        ("LARP_I3D", lambda: perceptual.locate("i3d")),
+        ("LARP_LPIPS", lambda: networks.locate("lpips")),
+        ("LARP_I3D", lambda: networks.locate("i3d")),
         ("XDG_CACHE_HOME", fvd.cache_folder),
-        ("TFDS_DATA_DIR", sources.tfds_root),
+        ("TFDS_DATA_DIR", tfds.tfds_root),
     ):
         monkeypatch.setenv(variable, "gs://bucket/x")
         with pytest.raises(InputError, match=f"{variable} .* is not supported"):

@@ -16,13 +16,14 @@ from larp_jax import cli, files, load_generator
 from larp_jax.api import LoadedGenerator
 from larp_jax.cli import app, inference
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
-from larp_jax.data import ClipSpec
+from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, protocols
-from larp_jax.inference import generate, tokens
+from larp_jax.inference import generate
+from larp_jax.inference.tokenize import detokenize
 from larp_jax.models.generator import Generator
-from larp_jax.weights import checkpoint, perceptual
+from larp_jax.weights import checkpoint, networks
 
 SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_classes=3, mlp_multiple=16)
 
@@ -84,8 +85,8 @@ def sampled(monkeypatch):
 
 
 def all_codes(folder):
-    manifest = tokens.read_manifest(folder)
-    return np.concatenate([tokens.read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))])
+    manifest = codes_on_disk.read_manifest(folder)
+    return np.concatenate([codes_on_disk.read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))])
 
 
 def test_what_sample_writes(samples, by_class, tokenizer):
@@ -97,7 +98,7 @@ def test_what_sample_writes(samples, by_class, tokenizer):
     }  # fmt: skip
     info = probe(samples / f"{names[1]}.mp4")
     assert (info.frames, info.width, info.height) == (8, 32, 32)
-    manifest = tokens.read_manifest(samples)
+    manifest = codes_on_disk.read_manifest(samples)
     assert manifest["fingerprint"] == tokenizer.fingerprint
     assert [row["source"] for row in manifest["rows"]] == names
     assert [row["label"] for row in manifest["rows"]] == labels
@@ -106,8 +107,8 @@ def test_what_sample_writes(samples, by_class, tokenizer):
 
 
 def test_detokenize_reads_samples(samples, tokenizer, tmp_path):
-    written = tokens.detokenize(tokenizer, samples, tmp_path / "again")
-    assert [path.stem for path in written] == [row["source"] for row in tokens.read_manifest(samples)["rows"]]
+    written = detokenize(tokenizer, samples, tmp_path / "again")
+    assert [path.stem for path in written] == [row["source"] for row in codes_on_disk.read_manifest(samples)["rows"]]
 
 
 def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, capsys):
@@ -254,10 +255,10 @@ def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_
     generator = write_generator(tmp_path / "named", metadata)
     assert load_generator(generator).class_names == tuple(names)
     assert run("sample", generator, trained, tmp_path / "out", "--classes=walk:2,run:1") == 0
-    manifest = tokens.read_manifest(tmp_path / "out")
+    manifest = codes_on_disk.read_manifest(tmp_path / "out")
     assert manifest["label_names"] == names and [row["label"] for row in manifest["rows"]] == [0, 1, 1]
     evaluate(generator, trained, real, tmp_path / "fvd.json", "--metrics=fvd", f"--samples={tmp_path / 'kept'}")
-    assert tokens.read_manifest(tmp_path / "kept")["label_names"] == names
+    assert codes_on_disk.read_manifest(tmp_path / "kept")["label_names"] == names
 
 
 def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path):
@@ -300,7 +301,7 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     info = probe(output / "walk-000008.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (8, 64, 32, 12.0)
     assert (output / "walk-000008.png").exists()
-    manifest = tokens.read_manifest(output)
+    manifest = codes_on_disk.read_manifest(output)
     assert [row["source"] for row in manifest["rows"]] == ["walk-000000", "walk-000008"]
 
     clips = np.stack([window.frames for rows, _ in generate.Inputs(
@@ -363,8 +364,8 @@ def clips_of(folder):
 def no_i3d(tmp_path, monkeypatch):
     """A network in place of I3D, which takes no clips as short as these."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(perceptual, "load_i3d", lambda path: Stub())
-    monkeypatch.setattr(perceptual, "identify", lambda kind, path: IDENTITY)
+    monkeypatch.setattr(networks, "load_i3d", lambda path: Stub())
+    monkeypatch.setattr(networks, "identify", lambda kind, path: IDENTITY)
 
 
 def evaluate(generator, trained, real, output, *options):

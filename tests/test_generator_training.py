@@ -12,10 +12,10 @@ from data_helpers import moving_frames
 
 from larp_jax import cli, load_generator
 from larp_jax.config import MeshConfig, parse_recipe
+from larp_jax.data.codes import CodeSet
 from larp_jax.data.video import VideoFile, probe, write_video
 from larp_jax.errors import InputError
-from larp_jax.inference import tokens
-from larp_jax.inference.code_sets import CodeSet
+from larp_jax.inference.tokenize import detokenize
 from larp_jax.runtime import sharding
 from larp_jax.training.generator import GeneratorTask
 from larp_jax.weights import checkpoint
@@ -136,7 +136,7 @@ def test_codes_of_windows_mirrored_and_for_prediction(codes, tokenizer, videos):
 
 
 def test_detokenize_joins_only_windows_that_follow_each_other(codes, tokenizer, tmp_path):
-    written = tokens.detokenize(tokenizer, codes, tmp_path / "out")
+    written = detokenize(tokenizer, codes, tmp_path / "out")
     names = [path.relative_to(tmp_path / "out").as_posix() for path in written]
     assert names[:8] == ["run/a.mp4", "run/b.mp4", *(f"run/b.mp4-{start:06d}.mp4" for start in (4, 8, 12)),
                          "walk/c.mp4", "walk/c.mp4-000007.mp4", "walk/c.mp4-000022.mp4"]  # fmt: skip

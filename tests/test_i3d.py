@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from larp_jax.errors import InputError
 from larp_jax.models.i3d import I3d
-from larp_jax.weights import perceptual
+from larp_jax.weights.i3d import import_i3d
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tensors(reference_dir):
 
 def refusal(path) -> str:
     with pytest.raises(InputError) as caught:
-        perceptual.import_i3d(path)
+        import_i3d(path)
     message = str(caught.value)
     assert "\n" not in message and path.name in message
     return message
@@ -73,7 +73,7 @@ def test_impossible_values_are_refused(tmp_path, tensors, part, value):
 def test_npz_and_safetensors_give_the_same(tmp_path, tensors):
     save_file(tensors, tmp_path / "weights.safetensors")
     np.savez(tmp_path / "weights.npz", **tensors)
-    ours = [perceptual.import_i3d(tmp_path / name) for name in ("weights.safetensors", "weights.npz")]
+    ours = [import_i3d(tmp_path / name) for name in ("weights.safetensors", "weights.npz")]
     jax.tree.map(np.testing.assert_array_equal, *ours)
 
 
@@ -86,10 +86,10 @@ def test_pytorch_files(tmp_path, tensors):
     torch = pytest.importorskip("torch")
     state = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
     save_file(tensors, tmp_path / "weights.safetensors")
-    expected = perceptual.import_i3d(tmp_path / "weights.safetensors")
+    expected = import_i3d(tmp_path / "weights.safetensors")
     for zipped in (True, False):
         torch.save(state, tmp_path / "weights.pt", _use_new_zipfile_serialization=zipped)
-        jax.tree.map(np.testing.assert_array_equal, perceptual.import_i3d(tmp_path / "weights.pt"), expected)
+        jax.tree.map(np.testing.assert_array_equal, import_i3d(tmp_path / "weights.pt"), expected)
     content = (tmp_path / "weights.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     assert "read safely" in refusal(tmp_path / "half.pt")

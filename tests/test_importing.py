@@ -21,7 +21,7 @@ from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.weights import released
+from larp_jax.weights import released, released_config
 from larp_jax.weights.importing import import_huggingface
 
 FOLDERS = ["tokenizer", "ar_class", "ar_frame_prediction"]
@@ -397,7 +397,7 @@ def test_a_prior_of_unknown_size(copy):
     assert "prior.json" in refusal(copy.path)
     shapes = {"prior_model.pos_emb": (1, 12, 384), "prior_model.blocks.0.x": (), "prior_model.blocks.1.x": ()}
     values = json.loads((copy.path / "config.json").read_text())
-    recipe = released.config_from_released(values, shapes, where="config.json")
+    recipe = released_config.config_from_released(values, shapes, where="config.json")
     assert (recipe.prior.width, recipe.prior.depth, recipe.prior.heads) == (384, 2, 6)
     for wrong in ("[]", '{"prior": 3}', '{"prior": {"n_layer": true}}', "{"):
         (copy.path / "prior.json").write_text(wrong)

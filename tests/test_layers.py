@@ -31,7 +31,8 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 # Importable where only JAX and its like are installed: modules, and all those of a sub-package.
 CORE = {"api", "config", "errors", "files", "metrics", "models", "npz", "state", "tools.flops", "training.losses"}
 CORE |= {"training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint", "weights.importing"}
-CORE |= {"weights.perceptual", "weights.released", "runtime.rng"}
+CORE |= {"weights.i3d", "weights.lpips", "weights.networks", "weights.released", "weights.released_config"}
+CORE |= {"weights.tensors", "runtime.rng"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

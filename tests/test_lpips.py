@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from larp_jax.cli import main
 from larp_jax.errors import InputError
 from larp_jax.tools import doctor
-from larp_jax.weights import perceptual
+from larp_jax.weights import networks
+from larp_jax.weights.lpips import import_lpips
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def weights(tmp_path_factory, sources):
 
 @pytest.fixture(scope="module")
 def lpips(weights):
-    return perceptual.load_lpips(weights)
+    return networks.load_lpips(weights)
 
 
 def refusal(call, *arguments) -> str:
@@ -74,7 +75,7 @@ def test_features_that_are_all_zero_have_a_zero_gradient(lpips, frames):
 
 def test_half_precision_of_the_convolutions(lpips, weights, frames):
     distance, _ = distance_and_gradient(lpips, *frames)
-    half = perceptual.load_lpips(weights, dtype=jnp.bfloat16)
+    half = networks.load_lpips(weights, dtype=jnp.bfloat16)
     near = jax.jit(lambda m, x, y: m.distance(x, y))(half, *frames)
     assert near.dtype == jnp.float32
     np.testing.assert_allclose(near[0], distance, rtol=0.05)
@@ -105,20 +106,20 @@ def test_names_without_their_prefix_and_with_the_classifier(tmp_path, sources, w
     save_file({name.removeprefix("features."): x for name, x in tensors.items()}, tmp_path / "features.safetensors")
     save_file(tensors | classifier, tmp_path / "whole.safetensors")
     for path in tmp_path.iterdir():
-        jax.tree.map(np.testing.assert_array_equal, perceptual.import_lpips(path, sources[1]), load_file(weights))
+        jax.tree.map(np.testing.assert_array_equal, import_lpips(path, sources[1]), load_file(weights))
 
 
 def test_public_files_must_fit(tmp_path, sources):
     vgg, heads = sources
-    assert "missing lin0.model.1.weight" in refusal(perceptual.import_lpips, vgg, vgg)
-    assert "features.0.weight" in refusal(perceptual.import_lpips, heads, heads)
-    assert "is no file" in refusal(perceptual.import_lpips, vgg, tmp_path / "absent.pth")
+    assert "missing lin0.model.1.weight" in refusal(import_lpips, vgg, vgg)
+    assert "features.0.weight" in refusal(import_lpips, heads, heads)
+    assert "is no file" in refusal(import_lpips, vgg, tmp_path / "absent.pth")
     truncated = tmp_path / "vgg16.safetensors"
     truncated.write_bytes(vgg.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(perceptual.import_lpips, truncated, heads)
+    assert "not a sound safetensors file" in refusal(import_lpips, truncated, heads)
     names = load_file(heads)
     save_file(names | {"lin4.model.1.weight": np.zeros((1, 64, 1, 1), np.float32)}, tmp_path / "heads.safetensors")
-    message = refusal(perceptual.import_lpips, vgg, tmp_path / "heads.safetensors")
+    message = refusal(import_lpips, vgg, tmp_path / "heads.safetensors")
     assert "lin4.model.1.weight [1, 64, 1, 1] for [1, 512, 1, 1]" in message
 
 
@@ -136,22 +137,22 @@ def test_the_command_writes_nothing_when_it_fails(tmp_path, sources, capsys):
 
 def test_files_of_ours_are_checked(tmp_path, weights, sources):
     path = tmp_path / "lpips.safetensors"
-    assert "larp-jax import --kind lpips" in refusal(perceptual.load_lpips, path)
-    assert "holds weights of lpips" in refusal(perceptual.load_i3d, weights)
-    assert "no file of ours" in refusal(perceptual.load_lpips, sources[0])
+    assert "larp-jax import --kind lpips" in refusal(networks.load_lpips, path)
+    assert "holds weights of lpips" in refusal(networks.load_i3d, weights)
+    assert "no file of ours" in refusal(networks.load_lpips, sources[0])
     path.write_bytes(weights.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(perceptual.load_lpips, path)
+    assert "not a sound safetensors file" in refusal(networks.load_lpips, path)
     tensors = load_file(weights)
     del tensors["head3"]
     save_file(tensors, path, {"larp_jax": "lpips"})
-    assert "missing head3" in refusal(perceptual.load_lpips, path)
+    assert "missing head3" in refusal(networks.load_lpips, path)
 
 
 def test_outputs_that_cannot_be_written(tmp_path, weights):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "lpips.safetensors", tmp_path / "folder"):
-        assert "cannot be written" in refusal(perceptual.save, path, "lpips", load_file(weights), [])
+        assert "cannot be written" in refusal(networks.save, path, "lpips", load_file(weights), [])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
@@ -160,13 +161,13 @@ def test_where_files_are_looked_for(tmp_path, monkeypatch, weights):
     monkeypatch.delenv("LARP_LPIPS", raising=False)
     monkeypatch.delenv("LARP_I3D", raising=False)
     default = tmp_path / ".cache" / "larp_jax"
-    assert perceptual.locate("i3d")[0] == default / "i3d.safetensors"
+    assert networks.locate("i3d")[0] == default / "i3d.safetensors"
     report = doctor.report()
     for kind, original in [("lpips", "vgg16-397923af.pth"), ("i3d", "rgb_imagenet.pt")]:
         (line,) = [line for line in report.splitlines() if str(default / f"{kind}.safetensors") in line]
         assert "missing" in line and f"LARP_{kind.upper()}" in line and original in line
     monkeypatch.setenv("LARP_LPIPS", str(weights))
-    assert perceptual.locate("lpips") == (weights, "LARP_LPIPS")
-    assert perceptual.locate("lpips", tmp_path)[0] == tmp_path
+    assert networks.locate("lpips") == (weights, "LARP_LPIPS")
+    assert networks.locate("lpips", tmp_path)[0] == tmp_path
     assert f"found at {weights}" in doctor.report()
-    perceptual.load_lpips()
+    networks.load_lpips()

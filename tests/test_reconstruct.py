@@ -13,7 +13,7 @@ from larp_jax.data.inputs import Inputs, output_names
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
 from larp_jax.inference.reconstruct import reconstruct
-from larp_jax.inference.tokens import detokenize, tokenize
+from larp_jax.inference.tokenize import detokenize, tokenize
 
 
 @pytest.fixture

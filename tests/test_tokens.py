@@ -8,10 +8,10 @@ from data_helpers import moving_frames
 
 import larp_jax
 from larp_jax import cli, files
-from larp_jax.data import ClipSpec
+from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
-from larp_jax.inference import tokens
+from larp_jax.inference.tokenize import detokenize, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture
 def codes(tokenizer, videos, tmp_path):
-    tokens.tokenize(tokenizer, str(videos), tmp_path / "codes", batch_size=2, shard_rows=2)
+    tokenize(tokenizer, str(videos), tmp_path / "codes", batch_size=2, shard_rows=2)
     return tmp_path / "codes"
 
 
@@ -34,7 +34,7 @@ def test_what_is_written(tokenizer, videos, codes):
     assert sorted(path.name for path in codes.iterdir()) == [
         "codes-00000-of-00002.npz", "codes-00001-of-00002.npz", "manifest.json"
     ]  # fmt: skip
-    manifest = tokens.read_manifest(codes)
+    manifest = codes_on_disk.read_manifest(codes)
     assert manifest["fingerprint"] == tokenizer.fingerprint
     assert (manifest["K"], manifest["N"], manifest["clip"]) == (32, 8, [8, 32, 32, 3])
     assert manifest["label_names"] == ["run", "walk"]
@@ -49,6 +49,16 @@ def test_what_is_written(tokenizer, videos, codes):
     ]
     stored = np.concatenate([np.load(codes / shard["file"])["codes"] for shard in manifest["shards"]])
     assert np.array_equal(stored, tokenizer.encode(np.stack(windows)))
+
+
+def test_a_folder_of_version_1_is_read(tokenizer, codes, tmp_path):
+    manifest = json.loads((codes / "manifest.json").read_text())
+    assert (manifest["version"], manifest.pop("layout")) == (2, "fixed")
+    before = codes_on_disk.CodeSet(codes).rows
+    (codes / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    after = codes_on_disk.CodeSet(codes).rows
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    assert len(detokenize(tokenizer, codes, tmp_path / "out")) == 2
 
 
 def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
@@ -68,12 +78,12 @@ def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
 
 
 def test_a_data_set(tokenizer, tmp_path):
-    manifest = tokens.tokenize(tokenizer, "moving_shapes:test", tmp_path / "codes", max_clips=4)
+    manifest = tokenize(tokenizer, "moving_shapes:test", tmp_path / "codes", max_clips=4)
     assert [row["source"] for row in manifest["rows"]] == [f"test_{i:06d}" for i in (0, 4, 8, 12)]
     assert [row["start"] for row in manifest["rows"]] == [8] * 4  # out of the middle of 24 frames
     assert all(0 <= row["label"] < 16 for row in manifest["rows"])
     assert len(manifest["label_names"]) == 16
-    written = tokens.detokenize(tokenizer, tmp_path / "codes", tmp_path / "out")
+    written = detokenize(tokenizer, tmp_path / "codes", tmp_path / "out")
     assert [path.name for path in written] == [f"test_{i:06d}.mp4" for i in (0, 4, 8, 12)]
 
 
@@ -81,7 +91,7 @@ def test_windows_that_do_not_follow_each_other_are_videos_of_their_own(tokenizer
     manifest = json.loads((codes / "manifest.json").read_text())
     manifest["rows"][2]["start"] = 80
     (codes / "manifest.json").write_text(json.dumps(manifest))
-    written = tokens.detokenize(tokenizer, codes, tmp_path / "out")
+    written = detokenize(tokenizer, codes, tmp_path / "out")
     assert [path.relative_to(tmp_path / "out").as_posix() for path in written] == [
         "run/x.mp4", "run/x.mp4-000080.mp4", "walk/x.mp4"
     ]  # fmt: skip
@@ -91,7 +101,7 @@ def test_windows_that_do_not_follow_each_other_are_videos_of_their_own(tokenizer
 def test_codes_of_another_tokenizer(trained, codes, tmp_path):
     other = larp_jax.load_tokenizer(trained / "checkpoints" / "2")
     with pytest.raises(InputError, match=f"not of {other.fingerprint}; give the --checkpoint that made them"):
-        tokens.detokenize(other, codes, tmp_path / "out")
+        detokenize(other, codes, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -117,7 +127,10 @@ def in_rows(name, value):
         (lambda m: m["rows"].pop(), "4 rows in shards, 3 listed"),
         (lambda m: m["shards"][0].update(file="../codes-0-of-1.npz"), "is no shard's name"),
         (lambda m: m.pop("fingerprint"), "no fingerprint"),
-        (lambda m: m.update(version=2), "version 2, this reads 1"),
+        (lambda m: m.update(version=3), "version 3, this reads 1 to 2"),
+        (lambda m: m.update(version=0), "version 0, this reads 1 to 2"),
+        (lambda m: m.update(version=True), "version True, this reads 1 to 2"),
+        (lambda m: m.update(layout="packed"), "layout 'packed', this reads 'fixed'"),
         (lambda m: m.update(format="x"), "no manifest of codes"),
         (lambda m: m.update(K=64), "K, N and clip are not the tokenizer's"),
     ],
@@ -127,21 +140,21 @@ def test_manifests_that_are_wrong(tokenizer, codes, tmp_path, change, message):
     change(manifest)
     (codes / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=message):
-        tokens.detokenize(tokenizer, codes, tmp_path / "out")
+        detokenize(tokenizer, codes, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
     shard = codes / "codes-00000-of-00002.npz"
-    manifest = tokens.read_manifest(codes)
+    manifest = codes_on_disk.read_manifest(codes)
     good = shard.read_bytes()
     stored = np.load(shard)["codes"]
 
     def refused(message):
         with pytest.raises(InputError, match=message):
-            tokens.read_shard(codes, manifest, 0)
+            codes_on_disk.read_shard(codes, manifest, 0)
         with pytest.raises(InputError, match=message):
-            tokens.detokenize(tokenizer, codes, tmp_path / "out")
+            detokenize(tokenizer, codes, tmp_path / "out")
 
     shard.write_bytes(good[:50])
     refused("is damaged")
@@ -163,16 +176,16 @@ def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
 
 def test_folders_that_hold_no_codes(tmp_path):
     with pytest.raises(InputError, match="no folder that tokenize completed"):
-        tokens.read_manifest(tmp_path)
+        codes_on_disk.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        tokens.read_manifest(tmp_path)
+        codes_on_disk.read_manifest(tmp_path)
 
 
 def test_a_failure_leaves_nothing(tokenizer, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "encode", lambda self, video: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        tokens.tokenize(tokenizer, str(videos), tmp_path / "codes")
+        tokenize(tokenizer, str(videos), tmp_path / "codes")
     assert not list((tmp_path / "codes").iterdir())
 
 
@@ -180,15 +193,15 @@ def test_one_at_a_time_and_after_a_killed_one(tokenizer, videos, codes, tmp_path
     output = tmp_path / "more"
     with files.claim(output):
         with pytest.raises(InputError, match="another process is writing --output"):
-            tokens.tokenize(tokenizer, str(videos), output)
+            tokenize(tokenizer, str(videos), output)
         with pytest.raises(InputError, match="another process is writing --output"):
-            tokens.detokenize(tokenizer, codes, output)
+            detokenize(tokenizer, codes, output)
     left = output / f"{files._prefix(output / 'shards')}{'0' * 16}.tmp"
     left.mkdir()
     (left / "0").write_bytes(b"half")
     (output / "codes-00000-of-00009.npz").write_bytes(b"PK")
-    tokens.tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
+    tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in codes.iterdir())
     (output / "manifest.json").rename(output / "settings.json")
     with pytest.raises(InputError, match="holds codes already"):
-        tokens.tokenize(tokenizer, str(videos), output)
+        tokenize(tokenizer, str(videos), output)

@@ -80,7 +80,7 @@ def _evaluate_tokenizer(arguments, found):
     from larp_jax.config import MeshConfig
     from larp_jax.evaluation import evaluators, fvd
     from larp_jax.runtime import sharding
-    from larp_jax.weights import perceptual
+    from larp_jax.weights.networks import identify, load_i3d, load_lpips
 
     for option in ("tokenizer", "samples"):
         if getattr(arguments, option):
@@ -88,9 +88,9 @@ def _evaluate_tokenizer(arguments, found):
     names = _metric_names(arguments.metrics, evaluators.available(found.recipe, found.params))
     networks = {}
     if "lpips" in names:
-        networks["lpips"] = perceptual.load_lpips(arguments.lpips), perceptual.identify("lpips", arguments.lpips)
+        networks["lpips"] = load_lpips(arguments.lpips), identify("lpips", arguments.lpips)
     if "rfvd" in names:
-        networks["i3d"] = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+        networks["i3d"] = load_i3d(arguments.i3d), identify("i3d", arguments.i3d)
 
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
     clips = _clips(arguments, found, tokenizer.config)
@@ -139,7 +139,7 @@ def _evaluate_generator(arguments, found):
     from larp_jax.evaluation import fvd
     from larp_jax.evaluation.evaluators import GENERATOR_METRICS
     from larp_jax.inference import generate
-    from larp_jax.weights import perceptual
+    from larp_jax.weights.networks import identify, load_i3d
 
     if not arguments.tokenizer:
         raise InputError(f"{arguments.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
@@ -148,7 +148,7 @@ def _evaluate_generator(arguments, found):
         raise InputError("--samples is for --metrics fvd; leave it out")
     batch_size = arguments.batch_size
     if "fvd" in names:
-        i3d = perceptual.load_i3d(arguments.i3d), perceptual.identify("i3d", arguments.i3d)
+        i3d = load_i3d(arguments.i3d), identify("i3d", arguments.i3d)
     cond_frames = found.recipe.cond_frames if found.recipe.model.frame_prediction else 0
     generator, tokenizer = load_pair(arguments, found)
     # before anything is computed, because it checks how all of them fit each other

@@ -64,10 +64,10 @@ def add_tokenize(commands) -> None:
 
 def _tokenize(arguments):
     from larp_jax import api
-    from larp_jax.inference import tokens
+    from larp_jax.inference import tokenize
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
-    manifest = tokens.tokenize(
+    manifest = tokenize.tokenize(
         tokenizer,
         arguments.input,
         arguments.output,
@@ -99,10 +99,10 @@ def add_detokenize(commands) -> None:
 
 def _detokenize(arguments):
     from larp_jax import api
-    from larp_jax.inference import tokens
+    from larp_jax.inference import tokenize
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
-    written = tokens.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
+    written = tokenize.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
     print(f"{len(written)} videos, in {arguments.output}")
 
 

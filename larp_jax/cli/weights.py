@@ -76,12 +76,14 @@ def _import(arguments):
     if arguments.kind == "model":
         _import_model(arguments)
         return
-    from larp_jax.weights import perceptual
+    from larp_jax.weights import networks
+    from larp_jax.weights.i3d import import_i3d
+    from larp_jax.weights.lpips import import_lpips
 
-    perceptual.check_output(arguments.output, arguments.kind)
+    networks.check_output(arguments.output, arguments.kind)
     sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
-    read = {"lpips": perceptual.import_lpips, "i3d": perceptual.import_i3d}[arguments.kind]
-    perceptual.save(arguments.output, arguments.kind, read(*sources), sources)
+    read = {"lpips": import_lpips, "i3d": import_i3d}[arguments.kind]
+    networks.save(arguments.output, arguments.kind, read(*sources), sources)
     print(f"{arguments.kind} imported into {arguments.output}")
 
 

@@ -1,4 +1,4 @@
-"""The rules that make a clip of a video (METHOD 5), as arithmetic on sizes and frame numbers."""
+"""How a clip is cut from a video: arithmetic on sizes and frame numbers."""
 
 import dataclasses
 

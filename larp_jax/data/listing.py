@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from larp_jax.data.folders import NO_LABEL, SPLITS, find_videos, in_class_order, video_files
-from larp_jax.data.sources import open_source, split_names
+from larp_jax.data.sources import open_source
 from larp_jax.data.spec import LISTS, DataSpec, advice, spec_of
+from larp_jax.data.tfds import split_names
 from larp_jax.data.video import EXTENSIONS
 from larp_jax.errors import InputError
 from larp_jax.files import local_path

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from larp_jax.data.sources import tfds_root
+from larp_jax.data.tfds import tfds_root
 from larp_jax.errors import InputError, reason
 
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -8,7 +8,7 @@ what TFDS calls them, and the metadata is written, the report last.
     DIR/videos-SPLIT.array_record-00000-of-00008   records of `video` (16 frames, the last one of a video fewer),
                                                    `start` (number of the first of them), `source`, `fps`, `label`
     DIR/dataset_info.json, features.json, ...      what TFDS reads
-    DIR/videos.json                                which records are which video (`larp_jax.data.sources.StoredVideo`)
+    DIR/videos.json                                which records are which video (`larp_jax.data.tfds.StoredVideo`)
     DIR/report.json                                totals, skipped files, histograms, duplicates
     DIR/.prepare/                                  until it is done
 """
@@ -38,7 +38,8 @@ from larp_jax.data.clips import ClipSpec
 from larp_jax.data.folders import cores, open_all
 from larp_jax.data.listing import Item, Listing, list_videos
 from larp_jax.data.prepare_report import look, make_report, readable, thumbnail
-from larp_jax.data.sources import VIDEOS, StoredVideo, open_source
+from larp_jax.data.sources import open_source
+from larp_jax.data.tfds import VIDEOS, StoredVideo
 from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)

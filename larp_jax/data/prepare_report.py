@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from larp_jax.data.sources import StoredVideo
+from larp_jax.data.tfds import StoredVideo
 
 DURATIONS = (1, 2, 5, 10, 20, 30, 60, 300)  # seconds, where one bar of the histogram ends and the next begins
 THUMBNAIL = 8  # side of the grey pictures that videos are compared by, three a video

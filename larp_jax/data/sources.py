@@ -1,107 +1,26 @@
-"""Videos by number: those of a folder, and those of a TFDS data set in array_record format."""
+"""Data sets of videos: opening them, those of a folder, mixtures, and what is asked of any of them."""
 
-import abc
 import bisect
 import concurrent.futures
-import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
-import math
 import os
-import pathlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from larp_jax import files
-from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
 from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
-from larp_jax.data.spec import FORMS, DataSpec, advice, parse_spec
-from larp_jax.data.timing import stage
-from larp_jax.errors import InputError, reason
-from larp_jax.files import local_path, read_json
+from larp_jax.data.source import Source
+from larp_jax.data.spec import FORMS, DataSpec, parse_spec
+from larp_jax.data.tfds import VIDEOS, PreparedSource, TfdsSource, find_data_set
+from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-# The most classes that a data set may claim.
-MANY_CLASSES = 1_000_000
-# The most classes that a message lists.
+# The largest number of classes that a message lists.
 MANY_LISTED = 20
-# The file of a prepared data set that says which videos its records hold.
-VIDEOS = "videos.json"
-
-
-class Source(abc.ABC):
-    """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
-
-    A class of sources implements all methods, or it cannot be made. Numbers are those of videos, whatever is stored.
-
-    Args:
-      label_names: names of the classes in the order of their labels; empty without classes.
-      skipped: (path, reason) of each file that could not be read when the source was opened.
-
-    Attributes:
-      label_names: as given.
-      skipped: as given.
-    """
-
-    def __init__(self, label_names: Iterable[str] = (), skipped: Iterable[tuple[str, str]] = ()):
-        self.label_names = tuple(label_names)
-        self.skipped = list(skipped)
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """How many videos there are, 1 at least."""
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """What a video is called: the path of its file within the folder, or its number in the data set."""
-
-    @abc.abstractmethod
-    def fps(self, index: int) -> float:
-        """Frames a second; 0.0 where the data set does not say."""
-
-    @abc.abstractmethod
-    def frames(self, index: int) -> int:
-        """How many frames a video has, by its header: a damaged file may decode to fewer."""
-
-    @abc.abstractmethod
-    def label(self, index: int) -> int:
-        """The number of a video's class; -1 for none."""
-
-    @abc.abstractmethod
-    def read_clip(self, index: int, start: int | np.random.Generator, clip: ClipSpec) -> tuple[np.ndarray, int]:
-        """Reads one clip.
-
-        Args:
-          index: the video.
-          start: number of the first frame; a Generator draws one uniformly from all that leave a full clip.
-          clip: length and size.
-
-        Returns:
-          uint8 [T, H, W, 3], its last frame repeated if the video is shorter, and the video's label (-1: none).
-
-        Raises:
-          InputError: the video cannot be read, or does not reach a full clip from the start that was given.
-        """
-
-    @abc.abstractmethod
-    def size(self, index: int) -> int:
-        """Bytes of a video as it is stored."""
-
-    @abc.abstractmethod
-    def digest(self, index: int) -> str:
-        """SHA-256 of a video as it is stored, in hexadecimal digits."""
-
-    @abc.abstractmethod
-    def origin(self, index: int) -> tuple[int, Callable[[], str]]:
-        """Bytes of the file that a video was made from, which may be itself, and a function for its SHA-256."""
 
 
 def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_split: str = "train") -> Source:
@@ -135,12 +54,12 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
         from larp_jax.data import moving_shapes
 
         return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
-    prepared = (_find_data_set(spec.name) / VIDEOS).exists()
+    prepared = (find_data_set(spec.name) / VIDEOS).exists()
     return (PreparedSource if prepared else TfdsSource)(spec.name, split)
 
 
 class FolderSource(Source):
-    """The video files below a folder, sorted by path; see `Source` and `larp_jax.data.folders.find_videos`.
+    """The video files below a folder, sorted by path; see `larp_jax.data.folders.find_videos`.
 
     Opening it reads the header of every file and decodes its first frame; those that fail are skipped, and named in one
     warning.
@@ -181,19 +100,16 @@ class FolderSource(Source):
         return str(self._videos[index].path.relative_to(self.folder))
 
     def fps(self, index):
-        """See `Source`."""
         return self._videos[index].info.fps
 
     def frames(self, index):
-        """See `Source`."""
         return self._videos[index].info.frames
 
     def label(self, index):
-        """See `Source`."""
         return self._labels[index]
 
     def read_clip(self, index, start, clip):
-        """See `Source`. A file that holds fewer frames than it claims gives a drawn start its last full clip."""
+        """If the file has fewer frames than its header claims, a random start falls back to the last full clip."""
         drawn = isinstance(start, np.random.Generator)
         if drawn:
             start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
@@ -201,15 +117,13 @@ class FolderSource(Source):
         return repeat_last(frames, clip.frames), self._labels[index]
 
     def size(self, index):
-        """See `Source`."""
         return self._videos[index].path.stat().st_size
 
     def digest(self, index):
-        """See `Source`."""
         return files.digest(self._videos[index].path)
 
     def origin(self, index):
-        """See `Source`: the file itself."""
+        """The file itself."""
         return self.size(index), functools.partial(self.digest, index)
 
 
@@ -247,285 +161,14 @@ def same_videos(source: Source, other: Source) -> set[int]:
     return {index for index, digest in compute(ours).items() if digest in known}
 
 
-class _Records:
-    """The records of a split of a TFDS data set that lies prepared on disk in array_record format.
-
-    Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
-    TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
-    Verified on data sets that TFDS 4.9.10 wrote, among them one with ucf101's features written with TensorFlow.
-
-    The video is the feature of type Video, Sequence of Image (PNG or JPEG) or uint8 Tensor [T, H, W, 1 or 3] of any
-    encoding, the label the one of type ClassLabel; where there are several, the ones called `video` and `label`.
-
-    Args:
-      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
-      split: as TFDS writes splits, such as `train` or `train[:10%]`.
-
-    Attributes:
-      data_set: as given.
-      split: as given.
-      folder: of the data set's files.
-      shape: [T, H, W, C] of a record's video, with 0 for what is open.
-      encoding: of the video: `image` or `text` for files, else that of the Tensor.
-      label_names: names of the classes in the order of their labels; empty without.
-      stored: random access to the records as bytes.
-
-    Raises:
-      InputError: the data set is not there, of another format, without such a split or without a video feature.
-    """
-
-    def __init__(self, data_set: str | os.PathLike, split: str):
-        self.data_set, self.split = str(data_set), split
-        with self.damage_is_told():
-            self.folder = folder = _find_data_set(self.data_set)
-            features = read_json(folder / "features.json")["featuresDict"]["features"]
-            self._video, self.shape, self.encoding = _video_feature(self.data_set, features)
-            labels = {name: feature["classLabel"] for name, feature in features.items() if "classLabel" in feature}
-            self._label = _preferred(labels, "label")
-            self.label_names: tuple[str, ...] = ()
-            if self._label:
-                names = folder / f"{self._label}.labels.txt"
-                count = int(labels[self._label].get("numClasses", 0))
-                if count > MANY_CLASSES:
-                    raise ValueError(f"{count} classes")
-                self.label_names = tuple(
-                    names.read_text(encoding="utf-8").split("\n")[:count] if names.exists() else map(str, range(count))
-                )
-            self.stored = _open_records(self.data_set, folder, split)
-
-    def damage_is_told(self) -> contextlib.AbstractContextManager[None]:
-        """A block that reads files of the data set: what it raises becomes one line."""
-        return _damage_is_told(f"TFDS data set {self.data_set}")
-
-    def read(self, record: int):
-        """The features of a record."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        with stage("read"), _damage_is_told(f"record {record} of {self.data_set}"):
-            return tf_example_pb2.Example.FromString(self.stored[record]).features.feature
-
-    def label(self, features) -> int:
-        """The label in the features of a record; -1 without."""
-        return features[self._label].int64_list.value[0] if self._label else NO_LABEL
-
-    def frames(self, features) -> Sequence[bytes] | np.ndarray:
-        """The frames in the features of a record: PNG or JPEG files, or uint8 [T, H, W, C]."""
-        values = features[self._video].bytes_list.value
-        if self.encoding in ("image", "text"):
-            return values
-        if self.encoding == "none":
-            pixels = np.array(features[self._video].int64_list.value, np.uint8)
-        else:
-            most = math.prod(self.shape)  # 0 where the number of frames is open: no limit
-            unpacked = zlib.decompressobj().decompress(values[0], most) if self.encoding == "zlib" else values[0]
-            pixels = np.frombuffer(unpacked, np.uint8)
-        return pixels.reshape(-1, *self.shape[1:])
-
-
-class TfdsSource(Source):
-    """A split of a TFDS data set in array_record format, a record a video; see `Source`.
-
-    Args:
-      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
-      split: as TFDS writes splits, such as `train` or `train[:10%]`.
-
-    Raises:
-      InputError: the data set is not there, of another format, without such a split or without a video feature.
-    """
-
-    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
-        self._records = _Records(data_set, split)
-        super().__init__(self._records.label_names)
-        claimed = self._records.shape[0]
-        with self._records.damage_is_told():
-            if claimed and claimed != (stored := len(self._records.frames(self._records.read(0)))):
-                raise ValueError(f"its videos have {stored} frames, not {claimed} as it says")
-
-    def __len__(self):
-        return len(self._records.stored)
-
-    def name(self, index):
-        """The data set, the split and the number of the record in it."""
-        return f"{self._records.data_set}:{self._records.split}#{index}"
-
-    def fps(self, index):
-        """0.0: TFDS data sets do not say."""
-        return 0.0
-
-    def frames(self, index):
-        """See `Source`; reads the record where the data set's features leave the number open."""
-        if self._records.shape[0]:
-            return self._records.shape[0]
-        with _damage_is_told(self.name(index)):
-            return len(self._records.frames(self._records.read(index)))
-
-    def label(self, index):
-        """See `Source`; reads the record."""
-        with _damage_is_told(self.name(index)):
-            return self._records.label(self._records.read(index))
-
-    def read_clip(self, index, start, clip):
-        """See `Source`."""
-        with _damage_is_told(self.name(index)):
-            features = self._records.read(index)
-            stored = self._records.frames(features)
-            if isinstance(start, np.random.Generator):
-                start = int(start.integers(last_start(len(stored), clip.frames) + 1))
-            elif start and start + clip.frames > len(stored):
-                raise InputError(f"{self.name(index)} ends after {len(stored)} frames, before {start + clip.frames}")
-            frames = _decoded(stored[start : start + clip.frames], clip.resolution)
-            return repeat_last(frames, clip.frames), self._records.label(features)
-
-    def size(self, index):
-        """See `Source`."""
-        return len(self._records.stored[index])
-
-    def digest(self, index):
-        """See `Source`."""
-        return hashlib.sha256(self._records.stored[index]).hexdigest()
-
-    def origin(self, index):
-        """See `Source`: the record itself."""
-        return self.size(index), functools.partial(self.digest, index)
-
-
-class StoredVideo(NamedTuple):
-    """A video of a prepared data set: a row of its videos.json.
-
-    Attributes:
-      source: the file it was made from, as the data set calls it.
-      label: number of its class, -1 without.
-      fps: frames a second; 0.0 where the input did not say.
-      frames: how many.
-      shard: number of the file of its split that holds it.
-      record: number of the first of its records in that file.
-      bytes: of the file it was made from.
-      sha256: of that file.
-    """
-
-    source: str
-    label: int
-    fps: float
-    frames: int
-    shard: int
-    record: int
-    bytes: int
-    sha256: str
-
-
-class PreparedSource(Source):
-    """A split of what `larp-jax prepare` wrote; see `Source`.
-
-    A record holds a run of frames, and videos.json says which runs are a video: the number of frames is known without
-    reading, and of a long video only the runs are read that the clip lies in. A part of a split takes whole videos,
-    those that begin in it.
-
-    Args and errors are those of `TfdsSource`.
-    """
-
-    def __init__(self, data_set: str | os.PathLike, split: str = "train"):
-        self._records = _Records(data_set, split)
-        super().__init__(self._records.label_names)
-        with self._records.damage_is_told():
-            self._find_videos()
-
-    def _find_videos(self) -> None:
-        from array_record.python import array_record_data_source
-
-        data_set, split, folder = self._records.data_set, self._records.split, self._records.folder
-        index = read_json(folder / VIDEOS)
-        self._run = index["frames_per_record"]
-        instructions = _instructions(data_set, folder, split)
-        stored = {}
-        for rows in index["splits"].values():
-            for row in itertools.starmap(StoredVideo, rows["videos"]):
-                stored.setdefault(rows["shards"][row.shard], []).append(row)
-        whole = {file.filename: dataclasses.replace(file, skip=0, take=-1) for file in instructions}
-        lengths = [0, *(file.take for file in whole.values())]
-        offsets = dict(zip(whole, itertools.accumulate(lengths), strict=False))
-        self._videos, self._records_of = [], []
-        for file in instructions:
-            for row in stored.get(os.path.basename(file.filename), ()):
-                last = row.record + -(-row.frames // self._run)
-                if not (row.frames > 0 <= row.record and last <= whole[file.filename].take):
-                    raise ValueError(f"{row.source!r} has records that are not there")
-                if file.skip <= row.record < file.skip + file.take:
-                    self._videos.append(row)
-                    self._records_of.append(offsets[file.filename] + row.record)
-        if not self._videos:
-            raise InputError(f"no video of TFDS data set {data_set} begins in split {split!r}; choose a larger part")
-        self._records.stored = array_record_data_source.ArrayRecordDataSource(list(whole.values()))
-        claimed = min(self._run, self._videos[0].frames)
-        stored_frames = len(self._records.frames(self._records.read(self._records_of[0])))
-        if stored_frames != claimed:
-            raise ValueError(f"its records have {stored_frames} frames, not {claimed} as {VIDEOS} says")
-
-    def __len__(self):
-        return len(self._videos)
-
-    def name(self, index):
-        """The file it was made from, as the data set calls it."""
-        return self._videos[index].source
-
-    def fps(self, index):
-        """See `Source`."""
-        return self._videos[index].fps
-
-    def frames(self, index):
-        """See `Source`."""
-        return self._videos[index].frames
-
-    def label(self, index):
-        """See `Source`."""
-        return self._videos[index].label
-
-    def read_clip(self, index, start, clip):
-        """See `Source`."""
-        row = self._videos[index]
-        if isinstance(start, np.random.Generator):
-            start = int(start.integers(last_start(row.frames, clip.frames) + 1))
-        elif start and start + clip.frames > row.frames:
-            raise InputError(f"{self.name(index)} ends after {row.frames} frames, before {start + clip.frames}")
-        stop = min(start + clip.frames, row.frames)
-        with _damage_is_told(f"{self.name(index)} of {self._records.data_set}"):
-            runs = []
-            for number in range(start // self._run, -(-stop // self._run)):
-                run = self._records.frames(self._records.read(self._records_of[index] + number))
-                first = number * self._run
-                runs.append(run[max(0, start - first) : stop - first])
-            as_array = self._records.encoding == "bytes"
-            stored = np.concatenate(runs) if as_array else list(itertools.chain.from_iterable(runs))
-            frames = _decoded(stored, clip.resolution)
-            return repeat_last(frames, clip.frames), row.label
-
-    def size(self, index):
-        """See `Source`."""
-        return sum(len(self._records.stored[record]) for record in self._runs(index))
-
-    def digest(self, index):
-        """See `Source`."""
-        digest = hashlib.sha256()
-        for record in self._runs(index):
-            digest.update(self._records.stored[record])
-        return digest.hexdigest()
-
-    def origin(self, index):
-        """See `Source`: the file that was prepared, of which nothing is left to read."""
-        return self._videos[index].bytes, lambda: self._videos[index].sha256
-
-    def _runs(self, index) -> range:
-        first = self._records_of[index]
-        return range(first, first + -(-self._videos[index].frames // self._run))
-
-
 class MixtureSource(Source):
-    """Several data sets one after the other; see `Source`.
+    """Several data sets, concatenated.
 
-    Classes of the same name are one class, numbered in the order in which the data sets bring them.
+    Classes of the same name are one class, numbered in order of first appearance.
 
     Args:
       parts: the data sets.
-      weights: how often training draws from each, in any unit; empty for by their length.
+      weights: how often training samples from each, in any unit; empty: proportional to their lengths.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] = ()):
@@ -541,43 +184,35 @@ class MixtureSource(Source):
         return self._ends[-1]
 
     def name(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].name(index)
 
     def fps(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].fps(index)
 
     def frames(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].frames(index)
 
     def label(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self._label(part, self.parts[part].label(index))
 
     def read_clip(self, index, start, clip):
-        """See `Source`."""
         part, index = self._locate(index)
         frames, label = self.parts[part].read_clip(index, start, clip)
         return frames, self._label(part, label)
 
     def size(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].size(index)
 
     def digest(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].digest(index)
 
     def origin(self, index):
-        """See `Source`."""
         part, index = self._locate(index)
         return self.parts[part].origin(index)
 
@@ -590,142 +225,3 @@ class MixtureSource(Source):
         """(number of the data set, number of the video in it)."""
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
-
-
-@contextlib.contextmanager
-def _damage_is_told(what: str) -> Iterator[None]:
-    """A block that reads files of TFDS: what it raises becomes one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # whatever a damaged file provokes in json, protobuf, array_record, zlib and NumPy
-        raise InputError(f"{what} is damaged ({reason(error)}); prepare the data set again") from error
-
-
-def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
-    if not len(frames):
-        raise InputError("it holds no frames")
-    if not isinstance(frames, np.ndarray):
-        return video.decode_images(frames, resolution)
-    frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
-    return frames if frames.shape[1:3] == (resolution, resolution) else video.resize_frames(frames, resolution)
-
-
-def tfds_root() -> pathlib.Path:
-    """The folder of TFDS data sets: $TFDS_DATA_DIR, or TFDS's own default."""
-    from tensorflow_datasets.core import constants
-
-    return local_path(os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR, "TFDS_DATA_DIR")
-
-
-def _find_data_set(data_set: str) -> pathlib.Path:
-    """The folder of a prepared data set: that of the newest version, and of the only config if none is named."""
-    root = tfds_root()
-    # `larp-jax prepare --output DIR` makes data sets anywhere.
-    local = files.local_path(data_set, "data set")
-    folder = root / local
-    if not folder.is_dir() and local.is_dir():
-        folder = local
-    cure = f"run: tfds build {data_set} --file_format=array_record --data_dir={root}"
-    if data_set.partition("/")[0] == "moving_shapes":
-        cure = f"it is made on first use as {data_set!r}, without tfds:"
-    elif local.is_absolute() or data_set[0] in "~.":
-        cure = "give the path of a data set, or its name"
-    if not folder.is_dir():
-        raise InputError(f"TFDS data set {data_set} is not prepared in {root}; {advice(local) or cure}")
-    if (found := _newest_version(folder)) is not None:
-        return found
-    configs = {path.name: found for path in sorted(folder.iterdir()) if (found := _newest_version(path)) is not None}
-    if len(configs) > 1:
-        raise InputError(
-            f"TFDS data set {data_set} has configs {', '.join(configs)}; name one, as in {data_set}/CONFIG"
-        )
-    if not configs:
-        raise InputError(f"{folder} holds no prepared TFDS data set; {advice(folder) if folder == local else cure}")
-    return next(iter(configs.values()))
-
-
-def _newest_version(folder: pathlib.Path) -> pathlib.Path | None:
-    from tensorflow_datasets.core.utils import version
-
-    for candidate in [folder, *(folder / str(v) for v in reversed(version.list_all_versions(folder)))]:
-        if (candidate / "features.json").exists():
-            return candidate
-    return None
-
-
-def _video_feature(data_set: str, features: dict) -> tuple[str, tuple[int, ...], str]:
-    """(name, [T, H, W, C] with 0 for what is open, encoding) of the feature that holds the video."""
-    videos = {}
-    for name, feature in features.items():
-        if "video" in feature:
-            videos[name] = _shape(feature["video"]), "image"
-        elif "image" in feature.get("sequence", {}).get("feature", {}):
-            length = max(0, int(feature["sequence"].get("length", 0)))
-            videos[name] = (length, *_shape(feature["sequence"]["feature"]["image"])), "image"
-        elif name == "video" and "text" in feature.get("sequence", {}).get("feature", {}):
-            videos[name] = (0,), "text"  # H.264 keyframes, for which TFDS has no feature
-        elif feature.get("tensor", {}).get("dtype") == "uint8":
-            shape = _shape(feature["tensor"])
-            if len(shape) == 4 and all(shape[1:]) and shape[3] in (1, 3):
-                videos[name] = shape, feature["tensor"].get("encoding", "none")
-    chosen = _preferred(videos, "video")
-    if not chosen:
-        raise InputError(
-            f"TFDS data set {data_set} has no video: none of {', '.join(features)} is a Video, a Sequence of Image "
-            "or a uint8 Tensor [T, H, W, 1 or 3]"
-        )
-    return chosen, *videos[chosen]
-
-
-def _shape(feature: dict) -> tuple[int, ...]:
-    return tuple(max(0, int(side)) for side in feature.get("shape", {}).get("dimensions", ()))
-
-
-def _preferred(names: Iterable[str], name: str) -> str:
-    """`name` if it is among the names, else the first, or an empty string."""
-    return name if name in names else next(iter(sorted(names)), "")
-
-
-def _open_records(data_set: str, folder: pathlib.Path, split: str):
-    """Random access to the records of a split, as bytes."""
-    from array_record.python import array_record_data_source
-
-    return array_record_data_source.ArrayRecordDataSource(_instructions(data_set, folder, split))
-
-
-def split_names(data_set: str) -> list[str]:
-    """The splits of a TFDS data set that hold anything."""
-    with _damage_is_told(f"TFDS data set {data_set}"):
-        return [name for name, split in _splits(data_set, _find_data_set(data_set)).items() if split.num_examples]
-
-
-def _splits(data_set: str, folder: pathlib.Path):
-    from tensorflow_datasets.core import dataset_info, naming, splits
-
-    info = dataset_info.read_proto_from_builder_dir(folder)
-    if info.file_format != "array_record":
-        raise InputError(
-            f"TFDS data set {data_set} lies in {folder} as {info.file_format or 'tfrecord'}, without "
-            f"random access; run: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
-        )
-    template = naming.ShardedFileTemplate(data_dir=folder, dataset_name=info.name, filetype_suffix=info.file_format)
-    return splits.SplitDict.from_proto(info.splits, template)
-
-
-def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
-    """TFDS's list of which records of which files make a split."""
-    known = _splits(data_set, folder)
-    try:
-        instructions = known[split].file_instructions
-    except (KeyError, ValueError) as error:
-        raise InputError(f"TFDS data set {data_set} has no split {split!r}; it has {', '.join(known)}") from error
-    if not instructions:
-        raise InputError(f"split {split!r} of TFDS data set {data_set} is empty; choose another")
-    for file in instructions:
-        if not pathlib.Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
-            raise InputError(f"TFDS data set {data_set} names a file outside of {folder}: {file.filename}")
-        if file.examples_in_shard > os.path.getsize(file.filename):
-            raise ValueError(f"{file.filename} cannot hold {file.examples_in_shard} records")
-    return instructions

@@ -33,7 +33,7 @@ class VideoFeatures:
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.weights.perceptual.identify` does.
+      identity: names them, as `larp_jax.weights.networks.identify` does.
       resolution: side of the squares that frames are resized to first (bilinear, antialiased); 0 leaves them alone.
 
     Attributes:
@@ -161,7 +161,7 @@ class FvdEvaluator:
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.weights.perceptual.identify` does.
+      identity: names them, as `larp_jax.weights.networks.identify` does.
       clips: the real ones; their protocol says how to compare.
       batch_size: videos at a time.
       progress: whether to show a bar while the real clips are read.

@@ -1,6 +1,6 @@
 """Videos from a generator, in numbers: sampled by class, predicted from first frames, or beside the clips of a set.
 
-A folder written is one of codes as `larp_jax.inference.tokens` has them, with the videos beside them. It grows batch
+A folder written is one of codes as `larp_jax.data.codes` has them, with the videos beside them. It grows batch
 by batch and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and
 the manifest comes last.
 """
@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.codes import SETTINGS, new_manifest, read_shard, shard_name, write_manifest, write_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.inference.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import rng
@@ -153,7 +153,7 @@ def sample(
       batch_size: sampled at a time.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
 
     Raises:
       InputError: generator and tokenizer do not fit, or the folder holds something else.
@@ -306,7 +306,7 @@ def predict(
       batch_size: as for `sample`.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokens.tokenize` has it.
+      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
 
     Raises:
       InputError: as for `sample`, or nothing can be read.
@@ -511,11 +511,10 @@ class _Run:
 
     def keep(self, number: int, codes: np.ndarray) -> None:
         """Writes a batch's codes [M, N]: from here on it counts as done."""
-        with files.writing(self._shard(number)) as file:
-            np.savez(file, codes=codes)
+        write_shard(self._shard(number), {"codes": codes})
 
     def _shard(self, number: int) -> pathlib.Path:
-        return self.path / f"codes-{number:05d}-of-{len(self._batches):05d}.npz"
+        return self.path / shard_name(number, len(self._batches))
 
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, if wanted, the picture, when all hosts are done."""
@@ -525,7 +524,7 @@ class _Run:
         if jax.process_index() == 0:
             if sheet:
                 write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))
-            files.write_json(self.path / MANIFEST, manifest)
+            write_manifest(self.path, manifest)
         return manifest
 
     def _manifest(self, total: int) -> dict[str, Any]:
@@ -533,17 +532,15 @@ class _Run:
         tokenizer = self._sampler.tokenizer
         config = tokenizer.config
         sizes = [min(self._batch_size, total - start) for start in range(0, total, self._batch_size)]
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": tokenizer.fingerprint,
-            "step": tokenizer.step,
-            "generator_step": self._sampler.step,
-            "K": config.quantizer.codebook_size,
-            "N": config.num_tokens,
-            "clip": list(config.clip_shape),
-            "shards": [{"file": self._shard(i).name, "rows": size} for i, size in enumerate(sizes)],
-        }
+        return new_manifest(
+            fingerprint=tokenizer.fingerprint,
+            step=tokenizer.step,
+            generator_step=self._sampler.step,
+            K=config.quantizer.codebook_size,
+            N=config.num_tokens,
+            clip=config.clip_shape,
+            sizes=sizes,
+        )
 
     def _first_videos(self, manifest: dict) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] of the first rows, from their codes: an earlier call may have written them."""

@@ -299,11 +299,11 @@ def _optional_parts() -> Iterator[str]:
 
 
 def _weights() -> Iterator[str]:
-    from larp_jax.weights import perceptual
+    from larp_jax.weights import networks
 
-    for kind in perceptual.KINDS:
-        path, origin = perceptual.locate(kind)
+    for kind in networks.KINDS:
+        path, origin = networks.locate(kind)
         yield f"{kind:<20} " + (
             f"found at {path} ({origin})" if path.is_file() else
-            f"missing: looked for at {path} ({origin}); {perceptual.how_to_get(kind)}"
+            f"missing: looked for at {path} ({origin}); {networks.how_to_get(kind)}"
         )  # fmt: skip

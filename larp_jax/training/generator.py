@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 
 from larp_jax import api, data
 from larp_jax.config import GeneratorRecipe, TokenizerConfig
+from larp_jax.data.codes import CodeSet
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.inference.code_sets import CodeSet
 from larp_jax.models.generator import Generator
 from larp_jax.models.next_code import NextCode, score_tokens
 from larp_jax.models.pixels import as_float_video, hold_last_frame, to_uint8

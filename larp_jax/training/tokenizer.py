@@ -33,7 +33,7 @@ from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
 from larp_jax.training import common, losses, optim
-from larp_jax.weights import checkpoint, perceptual
+from larp_jax.weights import checkpoint, networks
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class TokenizerStage:
         if name == "none":
             return {}
         try:
-            lpips = perceptual.load_lpips(None if name == "lpips" else name)
+            lpips = networks.load_lpips(None if name == "lpips" else name)
         except InputError as error:
             raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
         return {"lpips": nnx.to_pure_dict(nnx.state(lpips, nnx.Param))}

@@ -13,7 +13,8 @@ from larp_jax.errors import InputError
 from larp_jax.files import local_path
 from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
-from larp_jax.weights import checkpoint, importing
+from larp_jax.weights import checkpoint
+from larp_jax.weights.tensors import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
         logger.info("init_from: the recipe has no %s, that of %s is left out", name, path)
     params = {name: params[name] for name in params if name in shapes}
     _check_fit(recipe, found.recipe, {name: shapes[name] for name in params}, params)
-    importing.check_finite(_by_name(params), str(path))
+    check_finite(_by_name(params), str(path))
     ours, theirs = (getattr(x, "tokenizer_fingerprint", "") for x in (recipe, found))
     if theirs and ours != theirs:
         logger.warning("init_from: %s was trained on codes of tokenizer %s, not of this run's %s", path, theirs, ours)

@@ -25,7 +25,7 @@ from larp_jax.errors import InputError
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng
-from larp_jax.weights import released
+from larp_jax.weights import released, released_config
 from larp_jax.weights.fingerprint import fingerprint
 from larp_jax.weights.importing import CONFIG, PRIOR_SIZES, WEIGHTS
 
@@ -88,7 +88,7 @@ def export_huggingface(
     """
     if isinstance(config, TokenizerRecipe) and "prior" not in params:
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, prior_weight=0.0))
-    values, prior_sizes = released.config_to_released(config)
+    values, prior_sizes = released_config.config_to_released(config)
     items = released.model_tensors(config)
     tensors = released.params_to_released(items, params)
     tensors |= {item.name: item.compute() for item in items if isinstance(item, released.Table)}

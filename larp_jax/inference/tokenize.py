@@ -1,35 +1,32 @@
-"""Codes on disk: videos to shards of codes with a manifest, and back.
-
-A folder of codes holds `codes-00000-of-00001.npz` and so on, each with `codes` [M, N] int32, and `manifest.json`, which
-says for each row in turn what it is of.
-"""
+"""Videos to codes on disk, and codes on disk to videos; `larp_jax.data.codes` defines the format."""
 
 import itertools
-import math
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from larp_jax import files, npz
+from larp_jax import files
 from larp_jax.api import LoadedTokenizer
 from larp_jax.data import ClipSpec
+from larp_jax.data.codes import (
+    MANIFEST,
+    SETTINGS,
+    SHARD_NAME,
+    SHARD_ROWS,
+    new_manifest,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
 from larp_jax.data.inputs import Inputs, output_names, playable_fps
 from larp_jax.data.video import write_video
-from larp_jax.errors import InputError, reason
-from larp_jax.files import read_json
+from larp_jax.errors import InputError
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.runtime.progress import Progress
-
-MANIFEST = "manifest.json"
-SETTINGS = "settings.json"  # of a folder that `larp_jax.inference.generate` is writing, or has written
-FORMAT = "larp_jax.codes"
-VERSION = 1
-SHARD_ROWS = 16_384
-SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
 
 
 def tokenize(
@@ -61,10 +58,7 @@ def tokenize(
       shard_rows: rows a shard.
 
     Returns:
-      The manifest: `format`, `version`, `fingerprint` of the tokenizer, `K`, `N`, `clip` [T, H, W, C], `input`,
-      `label_names`, `skipped`, `cond_frames`, `shards` (`file` and `rows` each), and `rows`: `source` (path within the
-      input, with forward slashes), `start` (first frame), `frames` (how many of T are the video's), `fps` (0: unknown),
-      `label`, and `flip` where it is mirrored.
+      The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
       InputError: nothing can be read, the folder holds codes already or is being written, or the tokenizer has none.
@@ -81,30 +75,25 @@ def tokenize(
         rows, counts = _write_shards(tokenizer, inputs, folder, flips, cond_frames, batch_size, shard_rows)
         if not rows:
             raise InputError(f"{source}: nothing in it could be read")
-        shards = [
-            {"file": f"codes-{i:05d}-of-{len(counts):05d}.npz", "rows": count} for i, count in enumerate(counts)
-        ]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": tokenizer.fingerprint,
-            "step": tokenizer.step,
-            "K": config.quantizer.codebook_size,
-            "N": config.num_tokens,
-            "clip": list(config.clip_shape),
-            "input": str(source),
-            "label_names": list(inputs.label_names),
-            "skipped": dict(inputs.skipped),
-            "cond_frames": cond_frames,
-            "shards": shards,
-            "rows": rows,
-        }
+        manifest = new_manifest(
+            fingerprint=tokenizer.fingerprint,
+            step=tokenizer.step,
+            K=config.quantizer.codebook_size,
+            N=config.num_tokens,
+            clip=config.clip_shape,
+            sizes=counts,
+            input=str(source),
+            label_names=list(inputs.label_names),
+            skipped=dict(inputs.skipped),
+            cond_frames=cond_frames,
+            rows=rows,
+        )
         for path in output.iterdir():  # of a call that was killed before it wrote the manifest
             if SHARD_NAME.fullmatch(path.name):
                 path.unlink()
-        for number, shard in enumerate(shards):
+        for number, shard in enumerate(manifest["shards"]):
             os.replace(folder / str(number), output / shard["file"])
-        files.write_json(output / MANIFEST, manifest)
+        write_manifest(output, manifest)
     return manifest
 
 
@@ -129,8 +118,7 @@ def _write_shards(
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
         pending.clear()
-        with open(folder / str(len(counts)), "wb") as file:
-            np.savez(file, **arrays)
+        write_shard(folder / str(len(counts)), arrays)
         counts.append(len(arrays["codes"]))
 
     mirrored = (False, True) if flips else (False,)
@@ -242,98 +230,3 @@ def _decoded(
             clips = np.asarray(tokenizer.decode(padded))[: len(batch)]
             progress.update(len(batch))
             yield from clips
-
-
-def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """Reads and checks the manifest of a folder of codes; see `tokenize`.
-
-    Raises:
-      InputError: there is none, or it is damaged, of a later version, or names files outside of its folder.
-    """
-    path = files.local_path(directory, "folder of codes") / MANIFEST
-    try:
-        manifest = read_json(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: {directory} is no folder that tokenize completed") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); tokenize again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is no manifest of codes; give the folder that tokenize wrote")
-    if manifest.get("version") != VERSION:
-        raise InputError(f"{path} is of version {manifest.get('version')}, this reads {VERSION}; tokenize again")
-    if complaint := _complaint(manifest):
-        raise InputError(f"{path} is damaged ({complaint}); tokenize again")
-    return manifest
-
-
-def _complaint(manifest: dict) -> str | None:
-    """What is wrong with a manifest, None if nothing is."""
-
-    def is_count(value, least):
-        return type(value) is int and least <= value < 2**31
-
-    if not isinstance(manifest.get("fingerprint"), str):
-        return "no fingerprint"
-    if not all(is_count(manifest.get(name), 1) for name in ("K", "N")):
-        return "K and N are no numbers of codes"
-    clip = manifest.get("clip")
-    if not (isinstance(clip, list) and len(clip) == 4 and all(is_count(side, 1) for side in clip)):
-        return "clip is not [T, H, W, C]"
-    if not is_count(manifest.get("cond_frames", 0), 0):
-        return "cond_frames is no number"
-    names = manifest.get("label_names", [])
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        return "label_names are no names"
-    shards, rows = manifest.get("shards"), manifest.get("rows")
-    if not (isinstance(shards, list) and isinstance(rows, list) and rows):
-        return "no shards or no rows"
-    for shard in shards:
-        if not isinstance(shard, dict) or not is_count(shard.get("rows"), 1):
-            return "a shard without a number of rows"
-        if not isinstance(shard.get("file"), str) or not SHARD_NAME.fullmatch(shard["file"]):
-            return f"{shard.get('file')!r} is no shard's name"
-    if sum(shard["rows"] for shard in shards) != len(rows):
-        return f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed"
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not _is_inside(row.get("source")):
-            return f"the source of row {i} is no path within a folder"
-        if not is_count(row.get("start"), 0) or not is_count(row.get("frames"), 1) or row["frames"] > clip[0]:
-            return f"start or frames of row {i}"
-        if not isinstance(row.get("fps"), (int, float)) or not math.isfinite(row["fps"]):
-            return f"fps of row {i}"
-        if type(row.get("label")) is not int or not -1 <= row["label"] < 2**31:
-            return f"label of row {i}"
-        if type(row.get("flip", False)) is not bool:
-            return f"flip of row {i}"
-    return None
-
-
-def _is_inside(name: Any) -> bool:
-    """Whether a text is a relative path with forward slashes that stays where it is put."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        return False
-    path = pathlib.PurePosixPath(name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
-
-
-def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: str = "codes") -> np.ndarray:
-    """The codes of one shard, [M, N] int32 in [0, K).
-
-    Args:
-      directory: the folder.
-      manifest: what `read_manifest` gave.
-      number: of the shard.
-      name: `codes`, or `condition` where the manifest has `cond_frames`.
-
-    Raises:
-      InputError: it is missing, damaged, or not as the manifest says.
-    """
-    shard = manifest["shards"][number]
-    path = pathlib.Path(directory) / shard["file"]
-    expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"]))}
-    codes = npz.read(path, expected, mend="tokenize again")[name]
-    if codes.min() < 0 or codes.max() >= manifest["K"]:
-        raise InputError(
-            f"{path} holds codes from {codes.min()} to {codes.max()}, outside of [0, {manifest['K']}); tokenize again"
-        )
-    return codes
