@@ -19,10 +19,11 @@ from larp_jax.errors import InputError
 from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
+from larp_jax.models.generator_codes import encode_batch, score_batch
 from larp_jax.models.lpips import Lpips
-from larp_jax.models.next_code import NextCode, score_tokens
+from larp_jax.models.next_code import NextCode
 from larp_jax.models.paths import path_name
-from larp_jax.models.pixels import as_float_video, hold_last_frame
+from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.state import TrainState
@@ -399,25 +400,12 @@ class GeneratorStage:
         """
         if "video" not in batch:
             return batch
-        batch = dict(batch)
-        video = as_float_video(batch.pop("video"))
-        with jax.default_matmul_precision("float32"):
-            tokenizer = self.module("tokenizer", frozen)
-            batch["codes"] = tokenizer.quantize(video).indices
-            if self.recipe.model.frame_prediction:
-                known = hold_last_frame(video, self.recipe.cond_frames)
-                batch["condition"] = tokenizer.quantize(known).indices
-        return batch
+        cond_frames = self.recipe.cond_frames if self.recipe.model.frame_prediction else 0
+        return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=cond_frames)
 
     def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
         """How the generator predicts the codes of a batch without video, [B, N] each; a key turns on dropout."""
-        generator, codes = self.module("generator", params), batch["codes"]
-        condition = batch["label"]
-        if self.recipe.model.frame_prediction:
-            separator = jnp.full_like(codes[:, :1], self.recipe.model.codebook_size)
-            condition = jnp.concatenate([batch["condition"], separator], axis=1)
-        features = generator.features(condition, codes[:, :-1], key=key)
-        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+        return score_batch(self.module("generator", params), batch, key=key)
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.
