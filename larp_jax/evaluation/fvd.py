@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from larp_jax import files
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
+from larp_jax.evaluation.description import Description
 from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import as_float_video
@@ -156,7 +157,7 @@ def distance(real: FeatureStatistics, made: FeatureStatistics, *, covariance: st
     return frechet_distance(real, made, covariance=covariance)
 
 
-class FvdEvaluator:
+class FvdEvaluator(Description):
     """How far made videos lie from the clips of a data set.
 
     Args:
@@ -166,6 +167,14 @@ class FvdEvaluator:
       batch_size: videos at a time.
       progress: whether to show a bar while the real clips are read.
     """
+
+    name = "fvd"
+    definitions: ClassVar = {
+        "fvd": "Frechet distance between I3D's logits of the clips and of as many sampled videos, clamped and not"
+        " rounded; a prediction counts with the frames it was given, as the tokenizer decodes them; frames resized to"
+        " 224 (bilinear, not antialiased)"
+    }
+    network = "i3d"
 
     def __init__(
         self, i3d, identity: dict[str, Any], clips: ClipSet, *, batch_size: int, progress: bool = False

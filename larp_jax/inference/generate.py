@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larp_jax import files
-from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
+from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
@@ -29,14 +30,34 @@ from larp_jax.errors import InputError
 from larp_jax.inference.tokens import FORMAT, MANIFEST, SETTINGS, VERSION, read_shard
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions
-from larp_jax.runtime import rng
+from larp_jax.runtime import rng, sharding
 from larp_jax.runtime.progress import Progress
+from larp_jax.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 SHEET = "samples.png"
 SHEET_ROWS = 16
 PREDICTED_CLIPS = 8
+
+
+def load_pair(
+    found: Checkpoint, tokenizer: str | os.PathLike, *, weights: str = "ema", precision: str = "float32"
+) -> tuple[LoadedGenerator, LoadedTokenizer]:
+    """Generator and tokenizer on the devices of this host, because hosts sample independently of each other.
+
+    Args:
+      found: checkpoint of the generator.
+      tokenizer: checkpoint of the tokenizer that it was trained with.
+      weights: of the tokenizer, `ema` or `raw`.
+      precision: in which the generator samples.
+
+    Raises:
+      InputError: the tokenizer cannot be read.
+    """
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    generator = LoadedGenerator.of(found, precision=precision, mesh=mesh)
+    return generator, load_tokenizer(tokenizer, weights=weights, mesh=mesh)
 
 
 class Sampler:

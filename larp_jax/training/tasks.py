@@ -19,14 +19,9 @@ from larp_jax.config import GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluation.evaluators import (
-    NextCodeEvaluator,
-    ReconstructionEvaluator,
-    available,
-    encoded_clips,
-    own_metrics,
-)
+from larp_jax.evaluation.evaluators import NextCodeEvaluator, ReconstructionEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.inference.code_sets import CodeSet
 from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
@@ -127,7 +122,7 @@ class TokenizerTask:
             lambda params: self.stage.module("tokenizer", params),
             ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips),
             self._mesh,
-            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
+            default_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
             batch_size=recipe.data.batch_size,
         )
 
