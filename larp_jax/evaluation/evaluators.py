@@ -23,12 +23,13 @@ EXAMPLES = 8
 
 
 class ReconstructionEvaluator:
-    """How well a tokenizer reconstructs clips, with deterministic codes: one pass that all metrics join.
+    """How well a tokenizer reconstructs clips, with deterministic codes. All metrics share one pass.
 
-    Sums over clips, with padding masked, so a padded last batch and any number of hosts give the same numbers.
+    Metrics are sums over clips, with padding masked, so a padded last batch and any number of hosts give the same
+    numbers.
 
     Args:
-      module: `module(params)` gives the tokenizer.
+      module: `module(params)` returns the tokenizer.
       clips: to reconstruct.
       mesh: where to compute.
       metrics: to compute.
@@ -67,14 +68,14 @@ class ReconstructionEvaluator:
         """Evaluates.
 
         Args:
-          params: by module name (`tokenizer`, `prior`, ...), on the mesh.
+          params: parameters by module name (`tokenizer`, `prior`, ...), on the mesh.
 
         Returns:
-          Scalars by name, and what goes with them: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
+          Scalars by name, and more: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
           `examples` (uint8 pairs [clips, 2, T, H, W, C] of the first clips of this process: original, reconstruction).
 
         Raises:
-          InputError: a metric does not take such clips, or features are NaN or infinite.
+          InputError: a metric does not accept such clips, or features are NaN or infinite.
         """
         weights = [metric.weights for metric in self._metrics]
         totals = [None] * len(self._metrics)
@@ -118,11 +119,11 @@ def encoded_clips(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """What `NextCodeEvaluator` takes of clips: rows of those that can be read, the same on every process.
+    """Rows for `NextCodeEvaluator`: codes of the clips that can be read, the same on every process.
 
     Args:
-      codes: `codes(batch, frozen)` gives a batch with codes in place of its `video`.
-      frozen: parameters for it, on the mesh.
+      codes: `codes(batch, frozen)` returns a batch with codes in place of its `video`.
+      frozen: parameters for `codes`, on the mesh.
       clips: to encode.
       mesh: where to compute.
       batch_size: clips at a time, over all processes.
@@ -153,7 +154,7 @@ class NextCodeEvaluator(Description):
     """How well a generator predicts the codes of clips, each from the codes before it, without dropout.
 
     Args:
-      score: `score(params, batch)` gives `larp_jax.NextCode` of a batch of rows.
+      score: `score(params, batch)` returns the `larp_jax.models.next_code.NextCode` of a batch of rows.
       rows: arrays [M, ...] by name, the same on every process.
       mesh: where to compute.
       batch_size: rows at a time, over all processes.
@@ -190,10 +191,10 @@ class NextCodeEvaluator(Description):
         self._evaluate = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
 
     def run(self, params: dict) -> dict[str, float]:
-        """`cross_entropy` (nats a code), `top1` and `top5`: means over all codes of all rows.
+        """`cross_entropy` (nats per code), `top1` and `top5`: means over all codes of all rows.
 
         Args:
-          params: by module name, on the mesh.
+          params: parameters for `score`, on the mesh.
         """
         total, average = None, Average()
         count = len(self._rows["codes"])
@@ -207,6 +208,6 @@ class NextCodeEvaluator(Description):
 
 
 def _local_shards(array: jax.Array) -> list:
-    """This process's pieces along the batch, each once (axes of the mesh may repeat them)."""
+    """The shards of this process along the batch, each once: some axes of the mesh hold copies."""
     pieces = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return [pieces[start] for start in sorted(pieces)]

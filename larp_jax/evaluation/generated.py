@@ -23,13 +23,13 @@ from larp_jax.runtime.progress import Progress
 
 
 def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
-    """Classes [clips] int32 of videos to compare with a set of clips, as many.
+    """Classes [clips] int32 of the videos to compare with a set of clips, one per clip.
 
-    They are as frequent as in training where the checkpoint knows that, and take turns; else they are those of the
-    clips.
+    They have the same frequencies as in training, if the checkpoint contains those, and alternate. Otherwise they are
+    the classes of the clips.
 
     Raises:
-      InputError: the clips have a class that the generator has not.
+      InputError: the clips have a class that the generator does not have.
     """
     if generator.class_counts is not None:
         return np.array(alternate(as_in_training(generator, len(clips))), np.int32)
@@ -38,10 +38,10 @@ def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
 
 
 def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -> np.ndarray:
-    """Labels [M] int32 of clips as the generator numbers its classes: by name, where both know names.
+    """Labels [M] int32 of clips, as the generator numbers its classes: matched by name if both have names.
 
     Raises:
-      InputError: a clip has a class that the generator has not, or none where it knows no null class.
+      InputError: the generator does not have the class of a clip, or a clip has none and there is no null class.
     """
     names, ours = clips.source.label_names, generator.class_names
     if names and ours and names != ours:
@@ -62,20 +62,19 @@ def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -
 def videos_beside(
     sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
 ) -> Iterator[np.ndarray]:
-    """A video for each clip of a set, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i is for clip i.
+    """Generates a video for each clip, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i belongs to clip i.
 
     Args:
-      sampler: of the videos.
-      clips: whose number is sampled, and that are gone on with where the generator predicts frames. A prediction for a
-        clip that cannot be read is left out, as the clip itself is.
-      classes: [clips] int, where the generator is conditional on them.
-      folder: to keep the codes in, so that a stopped evaluation goes on; complete, it is one that `detokenize` reads.
+      sampler: samples the videos.
+      clips: the clips; a frame predictor continues them. If a clip cannot be read, its prediction is left out too.
+      classes: [clips] int, for a class-conditional generator.
+      folder: where to keep the codes, so that a stopped evaluation can resume; `detokenize` reads the finished folder.
 
     Yields:
-      Batches of this host's share, float32 [B, T, H, W, C] in [0, 1].
+      Batches of the videos of this host, float32 [B, T, H, W, C] in [0, 1].
 
     Raises:
-      InputError: the folder holds something else.
+      InputError: the folder contains something else.
     """
     host, hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
