@@ -57,7 +57,7 @@ def test_a_metric_is_one_class_and_one_entry(trained, monkeypatch):
         registry.choose(["brightness"], ["psnr"], "tokenizer")
 
 
-@pytest.mark.parametrize("metric", registry.every_metric(), ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", list(registry.every_metric()), ids=lambda metric: metric.name)
 def test_panels_are_of_scalars_that_are_defined(metric):
     for panel in metric.panels:
         assert panel.labels.keys() <= metric.definitions.keys()
