@@ -7,12 +7,14 @@ from larp_jax.version import __version__
 
 if typing.TYPE_CHECKING:
     from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_generator, load_tokenizer
+    from larp_jax.evaluation.evaluate import evaluate
 
-__all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "load_generator", "load_tokenizer"]
+__all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "evaluate", "load_generator", "load_tokenizer"]
 
 
 def __getattr__(name: str):
     # imported when asked for: `import larp_jax` alone must not cost what JAX costs
     if name in __all__:
-        return getattr(importlib.import_module("larp_jax.api"), name)
+        module = "larp_jax.evaluation.evaluate" if name == "evaluate" else "larp_jax.api"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.evaluation import evaluators, fvd
+from larp_jax.evaluation import evaluators, fvd, metrics as metric_classes, registry
 from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from larp_jax.evaluation.protocols import ClipSet, Protocol
 from larp_jax.runtime import sharding
@@ -78,16 +78,16 @@ def on_devices(count):
     return sharding.make_mesh(MeshConfig(), jax.devices()[:count])
 
 
-def evaluate(folder, devices, batch_size, names=evaluators.METRICS):
+def evaluate(folder, devices, batch_size, names=tuple(registry.METRICS)):
     mesh = on_devices(devices)
     with jax.set_mesh(mesh):
         features = fvd.VideoFeatures(Stub(), IDENTITY)
         clips = clips_of(folder)
         real = fvd.real_statistics(features, clips, batch_size=batch_size)
-        joined = evaluators.own_metrics(names, RECIPE, mean_clip=np.full(CLIP.shape, 0.5, np.float32))
-        joined.append(evaluators.ReconstructionFvd(features, real, "sample", mesh))
+        joined = registry.default_metrics(names, RECIPE, mean_clip=np.full(CLIP.shape, 0.5, np.float32))
+        joined.append(metric_classes.ReconstructionFvd(features, real, "sample", mesh))
         if "lpips" in names:
-            joined.append(evaluators.LpipsDistance(Stub(), mesh))
+            joined.append(metric_classes.LpipsDistance(Stub(), mesh))
         evaluator = evaluators.ReconstructionEvaluator(
             lambda params: STAGE.module("tokenizer", params), clips, mesh, joined, batch_size=batch_size
         )
@@ -156,8 +156,8 @@ def written_out(params, video):
 
 
 def test_what_fits_a_tokenizer():
-    assert evaluators.available(RECIPE, ["tokenizer", "prior"]) == evaluators.METRICS
-    assert "prior" not in evaluators.available(RECIPE, ["tokenizer"])
+    assert registry.available(RECIPE, ["tokenizer", "prior"]) == tuple(registry.METRICS)
+    assert "prior" not in registry.available(RECIPE, ["tokenizer"])
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
-from larp_jax.evaluation import fvd, protocols
+from larp_jax.evaluation import fvd, generated, protocols
 from larp_jax.inference import generate
 from larp_jax.inference.tokenize import detokenize
 from larp_jax.models.generator import Generator
@@ -207,7 +207,7 @@ def test_classes_that_are_given(by_class, names, options, labels):
     arguments = app.parse(["sample", f"--checkpoint={by_class}", "--tokenizer=x", "--output=y", *options])
     found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
     counts = inference._counts_of_classes(arguments, LoadedGenerator.of(found))
-    assert sorted(generate._taking_turns(counts)) == sorted(labels)
+    assert sorted(generate.alternate(counts)) == sorted(labels)
 
 
 @pytest.mark.parametrize(
@@ -269,20 +269,20 @@ def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path)
         scores.append(evaluate(generator, trained, real, tmp_path / f"{name}.json", "--metrics=cross_entropy"))
         loaded = load_generator(generator)
         assert (
-            generate.classes_beside(loaded, clips_of(real)).tolist()
+            generated.classes_beside(loaded, clips_of(real)).tolist()
             == ([2, 2, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1])[name == "numbers"]
         )
     assert scores[0]["metrics"]["cross_entropy"] != scores[1]["metrics"]["cross_entropy"]
     few = load_generator(write_generator(tmp_path / "few", {"class_names": ["walk", "fly"]}))
     with pytest.raises(InputError, match="a clip has the class 'run', the generator has not"):
-        generate.classes_beside(few, clips_of(real))
+        generated.classes_beside(few, clips_of(real))
 
 
 def test_shares():
     assert generate.spread(10, [1, 1, 1]) == {0: 4, 1: 3, 2: 3}
     assert generate.spread(10_000, [121, 80, 0, 99]) == {0: 4033, 1: 2667, 3: 3300}
     assert generate.spread(2, [5, 1, 4]) == {0: 1, 2: 1}
-    assert generate._taking_turns({0: 3, 3: 2}) == [0, 3, 0, 3, 0]
+    assert generate.alternate({0: 3, 3: 2}) == [0, 3, 0, 3, 0]
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +442,7 @@ def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, 
     def videos(host, hosts):
         monkeypatch.setattr(jax, "process_index", lambda: host)
         monkeypatch.setattr(jax, "process_count", lambda: hosts)
-        return list(generate.videos_beside(sampler, clips_of(real)))
+        return list(generated.videos_beside(sampler, clips_of(real)))
 
     whole = videos(0, 1)
     first, second = videos(0, 2), videos(1, 2)
@@ -453,12 +453,12 @@ def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, 
 
 def test_classes_of_the_clips(trained, real, tmp_path):
     unknown = load_generator(write_generator(tmp_path / "unknown", {}))
-    assert generate.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert generated.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
     few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
     with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
-        generate.classes_beside(few, clips_of(real))
+        generated.classes_beside(few, clips_of(real))
     none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
-    assert generate.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
+    assert generated.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
 
 
 def test_evaluations_that_are_refused(by_class, predictor, trained, real, reference_dir, tmp_path, capsys):

@@ -15,9 +15,10 @@ LAYERS = (
     {"cli"},
     {"tools"},
     {"training"},
+    {"larp_jax"},
+    {"evaluation"},
     {"inference"},
     {"api"},
-    {"evaluation"},
     {"weights"},
     {"data"},
     {"runtime"},
@@ -46,9 +47,9 @@ MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def group(module: str) -> str:
-    """The name of LAYERS that a module belongs to. The package's own __init__ is a part of `api`."""
+    """The name of LAYERS that a module belongs to."""
     parts = module.split(".")
-    name = parts[1] if len(parts) > 1 else "api"
+    name = parts[1] if len(parts) > 1 else "larp_jax"
     return "cli" if name == "__main__" else name
 
 

@@ -121,21 +121,13 @@ def _add_generation(sub, what) -> None:
     add_processes(sub)
 
 
-def load_pair(arguments, found=None):
-    """The generator and its tokenizer, on the devices of this host, because each host samples on its own.
-
-    `found` is the checkpoint of the generator if it is already loaded.
-    """
-    import jax
-
+def _load_pair(arguments):
+    """The generator and its tokenizer, on the devices of this host, because each host samples on its own."""
     from larp_jax import api
-    from larp_jax.config import MeshConfig
-    from larp_jax.runtime import sharding
+    from larp_jax.inference.generate import load_pair
 
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
-    found = found or api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
-    generator = api.LoadedGenerator.of(found, precision=arguments.precision, mesh=mesh)
-    return generator, api.load_tokenizer(arguments.tokenizer, weights=arguments.weights, mesh=mesh)
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
+    return load_pair(found, arguments.tokenizer, weights=arguments.weights, precision=arguments.precision)
 
 
 def sampling_options(arguments):
@@ -171,7 +163,7 @@ def _sample(arguments):
     from larp_jax.inference import generate
 
     options = sampling_options(arguments)
-    generator, tokenizer = load_pair(arguments)
+    generator, tokenizer = _load_pair(arguments)
     if generator.config.frame_prediction:
         raise InputError(
             f"{arguments.checkpoint} is a frame predictor; use larp-jax predict, or give a class-conditional generator"
@@ -229,7 +221,7 @@ def _predict(arguments):
     from larp_jax.inference import generate
 
     options = sampling_options(arguments)
-    generator, tokenizer = load_pair(arguments)
+    generator, tokenizer = _load_pair(arguments)
     if not generator.config.frame_prediction:
         raise InputError(
             f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"

@@ -1,1 +1,1 @@
-"""How the numbers are computed."""
+"""Metrics, the clips they are computed on, and evaluation of checkpoints."""

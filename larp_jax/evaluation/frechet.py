@@ -1,6 +1,6 @@
-"""Frechet distance between sets of feature vectors, from statistics that merge (METHOD 5; Heusel et al. 2017).
+"""Frechet distance between sets of feature vectors, from statistics that merge (Heusel et al. 2017, arXiv 1706.08500).
 
-Everything is on the host in float64: a sum of squares in float32 would round away what distinguishes two sets.
+Everything is computed on the host in float64, because sums of squares in float32 are too inaccurate.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ COVARIANCES = ("population", "sample")  # scatter divided by n, or by n - 1
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Number, mean and scatter of feature vectors; those of a union follow from those of its parts.
+    """Number, mean and scatter of feature vectors; the statistics of two sets merge into those of their union.
 
-    The scatter is about the mean, so nothing cancels however far the features lie from zero.
+    The scatter is about the mean, so there is no cancellation even if the features are far from zero.
 
     Attributes:
-      count: how many vectors.
+      count: number of vectors.
       mean: [D] float64.
       scatter: [D, D] float64, the sum of (x - mean) (x - mean)^T.
     """
@@ -37,19 +37,19 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, dimension: int) -> Self:
-        """Of nothing yet."""
+        """Statistics of no vectors."""
         return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
     @classmethod
     def of(cls, features: np.ndarray, mask: np.ndarray | None = None) -> Self:
-        """Of features [B, D].
+        """Statistics of features [B, D].
 
         Args:
           features: any float dtype.
-          mask: [B], 1 for what is real and 0 for padding, whose features (NaN even) are not read.
+          mask: [B], 1 for real clips and 0 for padding, whose features are ignored even if they are NaN.
 
         Raises:
-          InputError: a feature that counts is NaN or infinite.
+          InputError: a feature of a real clip is NaN or infinite.
         """
         features = np.asarray(features, np.float64)
         if mask is not None:
@@ -63,11 +63,11 @@ class FeatureStatistics:
         if not len(features):
             return cls.empty(features.shape[1])
         mean = features.mean(axis=0)
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def merge(self, other: Self) -> Self:
-        """Of both (Chan et al. 1983).
+        """Statistics of the union (Chan et al. 1983).
 
         Raises:
           InputError: the features differ in dimension.
@@ -86,10 +86,10 @@ class FeatureStatistics:
         """[D, D] float64.
 
         Args:
-          kind: of `COVARIANCES`.
+          kind: one of `COVARIANCES`.
 
         Raises:
-          InputError: the kind is unknown, or there are too few vectors for it: none, or one for `sample`.
+          InputError: the kind is unknown, or there are too few vectors: none, or a single one for `sample`.
         """
         if kind not in COVARIANCES:
             raise InputError(f"covariance={kind!r} is not known; choose {' or '.join(COVARIANCES)}")
@@ -100,14 +100,14 @@ class FeatureStatistics:
         return self.scatter / (self.count - (kind == "sample"))
 
     def save(self, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes an npz file, whole or not at all. Makes the folder.
+        """Writes an npz file atomically. Creates the folder.
 
         Args:
           path: the file.
-          metadata: JSON values to keep beside the numbers.
+          metadata: JSON values to store with the numbers.
 
         Raises:
-          InputError: the folder cannot be made.
+          InputError: the folder cannot be created.
           OSError: the file cannot be written.
         """
         path = pathlib.Path(path)
@@ -118,7 +118,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[Self, dict[str, Any]]:
-        """What `save` wrote: statistics and metadata.
+        """Reads the statistics and metadata that `save` wrote.
 
         Raises:
           InputError: the file is missing or damaged.
@@ -143,14 +143,14 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, covariance: str = "population") -> float:
     """Squared Frechet distance of the Gaussians fitted to two sets: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
 
-    Singular covariances, as fewer clips than features give, need nothing added to them: roots come from symmetric
-    eigendecompositions, and the trace of the last root is the sum of the singular values of C_a^1/2 C_b^1/2. (Of the
-    eigenvalues of C_a C_b, whose rounding errors a root would blow up to 1e-8, nothing is seen.)
+    Nothing is added to singular covariances, which occur with fewer clips than features: roots come from symmetric
+    eigendecompositions, and the trace of the last root is the sum of the singular values of C_a^1/2 C_b^1/2. (The
+    eigenvalues of C_a C_b are not used, because the root would amplify their rounding errors to 1e-8.)
 
     Args:
-      a: of features.
-      b: of features of the same dimension.
-      covariance: of `COVARIANCES`; the released code of LARP takes `population`.
+      a: statistics of the first set.
+      b: statistics of the second set, of the same dimension.
+      covariance: one of `COVARIANCES`; the released code of LARP uses `population`.
 
     Returns:
       At least 0.
@@ -167,7 +167,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, covariance: 
 
 
 def _eigen(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, those that are zero but for rounding set to it, and eigenvectors in columns."""
+    """Eigenvalues, set to zero if they are zero up to rounding, and eigenvectors in columns."""
     values, vectors = np.linalg.eigh(covariance)
     rounding = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return np.where(values > rounding, values, 0.0), vectors

@@ -1,4 +1,7 @@
-"""Frechet video distance: I3D features of real and of made videos, and how far apart they lie (METHOD 5)."""
+"""Frechet video distance (Unterthiner et al. 2018, arXiv 1812.01717) between I3D features of real and generated videos.
+
+The protocols are those of LARP (arXiv 2410.21264, section 4.1) and the released code.
+"""
 
 import contextlib
 import functools
@@ -9,7 +12,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ import numpy as np
 from larp_jax import files
 from larp_jax.config import MeshConfig
 from larp_jax.errors import InputError
+from larp_jax.evaluation.description import Description
 from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import as_float_video
@@ -29,16 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 class VideoFeatures:
-    """The features that FVD compares: I3D's logits, one clip after the other on each device.
+    """The features that FVD compares: the logits of I3D (Carreira and Zisserman 2017, arXiv 1705.07750).
+
+    They are computed one clip at a time on each device.
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.weights.networks.identify` does.
-      resolution: side of the squares that frames are resized to first (bilinear, antialiased); 0 leaves them alone.
+      identity: identifies the weights, as `larp_jax.weights.networks.identify` does.
+      resolution: side of the squares that frames are resized to first (bilinear, antialiased); 0 for no such step.
 
     Attributes:
       i3d: as given.
-      dimension: of the features.
+      dimension: number of features.
     """
 
     def __init__(self, i3d, identity: dict[str, Any], *, resolution: int = 0):
@@ -47,7 +53,7 @@ class VideoFeatures:
         self.dimension = jax.eval_shape(lambda i3d, video: i3d.logits(video), i3d, frames).shape[-1]
 
     def describe(self) -> dict[str, Any]:
-        """What to write beside a number, ready for JSON."""
+        """What to record with the scores, ready for JSON."""
         return {"i3d": self._identity, "fvd_resolution": self._resolution or None}
 
     def of(self, i3d, video: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -63,15 +69,15 @@ class VideoFeatures:
         return sharding.clip_by_clip(of_clip, mesh)(i3d, video)
 
     def statistics(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, batch_size: int) -> FeatureStatistics:
-        """Statistics over all processes, whatever each has.
+        """Statistics over all processes; their numbers of videos may differ.
 
         Args:
-          batches: this process's videos [b, T, H, W, 3], uint8 or floats in [0, 1], with masks [b] (1: real, 0: left
-            out), b as it comes.
-          batch_size: videos computed at a time; rounded up to a multiple of this process's devices.
+          batches: videos of this process, [b, T, H, W, 3], uint8 or floats in [0, 1], with masks [b] (1: real, 0: left
+            out); b may vary.
+          batch_size: videos computed at a time; rounded up to a multiple of the devices of this process.
 
         Raises:
-          InputError: a feature is NaN or infinite, or I3D does not take such videos.
+          InputError: a feature is NaN or infinite, or I3D does not accept such videos.
         """
         total = FeatureStatistics.empty(self.dimension)
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
@@ -94,14 +100,14 @@ class VideoFeatures:
 def real_statistics(
     features: VideoFeatures, clips: ClipSet, *, batch_size: int, progress: bool = False
 ) -> FeatureStatistics:
-    """Statistics of the clips of a data set, kept in `cache_folder()` and found there again.
+    """Statistics of the clips of a data set, cached in `cache_folder()`.
 
-    They are found by what they were made from: the bytes of the videos, the windows, the weights, the versions of what
-    decodes. So whatever changes is computed anew. Processes use what is kept if all of them have it.
+    The key of the cache covers the bytes of the videos, the windows, the weights, and the versions of this package and
+    the decoder, so any change leads to a new computation. Processes use the cache if all of them have the entry.
 
     Args:
-      features: to compute.
-      clips: to compute them of.
+      features: computes the features.
+      clips: the real clips.
       batch_size: clips at a time, over all processes.
       progress: whether to show a bar.
 
@@ -135,17 +141,17 @@ def real_statistics(
 
 
 def cache_folder() -> pathlib.Path:
-    """Where statistics of real clips are kept: $XDG_CACHE_HOME/larp_jax, or ~/.cache/larp_jax."""
+    """Where statistics of real clips are cached: $XDG_CACHE_HOME/larp_jax, or ~/.cache/larp_jax."""
     return files.local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "larp_jax"
 
 
-def distance(real: FeatureStatistics, made: FeatureStatistics, *, covariance: str) -> float:
-    """The Frechet distance, with a warning where there are fewer clips than features.
+def distance(real: FeatureStatistics, generated: FeatureStatistics, *, covariance: str) -> float:
+    """The Frechet distance, with a warning if there are fewer clips than features.
 
     Raises:
       InputError: there are too few clips for the covariance.
     """
-    few = min(real.count, made.count)
+    few = min(real.count, generated.count)
     if few <= len(real.mean):
         logger.warning(
             "a Frechet distance of %d clips, fewer than the %d features have dimensions, is biased upwards: compare it"
@@ -153,19 +159,27 @@ def distance(real: FeatureStatistics, made: FeatureStatistics, *, covariance: st
             few,
             len(real.mean),
         )
-    return frechet_distance(real, made, covariance=covariance)
+    return frechet_distance(real, generated, covariance=covariance)
 
 
-class FvdEvaluator:
-    """How far made videos lie from the clips of a data set.
+class FvdEvaluator(Description):
+    """Frechet video distance between generated videos and the clips of a data set.
 
     Args:
       i3d: `larp_jax.models.i3d.I3d` with its trained weights.
-      identity: names them, as `larp_jax.weights.networks.identify` does.
-      clips: the real ones; their protocol says how to compare.
+      identity: identifies the weights, as `larp_jax.weights.networks.identify` does.
+      clips: the real clips; their protocol fixes the covariance and the resolution.
       batch_size: videos at a time.
       progress: whether to show a bar while the real clips are read.
     """
+
+    name = "fvd"
+    definitions: ClassVar = {
+        "fvd": "Frechet distance between I3D's logits of the clips and of as many sampled videos, clamped and not"
+        " rounded; a prediction counts with the frames it was given, as the tokenizer decodes them; frames resized to"
+        " 224 (bilinear, not antialiased)"
+    }
+    network = "i3d"
 
     def __init__(
         self, i3d, identity: dict[str, Any], clips: ClipSet, *, batch_size: int, progress: bool = False
@@ -176,34 +190,35 @@ class FvdEvaluator:
 
     @functools.cached_property
     def real(self) -> FeatureStatistics:
-        """Of the real clips; computed, or found in the cache, when first asked for."""
+        """Statistics of the real clips, computed or read from the cache at first use."""
         return real_statistics(self._features, self._clips, batch_size=self._batch_size, progress=self._progress)
 
     def run(self, videos: Iterable[np.ndarray]) -> tuple[dict[str, float], dict[str, Any]]:
-        """Evaluates; the real clips come first, so that what is wrong with them shows before anything is made.
+        """Evaluates. The real clips are read first, so errors in them appear before a video is generated.
 
         Args:
-          videos: batches [B, T, H, W, 3] of the videos that this process made, uint8 or floats in [0, 1]; B may vary.
+          videos: batches [B, T, H, W, 3] of the videos generated by this process, uint8 or floats in [0, 1]; B may
+            vary.
 
         Returns:
-          Scalars by name (`fvd`), and the protocol beside them, ready for JSON.
+          Scalars by name (`fvd`), and their protocol, ready for JSON.
 
         Raises:
-          InputError: there are no videos, I3D does not take them, or a feature is NaN or infinite.
+          InputError: there are no videos, I3D does not accept them, or a feature is NaN or infinite.
         """
         real = self.real
         pairs = ((video, np.ones(len(video))) for video in videos)
-        made = self._features.statistics(pairs, batch_size=-(-self._batch_size // jax.process_count()))
-        if made.count != real.count:
-            logger.warning("%d videos are compared with %d real clips; make as many", made.count, real.count)
+        generated = self._features.statistics(pairs, batch_size=-(-self._batch_size // jax.process_count()))
+        if generated.count != real.count:
+            logger.warning("%d videos are compared with %d real clips; make as many", generated.count, real.count)
         covariance = self._clips.protocol.covariance
         protocol = self._clips.describe() | self._features.describe()
-        protocol |= {"covariance": covariance, "clips": real.count, "made": made.count}
-        return {"fvd": distance(real, made, covariance=covariance)}, protocol
+        protocol |= {"covariance": covariance, "clips": real.count, "made": generated.count}
+        return {"fvd": distance(real, generated, covariance=covariance)}, protocol
 
 
 def _cached(path: pathlib.Path, key: dict[str, Any]) -> FeatureStatistics | None:
-    """What the file holds, if it is there, sound and of this key."""
+    """The statistics in the file; None if it is missing, invalid or of another key."""
     if not path.exists():
         return None
     try:
@@ -224,7 +239,7 @@ def _counted(items: Iterable, bar: Progress | None) -> Iterator:
 def _of_size(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut and filled up to one size, so that one compiled function serves all."""
+    """Batches cut or padded to one size, so that only one function is compiled."""
     for video, mask in batches:
         video = np.asarray(video)
         for start in range(0, len(video), size):
@@ -243,7 +258,7 @@ def _all_processes(condition: bool) -> bool:
 
 
 def _over_processes(statistics: FeatureStatistics) -> FeatureStatistics:
-    """Those of all processes merged."""
+    """The statistics of all processes merged."""
     if jax.process_count() == 1:
         return statistics
     from jax.experimental import multihost_utils

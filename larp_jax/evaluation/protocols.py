@@ -1,4 +1,4 @@
-"""Which clips a number is of: the rules by which published and held-out evaluations choose them, by name."""
+"""Evaluation protocols: named rules that choose the clips of a data set."""
 
 import dataclasses
 import hashlib
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A rule that chooses clips of a data set. docs/evaluation.md says of each what it is.
+    """A rule that chooses clips of a data set. docs/evaluation.md defines each.
 
     Attributes:
-      split: of a TFDS data set whose spec names none; with `fixed`, the only one allowed.
-      clips: `windows` takes the consecutive windows of every video that do not overlap, `one_of_each` one clip of every
-        video, from a random first frame.
-      count: so many full windows, drawn at random without replacement and in the order drawn; 0 takes all windows.
-      seed: of what is drawn.
-      clip: [T, H, W] that it is defined for; None for any.
-      videos: how many the list has that it is defined for; 0 for any.
+      split: split of a TFDS data set if its specification names none; with `fixed`, the only one allowed.
+      clips: `windows` takes the consecutive windows of every video, without overlap; `one_of_each` takes one clip of
+        every video, from a random first frame.
+      count: number of full windows, sampled without replacement and kept in the order sampled; 0 takes all windows.
+      seed: of the random numbers.
+      clip: [T, H, W] of the clips; None for any.
+      videos: number of videos in the list that the protocol is defined for; 0 for any.
       fvd_resolution: side of the squares that frames are resized to before I3D resizes them again; 0 for no such step.
-      covariance: of the Frechet distance.
-      cond_frames: how many frames a generator is given to predict the others from; 0 where it is given a class.
-      fixed: whether the choice is all there is to it: neither another split nor fewer clips bear its name.
+      covariance: convention for the Frechet distance, one of `larp_jax.evaluation.frechet.COVARIANCES`.
+      cond_frames: number of frames from which a generator predicts the others; 0 if it is class-conditional.
+      fixed: whether the name stands for exactly this choice; another split or fewer clips are refused.
       held_out: whether videos that are also in the training data are left out.
     """
 
@@ -69,15 +69,15 @@ GENERATION = {
 
 
 class ClipSet:
-    """The clips of a data set that an evaluation counts, opened once and read as often as wanted.
+    """The clips of a data set that an evaluation uses, opened once and read as often as wanted.
 
     Args:
       spec: the data set.
       clip: length and size of the clips.
-      protocol: chooses them; by default all windows of the split `test`.
-      name: of the protocol, for messages and records.
-      max_clips: at most so many, spread over the data set; 0 for all.
-      training: the data set that a `held_out` protocol leaves out.
+      protocol: chooses the clips; by default all windows of the split `test`.
+      name: name of the protocol, for messages and records.
+      max_clips: at most `max_clips` clips, spread over the data set; 0 for all.
+      training: data set that a `held_out` protocol leaves out.
 
     Attributes:
       clip: as given.
@@ -120,7 +120,7 @@ class ClipSet:
         return len(self.windows)
 
     def batches(self, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> data.Batches:
-        """What `larp_jax.data.eval_batches` gives of the clips; `batch_size` is that over all processes."""
+        """Batches of the clips from `larp_jax.data.eval_batches`; `batch_size` is the total over all processes."""
         return data.eval_batches(
             self.source,
             self.clip,
@@ -131,13 +131,13 @@ class ClipSet:
         )
 
     def digest(self) -> str:
-        """SHA-256 of what the clips hold: of their videos as they are stored, their first frames and their size."""
+        """SHA-256 of the clips: the bytes of their videos, the numbers of their first frames, and their size."""
         videos = digests(self.source, (video for video, _ in self.windows))
         content = [(videos[video], start) for video, start in self.windows]
         return hashlib.sha256(json.dumps([self.clip.frames, self.clip.resolution, content]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What to write beside a number, ready for JSON."""
+        """What to record with the scores, ready for JSON."""
         protocol = self.protocol
         choice = "consecutive windows that do not overlap, of every video"
         if protocol.clips == "one_of_each":
@@ -146,14 +146,14 @@ class ClipSet:
             choice = f"{protocol.count} drawn without replacement of the {choice}"
         elif self._max_clips:
             choice = f"at most {self._max_clips}, spread over the {choice}"
-        drawn = protocol.clips == "one_of_each" or protocol.count
+        sampled = protocol.clips == "one_of_each" or protocol.count
         split = self._spec.split or protocol.split
         described = {
             "protocol": self._name or None,
             "data": str(self._spec),
             "split": (self.source.split or None) if isinstance(self.source, FolderSource) else split,
             "windows": choice,
-            "seed": protocol.seed if drawn else None,
+            "seed": protocol.seed if sampled else None,
             "videos": len(self.source),
             "clips_chosen": len(self),
             "max_clips": self._max_clips,
@@ -197,10 +197,10 @@ class ClipSet:
 
     def _choose(self) -> list[tuple[int, int]]:
         protocol = self.protocol
-        draw = random.Random(protocol.seed)
+        generator = random.Random(protocol.seed)
         if protocol.clips == "one_of_each":
             lasts = (last_start(self.source.frames(video), self.clip.frames) for video in range(len(self.source)))
-            return [(video, draw.randint(0, last)) for video, last in enumerate(lasts)]
+            return [(video, generator.randint(0, last)) for video, last in enumerate(lasts)]
         windows = choose_windows(self.source, self.clip, self._max_clips, leave_out=self._left_out)
         if not protocol.count:
             return windows
@@ -210,4 +210,4 @@ class ClipSet:
                 f"protocol {self._name} draws {protocol.count} windows, data {self._spec} has {len(windows)}; give the"
                 " whole list"
             )
-        return draw.sample(windows, protocol.count)
+        return generator.sample(windows, protocol.count)

@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -21,24 +20,44 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larp_jax import files
-from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
+from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import SETTINGS, new_manifest, read_shard, shard_name, write_manifest, write_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
-from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions
-from larp_jax.runtime import rng
+from larp_jax.runtime import rng, sharding
 from larp_jax.runtime.progress import Progress
+from larp_jax.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 SHEET = "samples.png"
 SHEET_ROWS = 16
 PREDICTED_CLIPS = 8
+
+
+def load_pair(
+    found: Checkpoint, tokenizer: str | os.PathLike, *, weights: str = "ema", precision: str = "float32"
+) -> tuple[LoadedGenerator, LoadedTokenizer]:
+    """Generator and tokenizer on the devices of this host, because hosts sample independently of each other.
+
+    Args:
+      found: checkpoint of the generator.
+      tokenizer: checkpoint of the tokenizer that it was trained with.
+      weights: of the tokenizer, `ema` or `raw`.
+      precision: in which the generator samples.
+
+    Raises:
+      InputError: the tokenizer cannot be read.
+    """
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    generator = LoadedGenerator.of(found, precision=precision, mesh=mesh)
+    return generator, load_tokenizer(tokenizer, weights=weights, mesh=mesh)
 
 
 class Sampler:
@@ -158,14 +177,14 @@ def sample(
     Raises:
       InputError: generator and tokenizer do not fit, or the folder holds something else.
     """
-    classes = np.array(_taking_turns(counts), np.int32)
+    classes = np.array(alternate(counts), np.int32)
     trained = generator.class_counts
     if trained is not None and (untrained := [label for label in sorted(counts) if label >= 0 and not trained[label]]):
         names = class_list(untrained, generator.class_names)
         logger.warning("no training video has the class %s: its samples mean nothing", names)
     sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
     videos = [f"{_name(i, classes)}.mp4" for i in range(len(classes))]
-    with _Run("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
+    with SampleFolder("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
         share = [number for number in run.mine if not run.is_whole(number, [videos[i] for i in run.rows(number)])]
         done = len(classes) - sum(len(run.rows(number)) for number in share)
         with Progress(len(classes), description="sample", unit="video", initial=done) as progress:
@@ -176,7 +195,7 @@ def sample(
                     write_video(run.path / videos[i], to_uint8(video), playable_fps(0.0))
                 run.keep(number, codes)
                 progress.update(len(rows))
-        return run.finish(_described(classes, tokenizer.config.frames), generator.class_names, sheet=True)
+        return run.finish(manifest_rows(classes, tokenizer.config.frames), generator.class_names, sheet=True)
 
 
 def _name(i: int, classes: np.ndarray) -> str:
@@ -188,7 +207,7 @@ def class_counts(classes: np.ndarray) -> dict[str, int]:
     return {str(label): int(count) for label, count in zip(*np.unique(classes, return_counts=True), strict=True)}
 
 
-def _described(classes: np.ndarray, frames: int) -> list[dict]:
+def manifest_rows(classes: np.ndarray, frames: int) -> list[dict]:
     """Rows of the manifest."""
     return [
         {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
@@ -270,7 +289,7 @@ def spread(total: int, weights: Sequence[float]) -> dict[int, int]:
     return {i: int(count) for i, count in enumerate(counts) if count}
 
 
-def _taking_turns(counts: Mapping[int, int]) -> list[int]:
+def alternate(counts: Mapping[int, int]) -> list[int]:
     """Each class as often as counted: 0, 3, 0, 3, 0 for {0: 3, 3: 2}."""
     turns = [(turn, label) for label, count in counts.items() for turn in range(count)]
     return [label for _, label in sorted(turns)]
@@ -320,7 +339,7 @@ def predict(
     names = output_names([video.name for video in inputs.videos])
     described = []
     with (
-        _Run("predict", sampler, output, total, input=str(source)) as run,
+        SampleFolder("predict", sampler, output, total, input=str(source)) as run,
         Progress(total, description="predict", unit="clip") as progress,
     ):
         mine = set(run.mine)
@@ -359,94 +378,7 @@ def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> I
         yield batch
 
 
-def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
-    """Classes [clips] int32 of videos to compare with a set of clips, as many.
-
-    They are as frequent as in training where the checkpoint knows that, and take turns; else they are those of the
-    clips.
-
-    Raises:
-      InputError: the clips have a class that the generator has not.
-    """
-    if generator.class_counts is not None:
-        return np.array(_taking_turns(as_in_training(generator, len(clips))), np.int32)
-    label_of = {video: clips.source.label(video) for video, _ in clips.windows}
-    return own_labels(generator, clips, np.array([label_of[video] for video, _ in clips.windows], np.int32))
-
-
-def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -> np.ndarray:
-    """Labels [M] int32 of clips as the generator numbers its classes: by name, where both know names.
-
-    Raises:
-      InputError: a clip has a class that the generator has not, or none where it knows no null class.
-    """
-    names, ours = clips.source.label_names, generator.class_names
-    if names and ours and names != ours:
-        number = {name: label for label, name in enumerate(ours)}
-        found = [names[label] if label >= 0 else "" for label in labels.tolist()]
-        if unknown := [name for name in found if name and name not in number]:
-            raise InputError(f"a clip has the class {unknown[0]!r}, the generator has not; give --data of its classes")
-        labels = np.array([number.get(name, -1) for name in found], np.int32)
-    least, last = -1 if generator.config.class_dropout else 0, generator.config.num_classes - 1
-    if wrong := [label for label in labels.tolist() if not least <= label <= last]:
-        raise InputError(
-            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to {last}; give --data of the same"
-            " classes"
-        )
-    return labels
-
-
-def videos_beside(
-    sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
-) -> Iterator[np.ndarray]:
-    """A video for each clip of a set, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i is for clip i.
-
-    Args:
-      sampler: of the videos.
-      clips: whose number is sampled, and that are gone on with where the generator predicts frames. A prediction for a
-        clip that cannot be read is left out, as the clip itself is.
-      classes: [clips] int, where the generator is conditional on them.
-      folder: to keep the codes in, so that a stopped evaluation goes on; complete, it is one that `detokenize` reads.
-
-    Yields:
-      Batches of this host's share, float32 [B, T, H, W, C] in [0, 1].
-
-    Raises:
-      InputError: the folder holds something else.
-    """
-    host, hosts = jax.process_index(), jax.process_count()
-    with contextlib.ExitStack() as stack:
-        settings = {"clips": clips.describe()}
-        if classes is None:
-            # the batches of all hosts at a time, so that each gets whole ones
-            batches = clips.batches(sampler.batch_size * hosts, process_index=host, process_count=hosts)
-            stack.enter_context(batches)
-        else:
-            settings["counts"] = class_counts(classes)
-        path = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
-        run = stack.enter_context(_Run("evaluate", sampler, path, len(clips), option="--samples", **settings))
-        total = sum(len(run.rows(number)) for number in run.mine)
-        progress = stack.enter_context(Progress(total, description="sample", unit="video"))
-        for number in run.mine:
-            rows = run.rows(number)
-            real = np.ones(len(rows), bool)
-            if classes is None:
-                batch = next(batches)
-                real = batch["mask"][: len(rows)] > 0
-            codes = run.kept(number)
-            if codes is None:
-                given = {"clips": batch["video"][: len(rows)]} if classes is None else {"classes": classes[rows]}
-                codes = sampler.codes(rows, **given)
-                run.keep(number, codes)
-            videos = sampler.decode(codes)[real]
-            progress.update(len(rows))
-            yield videos
-        if folder is not None:
-            labels, names = (np.full(len(clips), -1), ()) if classes is None else (classes, sampler.class_names)
-            run.finish(_described(labels, clips.clip.frames), names, sheet=True)
-
-
-class _Run:
+class SampleFolder:
     """A folder that is written batch by batch. As a context it is claimed: no other run writes there.
 
     Attributes:

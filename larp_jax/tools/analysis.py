@@ -23,8 +23,10 @@ from larp_jax.config import MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_png
 from larp_jax.errors import InputError
-from larp_jax.evaluation.evaluators import PriorScore, ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.evaluators import ReconstructionEvaluator
+from larp_jax.evaluation.metrics import PriorScore
 from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.metrics import SMALLEST_MSE, codebook_usage, perplexity
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
@@ -258,7 +260,7 @@ def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Arr
 def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, mesh: Mesh, batch_size: int):
     """PSNR and the like, code counts, the prior's scores by position, and the number of clips."""
     names = [name for name in available(found.recipe, found.params) if name in ("psnr", "usage", "prior")]
-    metrics = own_metrics(names, found.recipe)
+    metrics = default_metrics(names, found.recipe)
     by_position = PriorByPosition(found.recipe) if "prior" in names else None
     evaluator = ReconstructionEvaluator(
         lambda params: tokenizer.module(params["tokenizer"]),
@@ -288,17 +290,14 @@ class PriorByPosition(PriorScore):
     result: dict[str, np.ndarray]
 
     def values(self, weights, batch):
-        """See `larp_jax.evaluation.evaluators.Metric`."""
         return self.by_position(batch)
 
     def add(self, total, values, mask):
-        """See `larp_jax.evaluation.evaluators.Metric`."""
         sums = {name: np.asarray(value, np.float64)[mask > 0].sum(axis=0) for name, value in values.items()}
         clips, before = total or (0, dict.fromkeys(sums, 0.0))
         return clips + int(mask.sum()), {name: before[name] + value for name, value in sums.items()}
 
     def scalars(self, total):
-        """See `larp_jax.evaluation.evaluators.Metric`."""
         clips, sums = total
         self.result = {name: value / clips for name, value in sums.items()}
         return {}

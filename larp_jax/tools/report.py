@@ -13,6 +13,7 @@ import numpy as np
 from larp_jax import files
 from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
 from larp_jax.errors import InputError, reason
+from larp_jax.evaluation.registry import every_metric
 from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
 from larp_jax.tools import analysis, charts
@@ -28,15 +29,16 @@ _ODD = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticE
 MOST_VIDEOS = 12  # steps whose pictures a page carries
 CELLS = {"reconstruction": "original left, reconstruction right", "samples": "samples"}
 
-# (title, unit, {scalar: label}); what no panel names gets one of its own
-PANELS = (
-    ("Loss", "", {"train/loss": "", "eval/cross_entropy": "evaluation"}),
+# (title, unit, {training scalar: label}), in the order of the page. Metrics add their scalars, or panels at the end.
+# Scalars that no panel names get one each.
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "", {"train/loss": ""}),
     ("Reconstruction loss", "", {"train/loss_reconstruction": "pixels", "train/loss_perceptual": "perceptual"}),
-    ("PSNR", "dB", {"train/psnr": "training", "eval/psnr": "evaluation", "eval/psnr_mean_clip": "mean clip"}),
-    ("SSIM", "", {"train/ssim": "training", "eval/ssim": "evaluation"}),
-    ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch", "eval/usage": "evaluation"}),
-    ("Perplexity of the codes", "codes", {"train/perplexity": "batch", "eval/perplexity": "evaluation"}),
-    ("KL of the codes from uniform", "nats", {"train/kl_from_uniform": "batch", "eval/kl_from_uniform": "evaluation"}),
+    ("PSNR", "dB", {"train/psnr": "training"}),
+    ("SSIM", "", {"train/ssim": "training"}),
+    ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch"}),
+    ("Perplexity of the codes", "codes", {"train/perplexity": "batch"}),
+    ("KL of the codes from uniform", "nats", {"train/kl_from_uniform": "batch"}),
     (
         "Quantiser losses",
         "",
@@ -48,29 +50,11 @@ PANELS = (
             "train/quantizer_kl": "KL",
         },
     ),
-    ("Entropy of the codes at a position", "nats", {"eval/position_entropy": "evaluation"}),
+    ("Entropy of the codes at a position", "nats", {}),
     ("Temperature of the draw of codes", "", {"train/temperature": ""}),
-    ("Prior: cross-entropy", "nats", {"train/loss_prior": "training", "eval/prior_cross_entropy": "evaluation"}),
-    (
-        "Prior: accuracy",
-        "share",
-        {
-            "train/prior_top1": "top 1",
-            "train/prior_top5": "top 5",
-            "eval/prior_top1": "top 1, evaluation",
-            "eval/prior_top5": "top 5, evaluation",
-        },
-    ),
-    (
-        "Accuracy of the next code",
-        "share",
-        {
-            "train/top1": "top 1",
-            "train/top5": "top 5",
-            "eval/top1": "top 1, evaluation",
-            "eval/top5": "top 5, evaluation",
-        },
-    ),
+    ("Prior: cross-entropy", "nats", {"train/loss_prior": "training"}),
+    ("Prior: accuracy", "share", {"train/prior_top1": "top 1", "train/prior_top5": "top 5"}),
+    ("Accuracy of the next code", "share", {"train/top1": "top 1", "train/top5": "top 5"}),
     ("Adversarial losses", "", {"train/loss_adversarial": "tokenizer", "train/loss_discriminator": "discriminator"}),
     ("Logits of the discriminator", "", {"train/logits_real": "real", "train/logits_fake": "reconstruction"}),
     ("Learning rate", "", {"train/learning_rate": ""}),
@@ -163,7 +147,7 @@ def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
     named = ((name, value) for row in rows for name, value in row.items() if "/" in name)
     scalars = {name for name, value in named if value is None or is_number(value)}
     panels, shown, limits = [], set(), (0, rows[-1]["step"] if rows else 0)
-    for title, unit, names in PANELS:
+    for title, (unit, names) in _scalars_of_panels().items():
         present = {name: label for name, label in names.items() if name in scalars}
         shown |= present.keys()
         if present:
@@ -174,6 +158,16 @@ def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
         panels.append(Chart("speed", "Throughput", [Series("", speed)], y_label="clips/s", x_limits=limits))
     rest = sorted(scalars - shown)
     return panels + [Chart(name, name, [_series(rows, name, "")], x_limits=limits) for name in rest]
+
+
+def _scalars_of_panels() -> dict[str, tuple[str, dict[str, str]]]:
+    """Unit and {scalar: label} of each panel, by its title."""
+    found = {title: (unit, dict(names)) for title, unit, names in PANELS}
+    for metric in every_metric():
+        for title, unit, labels in metric.panels:
+            _, names = found.setdefault(title, (unit, {}))
+            names |= {f"eval/{scalar}": label for scalar, label in labels.items()}
+    return found
 
 
 def _series(rows: list[dict], name: str, label: str) -> Series:

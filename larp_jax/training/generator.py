@@ -27,8 +27,9 @@ from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.generator import Generator
-from larp_jax.models.next_code import NextCode, score_tokens
-from larp_jax.models.pixels import as_float_video, hold_last_frame, to_uint8
+from larp_jax.models.generator_codes import encode_batch, score_batch
+from larp_jax.models.next_code import NextCode
+from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
@@ -90,22 +91,12 @@ class GeneratorStage:
         """
         if "video" not in batch:
             return batch
-        batch = dict(batch)
-        video = as_float_video(batch.pop("video"))
-        with jax.default_matmul_precision("float32"):
-            tokenizer = self.module("tokenizer", frozen)
-            batch["codes"] = tokenizer.quantize(video).indices
-            if self.recipe.model.frame_prediction:
-                known = hold_last_frame(video, self.recipe.cond_frames)
-                batch["condition"] = tokenizer.quantize(known).indices
-        return batch
+        cond_frames = self.recipe.cond_frames if self.recipe.model.frame_prediction else 0
+        return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=cond_frames)
 
     def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
         """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
-        generator, codes = self.module("generator", params), batch["codes"]
-        condition = batch["condition" if self.recipe.model.frame_prediction else "label"]
-        features = generator.features(condition, codes[:, :-1], key=key)
-        return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+        return score_batch(self.module("generator", params), batch, key=key)
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.

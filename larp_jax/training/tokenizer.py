@@ -21,8 +21,9 @@ from larp_jax import data, metrics
 from larp_jax.config import TokenizerRecipe
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluation.evaluators import ReconstructionEvaluator, available, own_metrics
+from larp_jax.evaluation.evaluators import ReconstructionEvaluator
 from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.models.data_init import data_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.lpips import Lpips
@@ -391,7 +392,7 @@ class TokenizerTask:
             lambda params: self.stage.module("tokenizer", params),
             ClipSet(recipe.data.eval, self._clip, max_clips=recipe.data.eval_clips),
             self._mesh,
-            own_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
+            default_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
             batch_size=recipe.data.batch_size,
         )
 

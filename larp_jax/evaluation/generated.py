@@ -1,0 +1,108 @@
+"""Generated videos to compare with the clips of a data set: which classes, and which video belongs to which clip."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from larp_jax.api import LoadedGenerator
+from larp_jax.errors import InputError
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.inference.generate import (
+    SampleFolder,
+    Sampler,
+    alternate,
+    as_in_training,
+    class_counts,
+    manifest_rows,
+)
+from larp_jax.runtime.progress import Progress
+
+
+def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
+    """Classes [clips] int32 of the videos to compare with a set of clips, one per clip.
+
+    They have the same frequencies as in training, if the checkpoint contains those, and alternate. Otherwise they are
+    the classes of the clips.
+
+    Raises:
+      InputError: the clips have a class that the generator does not have.
+    """
+    if generator.class_counts is not None:
+        return np.array(alternate(as_in_training(generator, len(clips))), np.int32)
+    label_of = {video: clips.source.label(video) for video, _ in clips.windows}
+    return own_labels(generator, clips, np.array([label_of[video] for video, _ in clips.windows], np.int32))
+
+
+def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -> np.ndarray:
+    """Labels [M] int32 of clips, as the generator numbers its classes: matched by name if both have names.
+
+    Raises:
+      InputError: the generator does not have the class of a clip, or a clip has none and there is no null class.
+    """
+    names, ours = clips.source.label_names, generator.class_names
+    if names and ours and names != ours:
+        number = {name: label for label, name in enumerate(ours)}
+        found = [names[label] if label >= 0 else "" for label in labels.tolist()]
+        if unknown := [name for name in found if name and name not in number]:
+            raise InputError(f"a clip has the class {unknown[0]!r}, the generator has not; give --data of its classes")
+        labels = np.array([number.get(name, -1) for name in found], np.int32)
+    least, last = -1 if generator.config.class_dropout else 0, generator.config.num_classes - 1
+    if wrong := [label for label in labels.tolist() if not least <= label <= last]:
+        raise InputError(
+            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to {last}; give --data of the same"
+            " classes"
+        )
+    return labels
+
+
+def videos_beside(
+    sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
+) -> Iterator[np.ndarray]:
+    """Generates a video for each clip, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i belongs to clip i.
+
+    Args:
+      sampler: samples the videos.
+      clips: the clips; a frame predictor continues them. If a clip cannot be read, its prediction is left out too.
+      classes: [clips] int, for a class-conditional generator.
+      folder: where to keep the codes, so that a stopped evaluation can resume; `detokenize` reads the finished folder.
+
+    Yields:
+      Batches of the videos of this host, float32 [B, T, H, W, C] in [0, 1].
+
+    Raises:
+      InputError: the folder contains something else.
+    """
+    host, hosts = jax.process_index(), jax.process_count()
+    with contextlib.ExitStack() as stack:
+        settings = {"clips": clips.describe()}
+        if classes is None:
+            # the batches of all hosts at a time, so that each gets whole ones
+            batches = clips.batches(sampler.batch_size * hosts, process_index=host, process_count=hosts)
+            stack.enter_context(batches)
+        else:
+            settings["counts"] = class_counts(classes)
+        path = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
+        run = stack.enter_context(SampleFolder("evaluate", sampler, path, len(clips), option="--samples", **settings))
+        total = sum(len(run.rows(number)) for number in run.mine)
+        progress = stack.enter_context(Progress(total, description="sample", unit="video"))
+        for number in run.mine:
+            rows = run.rows(number)
+            real = np.ones(len(rows), bool)
+            if classes is None:
+                batch = next(batches)
+                real = batch["mask"][: len(rows)] > 0
+            codes = run.kept(number)
+            if codes is None:
+                given = {"clips": batch["video"][: len(rows)]} if classes is None else {"classes": classes[rows]}
+                codes = sampler.codes(rows, **given)
+                run.keep(number, codes)
+            videos = sampler.decode(codes)[real]
+            progress.update(len(rows))
+            yield videos
+        if folder is not None:
+            labels, names = (np.full(len(clips), -1), ()) if classes is None else (classes, sampler.class_names)
+            run.finish(manifest_rows(labels, clips.clip.frames), names, sheet=True)

@@ -1,0 +1,338 @@
+"""Metrics of reconstructions. Each is one class and one entry of `METRICS` in `larp_jax.evaluation.registry`."""
+
+import dataclasses
+from collections.abc import Callable, Container, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from larp_jax import metrics
+from larp_jax.config import TokenizerRecipe
+from larp_jax.errors import InputError
+from larp_jax.evaluation import fvd
+from larp_jax.evaluation.description import Description, Panel
+from larp_jax.evaluation.frechet import FeatureStatistics
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.models.next_code import next_code
+from larp_jax.models.prior import Prior
+from larp_jax.models.quantizer import Quantized
+from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.runtime import sharding
+
+
+class Reconstructed(NamedTuple):
+    """A batch as metrics see it, inside the jitted pass.
+
+    Attributes:
+      video: [B, T, H, W, C] float32 in [0, 1].
+      reconstruction: the same shape, clamped to [0, 1].
+      quantized: output of the quantizer, with deterministic codes.
+      tokenizer: the module.
+      params: parameters of all modules by name, including the tokenizer.
+    """
+
+    video: jax.Array
+    reconstruction: jax.Array
+    quantized: Quantized
+    tokenizer: Tokenizer
+    params: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A condition that a metric places on a checkpoint.
+
+    Attributes:
+      text: what it needs, for messages.
+      met: `met(recipe, modules)`: whether a recipe with parameters of these modules meets it.
+    """
+
+    text: str
+    met: Callable[[TokenizerRecipe, Container[str]], bool]
+
+
+CODES = Need("codes", lambda recipe, modules: recipe.model.quantizer.has_codes)
+TRAINED_PRIOR = Need("a trained prior", lambda recipe, modules: "prior" in modules and recipe.model.num_tokens > 1)
+SSIM_FRAMES = Need(
+    f"frames of at least {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}",
+    lambda recipe, modules: recipe.model.resolution >= metrics.SSIM_WINDOW,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """From what `Metric.create` creates a metric. Metrics without a network need only the recipe.
+
+    Attributes:
+      recipe: of the tokenizer's run.
+      mean_clip: mean training clip [T, H, W, C] in [0, 1]; None if unknown.
+      network: the metric's own trained network, from `larp_jax.weights.networks`.
+      identity: identifies its files, as `larp_jax.weights.networks.identify` does.
+      clips: the clips to evaluate.
+      mesh: where to compute.
+      batch_size: clips at a time, over all processes.
+      progress: whether to show a bar.
+    """
+
+    recipe: TokenizerRecipe
+    mean_clip: np.ndarray | None = None
+    network: Any = None
+    identity: Mapping[str, Any] | None = None
+    clips: ClipSet | None = None
+    mesh: Mesh | None = None
+    batch_size: int = 1
+    progress: bool = False
+
+
+class Metric(Description):
+    """Computes values for each batch on the mesh and adds them up on the host, where padding is left out.
+
+    Attributes:
+      needs: conditions on the checkpoint.
+      weights: a pytree of arrays that `values` needs, passed to the jitted pass as an argument.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+    weights: Any = None
+
+    @classmethod
+    def create(cls, setting: Setting) -> Self:
+        """The metric for an evaluation."""
+        return cls()
+
+    @classmethod
+    def fits(cls, recipe: TokenizerRecipe, modules: Container[str]) -> bool:
+        """Whether a tokenizer with parameters of these modules meets all needs."""
+        return all(need.met(recipe, modules) for need in cls.needs)
+
+    def describe(self) -> dict[str, Any]:
+        """What to record with the scores, ready for JSON."""
+        return {}
+
+    def values(self, weights: Any, batch: Reconstructed) -> Any:
+        """A pytree of arrays with one row per clip; traced."""
+        raise NotImplementedError
+
+    def add(self, total: Any, values: Any, mask: np.ndarray) -> Any:
+        """The total (None at first) plus a batch; mask [B] is 1 for real clips."""
+        raise NotImplementedError
+
+    def scalars(self, total: Any) -> dict[str, float]:
+        """Results by name."""
+        raise NotImplementedError
+
+
+class Average(Metric):
+    """A metric whose `values` are named; each scalar is a mean over clips."""
+
+    def add(self, total, values, mask):
+        total = total or dict.fromkeys(values, metrics.Mean.empty())
+        return {name: total[name].merge(metrics.Mean.of(np.asarray(value), mask)) for name, value in values.items()}
+
+    def scalars(self, total):
+        return {name: mean.compute() for name, mean in total.items()}
+
+
+class Psnr(Average):
+    """PSNR, and the PSNR of always returning the mean clip [T, H, W, C] in [0, 1] if it is given."""
+
+    name = "psnr"
+    definitions: ClassVar = {
+        "psnr": "dB, over all pixels of a clip at once in [0, 1], output clamped; mean over clips",
+        "psnr_mean_clip": "the same for the mean of training clips instead of a reconstruction: what a tokenizer gives "
+        "whose codes say nothing",
+    }
+    panels = (Panel("PSNR", "dB", {"psnr": "evaluation", "psnr_mean_clip": "mean clip"}),)
+
+    def __init__(self, mean_clip: np.ndarray | None = None):
+        self.weights = mean_clip
+
+    @classmethod
+    def create(cls, setting):
+        return cls(setting.mean_clip)
+
+    def values(self, weights, batch):
+        values = {"psnr": metrics.psnr(batch.video, batch.reconstruction)}
+        if weights is not None:
+            values["psnr_mean_clip"] = metrics.psnr(batch.video, jnp.broadcast_to(weights, batch.video.shape))
+        return values
+
+
+class Ssim(Average):
+    """Structural similarity."""
+
+    name = "ssim"
+    definitions: ClassVar = {
+        "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colours, frames"
+        " and then clips"
+    }
+    needs = (SSIM_FRAMES,)
+    panels = (Panel("SSIM", "", {"ssim": "evaluation"}),)
+
+    def values(self, weights, batch):
+        return {"ssim": metrics.ssim(batch.video, batch.reconstruction)}
+
+
+class LpipsDistance(Average):
+    """LPIPS, mean over the frames of a clip; one clip at a time on each device.
+
+    Args:
+      lpips: `larp_jax.models.lpips.Lpips` with its trained weights.
+      mesh: where to compute.
+      identity: identifies the weights, as `larp_jax.weights.networks.identify` does.
+    """
+
+    name = "lpips"
+    definitions: ClassVar = {
+        "lpips": "LPIPS v0.1 on VGG16, frame by frame, output clamped and not rounded; mean over frames and then clips"
+    }
+    network = "lpips"
+
+    def __init__(self, lpips, mesh: Mesh, identity: Mapping[str, Any] | None = None):
+        self.weights, self._identity = sharding.replicate(lpips, mesh), identity or {}
+        self._distance = sharding.clip_by_clip(lambda lpips, x, y: lpips.distance(x, y).mean(), mesh)
+
+    @classmethod
+    def create(cls, setting):
+        return cls(setting.network, setting.mesh, setting.identity)
+
+    def describe(self):
+        return {"lpips": {"backbone": "VGG16, heads v0.1", **self._identity}}
+
+    def values(self, weights, batch):
+        with jax.default_matmul_precision("float32"):
+            return {"lpips": self._distance(weights, batch.video, batch.reconstruction)}
+
+
+class ReconstructionFvd(Metric):
+    """Frechet video distance between the reconstructions and the real clips.
+
+    Args:
+      features: computes the features.
+      real: statistics of the same clips, from `larp_jax.evaluation.fvd.real_statistics`.
+      covariance: one of `larp_jax.evaluation.frechet.COVARIANCES`.
+      mesh: where to compute.
+    """
+
+    name = "rfvd"
+    definitions: ClassVar = {
+        "rfvd": "Frechet distance between I3D's logits of the clips and of their reconstructions, clamped and not"
+        " rounded; frames resized to 224 (bilinear, not antialiased)"
+    }
+    network = "i3d"
+
+    def __init__(self, features: fvd.VideoFeatures, real: FeatureStatistics, covariance: str, mesh: Mesh):
+        self.weights = sharding.replicate(features.i3d, mesh)
+        self._features, self._real, self._covariance, self._mesh = features, real, covariance, mesh
+
+    @classmethod
+    def create(cls, setting):
+        features = fvd.VideoFeatures(setting.network, setting.identity)
+        real = fvd.real_statistics(
+            features, setting.clips, batch_size=setting.batch_size, progress=setting.progress
+        )
+        return cls(features, real, setting.clips.protocol.covariance, setting.mesh)
+
+    def describe(self):
+        return {**self._features.describe(), "covariance": self._covariance}
+
+    def values(self, weights, batch):
+        return self._features.of(weights, batch.reconstruction, self._mesh)
+
+    def add(self, total, values, mask):
+        statistics = FeatureStatistics.of(np.asarray(values), mask)
+        return total.merge(statistics) if total else statistics
+
+    def scalars(self, total):
+        if total.count != self._real.count:
+            raise InputError(
+                f"{total.count} clips could be read for their reconstructions and {self._real.count} for the statistics"
+                " of the real ones; run it again when the data does not change"
+            )
+        return {"rfvd": fvd.distance(self._real, total, covariance=self._covariance)}
+
+
+class Usage(Metric):
+    """How evenly the codes are used: over the whole codebook and at each token position."""
+
+    name = "usage"
+    definitions: ClassVar = {
+        "usage": "share of the codebook that occurs in these clips",
+        "perplexity": "exponential of the entropy of all codes' frequencies",
+        "kl_from_uniform": "nats, of all codes' frequencies from uniform ones",
+        "position_entropy": "nats, entropy of the codes' frequencies at a token position, mean over positions",
+    }
+    needs = (CODES,)
+    panels = (
+        Panel("Codes in use", "share", {"usage": "evaluation"}),
+        Panel("Perplexity of the codes", "codes", {"perplexity": "evaluation"}),
+        Panel("KL of the codes from uniform", "nats", {"kl_from_uniform": "evaluation"}),
+        Panel("Entropy of the codes at a position", "nats", {"position_entropy": "evaluation"}),
+    )
+
+    def __init__(self, codebook_size: int):
+        self._size = codebook_size
+
+    @classmethod
+    def create(cls, setting):
+        return cls(setting.recipe.model.quantizer.codebook_size)
+
+    def values(self, weights, batch):
+        return batch.quantized.indices
+
+    def add(self, total, values, mask):
+        statistics = metrics.CodeStatistics.of(np.asarray(values), self._size, mask)
+        return total.merge(statistics) if total else statistics
+
+    def scalars(self, total):
+        return total.compute()
+
+
+class PriorScore(Average):
+    """How well the prior (LARP, arXiv 2410.21264, section 3.3) predicts the codes 1 .. N-1.
+
+    One round on the latents themselves, without dropout, in float32. Reads `params["prior"]`.
+    """
+
+    name = "prior"
+    definitions: ClassVar = {
+        "prior_cross_entropy": "nats a code, of codes 1 .. N-1 under the prior that was trained with the tokenizer,"
+        " which reads the latents before each (one round, no dropout)",
+        "prior_top1": "share of codes 1 .. N-1 that this prior thinks likeliest",
+        "prior_top5": "share of them that are among its likeliest five",
+    }
+    needs = (CODES, TRAINED_PRIOR)
+    panels = (
+        Panel("Prior: cross-entropy", "nats", {"prior_cross_entropy": "evaluation"}),
+        Panel(
+            "Prior: accuracy", "share", {"prior_top1": "top 1, evaluation", "prior_top5": "top 5, evaluation"}
+        ),
+    )
+
+    def __init__(self, recipe: TokenizerRecipe):
+        model = recipe.model
+        make = lambda: Prior(recipe.prior, model.num_tokens, model.quantizer.code_dim, rngs=nnx.Rngs(0))  # noqa: E731
+        self._graphdef, self._temperature = nnx.graphdef(nnx.eval_shape(make)), recipe.prior.temperature
+
+    @classmethod
+    def create(cls, setting):
+        return cls(setting.recipe)
+
+    def values(self, weights, batch):
+        return {name: value.mean(axis=1) for name, value in self.by_position(batch).items()}
+
+    def by_position(self, batch: Reconstructed) -> dict[str, jax.Array]:
+        """The scores of each code 1 .. N-1: [B, N-1] by name."""
+        prior = nnx.merge(self._graphdef, batch.params["prior"])
+        scored = next_code(
+            prior(batch.quantized.z_q[:, :-1]),
+            batch.quantized.indices[:, 1:],
+            batch.tokenizer.quantizer.codebook,
+            temperature=self._temperature,
+        )
+        values = {"prior_cross_entropy": scored.cross_entropy}
+        return values | {f"prior_top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}

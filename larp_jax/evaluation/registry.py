@@ -1,0 +1,84 @@
+"""The metrics by name, and which of them apply to a checkpoint."""
+
+from collections.abc import Container, Iterator, Sequence
+
+import numpy as np
+
+from larp_jax.config import TokenizerRecipe
+from larp_jax.errors import InputError
+from larp_jax.evaluation.description import Description
+from larp_jax.evaluation.evaluators import NextCodeEvaluator
+from larp_jax.evaluation.fvd import FvdEvaluator
+from larp_jax.evaluation.metrics import LpipsDistance, Metric, PriorScore, Psnr, ReconstructionFvd, Setting, Ssim, Usage
+
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric for metric in (Psnr, Ssim, LpipsDistance, ReconstructionFvd, Usage, PriorScore)
+}
+GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator]] = {
+    metric.name: metric for metric in (FvdEvaluator, NextCodeEvaluator)
+}
+
+
+def every_metric() -> Iterator[type[Description]]:
+    """The metrics of tokenizers, then those of generators."""
+    yield from METRICS.values()
+    yield from GENERATOR_METRICS.values()
+
+
+def definitions() -> dict[str, str]:
+    """The definition of each scalar, by its name."""
+    return {name: text for metric in every_metric() for name, text in metric.definitions.items()}
+
+
+def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ...]:
+    """Names of the metrics that apply to a tokenizer.
+
+    Args:
+      recipe: of its run.
+      modules: names of the modules whose parameters exist.
+    """
+    return tuple(name for name, metric in METRICS.items() if metric.fits(recipe, modules))
+
+
+def default_metrics(
+    names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None
+) -> list[Metric]:
+    """Those of the metrics with these names that need no network."""
+    setting = Setting(recipe=recipe, mean_clip=mean_clip)
+    return [METRICS[name].create(setting) for name in names if not METRICS[name].network]
+
+
+def choose(asked: Sequence[str] | None, fitting: Sequence[str], stage: str) -> list[str]:
+    """Names of the metrics to compute.
+
+    Args:
+      asked: names; None for all that fit and need no network.
+      fitting: names of the metrics that apply to the checkpoint.
+      stage: of the checkpoint, `tokenizer` or `generator`.
+
+    Raises:
+      InputError: a name is unknown or its metric does not apply to the checkpoint.
+    """
+    kinds: dict[str, dict] = {"tokenizer": METRICS, "generator": GENERATOR_METRICS}
+    ours = kinds.pop(stage)
+    ((other, theirs),) = kinds.items()
+    if asked is None:
+        return [name for name in fitting if not ours[name].network]
+    if unknown := sorted(set(asked) - ours.keys() - theirs.keys()):
+        raise InputError(f"--metrics {','.join(unknown)} is not known; choose from {', '.join(ours)}")
+    if wrong := [name for name in asked if name in theirs]:
+        raise InputError(
+            f"--metrics {','.join(wrong)} is for a {other}, this is a {stage}; choose from {', '.join(ours)}"
+        )
+    if unfit := [name for name in asked if name not in fitting]:
+        raise InputError(
+            f"--metrics {','.join(unfit)} does not fit this checkpoint ({_needs()}); choose from {', '.join(fitting)}"
+        )
+    return [name for name in fitting if name in asked]
+
+
+def _needs() -> str:
+    """What metrics need of a checkpoint, in words."""
+    needs = sorted((" and ".join(need.text for need in metric.needs), name) for name, metric in METRICS.items())
+    texts = [f"{name} {text}" for text, name in needs if text]
+    return ", ".join(texts).replace(" ", " needs ", 1)
