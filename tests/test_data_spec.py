@@ -91,7 +91,6 @@ def test_weights_are_for_every_part_of_several(text):
         ("walk.mp4", "there is no file or folder 'walk.mp4'"),
         ("requirements.txt", "is a list: run larp-jax prepare --input requirements.txt --output DIR, then give tfds:"),
         ("setup.py", "setup.py is neither a video"),
-        ("gs://bucket/videos", "'gs' is not supported, give a path on this machine"),
         ("tfds:a+foler:x+tfds:/", "write a name after tfds:"),
     ],
 )

@@ -40,7 +40,7 @@ RECIPE = TokenizerRecipe(
         num_tokens=8,
         encoder=TransformerConfig(width=32, depth=2, heads=2),
         decoder=TransformerConfig(width=32, depth=2, heads=2),
-        quantizer=QuantizerConfig(codebook_size=64, code_dim=4, entropy_weight=0.1),
+        quantizer=QuantizerConfig(codebook_size=64, code_dim=4, entropy_weight=0.1, entropy_temperature=0.02),
     ),
     prior=PriorConfig(size="XXS", width=16, depth=2, heads=2),
     # step 0: no discriminator yet; odd steps: the tokenizer hears it; even steps: it learns and is heard

@@ -89,6 +89,8 @@ def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
     if kind in ("folder", "tokens", "tfds"):
         files.refuse_url(rest, "data")
+    elif "://" in text:
+        files.refuse_url(text, "data")
     if kind in ("folder", "tokens") and rest:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
