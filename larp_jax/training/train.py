@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 # `size` is only a label: the width, depth and heads that it stands for are compared.
 MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "mesh",
               "remat", "accumulate", "precision", "tokenizer", "data.eval", "data.workers", "data.eval_clips", "optim",
-              "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames", "loss.adversarial_weight",
+              "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
+              "loss.adversarial_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
