@@ -68,7 +68,7 @@ def test_moments_that_lie_whole_are_noticed(state):
     mesh = mesh_of(1, 8, 1)
     placement = sharding.state_shardings(state, mesh)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), placement.opt_state)
-    with pytest.raises(InputError, match="splits only"):
+    with pytest.raises(InputError, match="shards only"):
         sharding.check_sharded(state, dataclasses.replace(placement, opt_state=whole), mesh)
 
 
