@@ -159,7 +159,7 @@ def test_a_picture_shows_where():
 
 
 def test_what_cannot_be_analysed(found, data, tmp_path):
-    with pytest.raises(InputError, match="has one clip, which has no other.*--replace common"):
+    with pytest.raises(InputError, match="there is one clip, which has no other.*--replace common"):
         analysis.analyze(found, data, tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):
         analysis.analyze(found, data, tmp_path / "a", replace="mean")
