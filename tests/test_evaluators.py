@@ -209,7 +209,7 @@ def test_statistics_of_real_clips_are_computed_once(folder, tmp_path, cache, cou
     kept.write_bytes(kept.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         statistics()
-    assert len(counted) == 5 and "is damaged" in caplog.text
+    assert len(counted) == 5 and "is damaged (File is not a zip file)" in caplog.text
     statistics()
     assert len(counted) == 5
 
