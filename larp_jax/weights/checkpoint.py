@@ -303,9 +303,11 @@ def _items_of(names: Iterable[str]) -> set[str]:
 
 
 def _read_json_item(directory: pathlib.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint; whatever is wrong with it is raised."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        metadata = reader.restore(directory / "metadata")
+    """The metadata of a checkpoint; whatever is wrong with it is raised.
+
+    By the handler alone: a `Checkpointer` would wait for all processes, and the first one reads this on its own.
+    """
+    metadata = ocp.JsonCheckpointHandler().restore(directory / "metadata")
     if not isinstance(metadata, dict):
         raise ValueError(f"its metadata is a {type(metadata).__name__}")
     return metadata
