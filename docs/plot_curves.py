@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 PANELS = {  # title: {scalar: label}; scalars of training are drawn thin, of evaluation with dots
     "reconstruction loss": {"train/loss_reconstruction": ""},
     "PSNR (dB)": {"train/psnr": "training batch", "eval/psnr": "unseen people"},
-    "quantiser loss": {"train/loss_quantizer": ""},
+    "quantizer loss": {"train/loss_quantizer": ""},
     "codes in use": {"train/usage_batch": "training batch", "eval/usage": "unseen people"},
     "prior: cross-entropy (nats)": {"train/loss_prior": ""},
     "prior: accuracy": {"train/prior_top1": "top 1", "train/prior_top5": "top 5"},
@@ -38,7 +38,7 @@ def read(workdir: str) -> dict[str, list[tuple[int, float]]]:
 def main(output: str, *runs: str) -> None:
     """Draws `LABEL=WORKDIR` runs into one picture."""
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
-    for colour, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs, strict=False):
+    for color, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs, strict=False):
         label, _, workdir = run.partition("=")
         curves = read(workdir)
         for axis, (title, scalars) in zip(axes.flat, PANELS.items(), strict=True):
@@ -48,7 +48,7 @@ def main(output: str, *runs: str) -> None:
                 if name in curves:
                     steps, values = zip(*curves[name], strict=True)
                     style = {"marker": "o"} if name.startswith("eval/") else {"linestyle": ("-", ":")[number % 2]}
-                    axis.plot(steps, values, color=colour, label=", ".join(filter(None, (label, what))), **style)
+                    axis.plot(steps, values, color=color, label=", ".join(filter(None, (label, what))), **style)
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

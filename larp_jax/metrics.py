@@ -43,7 +43,7 @@ def ssim(x: Array, y: Array) -> jax.Array:
     """Structural similarity (Wang et al. 2004) of each clip: frame by frame, then the mean over its frames.
 
     The Gaussian window is 11 wide with sigma 1.5; only windows wholly inside the frame count; covariances are those of
-    the population; the mean is over positions and colour channels.
+    the population; the mean is over positions and color channels.
 
     Args:
       x: [B, T, H, W, C] in [0, 1], H and W at least 11.

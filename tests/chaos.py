@@ -5,7 +5,7 @@
 The same command, a tiny tokenizer on a dozen made-up videos, trains twice: undisturbed, and killed (SIGKILL) while it
 starts, reads, saves or evaluates, and started again each time. When a run reaches its end before it was killed often
 enough, another begins. In the end each must have left what the undisturbed one left: the same lines in metrics.jsonl,
-the same checkpoints with bit-equal weights and optimiser, and nothing else. Exit code 0 says that they did.
+the same checkpoints with bit-equal weights and optimizer, and nothing else. Exit code 0 says that they did.
 """
 
 import argparse

@@ -398,7 +398,7 @@ def discriminator_config(sizes) -> DiscriminatorConfig:
 
 
 def discriminator_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of logits, of the losses of both sides, and of both regularisers."""
+    """Of logits, of the losses of both sides, and of both regularizers."""
     io = np.load(folder / "io.npz")
     config = discriminator_config(json.loads((folder / "config.json").read_text()))
     real, fake = (io[name].transpose(0, 2, 3, 4, 1) for name in ("real", "fake"))

@@ -158,7 +158,7 @@ def test_a_picture_shows_where():
     np.testing.assert_array_equal(picture[5, 1:5], [dark, dark, dark, dark])  # frames 0, 2, 4, 6 of 8 fit
 
 
-def test_what_cannot_be_analysed(found, data, tmp_path):
+def test_what_cannot_be_analyzed(found, data, tmp_path):
     with pytest.raises(InputError, match="there is one clip, which has no other.*--replace common"):
         analysis.analyze(found, data, tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from larp_jax.data.clips import ClipSpec, centre_crop, last_start, repeat_last, scaled_size, window_starts
+from larp_jax.data.clips import ClipSpec, center_crop, last_start, repeat_last, scaled_size, window_starts
 from larp_jax.errors import InputError
 
 SIDES = st.integers(1, 2000)
@@ -16,10 +16,10 @@ def test_scaled_frames_cover_the_crop_and_keep_their_aspect(width, height, resol
     assert abs(scaled[0] * height - scaled[1] * width) <= max(width, height)
 
 
-def test_crop_is_the_centre():
+def test_crop_is_the_center():
     image = np.arange(5 * 9).reshape(5, 9)
-    np.testing.assert_array_equal(centre_crop(image, 5), image[:, 2:7])
-    np.testing.assert_array_equal(centre_crop(image.T, 5), image.T[2:7])
+    np.testing.assert_array_equal(center_crop(image, 5), image[:, 2:7])
+    np.testing.assert_array_equal(center_crop(image.T, 5), image.T[2:7])
 
 
 @given(COUNTS, COUNTS)

@@ -66,7 +66,7 @@ def test_the_scene_is_the_same_at_every_size():
     assert np.abs(shrunk - small).mean() < 2
 
 
-def centres(clip):
+def centers(clip):
     """Where the shape is: the middle of what differs from the median frame, [T, 2] as (x, y)."""
     change = np.abs(clip.astype(float) - np.median(clip, axis=0)).sum(-1)
     change *= change > 60
@@ -77,7 +77,7 @@ def centres(clip):
 @pytest.mark.parametrize("number", range(16))
 def test_motion_tells_the_class(number):
     clip, label = moving_shapes.render("test", number, 64)
-    spread = np.cov((centres(clip)).T)
+    spread = np.cov((centers(clip)).T)
     major, minor = np.linalg.eigvalsh(spread)[::-1]
     motion = moving_shapes.LABELS[label].split("_")[1]
     assert (motion == "orbit") == (minor > 0.35 * major)

@@ -59,12 +59,12 @@ def test_seeking_decodes_from_the_keyframe_before(made, monkeypatch):
 @pytest.mark.parametrize("width", [16, 18, 24, 40, 72, 136])
 def test_frames_that_have_the_size_wanted_are_read_whole(tmp_path, width):
     side = width // 8 * 8 - 8
-    grey = moving_frames(5, side, width)[..., :1].repeat(3, axis=-1)  # no colour, nothing is lost to subsampling
-    write_as(tmp_path / "video.mkv", grey, *KINDS["ffv1.mkv"])
+    gray = moving_frames(5, side, width)[..., :1].repeat(3, axis=-1)  # no color, nothing is lost to subsampling
+    write_as(tmp_path / "video.mkv", gray, *KINDS["ffv1.mkv"])
     first, second = (video.VideoFile(tmp_path / "video.mkv").read(0, 5, side) for _ in range(2))
     left = round((width - side) / 2)
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(first.astype(int), grey[:, :, left : left + side], atol=3)
+    np.testing.assert_allclose(first.astype(int), gray[:, :, left : left + side], atol=3)
 
 
 def test_uneven_times(tmp_path):

@@ -183,7 +183,7 @@ def test_flags_that_make_no_sense(given, message):
         distributed.initialize(**given)
 
 
-def test_one_process_initialises_nothing(alone):
+def test_one_process_initializes_nothing(alone):
     distributed.initialize()
     distributed.initialize("localhost:1", 1, 0)
     assert distributed.is_first()

@@ -1,4 +1,4 @@
-"""The generator's training step: what it minimises, the same on every mesh, weight decay, sharding."""
+"""The generator's training step: what it minimizes, the same on every mesh, weight decay, sharding."""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
 
 # From the top down, by module or sub-package of larp_jax. A module imports from layers below its own, and within its
-# own sub-package; neighbours of one layer know nothing of each other. "larp_jax" is the package's own __init__.
+# own sub-package; neighbors of one layer know nothing of each other. "larp_jax" is the package's own __init__.
 LAYERS = (
     {"cli"},
     {"tools"},

@@ -226,7 +226,7 @@ def test_attention_on_cpu_drops_what_the_plain_form_drops(causal):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-def test_dropout_keeps_each_number_at_its_rate_whatever_its_neighbours_and_other_calls():
+def test_dropout_keeps_each_number_at_its_rate_whatever_its_neighbors_and_other_calls():
     x = jnp.ones((4, 500, 256))
     one, other = (np.asarray(dropout(x, 0.1, jax.random.key(i))) > 0 for i in (1, 2))
     pairs = {
@@ -419,10 +419,10 @@ LEARNED = dataclasses.replace(
     {"patch_frames": 8},  # half as many patches as tokens
     {"decoder_patch_size": 4},
 ])  # fmt: skip
-def test_data_init_reconstructs_the_colour_of_every_place(change):
+def test_data_init_reconstructs_the_color_of_every_place(change):
     config = dataclasses.replace(LEARNED, **change)
-    colours = jax.random.uniform(jax.random.key(1), (128, 1, 4, 4, 3))
-    video = colours.repeat(8, 1).repeat(8, 2).repeat(8, 3)
+    colors = jax.random.uniform(jax.random.key(1), (128, 1, 4, 4, 3))
+    video = colors.repeat(8, 1).repeat(8, 2).repeat(8, 3)
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
     data_init(tokenizer, video[:96], jax.random.key(0))
     reconstruction, quantized = tokenizer(video[96:])

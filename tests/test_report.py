@@ -74,7 +74,7 @@ def charts_of(page):
 
 @pytest.fixture(scope="module")
 def workdir(trained, tmp_path_factory):
-    """That of the trained tokenizer, evaluated and analysed."""
+    """That of the trained tokenizer, evaluated and analyzed."""
     workdir = shutil.copytree(trained, tmp_path_factory.mktemp("report") / "run")
     of_it = ["--checkpoint", str(workdir), "--data", "moving_shapes:test", "--max-clips=8"]
     assert cli.main(["evaluate", *of_it, "--output", str(workdir / "evaluation.json")]) == 0

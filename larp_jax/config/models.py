@@ -224,7 +224,7 @@ TRAINING_FIELDS = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """The AR prior (METHOD 2). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.
+    """The AR prior (LARP, section 3.3). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.
 
     `positions` are the rows of the position table, as many as tokens where 0 (released priors keep 1024 for fewer).
     """
@@ -254,7 +254,7 @@ class PriorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """The stage-2 generator (METHOD 4). `size` names width, depth and heads, which may be overridden one by one.
+    """The stage-2 generator (LARP, section 4.1). `size` names width, depth and heads; each may be overridden.
 
     `kv_heads` of 0 takes as many key/value heads as query heads; `mlp_multiplier` of 0 leaves the hidden width alone.
     With `frame_prediction` the condition is the codes of the frames before and a separator, otherwise a class.
@@ -314,7 +314,7 @@ class GeneratorConfig:
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the SwiGLU (METHOD 4)."""
+        """Hidden width of the SwiGLU (LARP, section 4.1)."""
         hidden = int(2 * 4 * self.width / 3)
         if self.mlp_multiplier:
             hidden = int(self.mlp_multiplier * hidden)
@@ -323,7 +323,7 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(TransformerConfig):
-    """The transformer that judges whole clips (METHOD 3), the published size by default."""
+    """The transformer that judges whole clips (LARP, section 3.3), the published size by default."""
 
     width: int = 512
     depth: int = 12

@@ -9,7 +9,7 @@ from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorCo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the objective (METHOD 3). `prior_weight` 0 trains without a prior.
+    """Weights of the objective (LARP, sections 3.2 and 3.3). `prior_weight` 0 trains without a prior.
 
     `adversarial_weight` 0 trains without a discriminator. Otherwise `adversarial` names the losses of both sides, from
     step `adversarial_start` on the tokenizer hears the discriminator, and on every multiple of `discriminator_every`
@@ -41,7 +41,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """Adam with linear warm-up and cosine decay per step (METHOD 3 and 4).
+    """Adam with linear warm-up and cosine decay per step (LARP, sections 3.3 and 4.1; constants of the released code).
 
     The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
     `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
@@ -143,7 +143,7 @@ class MeshConfig:
 class Recipe:
     """A run of any stage.
 
-    `precision` is that of the computation; parameters, quantiser and losses are float32. `remat` is what the backward
+    `precision` is that of the computation; parameters, quantizer and losses are float32. `remat` is what the backward
     pass recomputes (`none`, every `block`, all but matrix products: `dots`). `accumulate` above 1 takes a batch in so
     many parts, one after the other, which needs so much less memory. Checkpoints: every `save_every` steps, the newest
     `keep` stay, and the one with the best `best_metric` of an evaluation. `init_from` is a path of weights to start

@@ -13,7 +13,7 @@ class ClipSpec:
 
     Attributes:
       frames: T, consecutive frames at the video's own rate.
-      resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the centre is cut out.
+      resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the center is cut out.
       flip: whether half of the training clips, drawn at random, are mirrored left to right. Evaluation never flips.
     """
 
@@ -39,7 +39,7 @@ def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     return resolution * width // height, resolution
 
 
-def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """A view of the central size x size pixels of [H, W] or [H, W, C]."""
     top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]

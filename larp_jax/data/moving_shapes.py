@@ -128,14 +128,14 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     day = rng.random() < 0.5  # a dark shape on a light ground, or a light one on a dark ground
     background = _background(rng, hue, size, day)
     radius = rng.uniform(0.15, 0.19)
-    centre_x, centre_y = _path(rng, motion)
+    center_x, center_y = _path(rng, motion)
 
-    # Only a box around the shape is drawn: [T, 2 * half, 2 * half] pixels, by their distance from its centre in radii.
+    # Only a box around the shape is drawn: [T, 2 * half, 2 * half] pixels, by their distance from its center in radii.
     half = int(np.ceil(1.3 * radius * size)) + 1
-    left, top = (np.floor(centre * size).astype(int) for centre in (centre_x, centre_y))
+    left, top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
     offsets = np.arange(-half, half) + 0.5
-    dx = (((left[:, None] + offsets) / size - centre_x[:, None]) / radius).astype(np.float32)[:, None, :]
-    dy = (((top[:, None] + offsets) / size - centre_y[:, None]) / radius).astype(np.float32)[:, :, None]
+    dx = (((left[:, None] + offsets) / size - center_x[:, None]) / radius).astype(np.float32)[:, None, :]
+    dy = (((top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
     cos, sin = _direction(rng.uniform(-0.2, 0.2))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     # One pixel of ramp across the edge is what antialiasing needs.
@@ -143,9 +143,9 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
 
     opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
     if day:
-        light, dark = _colour(opposite, 0.9, 0.5), _colour(opposite + 0.08, 0.9, 0.2)
+        light, dark = _color(opposite, 0.9, 0.5), _color(opposite + 0.08, 0.9, 0.2)
     else:
-        light, dark = _colour(opposite, 0.45, 1.0), _colour(opposite + 0.08, 0.9, 0.75)
+        light, dark = _color(opposite, 0.45, 1.0), _color(opposite + 0.08, 0.9, 0.75)
     cos, sin = _direction(rng.uniform(0, np.pi))
     stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
     box = dark + stripes * (light - dark)
@@ -163,10 +163,10 @@ def _direction(angle: float) -> tuple[np.float32, np.float32]:
 
 
 def _background(rng: np.random.Generator, hue: float, size: int, day: bool) -> np.ndarray:
-    """A gradient between four colours near one hue, with waves of brightness: float32 [S, S, 3] in [0, 1]."""
+    """A gradient between four colors near one hue, with waves of brightness: float32 [S, S, 3] in [0, 1]."""
     saturations, values = ((0.15, 0.5), (0.75, 0.95)) if day else ((0.5, 0.9), (0.2, 0.5))
     corners = [
-        _colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(*saturations), rng.uniform(*values)) for _ in range(4)
+        _color(hue + rng.uniform(-0.12, 0.12), rng.uniform(*saturations), rng.uniform(*values)) for _ in range(4)
     ]
     x = ((np.arange(size) + 0.5) / size)[:, None]
     y = x[:, None]
@@ -178,7 +178,7 @@ def _background(rng: np.random.Generator, hue: float, size: int, day: bool) -> n
 
 
 def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (x, y) of the shape, [T] each: a swing or a circle whose period about fills a clip of 16 frames."""
+    """Centers (x, y) of the shape, [T] each: a swing or a circle whose period about fills a clip of 16 frames."""
     angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(14, 20) * rng.choice([-1, 1]) + rng.random())
     reach = rng.uniform(0.2, 0.26)
     middle_x, middle_y = rng.uniform(0.45, 0.55, size=2)
@@ -204,7 +204,7 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(u - wide, v - narrow), np.maximum(u - narrow, v - wide))
 
 
-def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
+def _color(hue: float, saturation: float, value: float) -> np.ndarray:
     """HSV, each in [0, 1] (the hue in turns), as float32 [3] RGB."""
     turn = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
     return (value * (1 - saturation + saturation * np.clip(turn, 0, 1))).astype(np.float32)

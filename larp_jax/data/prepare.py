@@ -60,7 +60,7 @@ class Settings:
     """How videos are stored.
 
     Attributes:
-      size: H = W of the frames. The shorter side is resized to it and the centre is cut out, as training does.
+      size: H = W of the frames. The shorter side is resized to it and the center is cut out, as training does.
       storage: "raw" (uint8), "jpeg" or "h264" (keyframes only).
       quality: of jpeg FFmpeg's scale, 1 (best) to 31; of h264 x264's CRF, 0 (best) to 51; None for the default.
     """
@@ -466,7 +466,7 @@ def _write_video(writer, item: Item, claimed: int, fps: float, settings: Setting
     """Writes the records of a video; (frames, look) of it."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    count, grey = 0, []
+    count, gray = 0, []
     for start, frames in _runs(item, claimed, settings.size):
         example = tf_example_pb2.Example()
         features = example.features.feature
@@ -477,8 +477,8 @@ def _write_video(writer, item: Item, claimed: int, fps: float, settings: Setting
         features["label"].int64_list.value.append(item.label)
         writer.write(example.SerializeToString(deterministic=True))
         count += len(frames)
-        grey += [thumbnail(frame) for frame in frames]
-    return count, look(grey)
+        gray += [thumbnail(frame) for frame in frames]
+    return count, look(gray)
 
 
 # ----------------------------------------------------------------------------------------------------- finish, report

@@ -10,7 +10,7 @@ import numpy as np
 from larp_jax.data.tfds import StoredVideo
 
 DURATIONS = (1, 2, 5, 10, 20, 30, 60, 300)  # seconds, where one bar of the histogram ends and the next begins
-THUMBNAIL = 8  # side of the grey pictures that videos are compared by, three a video
+THUMBNAIL = 8  # side of the gray pictures that videos are compared by, three a video
 # Levels of 255 that those of one video, stored in two ways, differ by at most on average. Of 16 clips recoded at
 # another size and low quality (CRF 30) 13 stay below; pairs of one person doing two things at one wall begin at 3.1.
 ALIKE = 2.5
@@ -26,7 +26,7 @@ def thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def look(thumbnails: Sequence[np.ndarray]) -> str:
-    """What a video is recognised by: the thumbnails at a quarter, a half and three quarters of it, as text."""
+    """What a video is recognized by: the thumbnails at a quarter, a half and three quarters of it, as text."""
     chosen = [thumbnails[round(place * (len(thumbnails) - 1))] for place in (0.25, 0.5, 0.75)]
     return base64.b64encode(np.stack(chosen).tobytes()).decode()
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from larp_jax import files
-from larp_jax.data.clips import ClipSpec, centre_crop, repeat_last, scaled_size
+from larp_jax.data.clips import ClipSpec, center_crop, repeat_last, scaled_size
 from larp_jax.data.limits import within_limit
 from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
@@ -466,10 +466,10 @@ def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
             layout = "rgb24" if packed else "gbrp"
             scaled = reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BILINEAR, threads=1)
             if packed:
-                target[:] = centre_crop(np.rot90(_pixels(scaled, width, height), frame.rotation // 90), resolution)
+                target[:] = center_crop(np.rot90(_pixels(scaled, width, height), frame.rotation // 90), resolution)
                 continue
             for channel, image in enumerate(_channels(scaled, width, height)):
-                target[..., channel] = centre_crop(np.rot90(image, frame.rotation // 90), resolution)
+                target[..., channel] = center_crop(np.rot90(image, frame.rotation // 90), resolution)
     return out
 
 

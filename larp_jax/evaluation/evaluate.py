@@ -29,7 +29,7 @@ from larp_jax.weights.checkpoint import Checkpoint
 
 CLIPS = (
     "T frames each, chosen as `windows` says; the tail of a video that fills no window is left out, a video"
-    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), centre cut"
+    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), center cut"
     " out; no flips"
 )
 

@@ -167,7 +167,7 @@ class Ssim(Average):
 
     name = "ssim"
     definitions: ClassVar = {
-        "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colours, frames"
+        "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colors, frames"
         " and then clips"
     }
     needs = (SSIM_FRAMES,)

@@ -23,7 +23,7 @@ from larp_jax.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 SUMMARY = "psnr.json"
-PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, unquantised"
+PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, unquantized"
 DATA_SET_CLIPS = 8
 GRID_COLUMNS = 8
 

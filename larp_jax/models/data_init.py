@@ -2,7 +2,7 @@
 
 From a random start what differs between clips is about a hundredth of what the decoder's head sees, so a small
 tokenizer spends its first hundreds of steps at the mean clip while its codes collapse to one. Started like this it is
-a patchwise vector quantiser from its first step, and training makes a holistic tokenizer of it: each query gathers
+a patchwise vector quantizer from its first step, and training makes a holistic tokenizer of it: each query gathers
 the patches of a place of its own, latents are the principal components of what was gathered, codes are their k-means,
 each patch of the decoder gathers the latents of its place, and the head is fitted by least squares.
 
@@ -36,7 +36,7 @@ def data_init(tokenizer: Tokenizer, video: jax.Array, key: jax.Array) -> None:
     """Sets the weights of a fresh tokenizer in place.
 
     Args:
-      tokenizer: freshly initialised, with a discrete bottleneck and learned position tables.
+      tokenizer: freshly initialized, with a discrete bottleneck and learned position tables.
       video: [B, T, H, W, C] float in [0, 1]; some hundreds of clips, so that nothing overfits.
       key: of the choice of the first codes.
 
@@ -148,8 +148,8 @@ class Coordinates:
     def content_basis(self) -> jax.Array:
         """Orthonormal directions for content, [directions, width]: no coordinates, sums of zero."""
         size = self.width - self.count
-        centred = np.eye(size) - 1.0 / size
-        basis = np.linalg.svd(centred)[2][: size - 1]
+        centered = np.eye(size) - 1.0 / size
+        basis = np.linalg.svd(centered)[2][: size - 1]
         return jnp.asarray(np.pad(basis, ((0, 0), (self.count, 0))), jnp.float32)
 
     def gather_first(self, transformer: Transformer) -> None:
@@ -215,7 +215,7 @@ def _project_principal_components(quantizer: Quantizer, h: jax.Array, coordinate
 
 
 def _kmeans(latents: jax.Array, size: int, key: jax.Array) -> jax.Array:
-    """Centres [size, d] of latents [B, N, d], all of unit length: some rounds of Lloyd's, from latents at random."""
+    """Centers [size, d] of latents [B, N, d], all of unit length: some rounds of Lloyd's, from latents at random."""
     flat = latents.reshape(-1, latents.shape[-1])
     # as many draws as codes even from few latents; what is drawn twice is told apart by a little noise
     start = jax.random.choice(key, flat, (size,), replace=size > len(flat))

@@ -1,4 +1,4 @@
-"""The discriminator: a transformer that gives a whole clip one logit, high for real ones (METHOD 3)."""
+"""The discriminator: a transformer that gives a clip one logit, high for real clips (LARP, section 3.3)."""
 
 import jax
 import jax.numpy as jnp

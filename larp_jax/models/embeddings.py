@@ -1,4 +1,4 @@
-"""Patches and position tables (METHOD 1)."""
+"""Patches and position tables (LARP, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int,
 
 
 class PatchEmbed(nnx.Module):
-    """A 3-D convolution whose stride is its kernel, as the one matrix product it is (METHOD 1)."""
+    """A 3-D convolution whose stride is its kernel, as the one matrix product it is (LARP, section 3.2)."""
 
     def __init__(self, patch: tuple[int, int, int], channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
         pt, ph, pw = patch
@@ -96,7 +96,7 @@ class Positions1d(nnx.Module):
 class Positions3d(nnx.Module):
     """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
 
-    Each learned table starts as the 1-D sine-cosine table of width D (METHOD 1).
+    Each learned table starts as the 1-D sine-cosine table of width D (LARP, section 3.2).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The stage-2 generator: a Llama-like decoder over codes, given a class or the frames before (METHOD 4)."""
+"""The stage-2 generator: a Llama-like decoder over codes, given a class or the frames before (LARP, section 4.1)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""I3D, the network whose logits the Frechet video distance compares (METHOD 5; Carreira & Zisserman 2017)."""
+"""I3D, the network whose logits the Frechet video distance compares (Carreira & Zisserman 2017, arXiv 1705.07750)."""
 
 import functools
 

@@ -54,7 +54,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel [inputs, outputs]; Xavier-uniform and zero bias unless told otherwise (METHOD 1)."""
+    """`x @ kernel + bias`, kernel [inputs, outputs]; by default Xavier-uniform with zero bias, as the released code."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""LPIPS, a perceptual distance of images: features of VGG16 compared (METHOD 3 and 5; Zhang et al. 2018, v0.1)."""
+"""LPIPS, a perceptual distance of images by features of VGG16: version 0.1 of Zhang et al. 2018, arXiv 1801.03924."""
 
 import jax
 import jax.numpy as jnp

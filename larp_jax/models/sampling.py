@@ -1,4 +1,4 @@
-"""Sampling from a generator: one compiled program from the condition to the codes (METHOD 4)."""
+"""Sampling from a generator: one compiled program from the condition to the codes (LARP, section 4.1)."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ SHORTEST_PART = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How codes are drawn (METHOD 4).
+    """How codes are drawn (LARP, section 4.1).
 
     Attributes:
       cfg_scale: guidance: logits = unconditional + scale * (conditional - unconditional); 1 for none.
@@ -163,12 +163,12 @@ def draw_codes(logits: jax.Array, keys: jax.Array, scalars: Mapping[str, jax.Arr
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
-    """Logits with those that must not be drawn set to -inf (METHOD 4).
+    """Logits with those that must not be drawn set to -inf (LARP, section 4.1).
 
     Args:
       logits: [B, K] float32.
       top_k: keeps the k largest and those equal to the last of them; None for all.
-      top_p: of what is left, renormalised, keeps the smallest set of the likeliest whose probability exceeds p, and
+      top_p: of what is left, renormalized, keeps the smallest set of the likeliest whose probability exceeds p, and
         those equal to the last of them; None for all.
     """
     if top_k is not None:

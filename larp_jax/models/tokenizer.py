@@ -1,4 +1,4 @@
-"""The LARP tokenizer: holistic-query encoder, quantiser, decoder (METHOD 1)."""
+"""The LARP tokenizer: holistic-query encoder, quantizer, decoder (LARP, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class Tokenizer(nnx.Module):
       config: sizes and options.
       rngs: `params` stream for the initial weights.
       remat: what the backward pass recomputes, see `larp_jax.models.layers.run_stack`.
-      dtype: of the computation; parameters, quantiser and output are float32.
+      dtype: of the computation; parameters, quantizer and output are float32.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Tokenizer(nnx.Module):
           temperature: of the draw; the configuration's by default.
 
         Returns:
-          The reconstruction [B, T, H, W, C] float32 (not clamped) and what the quantiser gave.
+          The reconstruction [B, T, H, W, C] float32 (not clamped) and what the quantizer gave.
         """
         quantized = self.quantize(video, key=key, temperature=temperature)
         return self.decode_latents(quantized.z_q), quantized

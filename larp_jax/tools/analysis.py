@@ -97,7 +97,7 @@ def analyze(
     """
     model = found.recipe.model
     if not model.quantizer.has_codes:
-        raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyse")
+        raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyze")
     output = files.check_folder(output)
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
@@ -273,7 +273,7 @@ def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, m
     params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
     scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
-        raise InputError("none of the clips to analyse could be read; the log says why")
+        raise InputError("none of the clips to analyze could be read; the log says why")
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     of_prior = by_position.result if by_position else {}
     of_prior = {name: np.array([np.nan, *values]) for name, values in of_prior.items()}  # token 0 is never predicted
@@ -378,7 +378,7 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     tiles += [np.full_like(tiles[0], np.nan)] * (-len(tiles) % columns)
     tiles = [np.pad(tile, gap, constant_values=np.nan) for tile in tiles]
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return _coloured(np.concatenate(rows))
+    return _colored(np.concatenate(rows))
 
 
 def _scaled(mean_squares: np.ndarray) -> np.ndarray:
@@ -386,11 +386,11 @@ def _scaled(mean_squares: np.ndarray) -> np.ndarray:
     return root / max(root.max(), np.finfo(float).tiny)
 
 
-def _coloured(values: np.ndarray) -> np.ndarray:
+def _colored(values: np.ndarray) -> np.ndarray:
     """[H, W] in [0, 1] as uint8 [H, W, 3], NaN as white."""
     at = np.linspace(0, 1, len(SEQUENTIAL))
-    colours = np.stack([np.interp(np.nan_to_num(values), at, channel) for channel in SEQUENTIAL.T], axis=-1)
-    return np.where(np.isnan(values)[..., None], 255, colours.round()).astype(np.uint8)
+    colors = np.stack([np.interp(np.nan_to_num(values), at, channel) for channel in SEQUENTIAL.T], axis=-1)
+    return np.where(np.isnan(values)[..., None], 255, colors.round()).astype(np.uint8)
 
 
 def figures(result: Mapping[str, Any]) -> list[charts.Chart]:

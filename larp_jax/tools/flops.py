@@ -13,7 +13,7 @@ from larp_jax.models.lpips import STAGES
 
 
 def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
-    """Operations a clip of each part of a stage-1 step (METHOD 1 to 3).
+    """Operations a clip of each part of a stage-1 step (LARP, sections 3.2 and 3.3).
 
     Returns:
       `tokenizer`, `prior`, `perceptual` and `adversarial` (the tokenizer's side), which every step has, and
@@ -93,7 +93,7 @@ def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
 
 
 def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
-    """Operations a sequence of a stage-2 step from codes (METHOD 4): `generator`; causal attention is counted whole."""
+    """FLOPs per sequence of a stage-2 step from codes: `generator`. Causal attention is counted in full."""
     c, tokens = config, config.condition_tokens + config.num_tokens - 1
     outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
     blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))

@@ -40,7 +40,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Perplexity of the codes", "codes", {"train/perplexity": "batch"}),
     ("KL of the codes from uniform", "nats", {"train/kl_from_uniform": "batch"}),
     (
-        "Quantiser losses",
+        "Quantizer losses",
         "",
         {
             "train/loss_quantizer": "weighted sum",

@@ -2,7 +2,7 @@
 
 A workdir holds `config.json` and `checkpoints/STEP/`. A checkpoint has one item per concern: `params`, `ema`,
 `optimizer`, and `metadata` (JSON: the recipe, the step, code counts), so that it can be used without its workdir. An
-imported directory is such a checkpoint without an optimiser.
+imported directory is such a checkpoint without an optimizer.
 
 A checkpoint appears under its name when all of it is written, `checksums.json` included, so a killed run leaves whole
 ones only; what happens to them later shows when they are read. Its metadata names its items, so that one that is gone,
@@ -335,7 +335,7 @@ class Checkpoint:
       path: where it lies.
       recipe: the run's configuration.
       params: parameters by module as NumPy arrays, the moving average where one was kept.
-      step: optimiser steps done; 0 where unknown.
+      step: optimizer steps done; 0 where unknown.
       code_counts: [K] int64, how often the last evaluation used each code; None where unknown.
       mean_clip: [T, H, W, C] float32 in [0, 1], the mean of training clips; None where unknown.
       tokenizer_fingerprint: of a generator, the tokenizer whose codes it was trained on; None where unknown.
@@ -502,7 +502,7 @@ def _check_sizes(recipe: Any, arrays: Any) -> None:
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:
-    """Writes parameters from elsewhere as a checkpoint of their own (step 0, no optimiser); refuses to overwrite.
+    """Writes parameters from elsewhere as a checkpoint of their own (step 0, no optimizer); refuses to overwrite.
 
     Raises:
       InputError: the directory exists and is not empty.

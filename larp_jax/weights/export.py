@@ -213,7 +213,7 @@ def export_stablehlo(
         return jnp.clip(tokenizer.decode(codes), 0.0, 1.0)
 
     try:
-        import flatbuffers  # noqa: F401  (how jax.export serialises)
+        import flatbuffers  # noqa: F401  (how jax.export serializes)
     except ImportError:
         raise InputError("the stablehlo format needs flatbuffers: pip install flatbuffers") from None
 

@@ -15,7 +15,7 @@ NOT_OF_CODES = TRAINING_FIELDS | {"size", "quantizer.kind"}
 
 
 def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
-    """A hash of everything that decides a tokenizer's codes: encoder, quantiser, and the settings they obey.
+    """A hash of everything that decides a tokenizer's codes: encoder, quantizer, and the settings they obey.
 
     Equal for the same tokenizer however it was stored: imported, exported, sharded or resumed.
 
