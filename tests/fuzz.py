@@ -314,7 +314,7 @@ class Prepared:
             for i in range(4):
                 (pathlib.Path(videos) / "ab"[i % 2]).mkdir(exist_ok=True)
                 write_video(pathlib.Path(videos) / "ab"[i % 2] / f"{i}.mp4", moving_frames(20, 32, 32, seed=i), 8)
-            prepare.prepare([videos], folder, prepare.Settings(16), workers=1, say=lambda text: None)
+            prepare.prepare([videos], folder, prepare.Settings(16), workers=1, progress=lambda text: None)
 
     def try_one(self, rng, good, scratch):
         import numpy as np

@@ -200,9 +200,9 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     assert "has no split" in fails(["evaluate", "--checkpoint", str(trained), "--data", "moving_shapes:x"], capsys)
     (tmp_path / "empty").mkdir()
     spec = f"folder:{tmp_path / 'empty'}"
-    assert "holds no video file" in fails(["evaluate", "--checkpoint", str(trained), "--data", spec], capsys)
+    assert "contains no video file" in fails(["evaluate", "--checkpoint", str(trained), "--data", spec], capsys)
     train = ["train", "--config", CONFIG, "--workdir", str(tmp_path / "run"), f"--config.data.train={spec}"]
-    assert "holds no video file" in fails(train, capsys)
+    assert "contains no video file" in fails(train, capsys)
 
 
 def test_failures_while_running(capsys, monkeypatch):

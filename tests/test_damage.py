@@ -330,13 +330,14 @@ def test_a_prepared_data_set_that_claims_more_frames_than_it_has(tmp_path):
     (tmp_path / "videos").mkdir()
     video.write_video(tmp_path / "videos" / "a.mp4", moving_frames(20, 16, 16), 8)
     folder = tmp_path / "prepared"
-    prepare.prepare([str(tmp_path / "videos")], folder, prepare.Settings(16, "raw"), workers=1, say=lambda text: None)
+    settings = prepare.Settings(16, "raw")
+    prepare.prepare([str(tmp_path / "videos")], folder, settings, workers=1, progress=lambda text: None)
     assert open_source(f"tfds:{folder}:train").frames(0) == 20
     index = json.loads((folder / "videos.json").read_text())
     index["frames_per_record"] = 10**9
     index["splits"]["train"]["videos"][0][3] = 2 * 10**9
     (folder / "videos.json").write_text(json.dumps(index))
-    refused("its records have 16 frames, not 1000000000", open_source, f"tfds:{folder}:train")
+    refused("its records have 16 frames, but videos.json declares 1000000000", open_source, f"tfds:{folder}:train")
 
 
 def test_a_tfds_data_set_that_claims_more_frames_than_it_has(trained, tmp_path):
@@ -347,7 +348,7 @@ def test_a_tfds_data_set_that_claims_more_frames_than_it_has(trained, tmp_path):
     dimensions = values["featuresDict"]["features"]["video"]["tensor"]["shape"]["dimensions"]
     frames, dimensions[0] = dimensions[0], "4000000000"
     (folder / "features.json").write_text(json.dumps(values))
-    refused(f"its videos have {frames} frames, not 4000000000", open_source, f"tfds:{folder}:test")
+    refused(f"its videos have {frames} frames, but its features declare 4000000000", open_source, f"tfds:{folder}:test")
 
 
 @pytest.mark.parametrize("levels, sound", [(DEEPEST, True), (DEEPEST + 1, False), (100_000, False)])

@@ -61,7 +61,7 @@ def test_a_video_beside_the_classes_has_none(make, caplog):
     folder = make("a/0.mp4", "b/0.mp4", "intro.mp4")
     with caplog.at_level(logging.WARNING):
         assert seen(folder) == {"a/0.mp4": "a", "b/0.mp4": "b", "intro.mp4": None}
-    assert "without a class, because they lie beside the folders of classes: intro.mp4" in caplog.text
+    assert "without a class, because they are in none of the class folders: intro.mp4" in caplog.text
 
 
 def test_videos_without_folders_have_no_classes(make, caplog):
@@ -96,13 +96,13 @@ def test_splits_without_classes_and_a_video_beside_them(make, caplog):
     folder = make("train/0.mp4", "test/1.mp4", "intro.mp4")
     with caplog.at_level(logging.WARNING):
         assert seen(folder) == {"train/0.mp4": None}
-    assert "left out as in none of its splits test, train: intro.mp4" in caplog.text
-    assert list_videos([str(folder)]).missing == [("train", "intro.mp4", "lies in none of the folder's splits")]
+    assert "left out, because they are in none of the splits test, train: intro.mp4" in caplog.text
+    assert list_videos([str(folder)]).missing == [("train", "intro.mp4", "is in none of the folder's splits")]
 
 
 def test_splits_among_other_folders_are_classes_with_a_warning(make, caplog):
     assert set(seen(make("train/0.mp4", "test/0.mp4", "plane/0.mp4")).values()) == {"plane", "test", "train"}
-    assert "test, train are taken for classes and not for splits, because there are other sub-folders" in caplog.text
+    assert "test, train are classes and not splits, because there are other subfolders" in caplog.text
     caplog.clear()
     shutil.rmtree(make() / "test")
     assert set(seen(make()).values()) == {"plane", "train"}  # a train is also a thing
@@ -136,18 +136,18 @@ def test_damage_moves_no_class(make):
     [
         ("list.csv", "folder:list.csv", "is a list: run larp-jax prepare --input list.csv"),
         ("list.csv", "tfds:list.csv", "is a list: run larp-jax prepare --input list.csv"),
-        ("frames/a/0.png", "folder:frames", "make a video of each folder of pictures"),
-        ("videos/one.mp4", "folder:videos/one.mp4", "is one video: give the folder that it lies in, 'folder:videos'"),
+        ("frames/a/0.png", "folder:frames", "convert each folder of images to a video"),
+        ("videos/one.mp4", "folder:videos/one.mp4", "is a single video: give its folder, 'folder:videos'"),
         ("videos/one.mp4", "tfds:videos", "did you mean 'folder:videos'"),
         ("prepared/features.json", "folder:prepared", "did you mean 'tfds:prepared'"),
         ("prepared/features.json", "folder:prepared:train", "did you mean 'tfds:prepared:train'"),
         ("codes/manifest.json", "folder:codes", "did you mean 'tokens:codes'"),
-        ("run/checkpoints/2/x", "folder:run", "holds checkpoints: give videos"),
+        ("run/checkpoints/2/x", "folder:run", "contains checkpoints: give videos"),
         ("lists/classInd.txt", "folder:lists", "run larp-jax prepare --input lists"),
         ("x.npz", "folder:x.npz", "is neither a video"),
-        ("x", "folder:none", "does not exist; give one that holds videos"),
+        ("x", "folder:none", "does not exist; give a folder of videos"),
         ("x", "tfds:/none", "give the path of a data set"),
-        ("x", "tfds:moving_shapes/64", "it is made on first use as 'moving_shapes/64', without tfds:"),
+        ("x", "tfds:moving_shapes/64", "give 'moving_shapes/64' without tfds:, it is generated on first use"),
         ("x", "tfds:ucf101", "run: tfds build ucf101"),
     ],
 )

@@ -21,7 +21,7 @@ def small(monkeypatch, tmp_path):
 def test_made_on_first_use_and_read_again(small, capfd, monkeypatch):
     source = open_source("moving_shapes", ClipSpec(16, 32))
     assert capfd.readouterr().out == ""
-    monkeypatch.setattr(moving_shapes, "_make", None)  # a second making would fail
+    monkeypatch.setattr(moving_shapes, "_generate", None)  # a second generation would fail
     source = open_source("moving_shapes", ClipSpec(16, 32))
     assert len(source) == 32 and len(open_source("moving_shapes:test", ClipSpec(16, 20))) == 16
     assert source.label_names == moving_shapes.LABELS and "circle_orbit" in source.label_names
@@ -107,5 +107,5 @@ def test_errors(small, tmp_path, monkeypatch):
         open_source("moving_shapes/65")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file" / "tfds"))
-    with pytest.raises(InputError, match="set TFDS_DATA_DIR to a folder with room"):
+    with pytest.raises(InputError, match="set TFDS_DATA_DIR to a folder with enough space"):
         open_source("moving_shapes")

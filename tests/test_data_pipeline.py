@@ -99,15 +99,15 @@ class OneVideo:
 
 
 def test_flips_are_whole_clips_and_half_of_them():
-    draw = pipeline.DrawClip(OneVideo(), CLIP)
-    clips = [draw(0, np.random.default_rng(i))["video"] for i in range(400)]
+    read = pipeline.ReadClip(OneVideo(), CLIP)
+    clips = [read(0, np.random.default_rng(i))["video"] for i in range(400)]
     flipped = [bool(clip[0, 0, -1, 0]) or not clip[0, 0, 0, 0] for clip in clips]
     for clip, is_flipped in zip(clips, flipped, strict=True):
         half = clip[:, :, 16:] if is_flipped else clip[:, :, :16]
         np.testing.assert_array_equal(np.diff(half[:, 0, 0, 0].astype(int)), 1)
     assert 150 < sum(flipped) < 250
-    draw = pipeline.DrawClip(OneVideo(), ClipSpec(8, 32, flip=False))
-    assert not any(draw(0, np.random.default_rng(i))["video"][:, :, 16:].any() for i in range(50))
+    read = pipeline.ReadClip(OneVideo(), ClipSpec(8, 32, flip=False))
+    assert not any(read(0, np.random.default_rng(i))["video"][:, :, 16:].any() for i in range(50))
 
 
 def test_what_fails_later_is_replaced_and_named_once(spec, tmp_path, caplog):
@@ -125,9 +125,9 @@ def test_what_fails_later_is_replaced_and_named_once(spec, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         first = batches()
     said = [record.getMessage() for record in caplog.records]
-    assert said[0].startswith("another video is drawn in place of 1.mp4: ") and len(said) == 2
+    assert said[0].startswith("another video replaces 1.mp4: ") and len(said) == 2
     count, _, rest = said[1].partition(" ")
-    assert int(count) > 1 and rest == "clips came from other videos than drawn; not read: 1.mp4"
+    assert int(count) > 1 and rest == "clips were replaced because their videos could not be read: 1.mp4"
     assert_same(batches(), first)
 
 
@@ -136,7 +136,7 @@ def test_nothing_left_to_read_is_an_error(tmp_path, workers):
     video.write_video(tmp_path / "a.mp4", moving_frames(10), 10)
     with train_batches(f"folder:{tmp_path}", CLIP, batch_size=2, seed=0, workers=workers) as batches:
         (tmp_path / "a.mp4").unlink()
-        with pytest.raises(InputError, match="100 videos drawn in a row"):
+        with pytest.raises(InputError, match="100 sampled videos in a row"):
             next(batches)
 
 

@@ -82,11 +82,11 @@ def test_a_source_without_a_method_cannot_be_made(folder, missing):
 def test_folders_without_videos(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         open_source(f"folder:{tmp_path}/none")
-    with pytest.raises(InputError, match="holds no video file"):
+    with pytest.raises(InputError, match="contains no video file"):
         open_source(f"folder:{tmp_path}")
     for name in ("a.mp4", "b.avi"):
         (tmp_path / name).write_bytes(b"no video")
-    with pytest.raises(InputError, match=r"none of its 2 video files can be read; the first says: .*a\.mp4") as error:
+    with pytest.raises(InputError, match=r"none of its 2 video files can be read; the first error: .*a\.mp4") as error:
         open_source(f"folder:{tmp_path}")
     assert len(str(error.value).splitlines()) == 1
 

@@ -159,9 +159,9 @@ def test_a_reader_that_hangs_is_given_up(videos, caplog, monkeypatch, workers):
         for _ in range(6):  # two epochs
             assert next(batches)["video"].shape == (3, 8, 32, 32, 3)
     first, last = (record.getMessage() for record in caplog.records if record.name == pipeline.__name__)
-    assert first.startswith("another video is drawn in place of 1.mp4: ")
+    assert first.startswith("another video replaces 1.mp4: ")
     assert "took longer than 0.5 seconds; replace the file or leave it out, or raise LARP_VIDEO_TIME_LIMIT" in first
-    assert last.endswith("clips came from other videos than drawn; not read: 1.mp4")
+    assert last.endswith("clips were replaced because their videos could not be read: 1.mp4")
 
 
 def test_the_time_limit_of_each_way_to_read(videos, monkeypatch):

@@ -200,7 +200,7 @@ def test_classes_are_counted_alike_whatever_the_data(kind, mixed, trained, tmp_p
     elif kind == "tokens":
         command = ["tokenize", f"--checkpoint={trained}", f"--input={mixed}", f"--output={tmp_path / 'codes'}"]
         assert cli.main(command) == 0
-        assert "holds the splits test, train: all are read" in capsys.readouterr().err
+        assert "contains the splits test, train: all are read" in capsys.readouterr().err
         spec = f"tokens:{tmp_path / 'codes'}"
     recipe = runpy.run_path(CONFIG)["get_config"]()
     recipe.tokenizer, recipe.data.train, recipe.data.eval = str(trained), spec, ""
@@ -248,12 +248,12 @@ def test_labels_that_no_class_has_are_damage(codes, tmp_path):
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["rows"][0]["label"] = 2
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="has label 2 of 2 classes; tokenize again"):
+    with pytest.raises(InputError, match="has label 2, but only 2 classes; tokenize again"):
         CodeSet(other)
 
 
 def test_what_is_no_folder_of_codes_is_named(videos, tmp_path):
-    with pytest.raises(InputError, match=f"holds no codes that larp-jax tokenize wrote; .* 'folder:{videos}'"):
+    with pytest.raises(InputError, match=f"contains no codes written by larp-jax tokenize; .* 'folder:{videos}'"):
         CodeSet(videos)
 
 
@@ -280,10 +280,10 @@ def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, ca
 
 def test_codes_are_no_videos(codes, trained, tmp_path, capsys):
     assert cli.main(["evaluate", f"--checkpoint={trained}", f"--data=tokens:{codes}"]) == 2
-    assert "holds codes, on which only generators train" in capsys.readouterr().err
+    assert "contains codes, on which only generators train" in capsys.readouterr().err
     manifest = json.loads((codes / "manifest.json").read_text())
     broken = shutil.copytree(codes, tmp_path / "codes")
     manifest["rows"][0]["flip"] = 1
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="flip of row 0"):
+    with pytest.raises(InputError, match="invalid flip of row 0"):
         CodeSet(broken)

@@ -21,7 +21,7 @@ SIZE = 32
 CLIP = ClipSpec(8, SIZE)
 
 
-def say(text):
+def ignore(text):
     pass
 
 
@@ -59,7 +59,7 @@ def videos(tmp_path_factory):
 def prepared(videos, tmp_path_factory):
     """That folder as raw frames."""
     output = tmp_path_factory.mktemp("prepared") / "raw"
-    prepare([str(videos)], output, Settings(SIZE, "raw"), workers=1, say=say)
+    prepare([str(videos)], output, Settings(SIZE, "raw"), workers=1, progress=ignore)
     return output
 
 
@@ -88,7 +88,7 @@ def test_clips_are_those_of_the_files(videos, prepared):
 @pytest.mark.parametrize(("storage", "least"), [("jpeg", 35), ("h264", 35)])
 def test_compressed_frames_are_close_and_deterministic(videos, prepared, tmp_path, storage, least):
     for name in "ab":
-        prepare([str(videos)], tmp_path / name, Settings(SIZE, storage), workers=1, say=say)
+        prepare([str(videos)], tmp_path / name, Settings(SIZE, storage), workers=1, progress=ignore)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     source, exact = open_source(f"tfds:{tmp_path / 'a'}"), open_source(f"tfds:{prepared}")
     for index in (0, 9):
@@ -110,7 +110,7 @@ def test_tfds_itself_reads_it(prepared, tmp_path, videos):
     expected = open_source(f"tfds:{prepared}:validation").read_clip(0, 16, ClipSpec(16, SIZE))[0]
     np.testing.assert_array_equal(rows[1]["video"], expected)
     pytest.importorskip("PIL")
-    prepare([str(videos / "val")], tmp_path / "jpeg", Settings(SIZE, "jpeg"), workers=1, say=say)
+    prepare([str(videos / "val")], tmp_path / "jpeg", Settings(SIZE, "jpeg"), workers=1, progress=ignore)
     row = tfds.builder_from_directory(tmp_path / "jpeg").as_data_source(split="train")[1]
     assert np.abs(np.stack(list(row["video"])).astype(int) - expected.astype(int)).mean() < 3
 
@@ -170,7 +170,7 @@ def test_killed_runs_finish_equal(videos, prepared, tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
     said = []
-    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, say=said.append)
+    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, progress=said.append)
     assert said[0].startswith("continuing: ")
     assert contents(tmp_path / "a") == contents(prepared)
 
@@ -183,8 +183,8 @@ def test_failing_while_finishing_is_made_good(videos, prepared, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, victim, fail)
         with pytest.raises(OSError, match="no"):
-            prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, say=say)
-    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, say=say)
+            prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, progress=ignore)
+    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), workers=1, progress=ignore)
     assert contents(tmp_path / "a") == contents(prepared)
 
 
@@ -201,12 +201,12 @@ def test_emptied_and_missing_shards_are_made_again(videos, prepared, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(prepare_module, "_write_tfds", fail)
             with pytest.raises(OSError, match="no"):
-                prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=say)
+                prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, progress=ignore)
     first, second, *_ = sorted(folder.glob("*.array_record*"))
     first.write_bytes(b"")
     second.unlink()
     said = []
-    prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, say=said.append)
+    prepare([str(videos)], folder, Settings(SIZE, "raw"), workers=1, progress=said.append)
     assert ("is missing or damaged" if finished else "continuing: ") in said[0]
     assert contents(folder) == contents(prepared)
 
@@ -220,7 +220,7 @@ def test_files_that_vanish_after_the_plan_are_reported(videos, tmp_path, monkeyp
         return estimate(*arguments)
 
     monkeypatch.setattr(prepare_module, "_estimate", estimate_and_remove)
-    report = prepare([str(tmp_path / "in")], tmp_path / "out", Settings(SIZE), workers=1, say=say)
+    report = prepare([str(tmp_path / "in")], tmp_path / "out", Settings(SIZE), workers=1, progress=ignore)
     assert report["videos"] == 4 and [row[1] for row in report["skipped"]] == ["run/11.mp4"]
     source = open_source(f"tfds:{tmp_path / 'out'}")
     assert len(source) == 4 and source.read_clip(3, 0, CLIP)[0].shape == CLIP.shape
@@ -230,7 +230,7 @@ def test_refusals(videos, tmp_path, monkeypatch):
     for change, says in (
         ({"storage": "webp"}, "choose from raw, jpeg, h264"),
         ({"quality": 40}, r"--quality of jpeg is 1 \(best\) to 31, got 40"),
-        ({"storage": "raw", "quality": 3}, "does not go with raw"),
+        ({"storage": "raw", "quality": 3}, "does not apply to raw"),
         ({"size": 33}, "even number"),
     ):
         with pytest.raises(InputError, match=says):
@@ -238,20 +238,20 @@ def test_refusals(videos, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="is not empty"):
-        prepare([str(videos)], tmp_path / "full", Settings(SIZE), say=say)
+        prepare([str(videos)], tmp_path / "full", Settings(SIZE), progress=ignore)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"has 1 KB free, the data set needs about"):
-        prepare([str(videos)], tmp_path / "new", Settings(SIZE), say=say)
+        prepare([str(videos)], tmp_path / "new", Settings(SIZE), progress=ignore)
     said = []
-    assert prepare([str(videos)], tmp_path / "newer", Settings(SIZE), estimate_only=True, say=said.append) is None
+    assert prepare([str(videos)], tmp_path / "newer", Settings(SIZE), estimate_only=True, progress=said.append) is None
     assert said[0].startswith("estimate: 15 videos") and not (tmp_path / "newer").exists()
 
 
 def test_two_at_once_are_refused(videos, tmp_path):
     with files.claim(tmp_path / "a" / ".prepare"):
         with pytest.raises(InputError, match="another process is writing"):
-            prepare([str(videos)], tmp_path / "a", Settings(SIZE), say=say)
+            prepare([str(videos)], tmp_path / "a", Settings(SIZE), progress=ignore)
 
 
 def listed(inputs, root=None):
@@ -325,7 +325,7 @@ def test_a_first_video_that_is_missing_is_no_header(videos, tmp_path):
 def test_a_list_without_the_column_of_classes_says_so(videos, tmp_path, caplog):
     (tmp_path / "list.csv").write_text("video,sport,fps\ntrain/run/1.mp4,run,25\n")
     assert listed([tmp_path / "list.csv"], videos)[0] == [("train", "train/run/1.mp4", None)]
-    assert "none of the columns is called label" in caplog.text
+    assert "no column is called label" in caplog.text
 
 
 def test_official_lists(videos, tmp_path):
@@ -371,13 +371,13 @@ def test_lists_that_cannot_be_understood(videos, tmp_path):
     for text, says in (
         (b"a,b,c\n1,2,3\n", "has no column path"),
         (b"path,label\n,3\n", "has no path"),
-        (b"path,label\ntrain/run/1.mp4,walk, slow\n", "line 2: has 3 cells where the first line has 2"),
-        (b"1,train/run/1.mp4,run\n", "it is no header; write one"),
+        (b"path,label\ntrain/run/1.mp4,walk, slow\n", "line 2: has 3 cells, but the first line has 2"),
+        (b"1,train/run/1.mp4,run\n", "is not a header with a column path; write a header"),
         (b"video,label\n", "has no column path"),
         (b"\n", "is empty"),
-        (b"path,label\nnowhere.mp4,3\n", "none of the 1 listed videos lies in"),
-        (b"path,action,label\nx,a,1\ny,b,1\n", "not one number for one action"),
-        (b"path,split\nx,../a\n", "no name of a split"),
+        (b"path,label\nnowhere.mp4,3\n", "none of the 1 listed videos is in"),
+        (b"path,action,label\nx,a,1\ny,b,1\n", "not one number per action"),
+        (b"path,split\nx,../a\n", "not a valid name of a split"),
         (b"\xff\xfe\x00", "cannot be read as CSV"),
     ):
         (tmp_path / "list.csv").write_bytes(text)
@@ -389,9 +389,9 @@ def test_lists_that_cannot_be_understood(videos, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("clip.mp4", "is no list of videos (.csv, .txt); .* is one video: give the folder"),
-        ("list.tsv", "is no list of videos (.csv, .txt); .* is neither a video"),
-        ("list.txt", "is none of UCF101's lists (classInd.txt is not beside it); write a list of your own as .csv"),
+        ("clip.mp4", "is not a list of videos (.csv, .txt); .* is a single video: give its folder"),
+        ("list.tsv", "is not a list of videos (.csv, .txt); .* is neither a video"),
+        ("list.txt", "is not one of UCF101's lists (classInd.txt is not next to it); write your own list as .csv"),
     ],
 )
 def test_files_that_are_no_lists(tmp_path, name, says):
@@ -410,7 +410,7 @@ def test_labels_are_those_of_videos(videos, prepared):
 
 
 def test_tfds_data_sets_are_input_too(prepared, tmp_path, monkeypatch):
-    report = prepare([f"tfds:{prepared}"], tmp_path / "half", Settings(16, "raw"), workers=1, say=say)
+    report = prepare([f"tfds:{prepared}"], tmp_path / "half", Settings(16, "raw"), workers=1, progress=ignore)
     assert {split: totals["videos"] for split, totals in report["splits"].items()} == {"train": 10, "validation": 5}
     source, original = open_source(f"tfds:{tmp_path / 'half'}:train"), open_source(f"tfds:{prepared}:train")
     assert source.label_names == original.label_names and source.name(3) == "train#3"
@@ -455,7 +455,7 @@ def test_benchmark_names_the_bottleneck(videos, prepared):
 
 
 def test_real_footage(videos_dir, tmp_path):
-    report = prepare([str(videos_dir / "odd")], tmp_path / "odd", Settings(16), workers=1, say=say)
+    report = prepare([str(videos_dir / "odd")], tmp_path / "odd", Settings(16), workers=1, progress=ignore)
     assert report["videos"] + len(report["skipped"]) == 47
     source = open_source(f"tfds:{tmp_path / 'odd'}")
     for index in range(len(source)):
@@ -466,5 +466,5 @@ def test_real_footage(videos_dir, tmp_path):
 def test_beam_makes_the_same(videos, prepared, tmp_path):
     pytest.importorskip("apache_beam")
     options = "--runner=DirectRunner --direct_running_mode=in_memory"
-    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), beam_options=options, say=say)
+    prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), beam_options=options, progress=ignore)
     assert contents(tmp_path / "a") == contents(prepared)

@@ -120,7 +120,8 @@ def prepared(tmp_path):
     (tmp_path / "videos").mkdir()
     shutil.move(tmp_path / "videos.mp4", tmp_path / "videos" / "a.mp4")
     folder = tmp_path / "prepared"
-    prepare.prepare([str(tmp_path / "videos")], folder, prepare.Settings(16, "raw"), workers=1, say=lambda text: None)
+    settings = prepare.Settings(16, "raw")
+    prepare.prepare([str(tmp_path / "videos")], folder, settings, workers=1, progress=lambda text: None)
     assert len(open_source(f"tfds:{folder}:train")) == 1
     return folder
 

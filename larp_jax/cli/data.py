@@ -54,7 +54,7 @@ def _prepare(arguments):
         workers=arguments.workers,
         beam_options=arguments.beam_options,
         estimate_only=arguments.estimate,
-        say=lambda text: print(text, flush=True),
+        progress=lambda text: print(text, flush=True),
     )
     if report:
         print(format_report(report))

@@ -9,12 +9,12 @@ from larp_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
-    """What a clip is.
+    """Length, size and augmentation of clips.
 
     Attributes:
       frames: T, consecutive frames at the video's own rate.
       resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the center is cut out.
-      flip: whether half of the training clips, drawn at random, are mirrored left to right. Evaluation never flips.
+      flip: whether a random half of the training clips is mirrored left to right. Evaluation never flips.
     """
 
     frames: int = 16
@@ -33,7 +33,7 @@ class ClipSpec:
 
 
 def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """(width, height) of a frame whose shorter side became `resolution`, the other one rounded down."""
+    """(width, height) of a frame after resizing its shorter side to `resolution`; the other side is rounded down."""
     if width < height:
         return resolution, resolution * height // width
     return resolution * width // height, resolution
@@ -46,7 +46,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def mirror(frames: np.ndarray) -> np.ndarray:
-    """[T, H, W, C] with left and right exchanged, as a copy: six times as fast to read on as a view from the right."""
+    """Mirrors [T, H, W, C] left to right, as a copy: later reads are six times faster than from a reversed view."""
     mirrored = np.empty_like(frames)
     for channel in range(frames.shape[-1]):
         mirrored[..., channel] = frames[:, :, ::-1, channel]
@@ -54,14 +54,14 @@ def mirror(frames: np.ndarray) -> np.ndarray:
 
 
 def last_start(video_frames: int, clip_frames: int) -> int:
-    """The last frame that a clip may start at: 0 for a video that is no longer than the clip."""
+    """The last frame at which a clip may start; 0 if the video is not longer than the clip."""
     return max(0, video_frames - clip_frames)
 
 
 def window_starts(video_frames: int, clip_frames: int) -> range:
-    """First frames of the consecutive windows that do not overlap.
+    """First frames of consecutive windows that do not overlap.
 
-    The tail that does not fill a window is dropped, but a video shorter than a clip is one window.
+    Leftover frames at the end are dropped, but a video shorter than a clip is one window.
     """
     return range(0, last_start(video_frames, clip_frames) + 1, clip_frames)
 
@@ -72,6 +72,6 @@ def spread_starts(video_frames: int, clip_frames: int, count: int) -> list[int]:
 
 
 def repeat_last(frames: np.ndarray, count: int) -> np.ndarray:
-    """[n, H, W, 3] with n >= 1 filled up to `count` frames by repeating the last one."""
+    """Extends [n, H, W, 3] with n >= 1 to `count` frames by repeating the last one."""
     missing = count - len(frames)
     return frames if missing <= 0 else np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])

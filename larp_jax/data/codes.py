@@ -1,21 +1,23 @@
-"""Codes on disk: the one format in which `tokenize`, `sample` and `predict` write codes and generators read them.
+"""Codes on disk: the format that `tokenize`, `sample` and `predict` write and that generators train on.
 
 A folder of codes contains `codes-00000-of-00001.npz` and so on, and `manifest.json`, which is written last: a folder
 without it is incomplete. Each shard has `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32. The
 manifest describes the source of each row, in order:
 
   format, version, layout: "larp_jax.codes", 2, "fixed".
-  fingerprint, step: of the tokenizer; generator_step of sampled codes.
+  fingerprint, step: of the tokenizer.
+  generator_step: step of the generator; only for sampled codes.
   K, N: size of the codebook and codes per clip.
   clip: [T, H, W, C].
-  input, label_names, skipped, cond_frames: of codes that `tokenize` wrote.
-  shards: `file` and `rows` of each.
-  rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of T are the
-    video's), `fps` (0: unknown), `label` (-1: none), and `flip` if it is mirrored.
+  label_names: names of the classes.
+  input, skipped, cond_frames: only in codes written by `tokenize`.
+  shards: `file` and `rows` (their number) of each shard.
+  rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
+    frames are from the video), `fps` (0: unknown), `label` (-1: none), and `flip` if the window is mirrored.
 
-Version 1 has no `layout` and is otherwise the same. The layout "packed" is reserved for clips of different numbers of
-codes: a shard will have `codes` [L] int32, the codes of all its clips one after the other, `offsets` [M + 1] int64
-(clip i has codes[offsets[i] : offsets[i + 1]]), and the lengths of each clip by block of frames.
+Version 1 has no `layout` and is otherwise the same. The layout "packed" is reserved for clips with different numbers of
+codes: a shard will have `codes` [L] int32, the concatenated codes of all its clips, `offsets` [M + 1] int64 (clip i has
+codes[offsets[i] : offsets[i + 1]]), and the lengths of each clip by block of frames.
 """
 
 import functools
@@ -35,7 +37,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
 
 MANIFEST = "manifest.json"
-SETTINGS = "settings.json"  # of a folder that `larp_jax.inference.generate` is writing, or has written
+SETTINGS = "settings.json"  # only in folders written by `larp_jax.inference.generate`
 FORMAT = "larp_jax.codes"
 VERSION = 2
 LAYOUT = "fixed"
@@ -44,15 +46,15 @@ SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
 
 
 def shard_name(number: int, count: int) -> str:
-    """The file of shard `number` of `count`."""
+    """File name of shard `number` of `count`."""
     return f"codes-{number:05d}-of-{count:05d}.npz"
 
 
 def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a shard, all of it or nothing.
+    """Writes a shard atomically.
 
     Args:
-      path: the file.
+      path: file to write.
       arrays: `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32.
     """
     with files.writing(path) as file:
@@ -65,13 +67,13 @@ def new_manifest(
     """A manifest in the current version.
 
     Args:
-      fingerprint: of the tokenizer.
-      step: of the tokenizer.
+      fingerprint: fingerprint of the tokenizer.
+      step: training step of the tokenizer.
       K: size of its codebook.
       N: codes per clip.
       clip: [T, H, W, C].
-      sizes: rows of each shard.
-      details: the remaining keys, see the top of this module; `rows` may be added later.
+      sizes: number of rows in each shard.
+      details: the remaining keys, as listed at the top of this module; `rows` may be added later.
     """
     shards = [{"file": shard_name(i, len(sizes)), "rows": size} for i, size in enumerate(sizes)]
     return {
@@ -89,7 +91,7 @@ def new_manifest(
 
 
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, which completes a folder whose shards are written."""
+    """Writes the manifest, which marks the folder as complete; its shards must exist."""
     files.write_json(directory / MANIFEST, manifest)
 
 
@@ -97,31 +99,30 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """Reads and checks the manifest of a folder of codes, of version 1 or 2.
 
     Raises:
-      InputError: there is none, or it is damaged, of a later version or another layout, or names files
-        outside its folder.
+      InputError: it is missing or damaged, has a later version or another layout, or names files outside its folder.
     """
     path = files.local_path(directory, "folder of codes") / MANIFEST
     try:
         manifest = read_json(path)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: {directory} is no folder that tokenize completed") from None
+        raise InputError(f"{path} is missing; give a folder that larp-jax tokenize completed") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is no manifest of codes; give the folder that tokenize wrote")
+        raise InputError(f"{path} is not a manifest of codes; give a folder written by larp-jax tokenize")
     version = manifest.get("version")
     layout = manifest.get("layout", LAYOUT if version == 1 else None)
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise InputError(f"{path} is of version {version}, this reads 1 to {VERSION}; tokenize again")
+        raise InputError(f"{path} has version {version}, but only 1 to {VERSION} are supported; tokenize again")
     if layout != LAYOUT:
-        raise InputError(f"{path} has the layout {layout!r}, this reads {LAYOUT!r}; tokenize again")
+        raise InputError(f"{path} has layout {layout!r}, but only {LAYOUT!r} is supported; tokenize again")
     if complaint := _complaint(manifest):
         raise InputError(f"{path} is damaged ({complaint}); tokenize again")
     return manifest
 
 
 def _complaint(manifest: dict) -> str | None:
-    """What is wrong with a manifest, None if nothing is."""
+    """What is wrong with a manifest; None if nothing is."""
 
     def is_count(value, least):
         return type(value) is int and least <= value < 2**31
@@ -129,41 +130,41 @@ def _complaint(manifest: dict) -> str | None:
     if not isinstance(manifest.get("fingerprint"), str):
         return "no fingerprint"
     if not all(is_count(manifest.get(name), 1) for name in ("K", "N")):
-        return "K and N are no numbers of codes"
+        return "K and N are not positive integers"
     clip = manifest.get("clip")
     if not (isinstance(clip, list) and len(clip) == 4 and all(is_count(side, 1) for side in clip)):
         return "clip is not [T, H, W, C]"
     if not is_count(manifest.get("cond_frames", 0), 0):
-        return "cond_frames is no number"
+        return "cond_frames is not an integer of at least 0"
     names = manifest.get("label_names", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        return "label_names are no names"
+        return "label_names is not a list of names"
     shards, rows = manifest.get("shards"), manifest.get("rows")
     if not (isinstance(shards, list) and isinstance(rows, list) and rows):
         return "no shards or no rows"
     for shard in shards:
         if not isinstance(shard, dict) or not is_count(shard.get("rows"), 1):
-            return "a shard without a number of rows"
+            return "a shard without its number of rows"
         if not isinstance(shard.get("file"), str) or not SHARD_NAME.fullmatch(shard["file"]):
-            return f"{shard.get('file')!r} is no shard's name"
+            return f"{shard.get('file')!r} is not the name of a shard"
     if sum(shard["rows"] for shard in shards) != len(rows):
         return f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed"
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not _is_inside(row.get("source")):
-            return f"the source of row {i} is no path within a folder"
+            return f"the source of row {i} is not a path within a folder"
         if not is_count(row.get("start"), 0) or not is_count(row.get("frames"), 1) or row["frames"] > clip[0]:
-            return f"start or frames of row {i}"
+            return f"invalid start or frames of row {i}"
         if not isinstance(row.get("fps"), (int, float)) or not math.isfinite(row["fps"]):
-            return f"fps of row {i}"
+            return f"invalid fps of row {i}"
         if type(row.get("label")) is not int or not -1 <= row["label"] < 2**31:
-            return f"label of row {i}"
+            return f"invalid label of row {i}"
         if type(row.get("flip", False)) is not bool:
-            return f"flip of row {i}"
+            return f"invalid flip of row {i}"
     return None
 
 
 def _is_inside(name: Any) -> bool:
-    """Whether a text is a relative path with forward slashes that stays where it is put."""
+    """Whether a text is a relative path with forward slashes that stays within its folder."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     path = pathlib.PurePosixPath(name)
@@ -175,12 +176,12 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: 
 
     Args:
       directory: the folder.
-      manifest: what `read_manifest` gave.
-      number: of the shard.
-      name: `codes`, or `condition` where the manifest has `cond_frames`.
+      manifest: the result of `read_manifest`.
+      number: index of the shard.
+      name: `codes`, or `condition` if the manifest has `cond_frames`.
 
     Raises:
-      InputError: it is missing, damaged, or not as the manifest says.
+      InputError: the shard is missing, damaged, or does not match the manifest.
     """
     shard = manifest["shards"][number]
     path = pathlib.Path(directory) / shard["file"]
@@ -188,48 +189,48 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: 
     codes = npz.read(path, expected, mend="tokenize again")[name]
     if codes.min() < 0 or codes.max() >= manifest["K"]:
         raise InputError(
-            f"{path} holds codes from {codes.min()} to {codes.max()}, outside of [0, {manifest['K']}); tokenize again"
+            f"{path} contains codes from {codes.min()} to {codes.max()}, outside [0, {manifest['K']}); tokenize again"
         )
     return codes
 
 
 class CodeSet:
-    """A folder of codes, in memory. Its manifest is read at once, the codes when `rows` is first asked for.
+    """A folder of codes, in memory. Its manifest is read at once, its codes at the first use of `rows`.
 
-    The rows of one source (windows of a video, mirrored or not) are one video, of which training draws one at a time:
-    as often and as evenly as it would draw windows of the video itself.
+    The rows of one source (windows of a video, mirrored or not) count as one video. Training samples one row per video
+    and epoch, with the same frequencies as windows of the video itself.
 
     Args:
       directory: the folder.
 
     Attributes:
-      manifest: see the top of this module.
+      manifest: as described at the top of this module.
       label_names: names of the classes in the order of their labels; empty without classes.
 
     Raises:
-      InputError: there is no manifest, or it is damaged.
+      InputError: the manifest is missing or damaged.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.path = pathlib.Path(directory)
         if not (self.path / MANIFEST).exists() and (found := advice(self.path)):
-            raise InputError(f"{directory} holds no codes that larp-jax tokenize wrote; {found}")
+            raise InputError(f"{directory} contains no codes written by larp-jax tokenize; {found}")
         self.manifest = read_manifest(directory)
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
         self._labels = np.array([row["label"] for row in rows], np.int32)
         if self.label_names and (last := int(self._labels.max())) >= len(self.label_names):
             raise InputError(
-                f"{self.path / MANIFEST} has label {last} of {len(self.label_names)} classes; tokenize again"
+                f"{self.path / MANIFEST} has label {last}, but only {len(self.label_names)} classes; tokenize again"
             )
         _, video = np.unique([row["source"] for row in rows], return_inverse=True)
-        self._order = np.argsort(video, kind="stable")  # rows video by video
+        self._order = np.argsort(video, kind="stable")  # rows grouped by video
         self._counts = np.bincount(video)
         self._first = np.cumsum(self._counts) - self._counts
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:
-        """By name, `codes` [M, N] int32, `label` [M] int32 (-1: none) and, if there is one, `condition` [M, N] int32.
+        """Arrays by name: `codes` and, for frame prediction, `condition`, [M, N] int32; `label` [M] int32 (-1: none).
 
         Raises:
           InputError: the folder is incomplete or damaged.
@@ -240,7 +241,7 @@ class CodeSet:
         return rows | {"label": self._labels}
 
     def __len__(self) -> int:
-        """How many videos there are."""
+        """Number of videos."""
         return len(self._counts)
 
     def labels(self) -> np.ndarray:
@@ -248,7 +249,7 @@ class CodeSet:
         return self._labels[self._order[self._first]]
 
     def some(self, count: int) -> dict[str, np.ndarray]:
-        """At most so many rows, spread over those that are not mirrored; 0 for all of these."""
+        """At most `count` of the rows that are not mirrored, spread evenly over them; 0 for all of them."""
         plain = np.flatnonzero([not row.get("flip") for row in self.manifest["rows"]])
         if 0 < count < len(plain):
             plain = plain[np.arange(count) * len(plain) // count]
@@ -257,12 +258,12 @@ class CodeSet:
     def batches(
         self, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> Batches:
-        """Batches without end: videos epoch by epoch without replacement, of each a row at random.
+        """Endless batches: videos epoch by epoch, without replacement, with a random row of each.
 
-        The batch of a step is a function of (seed, step), and those of all processes are the batch of one.
+        The batch of a step is a function of (seed, step); together, the processes get the batch of a single process.
 
         Returns:
-          Iterator over what `rows` holds, batch_size / process_count rows each.
+          Iterator over the arrays of `rows`, batch_size / process_count rows each.
 
         Raises:
           InputError: the batch cannot be split.
@@ -281,7 +282,7 @@ class CodeSet:
         while True:
             epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(self))
             videos = np.array([order(epoch)[place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
-            drawn = np.random.default_rng((seed, 1, step)).integers(self._counts[videos])
-            rows = self._order[self._first[videos] + drawn][mine]
+            sampled = np.random.default_rng((seed, 1, step)).integers(self._counts[videos])
+            rows = self._order[self._first[videos] + sampled][mine]
             yield {name: x[rows] for name, x in self.rows.items()}
             step += 1

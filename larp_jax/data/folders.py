@@ -1,6 +1,6 @@
-"""Folders of videos: which files they hold, and which splits and classes the names of sub-folders give.
+"""Folders of videos: the files they contain, and the splits and classes given by the names of subfolders.
 
-What training, evaluation, `larp-jax prepare` and all that reads an input takes a folder for is decided here, once.
+Training, evaluation, `larp-jax prepare` and all other commands use these rules.
 """
 
 import concurrent.futures
@@ -18,13 +18,13 @@ from larp_jax.files import local_path
 logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
-# Names of splits, as folders and files have them, and what TFDS calls them.
+# Names of splits in folders and files, and their names in TFDS.
 SPLITS = {"train": "train", "validation": "validation", "validate": "validation", "val": "validation", "test": "test"}
-# The fewest files that probing shows a progress bar for: about two seconds' worth.
+# The smallest number of files with a progress bar: opening them takes about two seconds.
 MANY_FILES = 500
-# The most files that a warning names.
+# The largest number of files that a warning names.
 MANY_NAMES = 50
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class FolderVideos:
     Attributes:
       folder: as given.
       paths: the files.
-      splits: of each file, "train", "validation" or "test"; empty where the folder holds no splits.
-      labels: of each file the number of its class, -1 without.
-      label_names: the classes in the order of their labels, those of all splits; empty without classes.
-      beside: names of the files that lie beside the splits, and so belong to none.
+      splits: split of each file: "train", "validation" or "test"; empty strings if the folder has no splits.
+      labels: class of each file; -1 for none.
+      label_names: names of the classes of all splits, in the order of their labels; empty without classes.
+      without_split: names of the files next to the folders of splits, which belong to no split.
     """
 
     folder: pathlib.Path
@@ -45,17 +45,17 @@ class FolderVideos:
     splits: list[str]
     labels: list[int]
     label_names: tuple[str, ...]
-    beside: list[str]
+    without_split: list[str]
 
     def name(self, path: pathlib.Path) -> str:
         """Path of a file within the folder, with forward slashes."""
         return path.relative_to(self.folder).as_posix()
 
     def of_split(self, split: str) -> "FolderVideos":
-        """The videos of one split; all where the folder holds none.
+        """The videos of one split; all videos if the folder has no splits.
 
         Raises:
-          InputError: the folder holds splits, but not this one.
+          InputError: the folder has splits, but not this one.
         """
         if not any(self.splits) or (set(self.splits) == {split}):
             return self
@@ -70,16 +70,16 @@ class FolderVideos:
         return dataclasses.replace(self, **rows)
 
     def open(self) -> tuple[list[video.VideoFile], list[int], list[tuple[str, str]]]:
-        """Opens the files: (those that can be read, their labels, (name, reason) of each other).
+        """Opens the files and returns (readable files, their labels, (name, reason) of each unreadable file).
 
         Raises:
-          InputError: none can be read.
+          InputError: no file can be read.
         """
         files, unreadable = open_all(self.paths)
         skipped = [(self.name(pathlib.Path(path)), reason) for path, reason in unreadable]
         if not files:
             raise InputError(
-                f"folder {self.folder}: none of its {len(self.paths)} video files can be read; the first says: "
+                f"folder {self.folder}: none of its {len(self.paths)} video files can be read; the first error: "
                 f"{skipped[0][1]}"
             )
         labels = dict(zip(self.paths, self.labels, strict=True))
@@ -87,44 +87,44 @@ class FolderVideos:
 
 
 def find_videos(folder: str | os.PathLike) -> FolderVideos:
-    """Looks through a folder; opens no file.
+    """Lists the videos of a folder without opening them.
 
-    - If all sub-folders that hold videos are called train, val, validate, validation or test, they are splits, and the
-      classes lie below.
-    - The sub-folders are the classes: in the order of their numbers if all are called by numbers, else of their names.
-      A file that can not be read counts here, so that damage moves no class.
-    - A video beside the class folders has no class, one beside the splits is in none. A warning names them.
-    - Hidden files and folders are left out.
+    - If all subfolders that contain videos are called train, val, validate, validation or test, they are splits, and
+      their subfolders are classes.
+    - Otherwise the subfolders are classes. Classes are in numerical order if all their names are numbers, else in
+      alphabetical order. Unreadable files count, so that damage does not renumber classes.
+    - A video next to class folders has no class, and one next to split folders has no split. A warning names them.
+    - Hidden files and folders are ignored.
 
     Raises:
-      InputError: there is no such folder, or no video file in it.
+      InputError: the folder does not exist, or contains no video file.
     """
     folder = local_path(folder, "folder")
     if not folder.is_dir():
         path, _, split = str(folder).rpartition(":")
-        cure = advice(folder) or (advice(path, str(folder)) if path else "") or "give one that holds videos"
-        raise InputError(f"folder {folder} {'is no folder' if folder.exists() else 'does not exist'}; {cure}")
+        cure = advice(folder) or (advice(path, str(folder)) if path else "") or "give a folder of videos"
+        raise InputError(f"folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}; {cure}")
     paths = video_files(folder)
     if not paths:
         found = advice(folder)
         cure = "" if "folder:" in found else f"; {found}"
-        if any(name.lower().endswith(_PICTURES) for _, _, names in os.walk(folder) for name in names):
-            cure = "; make a video of each folder of pictures, as in ffmpeg -i %03d.png clip.mp4"
-        raise InputError(f"folder {folder} holds no video file ({' '.join(sorted(video.EXTENSIONS))}){cure}")
+        if any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names):
+            cure = "; convert each folder of images to a video, as in ffmpeg -i %03d.png clip.mp4"
+        raise InputError(f"folder {folder} contains no video file ({' '.join(sorted(video.EXTENSIONS))}){cure}")
     parts = [path.relative_to(folder).parts for path in paths]
     tops = sorted({part[0] for part in parts if len(part) > 1})
     named = [top for top in tops if top.lower() in SPLITS]
-    beside = []
+    without_split = []
     split = bool(tops) and named == tops
     if split:
-        beside = ["/".join(part) for part in parts if len(part) == 1]
+        without_split = ["/".join(part) for part in parts if len(part) == 1]
         paths = [path for path, part in zip(paths, parts, strict=True) if len(part) > 1]
         parts = [part for part in parts if len(part) > 1]
-        _warn(beside, f"{folder}: left out as in none of its splits {', '.join(tops)}")
+        _warn(without_split, f"{folder}: left out, because they are in none of the splits {', '.join(tops)}")
     elif len({SPLITS[top.lower()] for top in named}) > 1:
         others = ", ".join(top for top in tops if top not in named)
         logger.warning(
-            "%s: %s are taken for classes and not for splits, because there are other sub-folders: %s",
+            "%s: %s are classes and not splits, because there are other subfolders: %s",
             folder, ", ".join(named), others,
         )  # fmt: skip
     below = [part[1:] if split else part for part in parts]
@@ -133,9 +133,9 @@ def find_videos(folder: str | os.PathLike) -> FolderVideos:
     labels = [numbers[part[0]] if len(part) > 1 else NO_LABEL for part in below]
     if label_names:
         strays = ["/".join(part) for part, label in zip(parts, labels, strict=True) if label == NO_LABEL]
-        _warn(strays, f"{folder}: without a class, because they lie beside the folders of classes")
+        _warn(strays, f"{folder}: without a class, because they are in none of the class folders")
     splits = [SPLITS[part[0].lower()] if split else "" for part in parts]
-    return FolderVideos(folder, paths, splits, labels, label_names, beside)
+    return FolderVideos(folder, paths, splits, labels, label_names, without_split)
 
 
 def _warn(names: Sequence[str], what: str) -> None:
@@ -145,7 +145,7 @@ def _warn(names: Sequence[str], what: str) -> None:
 
 
 def in_class_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in the order of their labels: by number if all are numbers, else by text."""
+    """Names of classes in the order of their labels: numerical if all are numbers, else alphabetical."""
     names = sorted(names)
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
@@ -153,9 +153,9 @@ def in_class_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The video files below a folder, by their names, sorted; links are followed, what is hidden is left out."""
+    """The video files below a folder (by suffix), sorted; follows links and ignores hidden files and folders."""
     paths, visited = [], set()
-    # Class folders are often links to where the disk has room; links may also lead in circles.
+    # Class folders are often links to larger disks; links may also form cycles.
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         folders[:] = [name for name in real if real[name] not in visited]
@@ -165,7 +165,7 @@ def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
-    """([VideoFile of each readable path], [(path, reason) of each other]), both in the order of the paths."""
+    """Opens files: ([VideoFile of each readable path], [(path, reason) of each other]), in the order of the paths."""
     from tqdm import tqdm
 
     def attempt(path):
@@ -182,5 +182,5 @@ def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What commands are pointed at: a video file, a folder of them, or a data set, read as windows of T frames."""
+"""Inputs of commands: a video file, a folder of videos, or a data set, read as windows of T frames."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from larp_jax.files import local_path
 
 logger = logging.getLogger(__name__)
 
-# Of videos written where the source does not say, or says what no player takes.
+# Frame rate of written videos if that of the source is unknown or not supported by players.
 DEFAULT_FPS = 8.0
 
 
@@ -31,11 +31,11 @@ class Window(NamedTuple):
     """T consecutive frames of a video.
 
     Attributes:
-      video: number of the video.
-      start: its first frame.
+      video: index of the video.
+      start: number of its first frame.
       frames: uint8 [T, H, W, 3].
-      valid: how many of the frames are the video's; the last of them is repeated to make T.
-      label: number of the class; -1 for none.
+      valid: how many of the T frames are from the video; the last of them is repeated after that.
+      label: class; -1 for none.
     """
 
     video: int
@@ -50,11 +50,11 @@ class InputVideo:
     """One video.
 
     Attributes:
-      name: path within the folder, with forward slashes; of a data set, the split and the number in it.
+      name: path within the folder, with forward slashes; in a data set, the split and the index.
       path: the file; None in a data set.
-      fps: frames a second; 0.0 where unknown.
-      windows: how many windows to expect, by the video's header.
-      read: iterates over its windows as (start, frames, valid, label).
+      fps: frames per second; 0.0 if unknown.
+      windows: expected number of windows, according to the video's header.
+      read: returns an iterator over its windows as (start, frames, valid, label).
     """
 
     name: str
@@ -65,31 +65,31 @@ class InputVideo:
 
 
 class Inputs:
-    """The videos that a text names.
+    """The videos of an input.
 
-    Files are read whole: consecutive windows that do not overlap, the last one filled up. Data sets give the windows
-    that evaluation takes: full ones only, or one of a video that is shorter. With `windows` both give so many.
+    Files are read completely: consecutive windows that do not overlap, the last one padded. Data sets give the windows
+    of evaluation: only full ones, or one padded window if the video is shorter. `windows` replaces both rules.
 
     Args:
-      text: path of a video file or of a folder, of which all below is read; or the spec of a data set, whose split is
-        `test` if it names none, that of a `folder:PATH` of splits too.
-      clip: what a window is.
-      max_clips: of a data set, at most so many windows, spread over it; 0 takes all.
-      windows: of every video, at most so many full windows, spread over it; 0 for those above.
+      text: path of a video file; path of a folder, which is read with its subfolders; or spec of a data set, whose
+        split is `test` by default, also for a `folder:PATH` with splits.
+      clip: length and size of a window.
+      max_clips: at most this many windows of a data set, spread evenly over it; 0 for all.
+      windows: at most this many full windows of each video, spread evenly over it; 0 for the windows above.
 
     Attributes:
-      videos: those that can be read, by their headers.
-      label_names: names of the classes in the order of their labels; empty without.
+      videos: the videos whose headers can be read.
+      label_names: names of the classes in the order of their labels; empty without classes.
       skipped: (name, reason) of each video that cannot be read. Grows while reading.
-      is_data_set: whether the text was the spec of one.
+      is_data_set: whether the text is the spec of a data set.
 
     Raises:
-      InputError: there is nothing of that name, or nothing readable in it.
+      InputError: the input does not exist, or nothing in it can be read.
     """
 
     def __init__(self, text: str, clip: data.ClipSpec, *, max_clips: int = 0, windows: int = 0):
         if max_clips and windows:
-            raise InputError("at most so many windows can be asked for of a data set or of each video, not both")
+            raise InputError("--max-clips and --windows cannot be combined; give one of them")
         self._clip, self._windows = clip, windows
         self.label_names: tuple[str, ...] = ()
         self.skipped: list[tuple[str, str]] = []
@@ -107,23 +107,21 @@ class Inputs:
         elif not path.exists():
             raise InputError(f"{text} does not exist; give a video file, a folder of videos, or {data.spec.FORMS}")
         elif path.suffix.lower() in LISTS:
-            raise InputError(f"{text} is no video; {advice(path)}")
+            raise InputError(f"{text} is not a video; {advice(path)}")
         else:
             self.videos = [self._of_file(VideoFile(path), path.name)]
 
     @property
     def windows(self) -> int:
-        """How many windows to expect; damaged files give fewer."""
+        """Expected number of windows; damaged files give fewer."""
         return sum(video.windows for video in self.videos)
 
     def batches(self, size: int) -> Iterator[tuple[list[Window], np.ndarray]]:
-        """Reads all videos, one after the other.
-
-        A video that turns out to be unreadable is logged, added to `skipped` and passed over.
+        """Reads all videos in order. Those that turn out to be unreadable are logged and added to `skipped`.
 
         Yields:
-          Windows, `size` of them but for the last time, and their frames as uint8 [size, T, H, W, 3], filled up by
-          repeating the last window.
+          `size` windows (the last time maybe fewer), and their frames as uint8 [size, T, H, W, 3], padded by repeating
+          the last window.
         """
         windows = self._read()
         while rows := list(itertools.islice(windows, size)):
@@ -165,7 +163,7 @@ class Inputs:
             self._skip(name, reason)
         self.label_names = found.label_names
         if len(splits := dict.fromkeys(found.splits)) > 1:
-            logger.warning("%s holds the splits %s: all are read", found.folder, ", ".join(splits))
+            logger.warning("%s contains the splits %s: all are read", found.folder, ", ".join(splits))
         return [self._of_file(file, found.name(file.path), label) for file, label in zip(files, labels, strict=True)]
 
     def _of_data_set(self, spec: data.DataSpec, max_clips: int) -> list[InputVideo]:
@@ -193,9 +191,9 @@ class Inputs:
 
 
 def output_names(names: Sequence[str]) -> list[str]:
-    """Names for what is made of videos: without their suffixes, unless only those tell two of them apart.
+    """Names of the outputs for videos: without suffixes, unless some names differ only in their suffixes.
 
-    Parts too long for a file system to take with more at their end become shorter, with a digest of the whole name.
+    Components that would become too long for a file system are shortened and end with a digest of the full name.
     """
     stems = [str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else str(path)
              for path in map(pathlib.PurePosixPath, names)]  # fmt: skip
@@ -212,5 +210,5 @@ def _shortened(name: str, limit: int = 255 - len("-flipped-000000.mp4")) -> str:
 
 
 def playable_fps(fps: float) -> float:
-    """The rate to write a video at."""
+    """Frame rate for writing a video: `fps`, or 8 if players may not support it (as with 0, which means unknown)."""
     return fps if 0.1 <= fps <= 1000.0 else DEFAULT_FPS

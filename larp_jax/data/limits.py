@@ -1,4 +1,4 @@
-"""A limit on the time that a video may take: one bad file, or a file server that hangs, should not stop a run."""
+"""A time limit for reading videos, so that a bad file or a hanging file server does not stop a run."""
 
 import contextvars
 import os
@@ -8,18 +8,18 @@ from typing import TypeVar
 
 from larp_jax.errors import InputError
 
-# Seconds for a clip; a first frame, an index or a window of a whole video count alike.
+# Seconds for a clip; also for a first frame, an index, or a window of a video that is read completely.
 VARIABLE, DEFAULT = "LARP_VIDEO_TIME_LIMIT", 60.0
 
 T = TypeVar("T")
 
 
 def within_limit(function: Callable[..., T], *arguments) -> T:
-    """function(*arguments), in a thread of its own that is left alone if it does not return: nothing can stop it.
+    """function(*arguments) in a new thread, which is abandoned at the time limit: threads cannot be stopped.
 
     Raises:
-      TimeoutError: it took longer than $LARP_VIDEO_TIME_LIMIT seconds (60 without).
-      InputError: the variable is no number above 0.
+      TimeoutError: it took longer than $LARP_VIDEO_TIME_LIMIT seconds (default: 60).
+      InputError: the variable is not a number above 0.
     """
     limit = time_limit()
     outcome = []  # (result, error)
@@ -33,7 +33,7 @@ def within_limit(function: Callable[..., T], *arguments) -> T:
 
     done = threading.Event()
     threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
-    # In parts, so that a process that was stopped for a while counts no more than one of them.
+    # Waits in parts, so that a pause of the whole process counts as at most one part.
     for _ in range(20):
         if done.wait(limit / 20):
             break
@@ -46,7 +46,7 @@ def within_limit(function: Callable[..., T], *arguments) -> T:
 
 
 def time_limit() -> float:
-    """The limit in seconds."""
+    """The time limit in seconds."""
     text = os.environ.get(VARIABLE) or str(DEFAULT)
     try:
         limit = float(text)

@@ -1,7 +1,7 @@
-"""What `larp-jax prepare` may be given, as one list of videos with splits and classes.
+"""The inputs of `larp-jax prepare` as one list of videos with splits and classes.
 
-Everything is taken in the order of the lists, or of sorted paths where there are none. Paths in lists are checked as
-text: none may leave the folder of the videos.
+Videos are in the order of the lists, or sorted by path if there are no lists. Paths in lists are checked as text: none
+may lead out of the folder of the videos.
 """
 
 import collections
@@ -24,7 +24,7 @@ from larp_jax.files import local_path
 logger = logging.getLogger(__name__)
 
 _IN_NAME = re.compile(f"(?<![a-z])({'|'.join(SPLITS)})")
-_CLASSES = "classInd.txt"  # UCF101's list of classes, which makes a folder one of its lists
+_CLASSES = "classInd.txt"  # UCF101's list of classes: a folder with this file is a folder of UCF101's lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Item:
     """A video to prepare.
 
     Attributes:
-      split: that it belongs to.
-      source: what the data set will call it: its path within the folder of the videos, or SPLIT#NUMBER.
+      split: its split.
+      source: its name in the prepared data set: its path within the folder of the videos, or SPLIT#NUMBER.
       path: its file; empty for a video of a TFDS data set.
       spec: its TFDS data set and split; empty for a file.
-      index: its number there.
-      label: number of its class, -1 without.
+      index: its index in that split.
+      label: class; -1 for none.
     """
 
     split: str
@@ -53,10 +53,10 @@ class Listing:
     """All videos to prepare.
 
     Attributes:
-      items: in the order of their splits and, within, of the lists.
-      label_names: the classes, by the number of their label.
-      missing: (split, source, reason) of what the lists name and the folder does not have.
-      ignored: how many files of a folder have which suffix of no video.
+      items: sorted by split, and within a split in the order of the lists.
+      label_names: names of the classes in the order of their labels.
+      missing: (split, source, reason) of each listed video that is not in the folder.
+      ignored: number of other files in the folder, by suffix.
     """
 
     items: list[Item]
@@ -66,22 +66,23 @@ class Listing:
 
 
 def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
-    """Finds the videos that the inputs name.
+    """Finds the videos of the inputs, which may be:
 
     - A folder, or `folder:PATH`; its splits and classes are those of `larp_jax.data.folders.find_videos`, and without
-      splits all is `train`.
-    - CSV files with the columns path and label (and maybe split), the authors' id, path, action and label, or those of
-      Kinetics, label, youtube_id, time_start and time_end, whose files are looked for by name. A first line without
-      the name of a video names the columns; the one that holds videos is the path, whatever it is called.
+      splits all videos are in `train`.
+    - CSV files with the columns path and label (and optionally split), the released code's id, path, action and label,
+      or Kinetics' label, youtube_id, time_start and time_end, whose files are found by name. A first line without the
+      name of a video is a header; the column that contains videos is the path, independent of its name.
     - UCF101's lists: the folder of classInd.txt, trainlist01.txt and testlist01.txt, or some of its lists.
-    - `tfds:NAME[/CONFIG][:SPLIT]` or `moving_shapes[:SPLIT]`; all splits if none is named.
+    - `tfds:NAME[/CONFIG][:SPLIT]` or `moving_shapes[:SPLIT]`; all splits by default.
 
     Args:
-      inputs: one folder or data set, or lists. A list without a column split belongs to the split in its name.
-      root: the folder that lists mean; by default that of the list, and of UCF101's lists the UCF-101 beside them.
+      inputs: one folder or data set, or lists. The split of a list without a column split is the one in its name.
+      root: the folder that the paths in lists are relative to. By default that of the first list; for UCF101's lists,
+        the folder UCF-101 next to theirs if it exists.
 
     Raises:
-      InputError: there is nothing there, a list cannot be understood, or a path leads out of `root`.
+      InputError: an input does not exist, a list cannot be understood, or a path leads out of `root`.
     """
     if len(inputs) == 1 and (spec := spec_of(inputs[0])) is not None:
         if spec.kind == "mixture":
@@ -94,7 +95,7 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
         if not path.exists():
             raise InputError(f"{path} does not exist; give a folder, CSV files, UCF101's lists or a data set")
         if path.is_file() and path.suffix.lower() not in LISTS:
-            raise InputError(f"{path} is no list of videos (.csv, .txt); {advice(path)}")
+            raise InputError(f"{path} is not a list of videos (.csv, .txt); {advice(path)}")
     if len(paths) == 1 and paths[0].is_dir() and not (paths[0] / _CLASSES).exists():
         if root:
             raise InputError(f"--root is for lists, and {paths[0]} is a folder of videos; leave it out")
@@ -105,10 +106,10 @@ def list_videos(inputs: Sequence[str], root: str | None = None) -> Listing:
     read = {".csv": _csv_rows, ".txt": _ucf101_rows}.get(suffixes.pop() if len(suffixes) == 1 else "")
     if read is None or any(path.is_dir() for path in paths):
         raise InputError("give one folder, or CSV files, or UCF101's .txt lists, not several kinds at once")
-    beside = paths[0].parent.parent / "UCF-101"
-    folder = local_path(root or (beside if read is _ucf101_rows and beside.is_dir() else paths[0].parent), "--root")
+    usual = paths[0].parent.parent / "UCF-101"
+    folder = local_path(root or (usual if read is _ucf101_rows and usual.is_dir() else paths[0].parent), "--root")
     if not folder.is_dir():
-        raise InputError(f"--root {folder} does not exist (or is no folder); name the folder of the videos")
+        raise InputError(f"--root {folder} does not exist (or is not a folder); name the folder of the videos")
     rows, classes = read(paths, folder)
     return _of_rows(rows, classes, folder)
 
@@ -120,7 +121,7 @@ def _of_data_set(spec: DataSpec) -> Listing:
     if spec.split:
         splits = [spec.split]
     else:
-        open_source(spec)  # which makes moving_shapes
+        open_source(spec)  # generates moving_shapes if it does not exist
         splits = ["train", "test"] if spec.kind == "moving_shapes" else split_names(spec.name)
     items, label_names = [], ()
     for split in splits:
@@ -138,12 +139,12 @@ def _of_folder(folder: pathlib.Path) -> Listing:
         Item(split or "train", found.name(path), str(path), label=label)
         for path, split, label in zip(found.paths, found.splits, found.labels, strict=True)
     ]
-    beside = [("train", name, "lies in none of the folder's splits") for name in found.beside]
-    return Listing(_by_split(items), found.label_names, beside, ignored=_other_files(folder))
+    missing = [("train", name, "is in none of the folder's splits") for name in found.without_split]
+    return Listing(_by_split(items), found.label_names, missing, ignored=_other_files(folder))
 
 
 def _other_files(folder: pathlib.Path) -> dict[str, int]:
-    """How many of the files that are no videos have which suffix; what is hidden does not count."""
+    """Number of files that are not videos, by suffix, without hidden ones."""
     suffixes: collections.Counter[str] = collections.Counter()
     for _, folders, names in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -161,7 +162,7 @@ def _by_split(items: list[Item]) -> list[Item]:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A line of a list: where it stands, the split, the file within the folder (None: not there), the class."""
+    """A line of a list: its position, the split, the name, the path of the file (None: not found), the class."""
 
     where: str
     split: str
@@ -171,7 +172,7 @@ class _Row:
 
 
 def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> Listing:
-    """The listing of a list's rows; without `classes` they are those that occur, or all numbers up to the last."""
+    """The listing of rows. Without `classes`, the classes are those of the rows, or all numbers up to the largest."""
     names = {row.label for row in rows} - {""}
     if not classes and names and all(name.isdecimal() and len(name) < 7 for name in names):
         classes = list(map(str, range(max(map(int, names)) + 1)))
@@ -180,22 +181,22 @@ def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> 
     items, missing = [], []
     for row in rows:
         if row.label and row.label not in numbers:
-            raise InputError(f"{row.where}: {row.label!r} is none of the {len(classes)} classes")
+            raise InputError(f"{row.where}: {row.label!r} is not one of the {len(classes)} classes")
         if row.path is None or not os.path.isfile(row.path):
             missing.append((row.split, row.name, f"not in {folder.name or folder}"))
         else:
             items.append(Item(row.split, row.name, row.path, label=numbers.get(row.label, NO_LABEL)))
     if not items:
         first = f"; the first is {rows[0].name}" if rows else ""
-        raise InputError(f"none of the {len(rows)} listed videos lies in {folder}{first}; name their folder by --root")
+        raise InputError(f"none of the {len(rows)} listed videos is in {folder}{first}; name their folder by --root")
     return Listing(_by_split(items), tuple(classes), missing)
 
 
 def _ucf101_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list[_Row], list[str]]:
-    """Rows of trainlistNN.txt and testlistNN.txt: CLASS/FILE.avi and maybe a number; classes of classInd.txt."""
+    """Rows of trainlistNN.txt and testlistNN.txt (CLASS/FILE.avi, then maybe a number), and classes of classInd.txt."""
     if not (paths[0].parent / _CLASSES).exists():
         raise InputError(
-            f"{paths[0]} is none of UCF101's lists ({_CLASSES} is not beside it); write a list of your own as .csv, "
+            f"{paths[0]} is not one of UCF101's lists ({_CLASSES} is not next to it); write your own list as .csv, "
             "with the columns path and label"
         )
     classes = [line.split()[-1] for _, line in _lines(paths[0].parent / _CLASSES)]
@@ -218,13 +219,13 @@ def _csv_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list
                 rows.append(_kinetics_row(cells, split, where, by_stem, folder))
                 continue
             if not cells.get("path"):
-                raise InputError(f"{where}: has no path; it takes the columns path and label")
+                raise InputError(f"{where}: has no path; lists need the columns path and label")
             file = _inside(folder, cells["path"], where)
             label = cells.get("label", "")
             if cells.get("action") and "label" in cells:
                 label = _number(label)
                 if actions.setdefault(label, cells["action"]) != cells["action"] or not label.isdecimal():
-                    raise InputError(f"{where}: label {label!r} is not one number for one action; mend the list")
+                    raise InputError(f"{where}: label {label!r} is not one number per action; fix the list")
                 label = cells["action"]
             rows.append(_Row(where, split, _relative(file, folder), file, label or cells.get("action", "")))
     if not actions:
@@ -236,7 +237,7 @@ def _csv_rows(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> tuple[list
 
 
 def _number(label: str) -> str:
-    """A label that is a whole number in its shortest form, "" for -1; any other as it is."""
+    """An integer label in its shortest form ("" for -1); any other label unchanged."""
     found = re.fullmatch(r"(-?\d{1,15})(?:\.0*)?", label)
     if found is None:
         return label
@@ -244,7 +245,7 @@ def _number(label: str) -> str:
 
 
 def _numbered(rows: list[_Row]) -> list[_Row]:
-    """The rows with their labels as numbers, if all are."""
+    """The rows with labels in their shortest form, if all of them are integers."""
     labels = [_number(row.label) for row in rows]
     if not all(label.isdecimal() or not label for label in labels):
         return rows
@@ -252,7 +253,7 @@ def _numbered(rows: list[_Row]) -> list[_Row]:
 
 
 def _kinetics_row(cells, split: str, where: str, by_stem, folder: pathlib.Path) -> _Row:
-    """A row of Kinetics' lists; files are called ID_START_END, six digits each, or ID."""
+    """A row of Kinetics' lists; files are called ID_START_END (six digits for START and END), or ID."""
     stems = [cells["youtube_id"]]
     if cells.get("time_start", "").isdecimal() and cells.get("time_end", "").isdecimal():
         stems.insert(0, f"{stems[0]}_{int(cells['time_start']):06d}_{int(cells['time_end']):06d}")
@@ -265,25 +266,25 @@ def _files_by_stem(folder: pathlib.Path) -> dict[str, str]:
     return {path.stem: str(path) for path in reversed(video_files(folder))}
 
 
-# What the column of the label may be called; the first of them that is there counts.
+# Names of the label column; the first one that exists is used.
 _LABELS = ("label", "class", "class_name", "category", "target")
 
 
 def _cells(path: pathlib.Path, folder: pathlib.Path) -> Iterable[tuple[str, dict[str, str]]]:
-    """(where it stands, cells by column) of each line but a header."""
+    """(position, cells by column) of each line except the header."""
     lines = _csv_lines(path)
     columns, header = _columns(lines[:2], folder)
     for where, cells in lines[header:]:
         if len(cells) > len(columns):
             raise InputError(
-                f"{where}: has {len(cells)} cells where the first line has {len(columns)}; put a name that holds a "
-                "comma in double quotes"
+                f"{where}: has {len(cells)} cells, but the first line has {len(columns)}; put names that contain "
+                "commas in double quotes"
             )
         yield where, dict(zip(columns, cells, strict=False))
 
 
 def _csv_lines(path: pathlib.Path) -> list[tuple[str, list[str]]]:
-    """(where it stands, cells) of each line that is not empty."""
+    """(position, cells) of each line that is not empty."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
@@ -300,11 +301,11 @@ def _csv_lines(path: pathlib.Path) -> list[tuple[str, list[str]]]:
 
 
 def _columns(lines: list[tuple[str, list[str]]], folder: pathlib.Path) -> tuple[list[str], int]:
-    """The columns of a list (path, label, split, action, those of Kinetics) and how many lines name them: 0 or 1."""
+    """The columns of a list (path, label, split, action, those of Kinetics) and the number of header lines: 0 or 1."""
     where, first = lines[0]
     if videos := _videos_among(first, folder):
         if len(first) != 2 or len(videos) != 1:
-            raise InputError(f"{where}: has no column path, it is no header; write one, such as path,label, above it")
+            raise InputError(f"{where}: is not a header with a column path; write a header such as path,label above it")
         return (["path", "label"] if videos == [0] else ["label", "path"]), 0
     columns = [re.sub(r"\W+", "_", cell.lower()) for cell in first]
     if "path" not in columns and "youtube_id" not in columns:
@@ -318,12 +319,12 @@ def _columns(lines: list[tuple[str, list[str]]], folder: pathlib.Path) -> tuple[
         if label:
             columns[columns.index(label)] = "label"
         elif others:
-            logger.warning("%s: none of the columns is called label, so its videos have no classes", where)
+            logger.warning("%s: no column is called label, so its videos have no classes", where)
     return columns, 1
 
 
 def _videos_among(cells: Sequence[str], folder: pathlib.Path) -> list[int]:
-    """Numbers of the cells that name a video, be it there or not."""
+    """Indices of the cells that name a video, whether it exists or not."""
     return [
         number
         for number, cell in enumerate(cells)
@@ -333,7 +334,7 @@ def _videos_among(cells: Sequence[str], folder: pathlib.Path) -> list[int]:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, str]]:
-    """(where it stands, text) of each line that is not empty."""
+    """(position, text) of each line that is not empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -342,19 +343,19 @@ def _lines(path: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def _split_of(stem: str) -> str:
-    """The split in the name of a list: that of trainlist01 is train."""
+    """The split in the name of a list, such as train for trainlist01."""
     found = _IN_NAME.search(stem.lower())
     return SPLITS[found.group()] if found else "train"
 
 
 def _split_column(text: str, where: str) -> str:
     if text and not re.fullmatch(r"[A-Za-z]\w*", text):
-        raise InputError(f"{where}: {text!r} is no name of a split; use letters, digits and _")
+        raise InputError(f"{where}: {text!r} is not a valid name of a split; use letters, digits and _")
     return SPLITS.get(text.lower(), text)
 
 
 def _inside(folder: pathlib.Path, name: str, where: str) -> str:
-    """The path of a file that a list names."""
+    """The path of a listed file; `InputError` if it is not within the folder."""
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if "\0" in name or os.path.commonpath([root, path]) != root or path == root:

@@ -1,7 +1,7 @@
-"""The embedded data set: one textured shape that moves over a textured background, made on first use through TFDS.
+"""The embedded data set: a textured shape that moves over a textured background, generated on first use through TFDS.
 
-The 16 classes are 4 shapes x 4 motions, so a label can be read off neither a single frame nor the path alone. A clip
-is a function of (split, number): the same scene on every machine, and at every resolution.
+The 16 classes are 4 shapes x 4 motions, so neither a single frame nor the motion alone determines a label. A clip is a
+function of (split, number): the same scene on every machine and at every resolution.
 """
 
 import contextlib
@@ -22,25 +22,25 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
 LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES, MOTIONS))
 RESOLUTIONS = (32, 64, 128)
-FRAMES = 24  # half as long again as the usual clip, so that where a clip starts matters
+FRAMES = 24  # 1.5 times the usual clip, so that clips differ in their start
 SPLITS = {"train": 2048, "test": 256}
-SHARD_CLIPS = 64  # a file; TFDS keeps so many in memory, 75 MB at 128
+SHARD_CLIPS = 64  # per file; TFDS keeps one file in memory, 75 MB at 128
 
 
 def prepare(config: str, resolution: int) -> str:
-    """Makes the data set unless it is there, which takes seconds (a minute at 128), in $TFDS_DATA_DIR.
+    """Generates the data set in $TFDS_DATA_DIR if it does not exist, in seconds (a minute at 128).
 
-    Several processes may do so at once.
+    Several processes may call it at once.
 
     Args:
-      config: "32", "64" or "128"; empty for the smallest that is no smaller than `resolution`.
-      resolution: of the clips wanted.
+      config: "32", "64" or "128"; empty for the smallest one of at least `resolution`, or else the largest.
+      resolution: resolution of the clips.
 
     Returns:
-      NAME/CONFIG/VERSION, as `TfdsSource` takes it.
+      NAME/CONFIG/VERSION for `TfdsSource`.
 
     Raises:
-      InputError: there is no such config, or the folder cannot be written.
+      InputError: the config does not exist, or the folder cannot be written.
     """
     config = config or str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
     if config not in map(str, RESOLUTIONS):
@@ -50,19 +50,20 @@ def prepare(config: str, resolution: int) -> str:
     prepared = root / name / "features.json"
     if not prepared.exists():
         try:
-            _make(config, root)
+            _generate(config, root)
         except (OSError, RuntimeError) as error:
-            # Another process may have been faster: its folder is in the way of ours, and as good.
+            # Another process may have been faster: its folder blocks ours, and is identical.
             if not prepared.exists():
                 raise InputError(
-                    f"moving_shapes cannot be made in {root} ({reason(error)}); set TFDS_DATA_DIR to a folder with room"
+                    f"cannot write moving_shapes to {root} ({reason(error)}); set TFDS_DATA_DIR to a folder with enough"
+                    " space"
                 ) from error
     return name
 
 
-def _make(config: str, root: pathlib.Path) -> None:
+def _generate(config: str, root: pathlib.Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    # TFDS announces a download on standard output, and shows two bars a split.
+    # TFDS announces a download on standard output, and shows two progress bars per split.
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.disable_progress_bar()
         try:
@@ -74,19 +75,19 @@ def _make(config: str, root: pathlib.Path) -> None:
 class MovingShapes(tfds.core.ShardBasedBuilder):
     """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; S is the config.
 
-    It writes shard by shard: a `GeneratorBasedBuilder` keeps a whole split in memory, and one above 1 GiB (888 clips at
-    128) in temporary files that need TensorFlow.
+    It writes shard by shard. A `GeneratorBasedBuilder` would keep a whole split in memory, or, above 1 GiB (888 clips
+    at 128), in temporary files that need TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=str(size)) for size in RESOLUTIONS]
-    # Nothing is downloaded, so there are no checksums to look for beside the code, a search for which TFDS 4.9.10 needs
-    # importlib_resources that it does not install.
+    # Nothing is downloaded, so there are no checksums next to the code. To search for them, TFDS 4.9.10 would need
+    # importlib_resources, which it does not install.
     code_path = None
 
     def _info(self):
         size = int(self.builder_config.name)
-        # Bytes: TFDS keeps uint8 tensors as a list of varints otherwise, four milliseconds to parse.
+        # Without encoding="bytes", TFDS stores uint8 tensors as lists of varints, which take 4 ms to parse.
         video = tfds.features.Tensor(shape=(FRAMES, size, size, 3), dtype=np.uint8, encoding="bytes")
         features = {"video": video, "label": tfds.features.ClassLabel(names=LABELS)}
         return tfds.core.DatasetInfo(
@@ -102,7 +103,7 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
     def _clips(self, split, start):
         size, count = int(self.builder_config.name), SPLITS[split]
         numbers = range(start, min(start + SHARD_CLIPS, count))
-        what = f"making moving_shapes/{size} {split}"
+        what = f"generating moving_shapes/{size} {split}"
         with tqdm(numbers, desc=what, total=count, initial=start, unit="clip", leave=numbers.stop == count) as progress:
             for number in progress:
                 video, label = render(split, number, size)
@@ -110,11 +111,11 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
 
 
 def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
-    """Draws a clip.
+    """Renders a clip.
 
     Args:
       split: "train" or "test".
-      number: of the clip; its label is number % 16.
+      number: index of the clip; its label is number % 16.
       size: H = W.
 
     Returns:
@@ -125,12 +126,12 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
     # Lengths are fractions of the frame, so that the scene is the same at every size.
     hue = rng.random()
-    day = rng.random() < 0.5  # a dark shape on a light ground, or a light one on a dark ground
+    day = rng.random() < 0.5  # a dark shape on a light background, or a light one on a dark background
     background = _background(rng, hue, size, day)
     radius = rng.uniform(0.15, 0.19)
     center_x, center_y = _path(rng, motion)
 
-    # Only a box around the shape is drawn: [T, 2 * half, 2 * half] pixels, by their distance from its center in radii.
+    # Only a box around the shape is rendered: [T, 2 * half, 2 * half] pixels; dx and dy are in radii from its center.
     half = int(np.ceil(1.3 * radius * size)) + 1
     left, top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
     offsets = np.arange(-half, half) + 0.5
@@ -138,7 +139,7 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     dy = (((top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
     cos, sin = _direction(rng.uniform(-0.2, 0.2))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    # One pixel of ramp across the edge is what antialiasing needs.
+    # Antialiasing: opacity changes over one pixel across the edge.
     alpha = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius * size), 0, 1)[..., None]
 
     opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
@@ -150,7 +151,7 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
     box = dark + stripes * (light - dark)
 
-    # A border holds what of the box lies outside of the frame.
+    # The border takes the parts of the box that are outside the frame.
     video = np.repeat(np.pad(background, ((half, half), (half, half), (0, 0)))[None], FRAMES, axis=0)
     for frame, y, x, pixels, opacity in zip(video, top, left, box, alpha, strict=True):
         under = frame[y : y + 2 * half, x : x + 2 * half]
@@ -178,7 +179,7 @@ def _background(rng: np.random.Generator, hue: float, size: int, day: bool) -> n
 
 
 def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray]:
-    """Centers (x, y) of the shape, [T] each: a swing or a circle whose period about fills a clip of 16 frames."""
+    """Centers (x, y) of the shape, [T] each: an oscillation or a circle with a period of 14 to 20 frames."""
     angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(14, 20) * rng.choice([-1, 1]) + rng.random())
     reach = rng.uniform(0.2, 0.26)
     middle_x, middle_y = rng.uniform(0.45, 0.55, size=2)
@@ -192,7 +193,7 @@ def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to the edge of the shape, about 1 in size, negative inside."""
+    """Signed distance to the edge of the shape (about 1 in size), negative inside."""
     if shape == "circle":
         return np.hypot(u, v) - 1
     if shape == "square":
@@ -205,6 +206,6 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV, each in [0, 1] (the hue in turns), as float32 [3] RGB."""
+    """HSV, each in [0, 1] (hue in turns), to float32 RGB [3]."""
     turn = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
     return (value * (1 - saturation + saturation * np.clip(turn, 0, 1))).astype(np.float32)

@@ -15,24 +15,24 @@ from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# More threads than this wait for Python's lock: use workers.
+# More threads than this wait for Python's global lock; worker processes do not.
 MAX_THREADS = 16
 ENDLESS = 2**62
-# Draws before a data set counts as unreadable.
-MAX_DRAWS = 100
+# Failed videos in a row after which a data set counts as unreadable.
+MAX_FAILURES = 100
 
 
 class Batches:
     """An iterator over batches that owns threads or processes: close it, or use it in a `with` statement.
 
     Attributes:
-      source: the data set behind it.
+      source: the data set.
     """
 
     def __init__(self, source: Source, iterator: Iterator[dict[str, Any]]):
         self.source = source
         self._iterator = [iterator]  # empty when closed
-        # At the latest before the interpreter takes threads and processes down in an order of its own.
+        # Runs at the latest at exit, before the interpreter ends threads and processes in arbitrary order.
         self._finalizer = weakref.finalize(self, _close, self._iterator)
 
     def __iter__(self) -> Self:
@@ -50,7 +50,7 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Stops reading ahead and ends the workers; there are no more batches then."""
+        """Stops reading ahead and ends the workers; the iterator is then exhausted."""
         self._finalizer()
 
 
@@ -70,44 +70,43 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Training batches without end, drawn epoch by epoch without replacement, each with a random start and flip.
+    """Endless training batches: videos epoch by epoch, without replacement, each with a random start and flip.
 
-    The batch of a step is a function of (seed, step): neither `start_step` nor the number of workers changes
-    it, and the batches of all processes, put together in the order of their index, are the batch of one.
+    The batch of a step is a function of (seed, step) and depends on neither `start_step` nor the number of workers. The
+    batches of all processes, concatenated in the order of their index, are the batch of a single process.
 
-    A mixture with weights runs through epochs of each part on its own; without, the parts are one list.
+    With weights, each part of a mixture has its own epochs; without, the parts are one list.
 
-    A video that fails to be read is named in the log, once, and another is drawn in its place; how often that happened
-    is said in the end.
+    If a video cannot be read, another one replaces it. Each such video is logged once, and their total at the end.
 
     Args:
-      spec: the data set, as `parse_spec` reads it; the split is `train` if it names none.
-      clip: what a clip is.
-      batch_size: clips a step over all processes.
-      seed: of order, starts and flips.
+      spec: the data set, as read by `parse_spec`; the split is `train` by default.
+      clip: length, size and augmentation of the clips.
+      batch_size: clips per step over all processes.
+      seed: seed of order, starts and flips.
       start_step: step to begin at.
-      workers: processes that read; 0 reads in threads of this process, one per core.
-      process_index: this host.
-      process_count: of so many; divides `batch_size`.
+      workers: number of reading processes; 0 reads in threads of this process, one per core.
+      process_index: index of this process.
+      process_count: number of processes; divides `batch_size`.
 
     Returns:
-      Iterator over {"video": uint8 [batch_size / process_count, T, H, W, 3], "label": int32 of as many (-1: none)}.
+      Iterator over {"video": uint8 [B, T, H, W, 3], "label": int32 [B] (-1: none)} with B = batch_size / process_count.
 
     Raises:
-      InputError: the data set cannot be opened, or the batch cannot be split. The iterator raises it when
-        100 videos in a row cannot be read.
+      InputError: the data set cannot be opened, or the batch cannot be split. The iterator raises it if 100 videos in a
+        row cannot be read.
     """
     import grain
 
     rows = _LocalRows(batch_size, process_index, process_count, start_step)
     source = open_source(spec, clip)
-    clips = _draw_videos(source, seed).random_map(DrawClip(source, clip))
+    clips = _sample_videos(source, seed).random_map(ReadClip(source, clip))
     clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
     return Batches(source, _Reported(_iterate(clips, rows.local, workers)))
 
 
 class _Reported:
-    """Batches without their column `unread`, which is logged instead: here, because workers have no log."""
+    """Batches without the column `unread`, which is logged here because worker processes do not log."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]):
         self._batches = batches
@@ -124,20 +123,20 @@ class _Reported:
         for reason in dict.fromkeys(reasons):
             if (name := reason.partition(": ")[0]) not in self._named:
                 self._named.add(name)
-                logger.warning("another video is drawn in place of %s", reason)
+                logger.warning("another video replaces %s", reason)
         return batch
 
     def close(self) -> None:
-        """Closes the batches below."""
+        """Logs the total of replaced clips and closes the wrapped batches."""
         if self._replaced:
             names = ", ".join(sorted(self._named)[:MANY_NAMES])
-            logger.warning("%d clips came from other videos than drawn; not read: %s", self._replaced, names)
+            logger.warning("%d clips were replaced because their videos could not be read: %s", self._replaced, names)
         self._replaced = 0
         self._batches.close()
 
 
-def _draw_videos(source: Source, seed: int):
-    """A Grain data set without end of numbers of videos: epochs, each without replacement, mixed where weighted."""
+def _sample_videos(source: Source, seed: int):
+    """An endless Grain data set of video indices: epochs without replacement, mixed if the source has weights."""
     import grain
 
     def epochs(start, stop):
@@ -152,9 +151,9 @@ def _draw_videos(source: Source, seed: int):
 
 
 class _Epochs:
-    """The numbers from start up to stop, epoch by epoch, each in an order of its own.
+    """The numbers from start to stop - 1, epoch by epoch, each epoch in its own random order.
 
-    Grain's shuffle needs no memory, but takes half a millisecond a number where there are only some fifty.
+    Grain's shuffle needs no memory, but takes half a millisecond per number if there are only about fifty.
     """
 
     def __init__(self, start: int, stop: int, seed: int):
@@ -166,7 +165,7 @@ class _Epochs:
         order = self._orders.get(epoch)
         if order is None:
             order = np.random.default_rng([self._seed, self._start, epoch]).permutation(self._length)
-            newest = sorted(self._orders.items())[-3:]  # threads read ahead of each other by little
+            newest = sorted(self._orders.items())[-3:]  # threads are at most a few numbers apart
             self._orders = {**dict(newest), epoch: order}
         return self._start + int(order[place])
 
@@ -183,22 +182,22 @@ def eval_batches(
 ) -> Batches:
     """Every window of every video in a fixed order, unflipped: consecutive windows that do not overlap.
 
-    A video shorter than a clip repeats its last frame; the tail of a longer one that fills no window is dropped. Every
+    A video shorter than a clip repeats its last frame; leftover frames at the end of a longer one are dropped. Every
     process gets the same number of batches. A window that cannot be read is logged and counts as padding.
 
     Args:
-      spec: the data set, as `parse_spec` reads it (the split is `test` if it names none), or already opened.
-      clip: what a clip is; its `flip` is ignored.
-      batch_size: clips a step over all processes.
-      max_clips: at most so many, spread evenly over the videos; 0 takes all.
-      windows: (video, first frame) of the clips instead, in the order wanted.
-      process_index: this host.
-      process_count: of so many; divides `batch_size`.
+      spec: the data set, as read by `parse_spec` (the split is `test` by default), or already opened.
+      clip: length and size of the clips; `flip` is ignored.
+      batch_size: clips per step over all processes.
+      max_clips: at most this many clips, spread evenly over the videos; 0 for all.
+      windows: (video, first frame) of each clip, in order; replaces the choice above.
+      process_index: index of this process.
+      process_count: number of processes; divides `batch_size`.
 
     Returns:
       Iterator over batches of batch_size / process_count rows: "video" uint8 [B, T, H, W, 3], "label" int32 [B] (-1:
-      none), "mask" float32 [B] (1: real, 0: padding), "index" int32 [B] (number of the video), "start" int32 [B] (its
-      first frame), "fps" float32 [B] (0: unknown) and "name", a list of B strings.
+      none), "mask" float32 [B] (1: real, 0: padding), "index" int32 [B] (of the video), "start" int32 [B] (first
+      frame), "fps" float32 [B] (0: unknown) and "name", a list of B strings.
 
     Raises:
       InputError: the data set cannot be opened, or the batch cannot be split.
@@ -216,10 +215,10 @@ def eval_batches(
 def choose_windows(
     source: Source, clip: ClipSpec, max_clips: int = 0, *, leave_out: Collection[int] = ()
 ) -> list[tuple[int, int]]:
-    """The (video, first frame) of the windows that evaluation reads, in their order.
+    """(video, first frame) of the windows that evaluation reads, in order.
 
-    With fewer clips than videos, each comes from another video, out of its middle, and only those videos are looked at.
-    Videos to leave out do not count.
+    If `max_clips` is at most the number of videos, each clip is the middle window of another video, and only the
+    headers of these videos are read. The videos in `leave_out` are skipped and not counted.
     """
     videos = [index for index in range(len(source)) if index not in leave_out]
     if 0 < max_clips <= len(videos):
@@ -233,7 +232,7 @@ def choose_windows(
 
 
 class _LocalRows:
-    """Which clips of the global order are this process's: of each batch, the rows that lie together at its index."""
+    """Maps clip numbers of this process to the global order: its clips are consecutive rows of each batch."""
 
     def __init__(self, batch_size: int, process_index: int, process_count: int, start_step: int = 0):
         if batch_size < 1 or batch_size % process_count:
@@ -249,7 +248,7 @@ class _LocalRows:
 
 
 class _Lookup:
-    """Clips of the global order by the number of this process's."""
+    """The clips of this process, by their number in it."""
 
     def __init__(self, clips, rows: _LocalRows):
         self._clips, self._rows = clips, rows
@@ -258,20 +257,20 @@ class _Lookup:
         return self._clips[self._rows(number)]
 
 
-class DrawClip:
-    """Reads a training clip; all chance comes from the generator that Grain makes for its place in the order."""
+class ReadClip:
+    """Reads a training clip; all randomness comes from the generator that Grain provides for its position."""
 
     def __init__(self, source: Source, clip: ClipSpec):
         self._source, self._clip = source, clip
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The clip of a video, or of another where that fails.
+        """A clip of the video, or of another one if it cannot be read.
 
         Returns:
           "video" uint8 [T, H, W, 3], "label" int32 and "unread", a line "NAME: REASON" for each video that failed.
         """
         unread = []
-        for _ in range(MAX_DRAWS):
+        for _ in range(MAX_FAILURES):
             try:
                 video, label = self._source.read_clip(index, rng, self._clip)
             except InputError as error:
@@ -281,7 +280,7 @@ class DrawClip:
             if self._clip.flip and rng.random() < 0.5:
                 video = mirror(video)
             return {"video": video, "label": np.int32(label), "unread": "\n".join(unread)}
-        raise InputError(f"{MAX_DRAWS} videos drawn in a row cannot be read, the last one {self._source.name(index)}")
+        raise InputError(f"{MAX_FAILURES} sampled videos in a row cannot be read, the last {self._source.name(index)}")
 
 
 class _ReadWindow:
@@ -317,13 +316,13 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _iterate(clips, batch_size: int, workers: int) -> Iterator[dict[str, Any]]:
-    """Reads ahead, clip by clip, so that all threads or workers share the next batch, and stacks batches."""
+    """Reads ahead clip by clip, so that all threads or workers share the work on a batch, and stacks batches."""
     import grain
 
     if workers:
         from absl import flags
 
-        # Grain hands the flags of absl to its workers, and insists that someone has parsed them.
+        # Grain passes the flags of absl to its workers, and requires that they are parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         threads = 1
@@ -332,7 +331,7 @@ def _iterate(clips, batch_size: int, workers: int) -> Iterator[dict[str, Any]]:
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads if workers else batch_size + threads)
     clips = clips.to_iter_dataset(read)
     if workers:
-        # Through pipes: what lies in shared memory when the iterator is closed early is never given back.
+        # Uses pipes: shared memory that is in use when the iterator is closed early is never freed.
         clips = grain.experimental.WithOptionsIterDataset(clips, grain.experimental.DatasetOptions(min_shm_size=2**62))
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(2, -(-batch_size // workers)))
         clips = clips.mp_prefetch(options)

@@ -1,16 +1,16 @@
-"""Videos into a TFDS data set of frames at training size, so that training decodes no more than it shows.
+"""Convert videos to a TFDS data set of frames at training size, so that training decodes only the frames it uses.
 
-The output is a function of the input and the settings: neither the number of workers nor being killed changes a byte.
-The videos, in the order of their list, are cut into shards. Each shard is made by one worker under a temporary name and
-gets a note beside it when it is whole; a later run makes those without a note. When all are there they are renamed to
-what TFDS calls them, and the metadata is written, the report last.
+The output is a function of the input and the settings: neither the number of workers nor interruptions change a byte.
+The videos, in the order of their list, are divided into shards. One worker writes a shard under a temporary name, and a
+note next to it when it is complete; a later call writes the shards without a note. In the end, all shards get the names
+that TFDS expects, and the metadata is written, the report last.
 
-    DIR/videos-SPLIT.array_record-00000-of-00008   records of `video` (16 frames, the last one of a video fewer),
-                                                   `start` (number of the first of them), `source`, `fps`, `label`
-    DIR/dataset_info.json, features.json, ...      what TFDS reads
-    DIR/videos.json                                which records are which video (`larp_jax.data.tfds.StoredVideo`)
+    DIR/videos-SPLIT.array_record-00000-of-00008   records of `video` (16 frames, fewer in the last one of a video),
+                                                   `start` (number of the first frame), `source`, `fps`, `label`
+    DIR/dataset_info.json, features.json, ...      metadata of TFDS
+    DIR/videos.json                                the records of each video (`larp_jax.data.tfds.StoredVideo`)
     DIR/report.json                                totals, skipped files, histograms, duplicates
-    DIR/.prepare/                                  until it is done
+    DIR/.prepare/                                  work in progress; removed at the end
 """
 
 import collections
@@ -45,13 +45,13 @@ from larp_jax.errors import InputError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-# Frames a record: those of a usual clip, so that a window touches two records at most.
+# Frames per record: the length of a usual clip, so that a window overlaps at most two records.
 FRAMES_PER_RECORD = 16
-# name: (best quality, worst quality, default quality); see docs/data.md for what they cost.
+# name: (best quality, worst quality, default quality); see docs/data.md for their size and speed.
 STORAGE = {"raw": (0, 0, 0), "jpeg": (1, 31, 2), "h264": (0, 51, 14)}
 SHARD_BYTES = 256 * 2**20
-MIN_SHARDS = 8  # a split, where there are as many videos: work for as many workers
-SAMPLED = 8  # videos that the estimate encodes a few frames of
+MIN_SHARDS = 8  # per split, if it has as many videos, so that as many workers have something to do
+SAMPLED = 8  # videos of which the estimate encodes a few frames
 REPORT, WORK, NAME = "report.json", ".prepare", "videos"
 
 
@@ -60,9 +60,10 @@ class Settings:
     """How videos are stored.
 
     Attributes:
-      size: H = W of the frames. The shorter side is resized to it and the center is cut out, as training does.
+      size: H = W of the frames. The shorter side is resized to it and the center is cut out, as in training.
       storage: "raw" (uint8), "jpeg" or "h264" (keyframes only).
-      quality: of jpeg FFmpeg's scale, 1 (best) to 31; of h264 x264's CRF, 0 (best) to 51; None for the default.
+      quality: for jpeg, FFmpeg's scale from 1 (best) to 31; for h264, x264's CRF from 0 (best) to 51; None for the
+        default.
     """
 
     size: int = 128
@@ -76,15 +77,15 @@ class Settings:
         if self.quality is None:
             object.__setattr__(self, "quality", default)
         if not best <= self.quality <= worst:
-            scale = f"is {best} (best) to {worst}" if worst else "does not go with raw; leave it out"
+            scale = f"is {best} (best) to {worst}" if worst else "does not apply to raw; leave it out"
             raise InputError(f"--quality of {self.storage} {scale}, got {self.quality}")
         if self.size < 8 or self.size % 2:
-            raise InputError(f"--size {self.size}: give an even number from 8 up")
+            raise InputError(f"--size must be an even number of at least 8, got {self.size}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of a split that one worker makes: `items` with what their headers say, (frames, fps) each."""
+    """A part of a split that one worker writes: `items`, and (frames, fps) of each according to its header."""
 
     split: str
     number: int
@@ -101,26 +102,26 @@ def prepare(
     workers: int = 0,
     beam_options: str | None = None,
     estimate_only: bool = False,
-    say: Callable[[str], None] = logger.info,
+    progress: Callable[[str], None] = logger.info,
 ) -> dict[str, Any] | None:
-    """Makes a TFDS data set of videos, or goes on where an earlier call with the same arguments was stopped.
+    """Converts videos to a TFDS data set, or continues an interrupted call with the same arguments.
 
     Args:
-      inputs: what `larp_jax.data.listing.list_videos` takes.
-      output: folder of the data set; `tfds:OUTPUT` is then its SPEC.
+      inputs: as for `larp_jax.data.listing.list_videos`.
+      output: folder of the data set, whose SPEC is then `tfds:OUTPUT`.
       settings: size and storage.
-      root: the folder that lists mean.
-      workers: processes; 0 for one a core, 1 for none but this one.
-      beam_options: options of Apache Beam, such as `--runner=DirectRunner`; its workers then make the shards, and need
-        to see inputs and output under the same paths.
+      root: the folder that paths in lists are relative to.
+      workers: number of processes; 0 for one per core, 1 for this process only.
+      beam_options: options of Apache Beam, such as `--runner=DirectRunner`; its workers then write the shards, and need
+        inputs and output under the same paths.
       estimate_only: whether to stop after the estimate.
-      say: is told the estimate and what happens.
+      progress: called with each line of progress.
 
     Returns:
-      The report as it stands in report.json; None after an estimate.
+      The contents of report.json; None with `estimate_only`.
 
     Raises:
-      InputError: the input is wrong, the disk too small, or the folder holds something else.
+      InputError: the input is wrong, the disk is too small, or the folder contains something else.
       RuntimeError: a worker died, or the output cannot be written.
     """
     output = files.check_folder(output)
@@ -129,12 +130,12 @@ def prepare(
     if (report := _finished(output, fingerprint)) is not None:
         damaged = [name for name, size in report.get("files", {}).items() if _file_size(output / name) != size]
         if not damaged:
-            say(f"{output} is complete already; nothing to do")
+            progress(f"{output} is already complete; nothing to do")
             return report
-        say(f"{output / damaged[0]} is missing or damaged; making the data set again")
+        progress(f"{output / damaged[0]} is missing or damaged; writing the data set again")
     if estimate_only:
         with _quiet():
-            say(_estimate(_plan(listing), settings, output)[0])
+            progress(_estimate(_plan(listing), settings, output)[0])
         return None
     if report is None:
         _check_output(output)
@@ -147,7 +148,7 @@ def prepare(
             plan = {"fingerprint": fingerprint, **_plan(listing)}
             text, needed = _estimate(plan, settings, output)
             free = shutil.disk_usage(work).free
-            say(text)
+            progress(text)
             if needed > free:
                 raise InputError(
                     f"--output {output} has {readable(free)} free, the data set needs about {readable(needed)}; give a "
@@ -157,23 +158,23 @@ def prepare(
             files.write_json(work / "plan.json", plan, indent=None)
         elif plan["fingerprint"] != fingerprint:
             raise InputError(
-                f"--output {output} holds a part of a data set of other videos or settings; name another folder, or "
-                f"remove {work}"
+                f"--output {output} contains part of a data set with other videos or settings; name another folder, or "
+                f"delete {work}"
             )
         shards = _cut(plan)
         missing = _missing(output, work, shards)
         if len(missing) < len(shards):
-            say(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards are there")
+            progress(f"continuing: {len(shards) - len(missing)} of {len(shards)} shards exist")
         jobs = [(str(work), settings, shard) for shard in missing]
         if beam_options is None:
-            _make_all(jobs, workers or cores(), sum(len(shard.items) for shard in missing))
+            _write_all(jobs, workers or cores(), sum(len(shard.items) for shard in missing))
         else:
-            _make_by_beam(jobs, beam_options)
+            _write_by_beam(jobs, beam_options)
         return _finish(output, listing, settings, plan, shards)
 
 
 def _missing(output: pathlib.Path, work: pathlib.Path, shards: Sequence[Shard]) -> list[Shard]:
-    """The shards that no earlier call made, or whose file is not as large any more as it was noted."""
+    """The shards that no earlier call wrote, or whose file has another size than noted."""
     notes = [_note(work, shard) for shard in shards]
     named = _named(output, shards, notes) if all(notes) else {}
 
@@ -193,7 +194,7 @@ def _template(output: pathlib.Path):
 def _named(
     output: pathlib.Path, shards: Sequence[Shard], notes: Sequence[Mapping]
 ) -> dict[tuple[str, int], pathlib.Path]:
-    """What TFDS calls the file of each shard that holds records, by split and number; the order is the shards'."""
+    """The final path of each shard that has records, by (split, number), in the order of the shards."""
     kept = collections.defaultdict(list)
     for shard, note in zip(shards, notes, strict=True):
         if note["records"]:
@@ -209,7 +210,7 @@ def _named(
 
 
 def _plan(listing: Listing) -> dict[str, Any]:
-    """Which videos to decode, with (frames, fps) by their headers, and which not; as JSON has it."""
+    """The videos to decode, with (frames, fps) of their headers, and the skipped ones; ready for JSON."""
     paths = [pathlib.Path(item.path) for item in listing.items if item.path]
     files, unreadable = open_all(paths)
     headers = {str(file.path): (file.info.frames, file.info.fps) for file in files}
@@ -230,7 +231,7 @@ def _plan(listing: Listing) -> dict[str, Any]:
 
 
 def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path) -> tuple[str, int]:
-    """(what to tell, bytes that the data set will take), from a few frames of a few of the videos."""
+    """(message, bytes that the data set will need), estimated from a few frames of a few videos."""
     videos = plan["videos"]
     total = sum(frames for _, (frames, _) in videos)
     per_frame = 3.0 * settings.size**2
@@ -249,12 +250,12 @@ def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path)
     free = readable(shutil.disk_usage(place).free)
     return (
         f"estimate: {len(videos):,} videos, {total:,} frames at {settings.size}x{settings.size} as {settings.storage}"
-        f" take {readable(needed)} (their files {readable(originals)}); {free} are free"
+        f" need {readable(needed)} (original files: {readable(originals)}); {free} are free"
     ), needed
 
 
 def _cut(plan: Mapping[str, Any]) -> list[Shard]:
-    """The shards of each split, even by frames; a function of the plan alone."""
+    """Divides each split into shards with about equal numbers of frames; a function of the plan only."""
     splits = collections.defaultdict(list)
     for item, header in plan["videos"]:
         splits[item[0]].append((Item(*item), tuple(header)))
@@ -273,19 +274,19 @@ def _cut(plan: Mapping[str, Any]) -> list[Shard]:
 
 
 def _fingerprint(listing: Listing, settings: Settings) -> str:
-    """SHA-256 of everything that decides what is written; of the files, their names and sizes."""
+    """SHA-256 of everything that determines the output; files count by name and size."""
     files = [(item.split, item.source, item.label, item.spec, _file_size(item.path)) for item in listing.items]
     content = [FORMAT, dataclasses.astuple(settings), files, listing.label_names, listing.missing]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _file_size(path: str | os.PathLike) -> int:
-    """Bytes of a file; 0 of none, or one that is gone, which the report will say."""
+    """Bytes of a file; 0 if it does not exist, which the report will show."""
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def _short(reason: str, path: str) -> str:
-    """A message without the path and the advice."""
+    """An error message without the path and the advice."""
     return reason.removeprefix(f"{path}: ").partition(";")[0]
 
 
@@ -293,18 +294,18 @@ def _short(reason: str, path: str) -> str:
 
 
 def _finished(output: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:
-    """The report of a data set that is complete, of this input."""
+    """The report of a complete data set with this fingerprint; None if there is none."""
     report = _read_json(output / REPORT)
     if report is None:
         return None
     if report.get("fingerprint") != fingerprint:
-        raise InputError(f"--output {output} holds a data set of other videos or settings; name another folder")
-    shutil.rmtree(output / WORK, ignore_errors=True)  # where the earlier call was killed last
+        raise InputError(f"--output {output} contains a data set of other videos or settings; name another folder")
+    shutil.rmtree(output / WORK, ignore_errors=True)  # left if the earlier call was killed just before its end
     return report
 
 
 def _check_output(output: pathlib.Path) -> None:
-    """Refuses a folder with anything in it that no earlier call put there."""
+    """`InputError` if a folder contains anything that was not written by an earlier call."""
     if output.is_dir() and not (output / WORK).is_dir() and any(output.iterdir()):
         raise InputError(f"--output {output} is not empty; name a new folder")
 
@@ -315,12 +316,14 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove its folder and prepare anew") from error
+        raise InputError(
+            f"{path} cannot be read ({error}); delete its folder and run larp-jax prepare again"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what reading says of each damaged file; the report has it."""
+    """Context manager that silences warnings about damaged files; the report lists them."""
     reader = logging.getLogger(video.__name__)
     reader.disabled = True
     try:
@@ -332,32 +335,32 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def _make_all(jobs: Sequence[tuple], workers: int, videos: int) -> None:
-    """Makes shards, by processes of their own if there are several workers."""
+def _write_all(jobs: Sequence[tuple], workers: int, videos: int) -> None:
+    """Writes shards, in separate processes if there are several workers."""
     from tqdm import tqdm
 
     with tqdm(total=videos, desc="preparing", unit="video", disable=not jobs, mininterval=1) as progress:
         if workers == 1 or len(jobs) < 2:
             for job in jobs:
-                make_shard(job)
+                write_shard(job)
                 progress.update(len(job[2].items))
             return
-        # Spawned: a copy of this process might hold locks of threads that it has not.
+        # Spawned, because a forked process can inherit locks of threads that do not exist in it.
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin_worker)
         try:
-            running = {pool.submit(make_shard, job): len(job[2].items) for job in jobs}
+            running = {pool.submit(write_shard, job): len(job[2].items) for job in jobs}
             for done in concurrent.futures.as_completed(running):
                 done.result()
                 progress.update(running[done])
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise RuntimeError("a worker died, killed or crashed; the same command continues") from error
+            raise RuntimeError("a worker was killed or crashed; the same command continues") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
-    """Makes a worker end when the process that started it does, however that happens."""
+    """Ends this worker when its parent process ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger(video.__name__).disabled = True
     parent = multiprocessing.parent_process()
@@ -369,18 +372,18 @@ def _begin_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_by_beam(jobs: Sequence[tuple], options: str) -> None:
+def _write_by_beam(jobs: Sequence[tuple], options: str) -> None:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise InputError("--beam-options needs Apache Beam; run: pip install apache-beam") from error
     with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-        pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(make_shard)
+        pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(write_shard)
 
 
-def make_shard(job: tuple[str, Settings, Shard]) -> None:
-    """Makes one shard of a (folder for work, settings, shard): its file, then its note. May be done over and over."""
+def write_shard(job: tuple[str, Settings, Shard]) -> None:
+    """Writes the shard of a job (work folder, settings, shard): its file, then its note. Can be repeated."""
     from array_record.python import array_record_data_source, array_record_module
 
     work, settings, shard = pathlib.Path(job[0]), *job[1:]
@@ -388,7 +391,7 @@ def make_shard(job: tuple[str, Settings, Shard]) -> None:
     stored, skipped, records = [], [], 0
     try:
         with files.replacing(path) as temporary:
-            # Frames are compressed already, or meant not to be.
+            # Frames are already compressed, or not to be compressed.
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             try:
                 for item, (claimed, fps) in zip(shard.items, shard.headers, strict=True):
@@ -403,9 +406,9 @@ def make_shard(job: tuple[str, Settings, Shard]) -> None:
                     records += -(-count // FRAMES_PER_RECORD)
             finally:
                 writer.close()
-            # What a full disk swallowed is noticed here.
+            # On a full disk, records may be lost without an error.
             if records and len(array_record_data_source.ArrayRecordDataSource([str(temporary)])) != records:
-                raise RuntimeError(f"{temporary} holds fewer records than were written")
+                raise RuntimeError(f"{temporary} contains fewer records than were written")
     except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} cannot be written ({error}); the same command continues") from error
     note = {"videos": stored, "skipped": skipped, "records": records, "bytes": path.stat().st_size}
@@ -421,12 +424,12 @@ def _note_path(work: pathlib.Path, shard: Shard) -> pathlib.Path:
 
 
 def _note(work: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
-    """What `make_shard` noted of a shard that is whole."""
+    """The note of a complete shard; None if there is none."""
     return _read_json(_note_path(work, shard))
 
 
 def _origin(item: Item) -> tuple[int, str, Item]:
-    """(bytes, SHA-256) of what a video is made from, and the item with its label, which only the record knows."""
+    """(bytes, SHA-256) of the original of a video, and the item with its label, which only TFDS records contain."""
     if item.path:
         return os.path.getsize(item.path), files.digest(item.path), item
     source = _opened(item.spec)
@@ -434,7 +437,7 @@ def _origin(item: Item) -> tuple[int, str, Item]:
     return size, digest(), dataclasses.replace(item, label=source.label(item.index))
 
 
-_sources: dict[str, Any] = {}  # of this worker, kept open
+_sources: dict[str, Any] = {}  # open data sets of this worker
 
 
 def _opened(spec: str):
@@ -444,7 +447,7 @@ def _opened(spec: str):
 
 
 def _runs(item: Item, frames: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first frame, uint8 [n, size, size, 3]) of each record's frames."""
+    """(number of the first frame, uint8 [n, size, size, 3]) of each record."""
     if item.path:
         for start, run, valid in video.read_windows(item.path, ClipSpec(FRAMES_PER_RECORD, size)):
             yield start, run[:valid]
@@ -455,7 +458,7 @@ def _runs(item: Item, frames: int, size: int) -> Iterator[tuple[int, np.ndarray]
 
 
 def _encode(frames: np.ndarray, settings: Settings) -> list[bytes]:
-    """The values of a record's feature `video`."""
+    """The values of the feature `video` of a record."""
     if settings.storage == "raw":
         return [frames.tobytes()]
     encode = {"jpeg": video.encode_jpeg, "h264": video.encode_h264}[settings.storage]
@@ -463,7 +466,7 @@ def _encode(frames: np.ndarray, settings: Settings) -> list[bytes]:
 
 
 def _write_video(writer, item: Item, claimed: int, fps: float, settings: Settings) -> tuple[int, str]:
-    """Writes the records of a video; (frames, look) of it."""
+    """Writes the records of a video and returns (number of frames, look)."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     count, gray = 0, []
@@ -487,7 +490,7 @@ def _write_video(writer, item: Item, claimed: int, fps: float, settings: Setting
 def _finish(
     output: pathlib.Path, listing: Listing, settings: Settings, plan: Mapping[str, Any], shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """Gives the shards their names and writes what stands beside them, the report last."""
+    """Renames the shards to their final names and writes the other files, the report last."""
     work = output / WORK
     notes = {(shard.split, shard.number): _note(work, shard) for shard in shards}
     skipped = plan["skipped"] + [entry for note in notes.values() for entry in note["skipped"]]
@@ -500,11 +503,11 @@ def _finish(
         key = shard.split, shard.number
         if key not in named:
             continue
-        made, path, note = _shard_path(work, shard), named[key], notes[key]
-        if made.exists():
-            os.replace(made, path)
+        written, path, note = _shard_path(work, shard), named[key], notes[key]
+        if written.exists():
+            os.replace(written, path)
         if _file_size(path) != note["bytes"]:
-            raise InputError(f"{path} has vanished or is damaged; the same command makes it again")
+            raise InputError(f"{path} is missing or damaged; run the same command to write it again")
         split = splits.setdefault(shard.split, {"shards": [], "videos": []})
         number = len(kept[shard.split])
         split["videos"] += [StoredVideo(*entry["row"])._replace(shard=number) for entry in note["videos"]]
@@ -513,8 +516,8 @@ def _finish(
     described = {"format": FORMAT, **dataclasses.asdict(settings), "frames_per_record": FRAMES_PER_RECORD}
     files.write_json(output / VIDEOS, {**described, "splits": splits}, indent=None)
     _write_tfds(output, listing, settings, _template(output), kept, notes)
-    made = [(split, note) for (split, _), note in notes.items()]
-    report = make_report(made, listing.label_names, skipped, listing.ignored)
+    written = [(split, note) for (split, _), note in notes.items()]
+    report = make_report(written, listing.label_names, skipped, listing.ignored)
     sizes = {path.name: notes[key]["bytes"] for key, path in named.items()}
     report = {"fingerprint": plan["fingerprint"], **described, "encoding": _ENCODING[settings.storage], **report}
     report["files"] = sizes
@@ -533,11 +536,11 @@ _ENCODING = {
 def _write_tfds(output, listing, settings: Settings, template, kept, notes) -> None:
     import tensorflow_datasets as tfds
 
-    picture = (settings.size, settings.size, 3)
+    image = (settings.size, settings.size, 3)
     stored = {
-        "raw": lambda: tfds.features.Tensor(shape=(None, *picture), dtype=np.uint8, encoding="bytes"),
-        "jpeg": lambda: tfds.features.Sequence(tfds.features.Image(shape=picture, encoding_format="jpeg")),
-        "h264": lambda: tfds.features.Sequence(tfds.features.Text()),  # TFDS has no feature of H.264
+        "raw": lambda: tfds.features.Tensor(shape=(None, *image), dtype=np.uint8, encoding="bytes"),
+        "jpeg": lambda: tfds.features.Sequence(tfds.features.Image(shape=image, encoding_format="jpeg")),
+        "h264": lambda: tfds.features.Sequence(tfds.features.Text()),  # TFDS has no feature for H.264
     }
     features = {
         "video": stored[settings.storage](),

@@ -1,4 +1,4 @@
-"""What `larp-jax prepare` reports: totals, histograms, what was skipped and which videos are there twice."""
+"""The report of `larp-jax prepare`: totals, histograms, skipped videos and duplicates."""
 
 import base64
 import collections
@@ -9,24 +9,25 @@ import numpy as np
 
 from larp_jax.data.tfds import StoredVideo
 
-DURATIONS = (1, 2, 5, 10, 20, 30, 60, 300)  # seconds, where one bar of the histogram ends and the next begins
-THUMBNAIL = 8  # side of the gray pictures that videos are compared by, three a video
-# Levels of 255 that those of one video, stored in two ways, differ by at most on average. Of 16 clips recoded at
-# another size and low quality (CRF 30) 13 stay below; pairs of one person doing two things at one wall begin at 3.1.
+DURATIONS = (1, 2, 5, 10, 20, 30, 60, 300)  # seconds: borders between the bars of the histogram
+THUMBNAIL = 8  # side of the grayscale thumbnails, three per video, by which videos are compared
+# Largest mean difference, in levels of 255, between thumbnails that look alike. Of 16 clips re-encoded at another size
+# and low quality (CRF 30), 13 stay below; for pairs with the same person and background but another action, differences
+# start at 3.1.
 ALIKE = 2.5
-MANY_PAIRS = 1000  # that are listed
-MANY_BARS = 12  # that are printed
+MANY_PAIRS = 1000  # largest number of pairs in the report
+MANY_BARS = 12  # largest number of bars that are printed
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """uint8 [THUMBNAIL, THUMBNAIL]: mean green of the cells of a frame, uint8 [S, S, 3]."""
+    """Mean green of the cells of a frame: uint8 [S, S, 3] -> uint8 [THUMBNAIL, THUMBNAIL]."""
     cell = len(frame) // THUMBNAIL
     green = frame[: cell * THUMBNAIL, : cell * THUMBNAIL, 1]
     return green.reshape(THUMBNAIL, cell, THUMBNAIL, cell).mean(axis=(1, 3)).round().astype(np.uint8)
 
 
 def look(thumbnails: Sequence[np.ndarray]) -> str:
-    """What a video is recognized by: the thumbnails at a quarter, a half and three quarters of it, as text."""
+    """Signature for finding duplicates: the thumbnails at 1/4, 1/2 and 3/4 of a video, as text."""
     chosen = [thumbnails[round(place * (len(thumbnails) - 1))] for place in (0.25, 0.5, 0.75)]
     return base64.b64encode(np.stack(chosen).tobytes()).decode()
 
@@ -40,11 +41,11 @@ def make_report(
     """The report, ready for JSON.
 
     Args:
-      shards: (split, note) of each shard; a note has `bytes`, `records`, and `videos`: of each its `row` (a
-        `StoredVideo`), the frames `claimed` by its header, and its `look`.
-      label_names: the classes.
-      skipped: (split, video, reason) of each that is left out.
-      other_files: how many files of which suffix were not looked at.
+      shards: (split, note) of each shard. A note has `bytes`, `records`, and `videos`, each with its `row` (a
+        `StoredVideo`), the number of frames `claimed` by its header, and its `look`.
+      label_names: names of the classes.
+      skipped: (split, video, reason) of each video that was left out.
+      other_files: number of files that are not videos, by suffix.
     """
     splits: dict[str, Any] = {}
     entries = []  # (split, row, look)
@@ -92,8 +93,8 @@ def _duration_bar(number: int) -> str:
 
 
 def _duplicates(entries: Sequence[tuple[str, StoredVideo, str]]) -> dict[str, Any]:
-    """Pairs of videos that are one file, or look alike, between splits and within them; all are kept."""
-    firsts: dict[str, int] = {}  # of each file
+    """Pairs of videos that are the same file or look alike, between and within splits. None is removed."""
+    firsts: dict[str, int] = {}  # number of the first video with each hash
     pairs = {}
     for number, (_, row, _) in enumerate(entries):
         if (first := firsts.setdefault(row.sha256, number)) != number:
@@ -111,17 +112,17 @@ def _duplicates(entries: Sequence[tuple[str, StoredVideo, str]]) -> dict[str, An
 
 
 def _alike(looks: Sequence[str]) -> Iterable[tuple[int, int]]:
-    """Pairs (i < j) whose looks differ by `ALIKE` levels or less on average."""
+    """Pairs (i < j) whose looks differ by at most `ALIKE` levels on average."""
     from scipy.spatial import cKDTree
 
     vectors = np.stack([np.frombuffer(base64.b64decode(text), np.uint8) for text in looks]).astype(np.float32)
-    # Flat pictures, such as black ones, look like each other whatever they are of.
+    # Uniform images, such as black ones, look alike for any content.
     numbers = np.flatnonzero(vectors.std(axis=1) > 4 * ALIKE)
     if len(numbers) < 2:
         return []
     half = THUMBNAIL // 2
     quadrants = vectors[numbers].reshape(-1, 3, 2, half, 2, half).mean(axis=(3, 5)).reshape(len(numbers), -1)
-    # A quadrant's mean differs by no more than the pixels in it do, all of whose differences are small if few are.
+    # Prefilter by quadrant means: in videos that look alike, each is assumed to differ by at most 2 * ALIKE levels.
     near = cKDTree(quadrants).query_pairs(2 * ALIKE, p=np.inf, output_type="ndarray")
     first, second = numbers[near[:, 0]], numbers[near[:, 1]]
     pairs = zip(first.tolist(), second.tolist(), strict=True)
@@ -129,7 +130,7 @@ def _alike(looks: Sequence[str]) -> Iterable[tuple[int, int]]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report as a table to read."""
+    """The report as a table for printing."""
     lines = [f"{'split':12} {'videos':>8} {'frames':>10} {'hours':>8} {'classes':>8} {'stored':>9} {'originals':>9}"]
     for split, totals in report["splits"].items():
         lines.append(

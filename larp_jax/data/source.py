@@ -1,4 +1,4 @@
-"""What every data set of videos offers: random access to its videos by number."""
+"""The interface of all data sets of videos: random access to videos by index."""
 
 import abc
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from larp_jax.data.clips import ClipSpec
 class Source(abc.ABC):
     """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
 
-    Subclasses implement all methods. Indices count videos, however they are stored.
+    Subclasses implement all methods. An index is that of a video, independent of its storage.
 
     Args:
       label_names: names of the classes in the order of their labels; empty without classes.
@@ -32,7 +32,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Name of a video: the path of its file within the folder, or its number in the data set."""
+        """Name of a video: the path of its file within the folder, or its position in the data set."""
 
     @abc.abstractmethod
     def fps(self, index: int) -> float:
@@ -51,25 +51,25 @@ class Source(abc.ABC):
         """Reads one clip.
 
         Args:
-          index: the video.
-          start: number of the first frame; a Generator samples one uniformly from all that leave a full clip.
+          index: index of the video.
+          start: number of the first frame; a Generator samples it uniformly from the starts of all full clips.
           clip: length and size.
 
         Returns:
-          uint8 [T, H, W, 3], its last frame repeated if the video is shorter, and the video's label (-1: none).
+          uint8 [T, H, W, 3], with the last frame repeated if the video is shorter, and the label (-1: none).
 
         Raises:
-          InputError: the video cannot be read, or does not reach a full clip from the start that was given.
+          InputError: the video cannot be read, or has at least T frames but too few after the start.
         """
 
     @abc.abstractmethod
     def size(self, index: int) -> int:
-        """Bytes of a video as it is stored."""
+        """Size of a video in bytes, as stored."""
 
     @abc.abstractmethod
     def digest(self, index: int) -> str:
-        """SHA-256 of a video as it is stored, in hexadecimal digits."""
+        """SHA-256 of a video as stored, in hexadecimal digits."""
 
     @abc.abstractmethod
     def origin(self, index: int) -> tuple[int, Callable[[], str]]:
-        """Bytes of the file that a video was made from, which may be itself, and a function for its SHA-256."""
+        """Bytes of the original file of a video, which may be the video itself, and a function for its SHA-256."""

@@ -1,4 +1,4 @@
-"""Data sets of videos: opening them, those of a folder, mixtures, and what is asked of any of them."""
+"""Opening data sets of videos; data sets of folders, mixtures, and functions for all kinds."""
 
 import bisect
 import concurrent.futures
@@ -27,17 +27,17 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     """Opens a data set.
 
     Args:
-      spec: what `parse_spec` reads, or its result.
-      clip: its resolution picks the size of moving_shapes where the spec names none.
-      default_split: the split where the spec names none; of a folder, the one to take if it holds splits.
+      spec: text for `parse_spec`, or its result.
+      clip: its resolution selects the config of moving_shapes if the spec names none.
+      default_split: the split if the spec names none; for a folder, the split to use if it has splits.
 
     Raises:
-      InputError: the data set does not exist, holds no readable video, or is not prepared.
+      InputError: the data set does not exist, contains no readable video, or is not prepared.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     split = spec.split or default_split
     if spec.kind == "tokens":
-        raise InputError(f"data {spec} holds codes, on which only generators train; give videos: {FORMS}")
+        raise InputError(f"data {spec} contains codes, on which only generators train; give videos: {FORMS}")
     if spec.kind == "mixture":
         parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
         return MixtureSource(parts, spec.weights)
@@ -61,18 +61,18 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
 class FolderSource(Source):
     """The video files below a folder, sorted by path; see `larp_jax.data.folders.find_videos`.
 
-    Opening it reads the header of every file and decodes its first frame; those that fail are skipped, and named in one
-    warning.
+    The constructor reads the header of every file and decodes its first frame. Files that fail are skipped, and one
+    warning names them.
 
     Args:
-      folder: its path.
-      split: the one to take, "train", "validation" or "test", if the folder holds splits.
+      folder: path of the folder.
+      split: "train", "validation" or "test"; used if the folder has splits.
 
     Attributes:
-      split: the one taken; empty where the folder holds none.
+      split: the split used; empty if the folder has no splits.
 
     Raises:
-      InputError: there is no such folder or split, or no readable video in it.
+      InputError: the folder or the split does not exist, or contains no readable video.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str = "train"):
@@ -110,10 +110,10 @@ class FolderSource(Source):
 
     def read_clip(self, index, start, clip):
         """If the file has fewer frames than its header claims, a random start falls back to the last full clip."""
-        drawn = isinstance(start, np.random.Generator)
-        if drawn:
+        random_start = isinstance(start, np.random.Generator)
+        if random_start:
             start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
-        frames = self._videos[index].read(start, clip.frames, clip.resolution, exact=not drawn)
+        frames = self._videos[index].read(start, clip.frames, clip.resolution, exact=not random_start)
         return repeat_last(frames, clip.frames), self._labels[index]
 
     def size(self, index):
@@ -128,7 +128,7 @@ class FolderSource(Source):
 
 
 def digests(source: Source, indices: Iterable[int]) -> dict[int, str]:
-    """`Source.digest` of each of these videos, many at a time."""
+    """`Source.digest` of each of these videos, computed in parallel."""
     indices = sorted(set(indices))
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         return dict(zip(indices, pool.map(source.digest, indices), strict=True))
@@ -141,14 +141,14 @@ def labels(source: Source) -> np.ndarray:
 
 
 def class_list(labels: Sequence[int], names: Sequence[str]) -> str:
-    """Classes as messages list them: by number, and by name where they have one."""
+    """Text that lists classes in a message, by number, and by name if they have one."""
     listed = [f"{label} ({names[label]})" if label < len(names) else str(label) for label in labels[:MANY_LISTED]]
     more = len(labels) - len(listed)
     return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def same_videos(source: Source, other: Source) -> set[int]:
-    """Numbers of the videos of `source` whose files are also in `other`, byte for byte; few more are read."""
+    """Indices of the videos of `source` that are also in `other`, by SHA-256. Only videos of equal size are read."""
     ours, theirs = ([one.origin(index) for index in range(len(one))] for one in (source, other))
     common = {size for size, _ in ours} & {size for size, _ in theirs}
 
@@ -217,11 +217,11 @@ class MixtureSource(Source):
         return self.parts[part].origin(index)
 
     def _label(self, part: int, label: int) -> int:
-        """The number here of a class of one of the data sets."""
+        """The label in the mixture of a label in one of the data sets."""
         labels = self._labels[part]
         return labels[label] if 0 <= label < len(labels) else NO_LABEL
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """(number of the data set, number of the video in it)."""
+        """(index of the data set, index of the video in it)."""
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)

@@ -1,4 +1,4 @@
-"""The one-line text that names a data set."""
+"""Specs: one-line texts that name data sets."""
 
 import contextlib
 import dataclasses
@@ -15,16 +15,16 @@ from larp_jax.data.video import EXTENSIONS
 from larp_jax.errors import InputError
 
 FORMS = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[/CONFIG][:SPLIT], or several as A+B or 0.7*A+0.3*B"
-# A split as TFDS writes it: train, train[:10%], train+test. A name may be the path of a data set's own folder.
+# A split in the syntax of TFDS: train, train[:10%], train+test. A name may be the path of a data set's folder.
 _NAME_AND_SPLIT = re.compile(
     r"(?P<name>.+?)(?::(?P<split>[A-Za-z]\w*(?:\[[^\]]*\])?(?:\+[A-Za-z]\w*(?:\[[^\]]*\])?)*))?"
 )
-# A + joins data sets only where another one begins: names of folders and splits may hold it too.
+# A + joins data sets only if another one follows: names of folders and splits may contain it too.
 _KIND = r"(?:tfds:|folder:|moving_shapes(?:[:/+]|$))"
 _JOINT = re.compile(rf"\+(?=(?:[\d.]+\*)?{_KIND})")
 _WEIGHT = re.compile(rf"(?P<weight>[\d.]+)\*(?={_KIND})")
 _BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens)(?::|$)|{_KIND})")
-# Suffixes of lists of videos, which `larp-jax prepare` takes.
+# Suffixes of lists of videos, the inputs of `larp-jax prepare`.
 LISTS = (".csv", ".txt")
 
 
@@ -33,12 +33,12 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds", "moving_shapes", "mixture", or "tokens" for codes in place of videos.
+      kind: "folder", "tfds", "moving_shapes", "mixture", or "tokens" for codes instead of videos.
       name: path of the folder (of videos or of codes); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
         moving_shapes, which may be empty.
       split: the TFDS split; empty if the text names none.
-      parts: of a mixture, its data sets, two at least.
-      weights: of a mixture, how often training draws from each, in any unit; empty for by their length.
+      parts: the data sets of a mixture, at least two.
+      weights: how often training samples from each part, in any unit; empty: proportional to their lengths.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class DataSpec:
     weights: tuple[float, ...] = ()
 
     def __str__(self):
-        """The text again; parsing it gives an equal value."""
+        """The text of the spec; parsing it returns an equal value."""
         if self.kind == "mixture":
             factors = [f"{np.format_float_positional(weight)}*" for weight in self.weights] or [""] * len(self.parts)
             return "+".join(f"{factor}{part}" for factor, part in zip(factors, self.parts, strict=True))
@@ -58,21 +58,21 @@ class DataSpec:
 
 
 def parse_spec(text: str) -> DataSpec:
-    """Reads `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
+    """Parses `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
 
-    `tokens:PATH` stands for codes that `larp-jax tokenize` wrote. PATH is taken as it is, colons included; a leading ~
-    is the home folder. NAME may be the folder of a data set, such as `larp-jax prepare` writes. A mixture draws from
-    `A+B` as if the two were one list, and from `0.7*A+0.3*B` seven clips of ten from A.
+    `tokens:PATH` names codes written by `larp-jax tokenize`. PATH is used unchanged, including colons; a leading ~ is
+    the home folder. NAME may be the folder of a data set, such as one written by `larp-jax prepare`. In the mixture
+    `A+B`, the two data sets are one list; in `0.7*A+0.3*B`, seven of ten clips are from A.
 
     Raises:
-      InputError: the text is none of these; the message names the nearest.
+      InputError: the text has none of these forms; the message suggests the nearest one.
     """
     texts = _JOINT.split(text)
     matches = [_WEIGHT.match(part) for part in texts]
     if len(texts) == 1 and not any(matches):
         return _parse_one(text)
     if len(texts) == 1:
-        raise InputError(f"data {text!r} weighs a single data set; leave the weight out or add another with +")
+        raise InputError(f"data {text!r} gives a weight to a single data set; leave it out, or add a data set with +")
     parts = tuple(_parse_one(part[match.end() if match else 0 :]) for part, match in zip(texts, matches, strict=True))
     if not any(matches):
         return DataSpec("mixture", "", parts=parts)
@@ -104,10 +104,10 @@ def _parse_one(text: str) -> DataSpec:
 
 
 def spec_of(text: str) -> DataSpec | None:
-    """`parse_spec` of a text that may also be a path: None where it has the form of no data set.
+    """`parse_spec` of a text that may also be a path; None if it is not a spec.
 
     Raises:
-      InputError: it begins like a data set and is none.
+      InputError: the text begins like a spec, but is not a valid one.
     """
     try:
         return parse_spec(text)
@@ -121,7 +121,7 @@ def _suggestion(text: str, kind: str, rest: str) -> str:
     if kind in ("folder", "tfds", "tokens"):
         return f"write a name after {kind}:"
     if not text:
-        return "name one"
+        return "give the name of one"
     known = {"folder": f"folder:{rest or 'PATH'}", "tfds": f"tfds:{rest or 'NAME'}", "moving_shapes": "moving_shapes"}
     near = difflib.get_close_matches(kind.partition("/")[0].lower(), known, n=1)
     path, _, split = text.rpartition(":")
@@ -138,11 +138,11 @@ def _suggestion(text: str, kind: str, rest: str) -> str:
 
 
 def advice(path: str | os.PathLike, form: str = "") -> str:
-    """How what lies at a path is given as data, as the end of a message; empty where nothing lies there.
+    """The end of a message: how to give a file or folder as data. Empty if the path does not exist.
 
     Args:
       path: a file or a folder.
-      form: the path as the user gave it, maybe with a split behind it.
+      form: the path as given by the user, possibly followed by a split.
     """
     place = pathlib.Path(path)
     with contextlib.suppress(OSError, ValueError, RuntimeError):
@@ -153,7 +153,7 @@ def advice(path: str | os.PathLike, form: str = "") -> str:
         if place.suffix.lower() in LISTS and place.is_file():
             return f"{path} is a list: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
         if place.suffix.lower() in EXTENSIONS and place.is_file():
-            return f"{path} is one video: give the folder that it lies in, {f'folder:{place.parent}'!r}"
+            return f"{path} is a single video: give its folder, {f'folder:{place.parent}'!r}"
         if place.exists():
             return f"{path} is neither a video ({' '.join(sorted(EXTENSIONS))}) nor a list (.csv, .txt)"
     return ""
@@ -163,13 +163,13 @@ def _advice_on_folder(folder: pathlib.Path, form: str, path: str) -> str:
     if (folder / "features.json").exists() or any(folder.glob("*/features.json")) or any(
         folder.glob("*/*/features.json")
     ):  # fmt: skip
-        return f"{path} holds a TFDS data set: did you mean {f'tfds:{form}'!r}?"
+        return f"{path} contains a TFDS data set: did you mean {f'tfds:{form}'!r}?"
     if (folder / "manifest.json").exists():
-        return f"{path} holds codes: did you mean {f'tokens:{path}'!r}?"
+        return f"{path} contains codes: did you mean {f'tokens:{path}'!r}?"
     if (folder / "checkpoints").is_dir() or (folder / "metadata").is_dir():
-        return f"{path} holds checkpoints: give videos"
+        return f"{path} contains checkpoints: give videos"
     if (folder / "classInd.txt").exists():
-        return f"{path} holds lists: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
+        return f"{path} contains lists: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
     if form == path:
         return f"did you mean {f'folder:{path}'!r}?"
     split = form.removeprefix(f"{path}:")

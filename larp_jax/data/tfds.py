@@ -1,4 +1,4 @@
-"""TFDS data sets in array_record format, and those that `larp-jax prepare` wrote."""
+"""TFDS data sets in array_record format, including those written by `larp-jax prepare`."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
 from larp_jax.files import local_path, read_json
 
-# The largest number of classes that a data set may claim.
+# The largest number of classes that a data set may have.
 MANY_CLASSES = 1_000_000
 # The file of a prepared data set that lists the videos in its records.
 VIDEOS = "videos.json"
@@ -33,28 +33,28 @@ VIDEOS = "videos.json"
 class _Records:
     """The records of a split of a TFDS data set that is prepared on disk in array_record format.
 
-    Records are read and taken apart here rather than by TFDS's features: those of `tfds.features.Video` need
-    TensorFlow and decode every frame of a video, this needs no TensorFlow and decodes the frames of the clip alone.
-    Verified on data sets that TFDS 4.9.10 wrote, among them one with ucf101's features written with TensorFlow.
+    Records are parsed here and not by the features of TFDS: `tfds.features.Video` needs TensorFlow and decodes every
+    frame of a video, while this class needs no TensorFlow and decodes only the frames of a clip. Verified on data sets
+    written by TFDS 4.9.10, among them one with the features of ucf101, written with TensorFlow.
 
     The video is the feature of type Video, Sequence of Image (PNG or JPEG) or uint8 Tensor [T, H, W, 1 or 3] of any
-    encoding, the label the one of type ClassLabel; where there are several, the ones called `video` and `label`.
+    encoding, and the label is the feature of type ClassLabel; if there are several, those called `video` and `label`.
 
     Args:
-      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
-      split: as TFDS writes splits, such as `train` or `train[:10%]`.
+      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the folder of the data set.
+      split: a split in the syntax of TFDS, such as `train` or `train[:10%]`.
 
     Attributes:
       data_set: as given.
       split: as given.
-      folder: of the data set's files.
-      shape: [T, H, W, C] of a record's video, with 0 for what is open.
-      encoding: of the video: `image` or `text` for files, else that of the Tensor.
-      label_names: names of the classes in the order of their labels; empty without.
+      folder: folder of the data set's files.
+      shape: [T, H, W, C] of the video of a record, with 0 for unknown sizes.
+      encoding: encoding of the video: `image` or `text` for encoded frames, else that of the Tensor.
+      label_names: names of the classes in the order of their labels; empty without classes.
       stored: random access to the records as bytes.
 
     Raises:
-      InputError: the data set is not there, of another format, without such a split or without a video feature.
+      InputError: the data set does not exist, has another format, or lacks the split or a video feature.
     """
 
     def __init__(self, data_set: str | os.PathLike, split: str):
@@ -88,32 +88,32 @@ class _Records:
             return tf_example_pb2.Example.FromString(self.stored[record]).features.feature
 
     def label(self, features) -> int:
-        """The label in the features of a record; -1 without."""
+        """The label in the features of a record; -1 for none."""
         return features[self._label].int64_list.value[0] if self._label else NO_LABEL
 
     def frames(self, features) -> Sequence[bytes] | np.ndarray:
-        """The frames in the features of a record: PNG or JPEG files, or uint8 [T, H, W, C]."""
+        """The frames in the features of a record: encoded images, or uint8 [T, H, W, C]."""
         values = features[self._video].bytes_list.value
         if self.encoding in ("image", "text"):
             return values
         if self.encoding == "none":
             pixels = np.array(features[self._video].int64_list.value, np.uint8)
         else:
-            most = math.prod(self.shape)  # 0 where the number of frames is open: no limit
+            most = math.prod(self.shape)  # 0 if the number of frames is unknown: no limit
             unpacked = zlib.decompressobj().decompress(values[0], most) if self.encoding == "zlib" else values[0]
             pixels = np.frombuffer(unpacked, np.uint8)
         return pixels.reshape(-1, *self.shape[1:])
 
 
 class TfdsSource(Source):
-    """A split of a TFDS data set in array_record format, a record a video.
+    """A split of a TFDS data set in array_record format, with one video per record.
 
     Args:
-      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the data set's own folder.
-      split: as TFDS writes splits, such as `train` or `train[:10%]`.
+      data_set: NAME[/CONFIG][/VERSION] in the TFDS data folder ($TFDS_DATA_DIR), or the folder of the data set.
+      split: a split in the syntax of TFDS, such as `train` or `train[:10%]`.
 
     Raises:
-      InputError: the data set is not there, of another format, without such a split or without a video feature.
+      InputError: the data set does not exist, has another format, or lacks the split or a video feature.
     """
 
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
@@ -122,13 +122,13 @@ class TfdsSource(Source):
         claimed = self._records.shape[0]
         with self._records.damage_as_input_error():
             if claimed and claimed != (stored := len(self._records.frames(self._records.read(0)))):
-                raise ValueError(f"its videos have {stored} frames, not {claimed} as it says")
+                raise ValueError(f"its videos have {stored} frames, but its features declare {claimed}")
 
     def __len__(self):
         return len(self._records.stored)
 
     def name(self, index):
-        """The data set, the split and the number of the record in it."""
+        """DATA_SET:SPLIT#RECORD."""
         return f"{self._records.data_set}:{self._records.split}#{index}"
 
     def fps(self, index):
@@ -173,14 +173,14 @@ class StoredVideo(NamedTuple):
     """A video of a prepared data set: a row of its videos.json.
 
     Attributes:
-      source: the file it was made from, as the data set calls it.
-      label: number of its class, -1 without.
-      fps: frames a second; 0.0 if unknown.
-      frames: how many.
-      shard: number of the file of its split that holds it.
-      record: number of the first of its records in that file.
-      bytes: of the file it was made from.
-      sha256: of that file.
+      source: name of the original file in the data set.
+      label: class; -1 for none.
+      fps: frames per second; 0.0 if unknown.
+      frames: number of frames.
+      shard: number of its file within the split.
+      record: number of its first record within that file.
+      bytes: size of the original file.
+      sha256: SHA-256 of the original file.
     """
 
     source: str
@@ -194,13 +194,13 @@ class StoredVideo(NamedTuple):
 
 
 class PreparedSource(Source):
-    """A split of what `larp-jax prepare` wrote.
+    """A split of a data set written by `larp-jax prepare`.
 
-    A record holds a run of frames, and videos.json says which runs are a video: the number of frames is known without
-    reading, and of a long video only the runs are read that the clip lies in. A part of a split takes whole videos,
-    those that begin in it.
+    A record contains consecutive frames, and videos.json lists the records of each video: numbers of frames are known
+    without reading, and only the records that overlap a clip are read. A part of a split, such as train[:10%],
+    consists of whole videos, those that begin in it.
 
-    Args and errors are those of `TfdsSource`.
+    Arguments and errors are those of `TfdsSource`.
     """
 
     def __init__(self, data_set: str | os.PathLike, split: str = "train"):
@@ -228,7 +228,7 @@ class PreparedSource(Source):
             for row in stored.get(os.path.basename(file.filename), ()):
                 last = row.record + -(-row.frames // self._run)
                 if not (row.frames > 0 <= row.record and last <= whole[file.filename].take):
-                    raise ValueError(f"{row.source!r} has records that are not there")
+                    raise ValueError(f"{row.source!r} has records that do not exist")
                 if file.skip <= row.record < file.skip + file.take:
                     self._videos.append(row)
                     self._records_of.append(offsets[file.filename] + row.record)
@@ -238,13 +238,13 @@ class PreparedSource(Source):
         claimed = min(self._run, self._videos[0].frames)
         stored_frames = len(self._records.frames(self._records.read(self._records_of[0])))
         if stored_frames != claimed:
-            raise ValueError(f"its records have {stored_frames} frames, not {claimed} as {VIDEOS} says")
+            raise ValueError(f"its records have {stored_frames} frames, but {VIDEOS} declares {claimed}")
 
     def __len__(self):
         return len(self._videos)
 
     def name(self, index):
-        """The file it was made from, as the data set calls it."""
+        """The name of the original file."""
         return self._videos[index].source
 
     def fps(self, index):
@@ -322,14 +322,14 @@ def tfds_root() -> pathlib.Path:
 def find_data_set(data_set: str) -> pathlib.Path:
     """The folder of a prepared data set: that of the newest version, and of the only config if none is named."""
     root = tfds_root()
-    # `larp-jax prepare --output DIR` makes data sets anywhere.
+    # `larp-jax prepare --output DIR` writes data sets to any folder.
     local = files.local_path(data_set, "data set")
     folder = root / local
     if not folder.is_dir() and local.is_dir():
         folder = local
     cure = f"run: tfds build {data_set} --file_format=array_record --data_dir={root}"
     if data_set.partition("/")[0] == "moving_shapes":
-        cure = f"it is made on first use as {data_set!r}, without tfds:"
+        cure = f"give {data_set!r} without tfds:, it is generated on first use"
     elif local.is_absolute() or data_set[0] in "~.":
         cure = "give the path of a data set, or its name"
     if not folder.is_dir():
@@ -342,7 +342,7 @@ def find_data_set(data_set: str) -> pathlib.Path:
             f"TFDS data set {data_set} has configs {', '.join(configs)}; name one, as in {data_set}/CONFIG"
         )
     if not configs:
-        raise InputError(f"{folder} holds no prepared TFDS data set; {advice(folder) if folder == local else cure}")
+        raise InputError(f"{folder} contains no prepared TFDS data set; {advice(folder) if folder == local else cure}")
     return next(iter(configs.values()))
 
 
@@ -356,7 +356,7 @@ def _newest_version(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _video_feature(data_set: str, features: dict) -> tuple[str, tuple[int, ...], str]:
-    """(name, [T, H, W, C] with 0 for what is open, encoding) of the feature that holds the video."""
+    """(name, [T, H, W, C] with 0 for unknown sizes, encoding) of the video feature."""
     videos = {}
     for name, feature in features.items():
         if "video" in feature:
@@ -384,7 +384,7 @@ def _shape(feature: dict) -> tuple[int, ...]:
 
 
 def _preferred(names: Iterable[str], name: str) -> str:
-    """`name` if it is among the names, else the first, or an empty string."""
+    """`name` if it is among the names, else the first of them in alphabetical order; empty if there are none."""
     return name if name in names else next(iter(sorted(names)), "")
 
 
@@ -396,7 +396,7 @@ def _open_records(data_set: str, folder: pathlib.Path, split: str):
 
 
 def split_names(data_set: str) -> list[str]:
-    """The splits of a TFDS data set that hold anything."""
+    """The splits of a TFDS data set that are not empty."""
     with _as_input_error(f"TFDS data set {data_set}"):
         return [name for name, split in _splits(data_set, find_data_set(data_set)).items() if split.num_examples]
 
@@ -415,7 +415,7 @@ def _splits(data_set: str, folder: pathlib.Path):
 
 
 def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
-    """TFDS's list of which records of which files make a split."""
+    """The instructions of TFDS for a split: its files, and the range of records in each."""
     known = _splits(data_set, folder)
     try:
         instructions = known[split].file_instructions
@@ -427,5 +427,5 @@ def _instructions(data_set: str, folder: pathlib.Path, split: str) -> list:
         if not pathlib.Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
             raise InputError(f"TFDS data set {data_set} names a file outside {folder}: {file.filename}")
         if file.examples_in_shard > os.path.getsize(file.filename):
-            raise ValueError(f"{file.filename} cannot hold {file.examples_in_shard} records")
+            raise ValueError(f"{file.filename} is too small for {file.examples_in_shard} records")
     return instructions

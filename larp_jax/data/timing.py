@@ -1,4 +1,4 @@
-"""Where the time of reading clips goes. Costs next to nothing unless someone measures."""
+"""Time spent in the stages of reading clips. The overhead is negligible without `measure`."""
 
 import collections
 import contextlib
@@ -11,7 +11,7 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def measure():
-    """Gives a Counter that gathers the seconds of each `stage` entered inside of the block, in this context."""
+    """Context manager that returns a Counter of the seconds spent in each `stage` inside it."""
     seconds = collections.Counter()
     token = _seconds.set(seconds)
     try:
@@ -21,7 +21,7 @@ def measure():
 
 
 def stage(name: str):
-    """A block whose time counts as `name`; blocks do not nest."""
+    """Context manager whose time counts as `name`; stages must not be nested."""
     seconds = _seconds.get()
     return _NOTHING if seconds is None else _timed(seconds, name)
 

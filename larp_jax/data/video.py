@@ -1,7 +1,7 @@
-"""Video files and pictures, read and written with PyAV, which is imported when first needed.
+"""Reading and writing video files and images with PyAV, which is imported when first needed.
 
-Frames are uint8 RGB. They are upright (the container's rotation is honoured), pixels are taken as square, and of
-several video streams the one that FFmpeg deems best counts.
+Frames are uint8 RGB and upright (the container's rotation is applied). Pixels are assumed to be square. If there are
+several video streams, the one that FFmpeg ranks best is used.
 """
 
 import array
@@ -31,20 +31,20 @@ EXTENSIONS = frozenset(
     ".wmv".split()
 )
 
-# One packet is one frame in these, and what the decoder emits after a seek is exact or missing, never approximate.
-# VP8 is not here because its hidden reference frames have packets, and times, of their own.
+# In these codecs one packet is one frame, and after a seek the decoder outputs exact frames or none, never approximate
+# ones. VP8 is not among them because its hidden reference frames have their own packets and times.
 SEEKABLE_CODECS = frozenset("av1 ffv1 h264 hevc libdav1d mjpeg mpeg4 vp9".split())
-# AVI stores no presentation times: those that FFmpeg makes up are out of order wherever there are B-frames.
+# AVI stores no presentation times; with B-frames, those that FFmpeg generates are out of order.
 TIMELESS_FORMATS = frozenset(["avi"])
-# Pixels of which two in a row share their chroma.
+# Pixel formats in which two adjacent pixels of a row share their chroma.
 HALF_CHROMA = frozenset(["yuv420p", "yuvj420p"])
-# Frames of 8192x8192 at most: a damaged header may claim any size, and FFmpeg would allocate it.
+# At most 8192x8192 pixels per frame: a damaged header may claim any size, and FFmpeg would allocate it.
 LIMITS = {"max_pixels": str(2**26)}
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a video says. `frames` is 1 at least, but a damaged file may hold fewer than it claims."""
+    """Header of a video. `frames` is at least 1; a damaged file may contain fewer frames."""
 
     frames: int
     fps: float
@@ -54,10 +54,10 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Reads the header and decodes the first frame; counts packets where the header does not count frames, or cannot.
+    """Reads the header and decodes the first frame. Counts packets if the header has no valid number of frames.
 
     Raises:
-      InputError: there is no such file, or no frame of it can be decoded within the time limit.
+      InputError: the file does not exist, or no frame of it can be decoded within the time limit.
     """
     return _in_time(path, _probe, path)
 
@@ -70,28 +70,27 @@ def _probe(path) -> VideoInfo:
         width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
         rate = stream.average_rate or stream.base_rate
         frames, codec = stream.frames, stream.codec_context.name
-    if not 0 < frames <= os.path.getsize(path):  # a frame takes a byte at least: the header may claim any number
-        # Opened anew: where times are missing, a seek to the beginning may end up anywhere.
+    if not 0 < frames <= os.path.getsize(path):  # a frame needs at least one byte, but headers may claim any number
+        # Reopened, because without times a seek to the beginning may end anywhere.
         with _open(path) as (container, stream):
             frames = sum(not packet.is_discard for packet in _packets(container, stream))
     return VideoInfo(max(1, frames), float(rate or 25), width, height, codec)
 
 
 class VideoFile:
-    """Frames of a video file by number, without decoding what lies before the nearest keyframe.
+    """Random access to the frames of a video file, which decodes only from the nearest keyframe.
 
-    The first read makes an index of the times of all frames by walking over the packets, which is kept. A later
-    read opens the file, seeks to the last keyframe before its window and decodes from there. What it returns is
-    what decoding from the beginning and slicing gives; if the times of the decoded frames are not exactly those of the
-    index (damage, or times that cannot be trusted), it does decode from the beginning. Behind damage that ends a
-    decoding from the beginning, frames are still found if a keyframe lies between. A file that once took longer than
-    the time limit (`larp_jax.data.limits`) is not touched again.
+    The first read builds an index of the times of all frames from the packets. Each read opens the file, seeks to the
+    last keyframe before its window and decodes from there. The result equals decoding from the beginning and slicing:
+    if the times of the decoded frames are not exactly those of the index (because of damage or wrong times), the file
+    is decoded from the beginning. Frames after damage that ends decoding from the beginning are still found if a
+    keyframe is between. A file that once took longer than the time limit (`larp_jax.data.limits`) is not read again.
 
     Safe to use from several threads, and can be pickled.
 
     Attributes:
       path: the file.
-      info: what `probe` says of it.
+      info: its header, from `probe`.
 
     Raises:
       InputError: no frame of the file can be decoded.
@@ -100,19 +99,19 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self.info = probe(path)
-        self._times: Sequence[int] | None = None  # of the frames in order of presentation; empty: do not seek
+        self._times: Sequence[int] | None = None  # of the frames, in order of presentation; empty: do not seek
         self._key_times: Sequence[int] = ()
-        self._too_slow = ""  # why it is not touched again
+        self._too_slow = ""  # the error message if the file is not read again
 
     def read(self, start: int, count: int, resolution: int, *, exact: bool = False) -> np.ndarray:
         """Reads consecutive frames, resized and cropped to squares.
 
         Args:
           start: number of the first frame.
-          count: how many, 1 at least.
+          count: number of frames, at least 1.
           resolution: side of the squares.
-          exact: whether to raise where the file decodes to fewer than start + count frames. Otherwise its last frames
-            are returned, all of them if it has fewer than `count`.
+          exact: whether to raise if the file decodes to fewer than start + count frames. Otherwise its last `count`
+            frames are returned, or all of them if there are fewer.
 
         Returns:
           uint8 [n, resolution, resolution, 3], 1 <= n <= count.
@@ -132,7 +131,7 @@ class VideoFile:
     def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
         if self._times is None:
             self._make_index()
-        # No frames after a start above 0 are too few: the file holds less than its header claims.
+        # If the index ends before the window, the file has fewer frames than its header claims, and is decoded below.
         if self._times and start + count <= max(count, len(self._times)):
             with _open(self.path) as (container, stream):
                 frames = self._seek_and_decode(container, stream, self._times[start : start + count])
@@ -155,7 +154,7 @@ class VideoFile:
             packets = [
                 (packet.pts, packet.is_keyframe)
                 for packet in _packets(container, stream)
-                if not packet.is_discard  # decoded for others to refer to, but not shown
+                if not packet.is_discard  # decoded as a reference for other frames, but not shown
             ]
             seekable = stream.codec_context.name in SEEKABLE_CODECS and container.format.name not in TIMELESS_FORMATS
         times = [time for time, _ in packets]
@@ -164,13 +163,13 @@ class VideoFile:
             return
         self._key_times = array.array("q", sorted(time for time, is_keyframe in packets if is_keyframe))
         times = array.array("q", sorted(times))
-        # A constant rate, which is the rule, takes no memory: data sets have hundreds of thousands of files.
+        # The times of a constant rate, the usual case, need no memory: data sets have hundreds of thousands of files.
         step = times[1] - times[0] if len(times) > 1 else 1
         constant = range(times[0], times[0] + step * len(times), step) if times else ()
         self._times = constant if all(map(int.__eq__, constant, times)) else times
 
     def _seek_and_decode(self, container, stream, times: Sequence[int]) -> list | None:
-        """The frames of these times, or None if the decoder gives others."""
+        """The frames with these times; None if the decoder outputs others."""
         keyframe = bisect.bisect_right(self._key_times, times[0]) - 1
         if keyframe > 0:
             container.seek(self._key_times[keyframe], stream=stream)
@@ -179,7 +178,7 @@ class VideoFile:
         with contextlib.suppress(_av().FFmpegError):
             for packet in _packets(container, stream):
                 wanted = packet.pts is not None and times[0] <= packet.pts <= times[-1]
-                # Of the other frames only those are decoded that some frame refers to.
+                # Of the other frames, only reference frames are decoded.
                 decoder.skip_frame = "DEFAULT" if wanted else "NONREF"
                 with stage("decode"):
                     decoded += decoder.decode(packet)
@@ -195,15 +194,15 @@ class VideoFile:
 
 
 def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Reads a whole video of any length, window by window, holding no more than one window.
+    """Reads a video of any length window by window, with one window in memory at a time.
 
     Yields:
-      (number of the first frame, uint8 [T, H, W, 3], how many of the T frames are the video's). Only the last window
-      may have fewer than T of the video's frames; its last one is repeated.
+      (number of the first frame, uint8 [T, H, W, 3], number of valid frames). Only the last window may have fewer than
+      T valid frames; the last of them is then repeated.
 
     Raises:
-      InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage further on
-        ends the video there and is logged.
+      InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage after the
+        first frame ends the video there and is logged.
     """
     windows = _read_windows(path, clip)
     while (window := _in_time(path, next, windows, None)) is not None:
@@ -230,12 +229,12 @@ def resize_frames(frames: Iterable[np.ndarray], resolution: int) -> np.ndarray:
 
 
 def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
-    """Decodes pictures held in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
+    """Decodes images in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
 
-    They are PNG or JPEG files, or H.264 keyframes as `encode_h264` makes them, all of one kind.
+    They are PNG or JPEG files, or H.264 keyframes as returned by `encode_h264`, all of the same kind.
 
     Raises:
-      InputError: one of them is neither, or damaged.
+      InputError: an image is of another kind, or damaged.
     """
     av = _av()
     images = list(images)
@@ -246,14 +245,14 @@ def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
             packets = [av.Packet(data) for data in images]
             frames = []
             for packet in packets:
-                packet.is_keyframe = True  # or else a PNG is taken for the change to the one before
+                packet.is_keyframe = True  # otherwise a PNG is decoded as the difference to the previous one
                 frames += decoder.decode(packet)
             frames += decoder.decode(None)
         if len(frames) != len(images):
-            raise ValueError(f"{len(images)} pictures decode to {len(frames)}")
+            raise ValueError(f"{len(images)} images decode to {len(frames)} frames")
     except (av.FFmpegError, ValueError) as error:
         said = reason(error)
-        raise InputError(f"an encoded frame is no readable PNG or JPEG or H.264 keyframe ({said})") from error
+        raise InputError(f"an encoded frame is not a readable PNG, JPEG or H.264 keyframe ({said})") from error
     return _to_rgb(frames, resolution)
 
 
@@ -264,13 +263,13 @@ def _codec(data: bytes) -> str:
 
 
 def encode_jpeg(frames: np.ndarray, quality: int) -> list[bytes]:
-    """uint8 [T, H, W, 3] as T JPEG files, 4:2:0; `quality` is FFmpeg's scale for it, 1 (best) to 31."""
+    """uint8 [T, H, W, 3] as T JPEG files (4:2:0); `quality` is on FFmpeg's scale, 1 (best) to 31."""
     return _encode_each("mjpeg", "yuvj420p", frames, {"qmin": str(quality), "qmax": str(quality)})
 
 
 def encode_h264(frames: np.ndarray, quality: int) -> list[bytes]:
-    """uint8 [T, H, W, 3], sides even, as T H.264 keyframes, 4:2:0, each with its headers; `quality` is x264's CRF."""
-    # One thread, because the number of threads changes what x264 writes.
+    """uint8 [T, H, W, 3] with even H and W as T H.264 keyframes (4:2:0), with headers each; `quality` is x264's CRF."""
+    # One thread, because the output of x264 depends on the number of threads.
     x264 = "keyint=1:repeat-headers=1:annexb=1:threads=1:info=0"
     options = {"crf": str(quality), "preset": "medium", "tune": "fastdecode,zerolatency", "x264-params": x264}
     return _encode_each("libx264", "yuv420p", frames, options)
@@ -281,29 +280,29 @@ def _encode_each(codec: str, pixel_format: str, frames: np.ndarray, options: dic
     encoder = av.CodecContext.create(codec, "w")
     encoder.height, encoder.width = frames.shape[1:3]
     encoder.pix_fmt, encoder.time_base, encoder.thread_count = pixel_format, fractions.Fraction(1, 25), 1
-    encoder.options = {"flags": "+bitexact", **options}  # nothing about the encoder's version inside
+    encoder.options = {"flags": "+bitexact", **options}  # without the version of the encoder
     packets = []
     for image in frames:
         packets += encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image)))
     packets = [bytes(packet) for packet in packets + encoder.encode(None)]
     if len(packets) != len(frames):
-        raise ValueError(f"{codec} made {len(packets)} packets of {len(frames)} frames")
+        raise ValueError(f"{codec} encoded {len(frames)} frames to {len(packets)} packets")
     return packets
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float) -> None:
-    """Writes an H.264 MP4 that browsers play.
+    """Writes an H.264 MP4 that browsers can play.
 
-    The file appears under its name when it is complete. Odd sides get one more row or column, a copy of the last,
-    because the 4:2:0 chroma of browsers' H.264 has half the picture's size.
+    The file gets its final name when it is complete. Odd sides get one more row or column, a copy of the last, because
+    the chroma of 4:2:0 has half the size of the image.
 
     Args:
       path: file to write, in an existing folder.
-      frames: uint8 [T, H, W, 3], or any iterable of uint8 [H, W, 3] frames of one size, 1 at least.
-      fps: frames a second.
+      frames: uint8 [T, H, W, 3], or an iterable of at least one uint8 [H, W, 3] frame, all of the same size.
+      fps: frames per second.
 
     Raises:
-      ValueError: no frames, or of another shape or dtype.
+      ValueError: there are no frames, or their shape or dtype is wrong.
       OSError: the file cannot be written.
     """
     av = _av()
@@ -316,17 +315,17 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         stream.options = {"crf": "18", "preset": "veryfast"}
         for image in itertools.chain([first], frames):
             if _checked_image(image, "write_video").shape != first.shape:
-                raise ValueError(f"write_video takes frames of one size, got {first.shape} and {image.shape}")
+                raise ValueError(f"write_video needs frames of one size, got {first.shape} and {image.shape}")
             image = np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)), mode="edge")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
         container.mux(stream.encode())
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as PNG; the file appears under its name when it is complete.
+    """Writes uint8 [H, W, 3] as PNG; the file gets its final name when it is complete.
 
     Raises:
-      ValueError: the shape or the dtype differs.
+      ValueError: the shape or the dtype is wrong.
       OSError: the file cannot be written.
     """
     files.write_bytes(path, encode_png(image))
@@ -344,11 +343,11 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def frame_grid(videos: Sequence[np.ndarray], *, columns: int = 8, gap: int = 2) -> np.ndarray:
-    """Puts videos below each other, one a row, as frames evenly chosen from first to last, on white.
+    """Shows videos below each other on white, one per row, as evenly spaced frames from the first to the last.
 
     Args:
-      videos: uint8 [T, H, W, 3] each, of any lengths, all frames of one size.
-      columns: frames a row at most.
+      videos: uint8 [T, H, W, 3] each, of any lengths, all frames of the same size.
+      columns: maximum number of frames per row.
       gap: pixels between frames.
 
     Returns:
@@ -365,7 +364,7 @@ def frame_grid(videos: Sequence[np.ndarray], *, columns: int = 8, gap: int = 2) 
 
 
 def _in_time(path, function, *arguments):
-    """The function's result, within the time limit."""
+    """The result of the function; `InputError` if it exceeds the time limit."""
     try:
         return within_limit(function, *arguments)
     except TimeoutError as error:
@@ -384,19 +383,19 @@ def _av():
 
 @contextlib.contextmanager
 def _open(path):
-    """(container, best video stream) with every failure to read the file as one line of InputError."""
+    """Opens (container, best video stream); errors in reading the file become a one-line `InputError`."""
     av = _av()
-    # Until version 19 PyAV gave up on files with tags that are not UTF-8.
+    # Before version 19, PyAV rejected files with tags that are not UTF-8.
     lenient = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
     try:
         with stage("read"):
-            # `file:` keeps a colon in a name from being taken for a protocol.
+            # With `file:`, a colon in a name does not look like a protocol.
             container = av.open(f"file:{os.fspath(path)}", options=LIMITS, **lenient)
         with container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream; replace the file or leave it out")
-            # Clips are read in parallel already.
+            # Clips are already read in parallel.
             stream.codec_context.thread_count = 1
             stream.codec_context.options = LIMITS
             yield container, stream
@@ -413,7 +412,7 @@ def _no_frames(path) -> InputError:
 
 
 def _packets(container, stream) -> Iterator:
-    """The stream's packets in the order of the file, up to damage in the container."""
+    """The packets of the stream in file order, up to damage in the container."""
     with contextlib.suppress(_av().FFmpegError):
         packets = container.demux(stream)
         while True:
@@ -421,18 +420,18 @@ def _packets(container, stream) -> Iterator:
                 packet = next(packets, None)
             if packet is None:
                 return
-            if packet.size:  # the last one is empty, and so are those of frames that a recorder dropped
+            if packet.size:  # empty: the last packet, and packets of frames dropped by a recorder
                 yield packet
 
 
 def _decode(container, stream) -> Iterator:
     """Frames in order of presentation, from the beginning.
 
-    Errors before the first frame are passed over, as recordings may start between keyframes; a later one ends the
-    video, because what follows would not be consecutive.
+    Errors before the first frame are ignored, because recordings may start between keyframes. A later error ends the
+    video, because the following frames would not be consecutive.
     """
     started = False
-    for packet in itertools.chain(_packets(container, stream), [None]):  # None: what the decoder still holds
+    for packet in itertools.chain(_packets(container, stream), [None]):  # None flushes the decoder
         try:
             with stage("decode"):
                 decoded = stream.codec_context.decode(packet)
@@ -447,9 +446,9 @@ def _decode(container, stream) -> Iterator:
 def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
     """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
 
-    libswscale scales and converts in one pass, and its bilinear filter widens when shrinking, so it is antialiased.
-    Against RGB at full size put through Pillow's antialiased bilinear filter it differs by 1.3 levels of 255 on
-    average (root mean square 1.7) over real footage shrunk to 128; there the chroma is enlarged first.
+    libswscale scales and converts in one pass. Its bilinear filter widens when shrinking, so it is antialiased. From
+    Pillow's antialiased bilinear filter on full-size RGB, for which the chroma is enlarged first, it differs by 1.3
+    levels of 255 on average (root mean square 1.7) over real footage shrunk to 128.
     """
     from av.video.reformatter import Interpolation, VideoReformatter
 
@@ -458,9 +457,9 @@ def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
     with stage("resize"):
         for target, frame in zip(out, frames, strict=True):
             width, height = scaled_size(frame.width, frame.height, resolution)
-            # Planes of green, blue and red: twice as fast as packed RGB, which would also halve the chroma's width. But
-            # where nothing is scaled, libswscale leaves columns after the last multiple of 16 of such planes unwritten,
-            # and packed RGB, which gives the same where the chroma is halved already, saves taking planes together.
+            # Planes of green, blue and red are twice as fast as packed RGB, which would also halve the chroma's width.
+            # Without scaling, however, libswscale leaves columns of planes after the last multiple of 16 unwritten, and
+            # packed RGB is equal if the chroma is already halved, and avoids joining the planes.
             unscaled = (width, height) == (frame.width, frame.height)
             packed = unscaled and (width % 16 or frame.format.name in HALF_CHROMA)
             layout = "rgb24" if packed else "gbrp"
@@ -481,15 +480,15 @@ def _pixels(frame, width: int, height: int) -> np.ndarray:
 
 
 def _channels(frame, width: int, height: int) -> list[np.ndarray]:
-    """Views [height, width] of red, green and blue, of planes (green, blue, red)."""
+    """Views [height, width] of red, green and blue, from planes (green, blue, red)."""
     rows = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height] for plane in frame.planes]
     return [rows[i][:, :width] for i in (2, 0, 1)]
 
 
 def _checked_image(image: np.ndarray | None, what: str) -> np.ndarray:
     if image is None:
-        raise ValueError(f"{what} takes at least one frame")
+        raise ValueError(f"{what} needs at least one frame")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f"{what} takes uint8 [H, W, 3] images, got {image.dtype} {list(image.shape)}")
+        raise ValueError(f"{what} needs uint8 [H, W, 3] images, got {image.dtype} {list(image.shape)}")
     return image

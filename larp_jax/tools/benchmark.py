@@ -15,7 +15,7 @@ from flax import nnx
 from larp_jax.api import LoadedGenerator
 from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
-from larp_jax.data.pipeline import DrawClip
+from larp_jax.data.pipeline import ReadClip
 from larp_jax.errors import InputError
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
@@ -91,12 +91,12 @@ def benchmark_data(
 
 def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
     """Milliseconds a clip takes in one thread, in all and by stage, and which stage takes the most."""
-    draw = DrawClip(source, clip)
+    read = ReadClip(source, clip)
     rows, times = [], []
     with timing.measure() as seconds:
         for number in range(CLIPS_TIMED_ALONE):
             began = time.perf_counter()
-            rows.append(draw(number % len(source), np.random.default_rng(number))["video"])
+            rows.append(read(number % len(source), np.random.default_rng(number))["video"])
             times.append(time.perf_counter() - began)
         began = time.perf_counter()
         np.stack(rows)
