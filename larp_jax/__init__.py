@@ -13,7 +13,7 @@ __all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "evaluate", "loa
 
 
 def __getattr__(name: str):
-    # imported when asked for: `import larp_jax` alone must not cost what JAX costs
+    # imported on first use, so that `import larp_jax` alone does not import JAX
     if name in __all__:
         module = "larp_jax.evaluation.evaluate" if name == "evaluate" else "larp_jax.api"
         return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""The Python interface: a trained tokenizer that encodes and decodes, a trained generator that samples codes."""
+"""The Python interface: trained tokenizers, which encode and decode, and trained generators, which sample codes."""
 
 import functools
 import os
@@ -34,11 +34,11 @@ def load_tokenizer(
     Args:
       path: a workdir (its newest checkpoint), one of its checkpoints, an imported directory, or a directory in the
         released Hugging Face layout (`config.json` and `model.safetensors`).
-      weights: `ema` for the moving average where one was kept, `raw` for the trained weights themselves.
-      mesh: to lay the parameters on; the default device without.
+      weights: `ema` for the EMA weights if the checkpoint has them, `raw` for the raw weights.
+      mesh: devices for the parameters and for splitting batches; the default device without.
 
     Raises:
-      InputError: there is no such checkpoint, it cannot be read, or it is no tokenizer.
+      InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
     """
     found = load_checkpoint(path, weights=weights)
     return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step, mesh=mesh)
@@ -52,11 +52,11 @@ def load_generator(
     Args:
       path: as for `load_tokenizer`.
       weights: as for `load_tokenizer`.
-      precision: of computation and cache: `float32` or `bfloat16`.
-      mesh: to lay the parameters on and to split batches over; the default device without.
+      precision: precision of computation and cache: `float32` or `bfloat16`.
+      mesh: devices for the parameters and for splitting batches; the default device without.
 
     Raises:
-      InputError: there is no such checkpoint, it cannot be read, or it is no generator.
+      InputError: the checkpoint does not exist, cannot be read, or is not one of a generator.
     """
     found = load_checkpoint(path, weights=weights, kind="generator")
     return LoadedGenerator.of(found, precision=precision, mesh=mesh)
@@ -65,9 +65,9 @@ def load_generator(
 def load_checkpoint(
     path: str | os.PathLike, *, weights: str = "ema", kind: str | None = "tokenizer"
 ) -> checkpoint.Checkpoint:
-    """What `load_tokenizer` takes, with its recipe and all its parameters. Arguments and errors are the same.
+    """Loads a checkpoint with its recipe and all its parameters. Arguments and errors are those of `load_tokenizer`.
 
-    `kind` is what it must hold: `tokenizer`, `generator`, or None for either.
+    `kind` is the model that it must contain: `tokenizer`, `generator`, or None for either.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
@@ -76,8 +76,8 @@ def load_checkpoint(
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:
-        _, held, params = importing.import_huggingface(path)
-        recipe = GeneratorRecipe(model=held) if isinstance(held, GeneratorConfig) else held
+        _, imported, params = importing.import_huggingface(path)
+        recipe = GeneratorRecipe(model=imported) if isinstance(imported, GeneratorConfig) else imported
         found = checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
     if kind not in (None, found.recipe.stage):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
@@ -87,14 +87,14 @@ def load_checkpoint(
 class LoadedTokenizer:
     """A tokenizer with its weights.
 
-    Everything is computed in float32, matrix products included, whatever the training computed in: codes should not
-    depend on the device. Each new batch size is compiled once.
+    All computation is in float32, including matrix products and independent of the training precision, so that codes do
+    not depend on the device. Each new batch size is compiled once.
 
     Args:
-      config: the tokenizer's.
+      config: configuration of the tokenizer.
       params: its parameters (`TrainState.params["tokenizer"]`).
-      step: training step they are of; 0 where unknown.
-      mesh: to lay them on and to split batches over, where they divide; the default device without.
+      step: training step of the parameters; 0 if unknown.
+      mesh: devices for the parameters and for splitting batches whose size is divisible; the default device without.
 
     Attributes:
       config: as given.
@@ -126,12 +126,12 @@ class LoadedTokenizer:
         return self._params
 
     def module(self, params: Mapping) -> Tokenizer:
-        """The network with these parameters, for use in functions of one's own."""
+        """The network with these parameters, for use in your own functions."""
         return nnx.merge(self._graphdef, params)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names what the codes mean: tokenizers of one fingerprint can decode each other's (16 hex digits)."""
+        """Identifies the meaning of codes (16 hexadecimal digits): tokenizers with the same one can share codes."""
         return fingerprint(self.config, self._params)
 
     @functools.cached_property
@@ -145,17 +145,17 @@ class LoadedTokenizer:
         return np.asarray(code_vectors(self.config.quantizer, self._params["quantizer"]["embedding"]))
 
     def encode(self, video: jax.Array | np.ndarray, key: jax.Array | None = None) -> jax.Array:
-        """Videos to codes.
+        """Encodes videos to codes.
 
         Args:
           video: [B, T, H, W, C] uint8, or floats in [0, 1].
-          key: draws codes at random as in training (at the configuration's temperature); None gives the nearest codes.
+          key: samples codes as in training (at the configured temperature); None returns the nearest codes.
 
         Returns:
           [B, N] int32 in [0, K).
 
         Raises:
-          ValueError: the video is of another rank, size, dtype or range.
+          ValueError: the video has another rank, size, dtype or range.
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
@@ -164,7 +164,7 @@ class LoadedTokenizer:
             return self._encode(self._params, self._split(video), key)
 
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
-        """Codes to videos.
+        """Decodes codes to videos.
 
         Args:
           codes: [B, N] integers in [0, K).
@@ -173,7 +173,7 @@ class LoadedTokenizer:
           [B, T, H, W, C] float32 in [0, 1].
 
         Raises:
-          ValueError: the codes are of another rank, size, dtype or range.
+          ValueError: the codes have another rank, size, dtype or range.
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
@@ -182,7 +182,7 @@ class LoadedTokenizer:
             return self._decode(self._params, self._split(codes))
 
     def reconstruct(self, video: jax.Array | np.ndarray) -> jax.Array:
-        """Videos through the bottleneck and back in one pass; with continuous latents, through their means.
+        """Encodes and decodes videos in one pass; continuous latents are replaced by their means.
 
         Args:
           video: as for `encode`.
@@ -205,7 +205,7 @@ class LoadedTokenizer:
     def _need_codes(self) -> None:
         if not self.config.quantizer.has_codes:
             raise InputError(
-                "this tokenizer has continuous latents (quantizer.kind='kl') and so neither codes nor codebook"
+                "this tokenizer has continuous latents (quantizer.kind='kl') and therefore neither codes nor a codebook"
             )
 
     def _checked_video(self, video):
@@ -218,7 +218,7 @@ class LoadedTokenizer:
         if not jnp.issubdtype(video.dtype, jnp.floating):
             raise ValueError(f"a video must be {expected}, got {video.dtype}")
         low, high = float(video.min()), float(video.max())
-        if not (low >= 0.0 and high <= 1.0):  # said like this, NaN is refused too
+        if not (low >= 0.0 and high <= 1.0):  # written this way to also reject NaN
             raise ValueError(f"a video must be {expected}, got values from {low:g} to {high:g}")
         return video.astype(np.float32)
 
@@ -229,18 +229,18 @@ class LoadedTokenizer:
 class LoadedGenerator:
     """A generator with its weights.
 
-    A sampling program is compiled for each batch size, each `cfg_interval`, and with or without guidance, top-k and
-    top-p; their other values and the temperature may change freely.
+    A sampling program is compiled for each batch size and each `cfg_interval`, and with or without guidance, top-k and
+    top-p. Their values, and the temperature, can change without another compilation.
 
     Args:
-      config: the generator's.
+      config: configuration of the generator.
       params: its parameters (`TrainState.params["generator"]`).
-      step: training step they are of; 0 where unknown.
-      precision: of computation and cache: `float32`, matrix products included whatever the device, or `bfloat16`.
-      mesh: to lay the parameters on and to split batches over (`data` x `fsdp`); the default device without.
-      tokenizer_fingerprint: of the tokenizer whose codes it was trained on; None where unknown.
-      class_counts: [classes] int, how many training clips each class has; None where unknown.
-      class_names: names of the classes in the order of their labels; empty, or fewer than classes, where unknown.
+      step: training step of the parameters; 0 if unknown.
+      precision: precision of computation and cache: `float32`, including matrix products on all devices, or `bfloat16`.
+      mesh: devices for the parameters and for splitting batches (`data` x `fsdp`); the default device without.
+      tokenizer_fingerprint: fingerprint of the tokenizer whose codes it was trained on; None if unknown.
+      class_counts: [classes] int, number of training clips of each class; None if unknown.
+      class_names: names of the classes in the order of their labels; empty or too few if some are unknown.
 
     Attributes:
       config: as given.
@@ -267,10 +267,10 @@ class LoadedGenerator:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
         if class_counts is not None and (config.frame_prediction or len(class_counts) != config.num_classes):
-            raise InputError(f"class_counts of {len(class_counts)} classes do not fit the generator")
+            raise InputError(f"class_counts of {len(class_counts)} classes do not match the generator")
         if len(class_names) > config.num_classes:
             raise InputError(
-                f"{len(class_names)} names of classes do not fit the generator, which has {config.num_classes}"
+                f"{len(class_names)} class names do not match the generator, which has {config.num_classes} classes"
             )
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
@@ -284,7 +284,7 @@ class LoadedGenerator:
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
 
-        # with AVX-512, LLVM would use half of it
+        # with AVX-512, LLVM would use vectors of half its width
         options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
         self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
 
@@ -292,7 +292,7 @@ class LoadedGenerator:
     def of(
         cls, found: checkpoint.Checkpoint, *, precision: str = "float32", mesh: Mesh | None = None
     ) -> "LoadedGenerator":
-        """That of a checkpoint of a generator."""
+        """The generator of a checkpoint."""
         return cls(
             found.recipe.model,
             found.params["generator"],
@@ -306,12 +306,12 @@ class LoadedGenerator:
 
     @property
     def batch_multiple(self) -> int:
-        """Batches must be multiples of this: the devices that they are split over."""
+        """Batch sizes must be multiples of this, the number of devices that batches are split over."""
         return sharding.batch_parts(self._mesh) if self._mesh is not None else 1
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the weights, as they are computed with (16 hexadecimal digits)."""
+        """Identifies the weights at this precision, 16 hexadecimal digits."""
         return digest(f"generator {self.precision}", self._params)
 
     def sample(
@@ -323,23 +323,24 @@ class LoadedGenerator:
         indices: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws sequences of codes.
+        """Samples sequences of codes.
 
         Args:
           classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
-          key: of the draws, `jax.random.key(seed)`.
-          condition: [B, N] integers in [0, K), codes of clips whose first frames are known and whose others repeat the
-            last of these (see `larp_jax.models.pixels.hold_last_frame`); for a generator that predicts frames.
-          indices: [B] integers from 0 up: which sample of `key` each row is; 0 to B - 1 by default. A sample depends on
-            its number and its condition, not on the others in the batch, nor on their count. (Only so far as rounding
-            goes: where two codes are all but equally likely, another batch size may round to the other.)
-          **options: of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k, top_p.
+          key: random key, `jax.random.key(seed)`.
+          condition: [B, N] integers in [0, K), codes of clips with the last given frame repeated after it (see
+            `larp_jax.models.pixels.hold_last_frame`); for frame prediction.
+          indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
+            depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
+            rounding: if two codes are almost equally likely, another batch size may select the other one.)
+          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k,
+            top_p.
 
         Returns:
           [B, N] int32 in [0, K).
 
         Raises:
-          ValueError: something is not as described; the message says what was expected and what came.
+          ValueError: an argument is not as described; the message states the expected and the given value.
         """
         chosen = SamplingOptions(**options)
         arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
@@ -348,7 +349,7 @@ class LoadedGenerator:
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
-        """The program that `sample` runs for this batch size and these options."""
+        """The compiled program of `sample` for this batch size and these options."""
         chosen = SamplingOptions(**options)
         zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
         classes, condition = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
@@ -357,13 +358,13 @@ class LoadedGenerator:
             return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
-        """`InputError` unless the tokenizer is the one whose codes the generator makes, as far as is known."""
+        """`InputError` if the generator is known to have been trained with another tokenizer."""
         ours = self.config.codebook_size, self.config.num_tokens
         theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens
         if ours != theirs:
             raise InputError(
-                f"the generator makes {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]}; give"
-                " the tokenizer that it was trained with"
+                f"the generator samples {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]};"
+                " give the tokenizer that the generator was trained with"
             )
         if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             raise InputError(
@@ -375,7 +376,7 @@ class LoadedGenerator:
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
     def _arguments(self, classes, condition, indices, key, options: SamplingOptions) -> tuple:
-        """Of the compiled function, checked and placed."""
+        """The arguments of the compiled function, checked and placed on devices."""
         c = self.config
         if c.frame_prediction:
             if classes is not None or condition is None:
@@ -385,10 +386,10 @@ class LoadedGenerator:
             condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
         else:
             if classes is None or condition is not None:
-                raise ValueError("this generator is conditional on classes: give classes=[...] and no condition")
+                raise ValueError("this generator is class-conditional: give classes=[...] and no condition")
             if options.cfg_scale > 1.0 and not c.class_dropout:
                 raise ValueError(
-                    f"cfg_scale must be 1 for a generator trained without null class; got {options.cfg_scale:g}"
+                    f"cfg_scale must be 1 for a generator trained without a null class; got {options.cfg_scale:g}"
                 )
             condition = _checked_integers("classes", classes, (), -1 if c.class_dropout else 0, c.num_classes)
         rows = len(condition)
@@ -403,7 +404,7 @@ class LoadedGenerator:
 
 
 def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
-    """The parameters as float32 NumPy arrays; `InputError` unless they are those of the module, by name and shape."""
+    """The parameters as float32 NumPy arrays; `InputError` if their names or shapes do not match the module."""
 
     def by_name(tree):
         return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -414,7 +415,7 @@ def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
 
 
 def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:
-    """Integers of [low, high) as int32 [B, *row]."""
+    """Checks integers in [low, high) and returns them as int32 [B, *row]."""
     expected = f"[{', '.join(map(str, ('B', *row)))}] of integers in [{low}, {high})"
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if values.ndim != 1 + len(row) or values.shape[1:] != row or not len(values):

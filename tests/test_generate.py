@@ -128,9 +128,9 @@ def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, ca
     assert not sampled
 
     for option, message in (
-        ("--seed=4", "begun with seed 3, not 4; name another --output"),
-        ("--cfg-scale=2", "begun with cfg_scale 1.5, not 2.0"),
-        ("--num=6", "begun with counts {'0': 4, '2': 1}, not"),
+        ("--seed=4", "started with seed 3, not 4; name another --output"),
+        ("--cfg-scale=2", "started with cfg_scale 1.5, not 2.0"),
+        ("--num=6", "started with counts {'0': 4, '2': 1}, not"),
     ):
         assert message in fails(capsys, "sample", by_class, trained, output, *FIVE, option)
 
@@ -213,14 +213,14 @@ def test_classes_that_are_given(by_class, names, options, labels):
 @pytest.mark.parametrize(
     "names, text, says",
     [
-        (("run", "walk", "jump"), "wlak", "'wlak' is no class of the generator, which has run, walk, jump"),
-        (("run", "walk", "jump"), "3", "'3' is no class of the generator, which has run, walk, jump"),
+        (("run", "walk", "jump"), "wlak", "'wlak' is not a class of the generator; its classes are run, walk, jump"),
+        (("run", "walk", "jump"), "3", "'3' is not a class of the generator; its classes are run, walk, jump"),
         (("run", "walk", "jump"), "walk,1", "each class once"),
         (("run", "walk", "jump"), "walk:0", "the count must be at least 1"),
-        (("run", "walk", "jump"), "", "'' is no class"),
-        (("1", "2", "3"), "0", "'0' is no class of the generator, which has 1, 2, 3"),
-        ((), "", "'' is no number"),
-        ((), "\u00b2", "is no number"),
+        (("run", "walk", "jump"), "", "'' is not a class"),
+        (("1", "2", "3"), "0", "'0' is not a class of the generator; its classes are 1, 2, 3"),
+        ((), "", "'' is not the number of a class"),
+        ((), "\u00b2", "is not the number of a class"),
     ],
 )
 def test_classes_that_are_not_there(by_class, names, text, says):
@@ -233,12 +233,13 @@ def test_classes_that_are_not_there(by_class, names, text, says):
 def test_of_many_classes_the_nearest_is_named(trained, tmp_path):
     names = [f"class {number}" for number in range(29)] + ["walking"]
     generator = load_generator(write_generator(tmp_path / "many", {"class_names": names}, num_classes=30))
-    with pytest.raises(InputError, match="'waking' is no class of the generator, which has 30; did you mean 'walking'"):
+    expected = "'waking' is not one of the 30 classes of the generator; did you mean 'walking'"
+    with pytest.raises(InputError, match=expected):
         generate.read_classes("waking", generator)
 
 
 def test_names_that_do_not_fit(tmp_path):
-    with pytest.raises(InputError, match="4 names of classes do not fit the generator, which has 3"):
+    with pytest.raises(InputError, match="4 class names do not match the generator, which has 3 classes"):
         load_generator(write_generator(tmp_path / "names", {"class_names": list("abcd")}))
     with pytest.raises(InputError, match="its class_names are no names"):
         load_generator(write_generator(tmp_path / "numbers", {"class_names": [1, 2]}))
@@ -246,7 +247,7 @@ def test_names_that_do_not_fit(tmp_path):
 
 def test_a_class_without_training_videos_is_sampled_with_a_warning(by_class, trained, tmp_path, capsys):
     assert run("sample", by_class, trained, tmp_path / "out", "--classes=1,2", "--num=2") == 0
-    assert "no training video has the class 1: its samples mean nothing" in capsys.readouterr().err
+    assert "no training video has the class 1: its samples are meaningless" in capsys.readouterr().err
 
 
 def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_path, no_i3d):
@@ -279,9 +280,9 @@ def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path)
 
 
 def test_shares():
-    assert generate.spread(10, [1, 1, 1]) == {0: 4, 1: 3, 2: 3}
-    assert generate.spread(10_000, [121, 80, 0, 99]) == {0: 4033, 1: 2667, 3: 3300}
-    assert generate.spread(2, [5, 1, 4]) == {0: 1, 2: 1}
+    assert generate.split_in_proportion(10, [1, 1, 1]) == {0: 4, 1: 3, 2: 3}
+    assert generate.split_in_proportion(10_000, [121, 80, 0, 99]) == {0: 4033, 1: 2667, 3: 3300}
+    assert generate.split_in_proportion(2, [5, 1, 4]) == {0: 1, 2: 1}
     assert generate.alternate({0: 3, 3: 2}) == [0, 3, 0, 3, 0]
 
 
@@ -313,7 +314,7 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     time = (output / "walk-000008.mp4").stat().st_mtime_ns
     assert run(*arguments) == 0
     assert (output / "walk-000008.mp4").stat().st_mtime_ns == time
-    assert "begun with cond_frames 3, not 4" in fails(capsys, *arguments, "--cond-frames=4")
+    assert "started with cond_frames 3, not 4" in fails(capsys, *arguments, "--cond-frames=4")
     assert "below the clip's 8" in fails(capsys, *arguments, "--cond-frames=8")
 
 
@@ -326,10 +327,11 @@ def test_what_is_refused(by_class, predictor, trained, video, reference_dir, tmp
     assert "holds a generator; give a tokenizer" in fails(capsys, "sample", by_class, by_class, output)
     earlier = trained / "checkpoints" / "2"
     assert "was trained on codes of tokenizer" in fails(capsys, "sample", by_class, earlier, output)
-    assert "the generator makes 12 codes of 64" in fails(capsys, "sample", reference_dir / "ar_class", trained, output)
+    released = reference_dir / "ar_class"
+    assert "the generator samples 12 codes of 64" in fails(capsys, "sample", released, trained, output)
     for option, message in (
-        ("--classes=3", "3 is no class of the generator, which has 0 to 2"),
-        ("--classes=a", "'a' is no number"),
+        ("--classes=3", "3 is not a class of the generator; its classes are 0 to 2"),
+        ("--classes=a", "'a' is not the number of a class"),
         ("--classes=0,0", "each class once"),
         ("--classes=0:1,2", "must be like 0,3 or 0:100,3:50"),
         ("--cfg-scale=0", "cfg_scale must be at least 1"),
@@ -340,7 +342,7 @@ def test_what_is_refused(by_class, predictor, trained, video, reference_dir, tmp
     assert "--num cannot be given" in fails(capsys, "sample", by_class, trained, output, "--classes=0:1", "--num=4")
     output.mkdir(exist_ok=True)
     (output / "mine.txt").write_text("")
-    assert "is not empty and holds no samples" in fails(capsys, "sample", by_class, trained, output)
+    assert "is not empty and contains no samples" in fails(capsys, "sample", by_class, trained, output)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -408,7 +410,7 @@ def test_fvd_of_samples(by_class, trained, tokenizer, real, tmp_path, no_i3d, sa
     assert sampled == [4, 5] and again["metrics"] == written["metrics"]
     arguments = [f"--data=folder:{real}", "--batch-size=4", *options, "--seed=4"]
     message = fails(capsys, "evaluate", by_class, trained, tmp_path / "x.json", *arguments)
-    assert "begun with seed 3, not 4; name another --samples" in message
+    assert "started with seed 3, not 4; name another --samples" in message
 
 
 def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no_i3d):

@@ -64,10 +64,10 @@ def test_a_data_set(tokenizer, tmp_path):
 
 def test_nothing_of_the_users_is_overwritten(tokenizer, folder, tmp_path):
     before = (folder / "a" / "x.mp4").read_bytes()
-    with pytest.raises(InputError, match=r"x\.mp4 exists and is no earlier reconstruction"):
+    with pytest.raises(InputError, match=r"x\.mp4 exists and is not an earlier reconstruction"):
         reconstruct(tokenizer, str(folder), folder)
     (folder / "psnr.json").write_text("{}")
-    with pytest.raises(InputError, match=r"x\.mp4 exists and is no earlier reconstruction"):
+    with pytest.raises(InputError, match=r"x\.mp4 exists and is not an earlier reconstruction"):
         reconstruct(tokenizer, str(folder), folder)
     assert (folder / "a" / "x.mp4").read_bytes() == before
     (tmp_path / "file").touch()
@@ -101,7 +101,7 @@ def test_what_a_killed_call_left_is_made_again(tokenizer, folder, tmp_path, monk
     reconstruct(tokenizer, str(folder), output)
     files.write_json(output / "psnr.json", {"files": []})
     (output / "b" / "x.mp4").unlink()
-    with pytest.raises(InputError, match=r"b/x\.png exists and is no earlier"):
+    with pytest.raises(InputError, match=r"b/x\.png exists and is not an earlier"):
         reconstruct(tokenizer, str(folder / "b"), output / "b")
 
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_read(tokenizer, folder, tmp_path):
         (tmp_path / "missing.mp4", "does not exist; give a video file"),
         ("folder:" + str(tmp_path / "missing"), "does not exist"),
         ("moving_shape:test", "does not exist"),
-        (tmp_path / "empty", "holds no video file"),
+        (tmp_path / "empty", "contains no video file"),
         (tmp_path / "bad", "none of its 1 video files can be read"),
     ]:
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -247,7 +247,7 @@ def test_arguments_that_do_not_suit_the_generator(reference_dir):
         with pytest.raises(ValueError, match=message):
             predictor.sample(**arguments, key=KEY)
     without_null = make(class_dropout=0.0)
-    with pytest.raises(ValueError, match="without null class; got 2"):
+    with pytest.raises(ValueError, match="without a null class; got 2"):
         without_null.sample([0], key=KEY, cfg_scale=2.0)
     with pytest.raises(ValueError, match=r"in \[0, 3\)"):
         without_null.sample([-1], key=KEY)

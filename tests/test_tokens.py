@@ -74,7 +74,7 @@ def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
     assert cli.main(["detokenize", *checkpoint, "--input", codes, "--output", str(output)]) == 2
     assert "x.mp4 exists; name another --output" in capsys.readouterr().err
     assert cli.main(["tokenize", *checkpoint, "--input", str(videos), "--output", codes]) == 2
-    assert "holds codes already" in capsys.readouterr().err
+    assert "already contains codes" in capsys.readouterr().err
 
 
 def test_a_data_set(tokenizer, tmp_path):
@@ -100,7 +100,8 @@ def test_windows_that_do_not_follow_each_other_are_videos_of_their_own(tokenizer
 
 def test_codes_of_another_tokenizer(trained, codes, tmp_path):
     other = larp_jax.load_tokenizer(trained / "checkpoints" / "2")
-    with pytest.raises(InputError, match=f"not of {other.fingerprint}; give the --checkpoint that made them"):
+    encoder = larp_jax.load_tokenizer(trained).fingerprint
+    with pytest.raises(InputError, match=f"not of {other.fingerprint}; give the --checkpoint of {encoder}"):
         detokenize(other, codes, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -120,19 +121,19 @@ def in_rows(name, value):
         (in_rows("source", "a\\..\\x.mp4"), "source of row 1"),
         (in_rows("source", "a\0.mp4"), "source of row 1"),
         (in_rows("source", 7), "source of row 1"),
-        (in_rows("frames", 9), "start or frames of row 1"),
-        (in_rows("start", -1), "start or frames of row 1"),
-        (in_rows("fps", "fast"), "fps of row 1"),
-        (in_rows("label", None), "label of row 1"),
+        (in_rows("frames", 9), "invalid start or frames of row 1"),
+        (in_rows("start", -1), "invalid start or frames of row 1"),
+        (in_rows("fps", "fast"), "invalid fps of row 1"),
+        (in_rows("label", None), "invalid label of row 1"),
         (lambda m: m["rows"].pop(), "4 rows in shards, 3 listed"),
-        (lambda m: m["shards"][0].update(file="../codes-0-of-1.npz"), "is no shard's name"),
+        (lambda m: m["shards"][0].update(file="../codes-0-of-1.npz"), "is not the name of a shard"),
         (lambda m: m.pop("fingerprint"), "no fingerprint"),
-        (lambda m: m.update(version=3), "version 3, this reads 1 to 2"),
-        (lambda m: m.update(version=0), "version 0, this reads 1 to 2"),
-        (lambda m: m.update(version=True), "version True, this reads 1 to 2"),
-        (lambda m: m.update(layout="packed"), "layout 'packed', this reads 'fixed'"),
-        (lambda m: m.update(format="x"), "no manifest of codes"),
-        (lambda m: m.update(K=64), "K, N and clip are not the tokenizer's"),
+        (lambda m: m.update(version=3), "version 3, but only 1 to 2 are supported"),
+        (lambda m: m.update(version=0), "version 0, but only 1 to 2 are supported"),
+        (lambda m: m.update(version=True), "version True, but only 1 to 2 are supported"),
+        (lambda m: m.update(layout="packed"), "layout 'packed', but only 'fixed' is supported"),
+        (lambda m: m.update(format="x"), "is not a manifest of codes"),
+        (lambda m: m.update(K=64), "K, N and clip are not those of the tokenizer"),
     ],
 )
 def test_manifests_that_are_wrong(tokenizer, codes, tmp_path, change, message):
@@ -169,13 +170,13 @@ def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
     np.savez(shard, codes=stored.astype(np.float32))
     refused("holds float32")
     np.savez(shard, codes=stored + 32)
-    refused(r"outside of \[0, 32\)")
+    refused(r"outside \[0, 32\)")
     shard.unlink()
     refused("is missing")
 
 
 def test_folders_that_hold_no_codes(tmp_path):
-    with pytest.raises(InputError, match="no folder that tokenize completed"):
+    with pytest.raises(InputError, match="is missing; give a folder that larp-jax tokenize completed"):
         codes_on_disk.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
@@ -203,5 +204,5 @@ def test_one_at_a_time_and_after_a_killed_one(tokenizer, videos, codes, tmp_path
     tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in codes.iterdir())
     (output / "manifest.json").rename(output / "settings.json")
-    with pytest.raises(InputError, match="holds codes already"):
+    with pytest.raises(InputError, match="already contains codes"):
         tokenize(tokenizer, str(videos), output)

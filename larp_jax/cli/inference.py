@@ -182,7 +182,7 @@ def _sample(arguments):
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:
     """The number of videos to sample, by class."""
-    from larp_jax.inference.generate import as_in_training, read_classes, spread
+    from larp_jax.inference.generate import as_in_training, read_classes, split_in_proportion
 
     classes, number = generator.config.num_classes, arguments.num
     wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
@@ -192,7 +192,7 @@ def _counts_of_classes(arguments, generator) -> dict[int, int]:
         return wanted
     number = 16 if number is None else number
     if wanted:
-        return spread(number, [label in wanted for label in range(classes)])
+        return split_in_proportion(number, [label in wanted for label in range(classes)])
     return as_in_training(generator, number)
 
 

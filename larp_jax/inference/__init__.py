@@ -1,1 +1,1 @@
-"""What turns a trained model into files: codes, reconstructions, samples."""
+"""Codes, reconstructions, samples and predictions of trained models, written to files."""

@@ -1,8 +1,8 @@
-"""Videos from a generator, in numbers: sampled by class, predicted from first frames, or beside the clips of a set.
+"""Generate many videos: by class, from first frames, or one per clip of a data set.
 
-A folder written is one of codes as `larp_jax.data.codes` has them, with the videos beside them. It grows batch
-by batch and can be left and continued: `settings.json` says what it holds, a batch's codes come after its videos, and
-the manifest comes last.
+The output is a folder of codes in the format of `larp_jax.data.codes`, which also contains the videos. It is written
+batch by batch, and an interrupted call can be continued: `settings.json` describes the contents, the codes of a batch
+are written after its videos, and the manifest is written last.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ PREDICTED_CLIPS = 8
 def load_pair(
     found: Checkpoint, tokenizer: str | os.PathLike, *, weights: str = "ema", precision: str = "float32"
 ) -> tuple[LoadedGenerator, LoadedTokenizer]:
-    """Generator and tokenizer on the devices of this host, because hosts sample independently of each other.
+    """Loads generator and tokenizer to the devices of this host, because hosts sample independently.
 
     Args:
       found: checkpoint of the generator.
-      tokenizer: checkpoint of the tokenizer that it was trained with.
-      weights: of the tokenizer, `ema` or `raw`.
-      precision: in which the generator samples.
+      tokenizer: checkpoint of the tokenizer that the generator was trained with.
+      weights: weights of the tokenizer, `ema` or `raw`.
+      precision: compute precision of the generator.
 
     Raises:
       InputError: the tokenizer cannot be read.
@@ -61,23 +61,24 @@ def load_pair(
 
 
 class Sampler:
-    """Numbered samples of a seed, as codes and as videos. What is drawn for a number is always the same.
+    """Samples of a generator, as codes and as videos. Sample i depends only on the seed, i and its condition.
 
-    Codes become videos in a second compiled call: they are needed on their own anyway, and so neither part is compiled
-    again when the other one changes.
+    Codes are decoded in a second compiled call, because they are also needed on their own, and so that neither part is
+    recompiled when the other one changes.
 
     Args:
-      generator: to sample from.
-      tokenizer: the one that it was trained with.
-      seed: of the draws.
-      options: of the draws.
-      batch_size: sampled at a time.
-      cond_frames: of a generator that predicts frames, how many of a clip it is given.
+      generator: the generator.
+      tokenizer: the tokenizer that the generator was trained with.
+      seed: seed of the random numbers.
+      options: sampling options.
+      batch_size: samples per batch.
+      cond_frames: number of given frames; for frame prediction only.
 
     Attributes:
       tokenizer: as given.
       batch_size: as given.
-      step: the generator's.
+      step: training step of the generator.
+      class_names: names of the generator's classes.
 
     Raises:
       InputError: generator, tokenizer and options do not fit each other.
@@ -99,17 +100,18 @@ class Sampler:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
         if options.cfg_scale > 1.0 and (config.frame_prediction or not config.class_dropout):
             raise InputError(
-                f"--cfg-scale must be 1: the generator knows no null class to guide by; got {options.cfg_scale:g}"
+                "--cfg-scale must be 1, because the generator was trained without a null class; got"
+                f" {options.cfg_scale:g}"
             )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self._cond_frames = generator, options, cond_frames
         self._seed, self._key = seed, rng.key(seed)
-        # as many as the devices take
+        # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 
     def describe(self) -> dict[str, Any]:
-        """All that the samples depend on but their conditions, ready for JSON."""
+        """Everything that the samples depend on, except their conditions; ready for JSON."""
         described = {
             "generator": self._generator.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
@@ -122,12 +124,12 @@ class Sampler:
     def codes(
         self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
     ) -> np.ndarray:
-        """Samples.
+        """Samples codes.
 
         Args:
-          numbers: of the samples, [M], at most `batch_size`.
-          classes: [M] int, for a generator that is conditional on them.
-          clips: [M, T, H, W, C] uint8, for a generator that predicts how they go on.
+          numbers: [M] numbers of the samples, at most `batch_size`.
+          classes: [M] int, for a class-conditional generator.
+          clips: [M, T, H, W, C] uint8 clips that start with the given frames, for frame prediction.
 
         Returns:
           [M, N] int32 in [0, K).
@@ -142,7 +144,7 @@ class Sampler:
         return np.asarray(codes)[: len(numbers)]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """At most `batch_size` codes [M, N] to videos [M, T, H, W, C], float32 in [0, 1]."""
+        """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
         padded = np.resize(codes, (self._padded, codes.shape[1]))
         return np.asarray(self.tokenizer.decode(padded))[: len(codes)]
 
@@ -159,29 +161,29 @@ def sample(
 ) -> dict[str, Any]:
     """Samples videos by class; batches that an earlier call wrote are kept and not sampled again.
 
-    Writes NUMBER_CLASS.mp4 for each, a picture of the first 16 (a row each), and their codes. Each host samples its
+    Writes NUMBER_CLASS.mp4 for each video, an image of the first 16 (one per row), and the codes. Each host samples its
     share of the batches.
 
     Args:
-      generator: conditional on classes.
-      tokenizer: the one that it was trained with.
-      output: folder to write to, made if missing.
-      counts: how many of each class; see `spread`. The classes take turns.
-      seed: of the draws; sample i of a seed is the same whatever the batch size and the devices.
-      options: of the draws.
-      batch_size: sampled at a time.
+      generator: a class-conditional generator.
+      tokenizer: the tokenizer that the generator was trained with.
+      output: folder to write to, created if missing.
+      counts: number of videos of each class, as from `split_in_proportion`. The classes alternate.
+      seed: seed of the random numbers; sample i of a seed is independent of batch size and devices.
+      options: sampling options.
+      batch_size: samples per batch.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
+      The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
-      InputError: generator and tokenizer do not fit, or the folder holds something else.
+      InputError: generator and tokenizer do not fit each other, or the folder contains something else.
     """
     classes = np.array(alternate(counts), np.int32)
     trained = generator.class_counts
     if trained is not None and (untrained := [label for label in sorted(counts) if label >= 0 and not trained[label]]):
         names = class_list(untrained, generator.class_names)
-        logger.warning("no training video has the class %s: its samples mean nothing", names)
+        logger.warning("no training video has the class %s: its samples are meaningless", names)
     sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
     videos = [f"{_name(i, classes)}.mp4" for i in range(len(classes))]
     with SampleFolder("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
@@ -203,12 +205,12 @@ def _name(i: int, classes: np.ndarray) -> str:
 
 
 def class_counts(classes: np.ndarray) -> dict[str, int]:
-    """How many there are of each, ready for JSON."""
+    """Number of occurrences of each class, ready for JSON."""
     return {str(label): int(count) for label, count in zip(*np.unique(classes, return_counts=True), strict=True)}
 
 
 def manifest_rows(classes: np.ndarray, frames: int) -> list[dict]:
-    """Rows of the manifest."""
+    """Rows of the manifest for samples of these classes."""
     return [
         {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
         for i, label in enumerate(classes)
@@ -216,9 +218,10 @@ def manifest_rows(classes: np.ndarray, frames: int) -> list[dict]:
 
 
 def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
-    """Classes by name or by number: `0,walk` as {0: 0, 3: 0}, `0:100,walk:50` as {0: 100, 3: 50}.
+    """Parses classes by name or number: `0,walk` to {0: 0, 3: 0}, `0:100,walk:50` to {0: 100, 3: 50}.
 
-    A number is the class of that name where one is called by it. Names that hold commas or quotes are quoted as in CSV.
+    If a class has a number as its name, the number stands for that class. Names with commas or quotes are quoted as in
+    CSV.
 
     Raises:
       InputError: the generator has no such class, or the text is not of this form.
@@ -226,7 +229,7 @@ def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
     try:
         (parts,) = csv.reader([text], skipinitialspace=True)
     except csv.Error as error:
-        raise InputError(f"--classes: {text!r} is no list ({error})") from None
+        raise InputError(f"--classes: {text!r} is not a valid list ({error})") from None
     pairs: list[tuple[int, int]] = []
     for part in [text] if text in generator.class_names else map(str.strip, parts or [""]):
         name, colon, count = part.rpartition(":")
@@ -234,7 +237,7 @@ def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
             pairs.append((label, 0))
         elif colon and count.isdecimal() and (label := _class_called(name, generator)) is not None:
             if not int(count):
-                raise InputError(f"--classes: {part!r} is for no video; the count must be at least 1")
+                raise InputError(f"--classes: {part!r} asks for no video; the count must be at least 1")
             pairs.append((label, int(count)))
         else:
             raise InputError(f"--classes: {_no_class(name if count.isdecimal() and colon else part, generator)}")
@@ -245,7 +248,7 @@ def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
 
 
 def _class_called(name: str, generator: LoadedGenerator) -> int | None:
-    """The label of a class by its name or its number; None where there is none."""
+    """The label of a class by its name or number; None if there is no such class."""
     names = generator.class_names
     if name in names:
         return names.index(name)
@@ -255,7 +258,7 @@ def _class_called(name: str, generator: LoadedGenerator) -> int | None:
     for label, other in enumerate(names):
         if other.isdecimal() and int(other) == number:
             return label
-    # a number that another class is called by is a name
+    # if this class has another number as its name, this number does not stand for it
     taken = number < len(names) and names[number].isdecimal()
     return number if number < generator.config.num_classes and not taken else None
 
@@ -264,24 +267,24 @@ def _no_class(name: str, generator: LoadedGenerator) -> str:
     names, last = generator.class_names, generator.config.num_classes - 1
     if not names:
         if name.isdecimal():
-            return f"{name} is no class of the generator, which has 0 to {last}"
-        return f"{name!r} is no number of a class (0 to {last}), and the generator knows no names of them"
+            return f"{name} is not a class of the generator; its classes are 0 to {last}"
+        return f"{name!r} is not the number of a class (0 to {last}), and the generator has no class names"
     if len(names) <= MANY_LISTED:
-        return f"{name!r} is no class of the generator, which has {', '.join(names)}"
+        return f"{name!r} is not a class of the generator; its classes are {', '.join(names)}"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"{name!r} is no class of the generator, which has {len(names)}; did you mean {near[0]!r}?"
+    return f"{name!r} is not one of the {len(names)} classes of the generator; did you mean {near[0]!r}?"
 
 
 def as_in_training(generator: LoadedGenerator, total: int) -> dict[int, int]:
-    """Shares a number out to classes as frequent as in training, where that is known, else all alike."""
+    """Splits a number by the class frequencies in training, or uniformly if they are unknown."""
     counts = generator.class_counts
     if counts is not None and not counts.any():
         return {-1: total}  # trained without any class
-    return spread(total, [1] * generator.config.num_classes if counts is None else counts)
+    return split_in_proportion(total, [1] * generator.config.num_classes if counts is None else counts)
 
 
-def spread(total: int, weights: Sequence[float]) -> dict[int, int]:
-    """Shares a number out in proportion to weights, by largest remainders: {index: count}, empty shares left out."""
+def split_in_proportion(total: int, weights: Sequence[float]) -> dict[int, int]:
+    """Splits a number in proportion to weights, by largest remainders: {index: count} without zero counts."""
     quotas = total * np.asarray(weights, np.float64) / np.sum(weights)
     counts = np.floor(quotas).astype(int)
     by_remainder = np.argsort(counts - quotas, kind="stable")
@@ -290,7 +293,7 @@ def spread(total: int, weights: Sequence[float]) -> dict[int, int]:
 
 
 def alternate(counts: Mapping[int, int]) -> list[int]:
-    """Each class as often as counted: 0, 3, 0, 3, 0 for {0: 3, 3: 2}."""
+    """Each class as often as its count, in turns: 0, 3, 0, 3, 0 for {0: 3, 3: 2}."""
     turns = [(turn, label) for label, count in counts.items() for turn in range(count)]
     return [label for _, label in sorted(turns)]
 
@@ -307,25 +310,24 @@ def predict(
     options: SamplingOptions,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Predicts how clips go on after their first frames; resumable like `sample`.
+    """Predicts how clips continue after their first frames; resumable like `sample`.
 
-    Writes NAME-START.mp4 (truth left, prediction right) and NAME-START.png (truth above) for each window of T frames,
-    and the codes of the predictions.
+    Writes NAME-START.mp4 (original left, prediction right) and NAME-START.png (original above prediction) for each
+    window of T frames, and the codes of the predictions.
 
     Args:
-      generator: that predicts frames.
-      tokenizer: the one that it was trained with.
-      source: what `larp_jax.data.inputs.Inputs` takes; consecutive windows are predicted, each from its own first
-        frames.
-      output: folder to write to, made if missing.
-      cond_frames: how many of T frames are given.
-      max_clips: at most so many windows; 0 takes all.
+      generator: a generator trained for frame prediction.
+      tokenizer: the tokenizer that the generator was trained with.
+      source: input, as for `larp_jax.data.inputs.Inputs`; each window is predicted from its own first frames.
+      output: folder to write to, created if missing.
+      cond_frames: number of given frames.
+      max_clips: at most this many windows; 0 for all.
       seed: as for `sample`.
       options: as for `sample`.
       batch_size: as for `sample`.
 
     Returns:
-      The manifest, as `larp_jax.inference.tokenize.tokenize` has it.
+      The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
       InputError: as for `sample`, or nothing can be read.
@@ -353,25 +355,25 @@ def predict(
             if number not in mine:
                 continue
             progress.update(len(windows))
-            made = [f"{name}{suffix}" for name in sources for suffix in (".mp4", ".png")]
-            if run.is_whole(number, made, len(windows)):
+            outputs = [f"{name}{suffix}" for name in sources for suffix in (".mp4", ".png")]
+            if run.is_whole(number, outputs, len(windows)):
                 continue
             clips = np.stack([window.frames for window in windows])
             codes = sampler.codes(run.rows(number)[: len(windows)], clips=clips)
             videos = to_uint8(sampler.decode(codes))
-            for name, fps, truth, prediction in zip(sources, rates, clips, videos, strict=True):
+            for name, fps, original, prediction in zip(sources, rates, clips, videos, strict=True):
                 path = run.path / f"{name}.mp4"
                 files.make_folder(path.parent)
-                write_video(path, np.concatenate([truth, prediction], axis=2), playable_fps(fps))
-                write_png(path.with_suffix(".png"), frame_grid([truth, prediction]))
+                write_video(path, np.concatenate([original, prediction], axis=2), playable_fps(fps))
+                write_png(path.with_suffix(".png"), frame_grid([original, prediction]))
             run.keep(number, codes)
         if not described:
-            raise InputError(f"{source}: no clip in it has more than the {cond_frames} frames that are given")
+            raise InputError(f"{source}: no clip in it has more than the {cond_frames} given frames")
         return run.finish(described, inputs.label_names, sheet=False)
 
 
 def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> Iterator[list[Window]]:
-    """Batches of the windows that have something to predict."""
+    """Batches of the windows with more than `cond_frames` frames, `total` windows in all."""
     windows = (window for rows, _ in inputs.batches(1) for window in rows if window.valid > cond_frames)
     windows = itertools.islice(windows, total)
     while batch := list(itertools.islice(windows, batch_size)):
@@ -379,11 +381,11 @@ def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> I
 
 
 class SampleFolder:
-    """A folder that is written batch by batch. As a context it is claimed: no other run writes there.
+    """A folder that is written batch by batch; as a context manager, it locks the folder against other calls.
 
     Attributes:
       path: the folder.
-      mine: numbers of the batches that fall to this host.
+      mine: numbers of the batches of this host.
     """
 
     def __init__(
@@ -405,31 +407,31 @@ class SampleFolder:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:  # for all of them
+            if jax.process_index() == 0:  # on behalf of all processes
                 stack.enter_context(files.claim(self.path, self._option))
                 _check_settings(self.path, self._settings, self._option)
             files.make_folder(self.path, self._option)
-            self._held = stack.pop_all()
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._held.close()
+        self._resources.close()
 
     def rows(self, number: int) -> range:
         """Rows of a batch."""
         return range(number * self._batch_size, min((number + 1) * self._batch_size, self._total))
 
     def is_whole(self, number: int, names: Iterable[str], count: int | None = None) -> bool:
-        """Whether the codes of a batch and these files of it are there; arguments as for `kept`."""
+        """Whether the codes of a batch and its files `names` exist; other arguments as for `kept`."""
         found = all((self.path / name).is_file() and (self.path / name).stat().st_size for name in names)
         return self.kept(number, count) is not None and found
 
     def kept(self, number: int, count: int | None = None) -> np.ndarray | None:
-        """The codes [M, N] of a batch, None where they are missing or damaged.
+        """The codes [M, N] of a batch; None if they are missing or damaged.
 
         Args:
-          number: of the batch.
-          count: its rows, where they are fewer than expected.
+          number: number of the batch.
+          count: number of its rows, if fewer than expected.
         """
         if not self._shard(number).exists():
             return None
@@ -438,18 +440,18 @@ class SampleFolder:
         try:
             return read_shard(self.path, manifest, number)
         except InputError as error:
-            logger.warning("%s: it is made again", str(error).partition(";")[0])
+            logger.warning("%s; sampling it again", str(error).partition(";")[0])
             return None
 
     def keep(self, number: int, codes: np.ndarray) -> None:
-        """Writes a batch's codes [M, N]: from here on it counts as done."""
+        """Writes the codes [M, N] of a batch, which marks it as done."""
         write_shard(self._shard(number), {"codes": codes})
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / shard_name(number, len(self._batches))
 
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
-        """Writes the manifest and, if wanted, the picture, when all hosts are done."""
+        """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
         manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
@@ -460,7 +462,7 @@ class SampleFolder:
         return manifest
 
     def _manifest(self, total: int) -> dict[str, Any]:
-        """The manifest of so many rows, but for themselves."""
+        """The manifest of `total` rows, without the rows."""
         tokenizer = self._sampler.tokenizer
         config = tokenizer.config
         sizes = [min(self._batch_size, total - start) for start in range(0, total, self._batch_size)]
@@ -475,7 +477,7 @@ class SampleFolder:
         )
 
     def _first_videos(self, manifest: dict) -> list[np.ndarray]:
-        """uint8 [T, H, W, 3] of the first rows, from their codes: an earlier call may have written them."""
+        """The first videos, uint8 [T, H, W, 3] each, decoded from codes, which an earlier call may have written."""
         videos = []
         for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
             videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
@@ -483,11 +485,11 @@ class SampleFolder:
 
 
 def _check_settings(folder: pathlib.Path, settings: dict, option: str) -> None:
-    """Writes the settings into a new folder; refuses one that holds something else."""
+    """Writes the settings to a new folder; `InputError` if the folder contains anything else."""
     path = folder / SETTINGS
     if not path.exists():
         if not files.is_empty(folder):
-            raise InputError(f"{folder} is not empty and holds no samples of an earlier call; name another {option}")
+            raise InputError(f"{folder} is not empty and contains no samples of an earlier call; name another {option}")
         files.write_json(path, settings)
         return
     known = files.json_object(path)
@@ -496,5 +498,5 @@ def _check_settings(folder: pathlib.Path, settings: dict, option: str) -> None:
     for name in sorted(settings.keys() | known.keys()):
         if settings.get(name) != known.get(name):
             raise InputError(
-                f"{folder} was begun with {name} {known.get(name)}, not {settings.get(name)}; name another {option}"
+                f"{folder} was started with {name} {known.get(name)}, not {settings.get(name)}; name another {option}"
             )

@@ -1,4 +1,4 @@
-"""Videos beside their reconstructions, and how close they are."""
+"""Videos next to their reconstructions, with PSNR."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ from larp_jax.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 SUMMARY = "psnr.json"
-PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, unquantized"
+PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, not rounded"
 DATA_SET_CLIPS = 8
 GRID_COLUMNS = 8
 
@@ -36,22 +36,22 @@ def reconstruct(
     max_clips: int = DATA_SET_CLIPS,
     batch_size: int = 4,
 ) -> dict[str, Any]:
-    """Reconstructs videos of any length and size, window by window, in memory that does not depend on their length.
+    """Reconstructs videos of any length and size, window by window, in memory independent of their length.
 
-    Writes NAME.mp4 (original left, reconstruction right, at the model's resolution and the video's rate) and NAME.png
-    (up to 8 frames of the original above those of the reconstruction) for each video, prints its PSNR, and writes
-    `psnr.json`.
+    For each video, writes NAME.mp4 (original left, reconstruction right, at the model's resolution and the video's
+    frame rate) and NAME.png (up to 8 frames of the original, those of the reconstruction below), and prints its PSNR.
+    Also writes `psnr.json`.
 
     Args:
-      tokenizer: to use.
-      source: what `larp_jax.data.inputs.Inputs` takes.
-      output: folder to write to, made if missing; sub-folders of the input are kept.
-      max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
-      batch_size: windows computed at a time.
+      tokenizer: the tokenizer.
+      source: input, as for `larp_jax.data.inputs.Inputs`.
+      output: folder to write to, created if missing, with the same subfolders as the input.
+      max_clips: at most this many clips of a data set, spread evenly over it; 0 for all.
+      batch_size: windows per batch.
 
     Returns:
-      What `psnr.json` holds: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`; `files`,
-      those that this call and earlier ones wrote into the folder.
+      The contents of `psnr.json`: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`; `files`,
+      all files written to the folder by this call and earlier ones.
 
     Raises:
       InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
@@ -60,10 +60,10 @@ def reconstruct(
     output = files.check_folder(output)
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     names = output_names([video.name for video in inputs.videos])
-    made = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
+    paths = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
     ours = files.json_object(output / SUMMARY).get("files", ())
     sources = [video.path for video in inputs.videos if video.path]
-    with files.outputs(output, made, ours=ours, inputs=sources, but=" and is no earlier reconstruction") as folder:
+    with files.outputs(output, paths, ours=ours, inputs=sources, but=" and is not an earlier reconstruction") as folder:
         results = {}
         with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
             windows = _reconstructions(tokenizer, inputs, batch_size, progress)
@@ -75,7 +75,7 @@ def reconstruct(
                 results[video.name] = {"psnr": score, "frames": frames, "output": path.relative_to(folder).as_posix()}
                 tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames")
         if not results:
-            raise InputError(f"{source}: nothing in it could be read")
+            raise InputError(f"{source}: nothing in it can be read")
         summary = {
             "definition": PSNR,
             "tokenizer": tokenizer.fingerprint,
@@ -84,7 +84,7 @@ def reconstruct(
             "mean_psnr": float(np.mean([result["psnr"] for result in results.values()])),
             "videos": results,
             "skipped": dict(inputs.skipped),
-            "files": sorted({*made, *ours}),
+            "files": sorted({*paths, *ours}),
         }
         files.write_json(folder / SUMMARY, summary)
     tqdm.write(f"mean of {len(results)} videos: {summary['mean_psnr']:.2f} dB, in {output}")
@@ -96,7 +96,7 @@ def reconstruct(
 def _reconstructions(
     tokenizer: LoadedTokenizer, inputs: Inputs, batch_size: int, progress: Progress
 ) -> Iterator[tuple[Window, np.ndarray]]:
-    """Each window with its reconstruction, float32 [T, H, W, 3] in [0, 1]."""
+    """(window, reconstruction) of each window; reconstructions are float32 [T, H, W, 3] in [0, 1]."""
     for windows, clips in inputs.batches(batch_size):
         reconstructions = np.asarray(tokenizer.reconstruct(clips))
         progress.update(len(windows))
@@ -106,7 +106,7 @@ def _reconstructions(
 def _write_pair(
     path: pathlib.Path, windows: Iterator[tuple[Window, np.ndarray]], expected: int, fps: float
 ) -> tuple[float, int]:
-    """Writes the video and the picture of one input, about `expected` frames long; its PSNR and number of frames."""
+    """Writes the video and the image of an input of about `expected` frames; returns (PSNR, number of frames)."""
     shown = set(np.linspace(0, expected - 1, GRID_COLUMNS).round().astype(int))
     grid = []
     error, frames = 0.0, 0
@@ -114,9 +114,9 @@ def _write_pair(
     def side_by_side():
         nonlocal error, frames
         for window, reconstruction in windows:
-            for original, picture in zip(window.frames[: window.valid], reconstruction, strict=False):
-                error += float(np.mean(np.square(picture - original / np.float32(255)), dtype=np.float64))
-                pair = original, to_uint8(picture)
+            for original, reconstructed in zip(window.frames[: window.valid], reconstruction, strict=False):
+                error += float(np.mean(np.square(reconstructed - original / np.float32(255)), dtype=np.float64))
+                pair = original, to_uint8(reconstructed)
                 if frames in shown:
                     grid.append(pair)
                 frames += 1

@@ -1,4 +1,4 @@
-"""Videos to codes on disk, and codes on disk to videos; `larp_jax.data.codes` defines the format."""
+"""Encode videos to codes on disk, and decode codes on disk to videos; `larp_jax.data.codes` defines the format."""
 
 import itertools
 import os
@@ -41,27 +41,29 @@ def tokenize(
     batch_size: int = 8,
     shard_rows: int = SHARD_ROWS,
 ) -> dict[str, Any]:
-    """Writes the codes of videos. The manifest comes last: a folder without it is incomplete.
+    """Writes the codes of videos. The manifest is written last: a folder without it is incomplete.
 
-    For a generator to train on, `windows`, `flips` and `cond_frames` give what it would draw of the videos.
+    To train a generator on the codes, `windows`, `flips` and `cond_frames` give the windows, flips and conditions that
+    it would otherwise sample from the videos.
 
     Args:
-      tokenizer: to use.
-      source: what `larp_jax.data.inputs.Inputs` takes.
-      output: folder to write to, made if missing.
-      max_clips: of a data set, at most so many clips, spread over it; 0 takes all.
-      windows: of every video, at most so many full windows, spread over it; 0 takes consecutive ones.
-      flips: adds, after all others, the codes of all windows mirrored left to right.
-      cond_frames: adds the codes of each window with its frames after so many frozen (`condition` in the shards):
-        what frame prediction starts from; 0 for none.
-      batch_size: windows encoded at a time.
-      shard_rows: rows a shard.
+      tokenizer: the tokenizer.
+      source: input, as for `larp_jax.data.inputs.Inputs`.
+      output: folder to write to, created if missing.
+      max_clips: at most this many clips of a data set, spread evenly over it; 0 for all.
+      windows: at most this many full windows of each video, spread evenly over it; 0 for consecutive windows.
+      flips: whether to add, after all others, the codes of all windows mirrored left to right.
+      cond_frames: number of given frames for frame prediction. Adds the codes of each window with the last given frame
+        repeated after them (`condition` in the shards); 0 for none.
+      batch_size: windows per batch.
+      shard_rows: rows per shard.
 
     Returns:
       The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
-      InputError: nothing can be read, the folder holds codes already or is being written, or the tokenizer has none.
+      InputError: nothing can be read, the folder already contains codes or is being written, or the tokenizer has
+        continuous latents.
     """
     config = tokenizer.config
     if not 0 <= cond_frames < config.frames:
@@ -71,10 +73,10 @@ def tokenize(
     clip = ClipSpec(frames=config.frames, resolution=config.resolution)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     with files.claim(output), files.temporary_folder(output, "shards") as folder:
-        _check_free(output)  # another call may just have ended
+        _check_free(output)  # again, because another call may just have ended
         rows, counts = _write_shards(tokenizer, inputs, folder, flips, cond_frames, batch_size, shard_rows)
         if not rows:
-            raise InputError(f"{source}: nothing in it could be read")
+            raise InputError(f"{source}: nothing in it can be read")
         manifest = new_manifest(
             fingerprint=tokenizer.fingerprint,
             step=tokenizer.step,
@@ -88,7 +90,7 @@ def tokenize(
             cond_frames=cond_frames,
             rows=rows,
         )
-        for path in output.iterdir():  # of a call that was killed before it wrote the manifest
+        for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
             if SHARD_NAME.fullmatch(path.name):
                 path.unlink()
         for number, shard in enumerate(manifest["shards"]):
@@ -100,7 +102,7 @@ def tokenize(
 def _check_free(output: pathlib.Path) -> None:
     for name in (MANIFEST, SETTINGS):
         if (output / name).exists():
-            raise InputError(f"{output} holds codes already ({name}); name another --output")
+            raise InputError(f"{output} already contains codes ({name}); name another --output")
 
 
 def _write_shards(
@@ -112,7 +114,7 @@ def _write_shards(
     batch_size: int,
     shard_rows: int,
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Writes shards called 0, 1 and so on into a folder; the rows of the manifest, and how many each shard has."""
+    """Writes shards called 0, 1 and so on; returns (rows of the manifest, number of rows of each shard)."""
     rows, pending, counts = [], [], []
 
     def flush():
@@ -123,7 +125,7 @@ def _write_shards(
 
     mirrored = (False, True) if flips else (False,)
     with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
-        # one reading each: detokenize joins windows that follow each other
+        # reads the input once per orientation, because detokenize joins consecutive windows
         for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
             clips = clips[:, :, :, ::-1] if flip else clips
             batch = {"codes": tokenizer.encode(clips)}
@@ -153,39 +155,38 @@ def _write_shards(
 def detokenize(
     tokenizer: LoadedTokenizer, source: str | os.PathLike, output: str | os.PathLike, *, batch_size: int = 8
 ) -> list[pathlib.Path]:
-    """Writes the videos that a folder of codes describes, named as their sources.
+    """Decodes a folder of codes to videos, named like their sources.
 
-    Consecutive windows of a source make one video. Frames that only filled up a window are left out.
+    Consecutive windows of a source become one video, without padding frames.
 
     Args:
-      tokenizer: the one that made the codes.
-      source: the folder.
-      output: folder to write to, made if missing; nothing in it is overwritten, but for what a call that was stopped
-        had written.
-      batch_size: windows decoded at a time.
+      tokenizer: the tokenizer that the codes belong to.
+      source: the folder of codes.
+      output: folder to write to, created if missing; no files are overwritten except those of an interrupted call.
+      batch_size: windows per batch.
 
     Returns:
       The files written.
 
     Raises:
-      InputError: the codes are incomplete, damaged or another tokenizer's, or a file to write exists.
+      InputError: the codes are incomplete, damaged or from another tokenizer, or an output file exists.
     """
     manifest = read_manifest(source)
     config = tokenizer.config
     if manifest["fingerprint"] != tokenizer.fingerprint:
         raise InputError(
-            f"{source} holds codes of tokenizer {manifest['fingerprint']}, not of {tokenizer.fingerprint}; give the"
-            " --checkpoint that made them"
+            f"{source} contains codes of tokenizer {manifest['fingerprint']}, not of {tokenizer.fingerprint}; give the"
+            f" --checkpoint of {manifest['fingerprint']}"
         )
     if (manifest["K"], manifest["N"], manifest["clip"]) != (
         config.quantizer.codebook_size, config.num_tokens, list(config.clip_shape)
     ):  # fmt: skip
-        raise InputError(f"{source}/{MANIFEST}: K, N and clip are not the tokenizer's; tokenize again")
+        raise InputError(f"{source}/{MANIFEST}: K, N and clip are not those of the tokenizer; tokenize again")
     rows = manifest["rows"]
     runs = list(_runs(rows))
     names = [f"{name}.mp4" for name in output_names([name for name, _ in runs])]
     if len(set(names)) < len(names):
-        raise InputError(f"{source}/{MANIFEST}: two videos of one name; tokenize again")
+        raise InputError(f"{source}/{MANIFEST}: two videos have the same name; tokenize again")
     with (
         files.outputs(output, names) as folder,
         Progress(len(rows), description="detokenize", unit="clip") as progress,
@@ -203,7 +204,7 @@ def detokenize(
 
 
 def _runs(rows: Sequence[dict]) -> Iterator[tuple[str, int]]:
-    """(name, number of rows) of each stretch of rows that follow each other in one source."""
+    """(name, number of rows) of each run of consecutive windows of a source."""
     first = 0
     seen = set()
     names = [row["source"] + ("-flipped" if row.get("flip") else "") for row in rows]
