@@ -151,22 +151,22 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     with jax.set_mesh(mesh):
         whole = _Step(recipe, mesh)
         every = recipe.loss.discriminator_every if has_gan else 1
-        turn = -(-recipe.loss.adversarial_start // every) * every
+        first_update = -(-recipe.loss.adversarial_start // every) * every
         ceilings = _Ceilings(mesh, recipe.precision)
-        programs = ceilings.programs | {"turn": lambda: whole(turn)}
+        programs = ceilings.programs | {"update": lambda: whole(first_update)}
         if every > 1:
-            programs["between"] = lambda: whole(turn + 1)
+            programs["between"] = lambda: whole(first_update + 1)
         if has_gan:
             plain = _Step(_without_gan(recipe), mesh)
             alone = _DiscriminatorStep(recipe, mesh)
-            programs |= {"plain": lambda: plain(turn), "alone": alone}
+            programs |= {"plain": lambda: plain(first_update), "alone": alone}
         times = _times_in_turns(programs, seconds)
 
     counts = flops.train_step(recipe)
     clips, parts = recipe.data.batch_size, recipe.accumulate
-    each_turn = counts.pop("discriminator")
-    per_clip = sum(counts.values()) + each_turn / every
-    step = (times["turn"] + (every - 1) * times.get("between", 0.0)) / every
+    per_update = counts.pop("discriminator")
+    per_clip = sum(counts.values()) + per_update / every
+    step = (times["update"] + (every - 1) * times.get("between", 0.0)) / every
     ceiling = ceilings.rates(times)
     compiled = sum(flops.as_compiled(recipe).values()) * clips / parts / mesh.size
     result = {
@@ -180,7 +180,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         "clips_per_second": clips / step,
         "gflops_clip": per_clip / 1e9,
         **{f"gflops_clip_{name}": count / 1e9 for name, count in counts.items()},
-        "gflops_clip_discriminator_turn": each_turn / 1e9,
+        "gflops_clip_discriminator_turn": per_update / 1e9,
         "compiler_flops_share": whole.flops / compiled,
         **ceiling,
         "mfu": per_clip * clips / step / 1e12 / ceiling["ceiling_tflops_second"],
@@ -188,12 +188,12 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     }
     if has_gan:
         result |= {
-            "step_discriminator_turn_ms": 1e3 * times["turn"],
-            "step_between_turns_ms": 1e3 * times.get("between", times["turn"]),
+            "step_discriminator_turn_ms": 1e3 * times["update"],
+            "step_between_turns_ms": 1e3 * times.get("between", times["update"]),
             "step_without_gan_ms": 1e3 * times["plain"],
             "discriminator_alone_ms": 1e3 * times["alone"] * parts,
             "gan_time_ratio": step / times["plain"],
-            "gan_flops_ratio": per_clip / (per_clip - counts["adversarial"] - each_turn / every),
+            "gan_flops_ratio": per_clip / (per_clip - counts["adversarial"] - per_update / every),
             "memory_without_gan_mb": plain.memory / 1e6,
             "memory_discriminator_alone_mb": alone.memory / 1e6,
             "memory_over_parts": whole.memory / (plain.memory + alone.memory),

@@ -46,10 +46,10 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
         embed, stack, products = _linear(pixels, d.width), _stack(d, tokens), _stack(d, tokens, attention=False)
         # no gradient with respect to the weights
         counts["adversarial"] = 2 * (embed + _linear(d.width, 1) + products) + 3 * (stack - products)
-        turn = 2 * (2 * embed + 3 * (stack + _linear(d.width, 1)))
+        update = 2 * (2 * embed + 3 * (stack + _linear(d.width, 1)))
         if recipe.loss.r1_weight:  # the gradient with respect to the clip, and its backward pass
-            turn += 3 * counts["adversarial"]
-        counts["discriminator"] = turn
+            update += 3 * counts["adversarial"]
+        counts["discriminator"] = update
     return counts
 
 

@@ -14,8 +14,8 @@ for (const svg of document.querySelectorAll(".chart")) {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
     const at = low + ((event.clientX - box.left) * scale - left) / (right - left) * (high - low);
     const found = shown.map(([name, points], i) => [name, nearest(points, at), i]);
-    const x = nearest(found.map(([, p]) => p), at)[0], drawn = left + (x - low) / (high - low) * (right - left);
-    cursor.setAttribute("d", `M${drawn},8V${svg.viewBox.baseVal.height - 32}`);
+    const x = nearest(found.map(([, p]) => p), at)[0], pixel = left + (x - low) / (high - low) * (right - left);
+    cursor.setAttribute("d", `M${pixel},8V${svg.viewBox.baseVal.height - 32}`);
     svg.append(cursor);
     tip.replaceChildren(`${label} ${number(x)}`, ...found.map(([name, p]) => {
       const line = document.createElement("span");
@@ -23,7 +23,7 @@ for (const svg of document.querySelectorAll(".chart")) {
       return line;
     }));
     svg.parentNode.append(tip);
-    const place = drawn / scale;
+    const place = pixel / scale;
     tip.style.left = place < box.width / 2 ? `${place + 10}px` : "auto";
     tip.style.right = place < box.width / 2 ? "auto" : `${box.width - place + 10}px`;
   });
