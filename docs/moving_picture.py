@@ -1,4 +1,4 @@
-"""Draws docs/moving.webp from a quickstart run and a generator trained on its codes. Needs pillow (extra `docs`).
+"""Creates docs/moving.webp from a quickstart run and a generator trained on its codes. Needs pillow (extra `docs`).
 
     bash launch/quickstart.sh
     larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
@@ -23,7 +23,7 @@ SAMPLING = {"cfg_scale": 1.5, "top_k": 40, "key": jax.random.key(0)}
 
 
 def main(tokenizer_path: str, generator_path: str, output: str) -> None:
-    """Draws an animation: rows of held-out clips, their reconstructions, and samples of the same classes."""
+    """Writes an animation: rows of held-out clips, their reconstructions, and samples of the same classes."""
     tokenizer, generator = larp_jax.load_tokenizer(tokenizer_path), larp_jax.load_generator(generator_path)
     frames, size, _, _ = tokenizer.config.clip_shape
     spec = ClipSpec(frames=frames, resolution=size)
@@ -33,22 +33,22 @@ def main(tokenizer_path: str, generator_path: str, output: str) -> None:
     sampled = tokenizer.decode(generator.sample(classes=classes, **SAMPLING))
     videos = [np.asarray(video) * 255 for video in (tokenizer.reconstruct(clips), sampled)]
     rows = {"held-out": clips, "reconstructed": videos[0], "sampled": videos[1]}
-    pictures = [picture({name: row[:, frame] for name, row in rows.items()}, size * SCALE) for frame in range(frames)]
-    # forth and back, so that it does not jump
-    pictures += pictures[-2:0:-1]
-    first, *others = pictures
+    images = [image({name: row[:, frame] for name, row in rows.items()}, size * SCALE) for frame in range(frames)]
+    # forward and back, so that the loop has no jump
+    images += images[-2:0:-1]
+    first, *others = images
     first.save(output, save_all=True, append_images=others, duration=MILLISECONDS, loop=0, quality=75, method=6)
 
 
-def picture(rows: dict[str, np.ndarray], side: int) -> Image.Image:
-    """One frame: a row of images [columns, H, W, 3] in 0 to 255 for each name."""
+def image(rows: dict[str, np.ndarray], side: int) -> Image.Image:
+    """One frame of the animation: a labeled row of images [columns, H, W, 3] in [0, 255] for each name."""
     step = side + GAP
     canvas = Image.new("RGB", (LEFT + COLUMNS * step, len(rows) * step - GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for y, (name, images) in enumerate(rows.items()):
         draw.text((4, y * step + side // 2), name, fill="black", anchor="lm", font_size=14)
-        for x, image in enumerate(images):
-            tile = Image.fromarray(np.asarray(image).round().astype(np.uint8))
+        for x, pixels in enumerate(images):
+            tile = Image.fromarray(np.asarray(pixels).round().astype(np.uint8))
             canvas.paste(tile.resize((side, side), Image.Resampling.BICUBIC), (LEFT + x * step, y * step))
     return canvas
 

@@ -1,4 +1,4 @@
-"""Draws the curves of runs from their metrics.jsonl, beside each other: needs matplotlib (`pip install -e '.[docs]'`).
+"""Plots the curves of several runs from their metrics.jsonl. Needs matplotlib (`pip install -e '.[docs]'`).
 
     python docs/plot_curves.py docs/curves.png with=runs/a without=runs/b
 """
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PANELS = {  # title: {scalar: label}; scalars of training are drawn thin, of evaluation with dots
+PANELS = {  # title: {scalar: label}; training scalars are lines, evaluation scalars have markers
     "reconstruction loss": {"train/loss_reconstruction": ""},
     "PSNR (dB)": {"train/psnr": "training batch", "eval/psnr": "unseen people"},
     "quantizer loss": {"train/loss_quantizer": ""},
@@ -25,7 +25,7 @@ PANELS = {  # title: {scalar: label}; scalars of training are drawn thin, of eva
 
 
 def read(workdir: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by scalar, a later line of a step replacing an earlier one."""
+    """(step, value) pairs by scalar; if a step occurs twice, the later line counts."""
     curves = {}
     for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -36,7 +36,7 @@ def read(workdir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def main(output: str, *runs: str) -> None:
-    """Draws `LABEL=WORKDIR` runs into one picture."""
+    """Plots `LABEL=WORKDIR` runs into one figure."""
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
     for color, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs, strict=False):
         label, _, workdir = run.partition("=")

@@ -1,11 +1,12 @@
-"""Kills training at random moments, again and again, and checks that nothing is lost.
+"""Kills training at random moments and checks that nothing is lost.
 
     python tests/chaos.py --kills 50 --seed 0
 
-The same command, a tiny tokenizer on a dozen made-up videos, trains twice: undisturbed, and killed (SIGKILL) while it
-starts, reads, saves or evaluates, and started again each time. When a run reaches its end before it was killed often
-enough, another begins. In the end each must have left what the undisturbed one left: the same lines in metrics.jsonl,
-the same checkpoints with bit-equal weights and optimizer, and nothing else. Exit code 0 says that they did.
+The same command, which trains a tiny tokenizer on 12 synthetic videos, runs twice: without interruption, and killed
+(SIGKILL) while it starts, reads, saves or evaluates, and restarted each time. If a run ends before the required number
+of kills, another is started. At the end, each run must have left the same files as the uninterrupted one: the same
+lines in metrics.jsonl, the same checkpoints with bit-equal weights and optimizer state, and nothing else. The exit code
+is 0 if they are equal and 1 otherwise.
 """
 
 import argparse
@@ -24,14 +25,14 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 STEPS, SAVE_EVERY, EVAL_EVERY = 24, 3, 4
-# What a process does when it is killed, at the latest so many seconds after it began to.
+# Activities during which a process is killed: {name: maximum delay of the kill after its start, in seconds}.
 MOMENTS = {"start": 6.0, "data": 0.3, "save": 0.05, "evaluation": 0.3}
 POLL = 0.002
-PATIENCE = 3600  # seconds until a moment comes
+PATIENCE = 3600  # maximum wait for a moment, in seconds
 
 
 def make_videos(folder: pathlib.Path) -> None:
-    """A dozen videos of two classes."""
+    """Writes 12 videos of two classes."""
     from data_helpers import moving_frames
 
     from larp_jax.data.video import write_video
@@ -43,7 +44,7 @@ def make_videos(folder: pathlib.Path) -> None:
 
 
 class Training:
-    """The command, in a workdir."""
+    """The training command with its workdir."""
 
     def __init__(self, workdir: pathlib.Path, videos: pathlib.Path, steps: int, workers: int, variant: str = ""):
         self.workdir = workdir
@@ -59,7 +60,7 @@ class Training:
         config = f"{HERE / 'configs' / 'tiny.py'}:{variant}".rstrip(":")
         self._command = [sys.executable, "-m", "larp_jax", "train", "--config", config]
         self._command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in settings.items())]
-        # every process compiles the same programs, so they come from a cache
+        # every process compiles the same programs, so all share a compilation cache
         self._environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(videos.parent / "compiled")),
@@ -68,15 +69,18 @@ class Training:
         }
 
     def start(self) -> subprocess.Popen:
-        """Starts it, its messages into a log beside the workdir."""
+        """Starts the command, with its messages in a log next to the workdir."""
         self.workdir.parent.mkdir(parents=True, exist_ok=True)
         with self.workdir.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log)
 
     def kill_at(self, moment: str, times: int, delay: float) -> bool:
-        """Starts it and kills it so long after the moment has come so many times; whether it was killed before its end.
+        """Starts the command, and kills it `delay` seconds after the moment was seen `times` times.
 
-        Moments that pass between two looks do not count.
+        Moments that pass between two polls do not count.
+
+        Returns:
+          Whether the command was killed before its end.
         """
         before = self._now(moment)
         process, deadline, seen = self.start(), time.monotonic() + PATIENCE, set()
@@ -95,18 +99,18 @@ class Training:
         return process.returncode != 0
 
     def _now(self, moment: str):
-        """What tells one such moment from the next, None if it is none."""
+        """A value that identifies the current occurrence of the moment; None if it is not the moment."""
         if moment == "save":  # a checkpoint is being written
             return max(self._unfinished(), default=None)
         rows = self._rows()
-        if moment == "data":  # a step is done, the next one waits for its batch
+        if moment == "data":  # a step is finished, and the next one waits for its batch
             return len(rows)
-        # evaluation: the last line is of a step to evaluate and has no scores yet
+        # evaluation: the last line is that of a step with an evaluation, and has no scores yet
         evaluates = rows and rows[-1]["step"] % EVAL_EVERY == 0 and "eval/psnr" not in rows[-1]
         return rows[-1]["step"] if evaluates else None
 
     def _unfinished(self):
-        # by when it was begun, for one that a killed process left has the name of the next
+        # name and inode: the next attempt has the name of the one that a killed process left
         found = []
         for path in (self.workdir / "checkpoints").glob("*-tmp*"):
             try:
@@ -126,7 +130,7 @@ class Training:
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """What differs between two workdirs but for times."""
+    """Differences between two workdirs, except for times."""
     from larp_jax.weights.checkpoint import damage
 
     found = []
@@ -150,7 +154,7 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def read(item: pathlib.Path) -> dict:
-    """The arrays of an item of a checkpoint, by path."""
+    """The arrays of an item of a checkpoint, by path in the tree."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -168,7 +172,7 @@ def _unequal(one: dict, other: dict, where: str) -> list[str]:
 
 
 def _files(workdir: pathlib.Path) -> list[str]:
-    """The names of what a run leaves, checkpoints as one, TensorBoard's files left out: one a process."""
+    """Files of a run, each checkpoint as one name; without TensorBoard's, of which every process writes one."""
     kept = [path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file()]
     return sorted({"/".join(path.parts[:2]) for path in kept if path.parts[0] != "tensorboard"})
 
@@ -179,16 +183,19 @@ def _without_times(workdir: pathlib.Path) -> list[dict]:
 
 
 def chaos(
-    folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: int, variant: str = "", say=print
+    folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: int, variant: str = "", progress=print
 ) -> list[str]:
-    """Runs all of it below a folder; what differed in the end, nothing if all is well."""
+    """Runs the whole test in a folder; returns the differences at the end, none if nothing was lost.
+
+    `progress` is called with each line of progress.
+    """
     videos = folder / "videos"
     make_videos(videos)
-    undisturbed = Training(folder / "undisturbed" / "run", videos, steps, workers, variant)
+    uninterrupted = Training(folder / "uninterrupted" / "run", videos, steps, workers, variant)
     began = time.monotonic()
-    if undisturbed.start().wait() != 0:
-        raise SystemExit(f"the undisturbed run fails; see {undisturbed.workdir.with_suffix('.log')}")
-    say(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s")
+    if uninterrupted.start().wait() != 0:
+        raise SystemExit(f"the uninterrupted run fails; see {uninterrupted.workdir.with_suffix('.log')}")
+    progress(f"uninterrupted: {steps} steps in {time.monotonic() - began:.0f} s")
     rng, done, found, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), [], 0
     while sum(done.values()) < kills:
         number += 1
@@ -202,30 +209,31 @@ def chaos(
             else:
                 ended = True
             rows = training._rows()
-            say(f"{sum(done.values())}: {moment}, {'ended' if ended else 'killed'} at step {rows and rows[-1]['step']}")
+            end = "ended" if ended else "killed"
+            progress(f"{sum(done.values())}: {moment}, {end} at step {rows and rows[-1]['step']}")
         if not ended and training.start().wait() != 0:
             raise SystemExit(f"the run fails; see {training.workdir.with_suffix('.log')}")
-        found += [f"run {number}: {text}" for text in differences(undisturbed.workdir, training.workdir)]
-        say(f"run {number}: {'equal' if not found else found[-1]}")
-    say(f"{sum(done.values())} kills ({', '.join(f'{n} {moment}' for moment, n in done.items())}), {number} runs,")
-    say(f"{len(found)} differences, {time.monotonic() - began:.0f} s")
+        found += [f"run {number}: {text}" for text in differences(uninterrupted.workdir, training.workdir)]
+        progress(f"run {number}: {'equal' if not found else found[-1]}")
+    progress(f"{sum(done.values())} kills ({', '.join(f'{n} {moment}' for moment, n in done.items())}), {number} runs,")
+    progress(f"{len(found)} differences, {time.monotonic() - began:.0f} s")
     return found
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how many (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of a run (default: {STEPS})")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read data (default: none)")
-    parser.add_argument("--variant", default="", help="of the recipe; plain is quick: no prior, no discriminator")
-    parser.add_argument("--keep", metavar="DIR", help="folder for runs and logs, which stay there")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of a run (default: {STEPS})")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read data (default: 0, threads)")
+    parser.add_argument("--variant", default="", help="recipe variant; plain is fast: no prior, no discriminator")
+    parser.add_argument("--keep", metavar="DIR", help="folder for runs and logs, which are kept (default: temporary)")
     arguments = parser.parse_args()
     folder = pathlib.Path(arguments.keep or tempfile.mkdtemp(prefix="chaos"))
     options = {name: getattr(arguments, name) for name in ("kills", "seed", "steps", "workers", "variant")}
     try:
-        found = chaos(folder, **options, say=lambda text: print(text, flush=True))
+        found = chaos(folder, **options, progress=lambda text: print(text, flush=True))
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)

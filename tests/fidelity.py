@@ -1,8 +1,10 @@
-"""How far our numbers are from the authors' implementation's, quantity by quantity.
+"""Deviations of our numbers from those of the authors' implementation, quantity by quantity.
 
-As a script it prints the table that docs/fidelity.md holds:
+As a script, it prints the table of docs/fidelity.md:
 
-    python tests/fidelity.py [FOLDER LIKE tests/reference]
+    python tests/fidelity.py [FOLDER]
+
+FOLDER has the same contents as tests/reference, which is the default.
 """
 
 import dataclasses
@@ -48,16 +50,16 @@ from larp_jax.weights.importing import PRIOR_SIZES, compare_shapes, import_huggi
 from larp_jax.weights.lpips import import_lpips
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
-# Folders of tokenizers without a prior, each with an option of its own.
+# Folders of tokenizers without a prior, each with another option.
 PLAIN = ("base_100", "frame_patches", "ln_d", "ln_nd", "bn_bn", "vq_l2", "learned_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """Of one quantity: `largest` deviation from the reference, and the `limit` for it.
+    """The `largest` deviation of one quantity from the reference, and its `limit`.
 
-    `measure` says in what: `relative` to the largest magnitude of the quantity, `absolute`, `count` of elements that
-    differ, or `share of its limit` where every element has its own.
+    `measure` is `relative` (to the largest magnitude of the quantity), `absolute`, `count` (of elements that differ),
+    or `share of its limit` (if every element has its own limit).
     """
 
     name: str
@@ -96,7 +98,7 @@ def tokenizer_deviations(folder: pathlib.Path) -> list[Deviation]:
         return next_code(predicted, targets, codebook, temperature=config.prior.temperature).cross_entropy.mean()
 
     def forward(params, video):
-        """Everything the reference holds, by its name."""
+        """The total loss, and every quantity of the reference by its name."""
         tokenizer, prior = modules(params)
         quantizer = tokenizer.quantizer
         projected = quantizer.project(tokenizer.encoder(video))
@@ -143,7 +145,7 @@ def tokenizer_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def plain_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of a tokenizer without a prior: all that its reference holds."""
+    """Every quantity of the reference of a tokenizer without a prior."""
     tokenizer, params, io, video = _tokenizer(folder)
 
     def forward(params):
@@ -173,7 +175,7 @@ def plain_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def rounds_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the prior's two rounds with given draws, and of gradients through both and through the second alone."""
+    """The two rounds of the prior with given samples, and gradients through both and through the second alone."""
     tokenizer, params, io, video = _tokenizer(folder)
     _, recipe, _ = import_huggingface(folder)
     config = dataclasses.replace(recipe.prior, dropout=0.0)
@@ -219,7 +221,7 @@ def rounds_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def kl_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the Gaussian bottleneck, drawn with given noise."""
+    """The Gaussian bottleneck, sampled with given noise."""
     tokenizer, params, io, video = _tokenizer(folder)
 
     def forward(params):
@@ -228,26 +230,26 @@ def kl_deviations(folder: pathlib.Path) -> list[Deviation]:
         mean, log_variance = mean_and_log_variance(projected)
         quantized = module.quantizer(projected)
         with mock.patch.object(jax.random, "normal", lambda key, shape: io["noise"]):
-            drawn = module.quantizer(projected, key=jax.random.key(0))
-        reconstruction = module.decode_latents(drawn.z_q)
+            sampled = module.quantizer(projected, key=jax.random.key(0))
+        reconstruction = module.decode_latents(sampled.z_q)
         values = {
             "projected_z": projected,
             "mean": mean,
             "logvar": log_variance,
             "regularized_z": reparameterize(mean, log_variance, io["noise"]),
             "bottleneck_rep": quantized.z_q,
-            "loss_kl": drawn.terms["kl"],
+            "loss_kl": sampled.terms["kl"],
             "reconstruction": reconstruction,
             "reconstruction_from_mean": module.decode_latents(quantized.z_q),
         }
-        return losses.reconstruction_loss(video, reconstruction, "l1") + 1e-4 * drawn.terms["kl"], values
+        return losses.reconstruction_loss(video, reconstruction, "l1") + 1e-4 * sampled.terms["kl"], values
 
     grads, values = jax.jit(jax.grad(forward, has_aux=True))(params)
     return [*_compare(values, io), _gradient_norms(_released_names(folder, grads), io)]
 
 
 def _tokenizer(folder):
-    """How to make the tokenizer of a reference, all parameters in it, what else it holds, and its video as ours."""
+    """(function that creates the tokenizer, all parameters, other arrays, video [B, T, H, W, C]) of a reference."""
     _, recipe, params = import_huggingface(folder)
     io = {name: x if x.shape != () else x[()] for name, x in np.load(folder / "io.npz").items()}
     video = jnp.asarray(io["video"].transpose(0, 2, 3, 4, 1))
@@ -255,11 +257,11 @@ def _tokenizer(folder):
 
 
 def _compare(values, io) -> list[Deviation]:
-    """Of each value from the reference of its name; of codes the number that differ."""
+    """Deviation of each value from the reference of the same name; for codes, the number that differ."""
     deviations = []
     for name, value in values.items():
         if name == "indices":
-            # of similarities or of squared distances, whichever the reference chose by
+            # top2_gap is in similarities or in squared distances, as the reference compares codes
             wrong = (np.asarray(value) != io[name]) & (io["top2_gap"] > 1e-5)
             deviations.append(Deviation(name, float(np.sum(wrong)), 0, "count"))
         else:
@@ -275,7 +277,7 @@ def _released_names(folder, grads) -> dict:
 
 
 def entropy_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the entropy term of plain VQ at two temperatures, and of its gradients."""
+    """The entropy term of plain VQ at two temperatures, and its gradients."""
     io = np.load(folder / "io.npz")
     k, d = io["embedding"].shape
     deviations = []
@@ -304,13 +306,13 @@ def entropy_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def ns_smooth_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the losses with smoothed targets, from given draws."""
+    """The losses with smoothed targets, from given random numbers."""
     io = np.load(folder / "io.npz")
     real, fake = (io[f"logits_{side}"][:, 0] for side in ("real", "fake"))
-    draws = np.stack([io[f"randn_{side}"][:, 0] for side in ("real", "fake")])
+    noise = np.stack([io[f"randn_{side}"][:, 0] for side in ("real", "fake")])
 
     def loss(real, fake):
-        with mock.patch.object(jax.random, "normal", lambda key, shape: draws):
+        with mock.patch.object(jax.random, "normal", lambda key, shape: noise):
             return losses.discriminator_loss("ns_smooth", real, fake, jax.random.key(0))
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1))(real, fake)
@@ -319,11 +321,12 @@ def ns_smooth_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [relative(name, value, io[name]) for name, value in values.items()]
 
 
-def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of mean, standard deviation and largest magnitude of every fresh parameter; each has a limit of its own.
+def initialization_deviations(folder: pathlib.Path) -> list[Deviation]:
+    """Mean, standard deviation and largest magnitude of every new parameter; each has its own limit.
 
-    Both are draws: of n numbers the mean is known to std / sqrt(n), the deviation to as much or less, and each limit is
-    five times that of the two together. The largest magnitude, which tells distributions apart, may differ by half.
+    Both sides are random. With n numbers, the standard error of the mean is std / sqrt(n), and that of the standard
+    deviation is not larger; the limit is five times the standard error of the difference of both sides. The largest
+    magnitude, which distinguishes distributions, may differ by half.
     """
     setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
     recipe = released_config.config_from_released(setup["tokenizer"], {}, where="setup.json")
@@ -359,15 +362,15 @@ def initialisation_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def _indices(indices, io, values) -> Deviation:
-    """Codes that differ although the best two similarities are further apart than 1e-5."""
+    """Number of codes that differ although their two best similarities are more than 1e-5 apart."""
     probs = np.sort(io["probs"], axis=-1)
-    # a gap of similarities is one of log-probabilities times the temperature of 0.03
+    # a difference of similarities is one of log-probabilities times the temperature, 0.03
     clear = 0.03 * np.log(probs[..., -1] / np.maximum(probs[..., -2], 1e-38)) > 1e-5
     return Deviation("indices", float(np.sum((np.asarray(indices) != io["indices"]) & clear)), 0, "count")
 
 
 def _gradient_norms(grads, io) -> Deviation:
-    """Of every parameter under its released name, against 1e-3 of the norm plus 1e-8."""
+    """Gradient norm of every parameter, by released name; the limit is 1e-3 of the norm plus 1e-8."""
     names = [str(name) for name in io["grad_names"]]
     assert set(names) == set(grads), set(names) ^ set(grads)
     shares = [
@@ -379,7 +382,7 @@ def _gradient_norms(grads, io) -> Deviation:
 
 
 def import_discriminator(path: pathlib.Path, config: DiscriminatorConfig, clip: tuple[int, int, int, int]) -> dict:
-    """The parameters in a file of the authors' names, all of which must be there and no others."""
+    """Parameters from a file with the authors' names, which must contain exactly the expected tensors."""
     items, tensors = list(released.discriminator_tensors(config, clip)), read_safetensors(path)
     compare_shapes(released.expected_shapes(items), {name: x.shape for name, x in tensors.items()}, str(path))
     (table,) = (item for item in items if isinstance(item, released.Table))
@@ -398,7 +401,7 @@ def discriminator_config(sizes) -> DiscriminatorConfig:
 
 
 def discriminator_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of logits, of the losses of both sides, and of both regularizers."""
+    """Logits, losses of tokenizer and discriminator, and both regularizers."""
     io = np.load(folder / "io.npz")
     config = discriminator_config(json.loads((folder / "config.json").read_text()))
     real, fake = (io[name].transpose(0, 2, 3, 4, 1) for name in ("real", "fake"))
@@ -430,11 +433,11 @@ TRACE = {
     "d_loss": ("loss_discriminator", 1.0),
     "d_lecam_loss": ("loss_lecam", 0.001),
 }
-TRACE_TIGHT = 15  # steps; then a pixel close to the kink of L1 has been amplified by Adam
+TRACE_TIGHT = 15  # number of steps with tight limits; later, Adam has amplified a pixel near the kink of L1
 
 
 def training_setup(folder: pathlib.Path) -> tuple[TokenizerStage, TrainState, np.ndarray]:
-    """The trace's stage, its state before the first step, and its videos [steps, B, T, H, W, C]."""
+    """Stage of the training trace, its state before the first step, and its videos [steps, B, T, H, W, C]."""
     setup = json.loads((folder / "setup.json").read_text())
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(folder / "tokenizer", scratch, dirs_exist_ok=True)
@@ -474,7 +477,7 @@ def training_setup(folder: pathlib.Path) -> tuple[TokenizerStage, TrainState, np
 
 
 def training_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of every loss of a run through the real step, of the codes, of LeCam's means and of the trained weights."""
+    """Every loss of a run of the real training step, its codes, the means of LeCam, and the trained weights."""
     io = np.load(folder / "io.npz")
     stage, state, videos = training_setup(folder)
     encode = jax.jit(lambda params, video: stage.module("tokenizer", params).quantize(video).indices.sum())
@@ -483,7 +486,7 @@ def training_deviations(folder: pathlib.Path) -> list[Deviation]:
         codes.append(float(encode(state.params, video)))
         state, log = step(state, {"video": video}, jax.random.key(0), {})
         logs.append({name: float(value) for name, value in log.items()})
-    assert step._cache_size() == 1  # one compilation for steps with and without the discriminator's turn
+    assert step._cache_size() == 1  # the same program with and without a discriminator update
 
     deviations = [Deviation("indices_sum", float(np.sum(codes != io["log_indices_sum"])), 0, "count")]
     for name, (ours, factor) in TRACE.items():
@@ -507,7 +510,7 @@ def training_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def _norms(name, tensors, names, norms) -> Deviation:
-    """Of the norm of every trained tensor, relative; fixed tables and the prior's key biases are left out."""
+    """Relative deviation of the norm of every trained tensor, without fixed tables and key biases of the prior."""
     reference = {str(n): float(norm) for n, norm in zip(names, norms, strict=True) if not n.endswith("attn.key.bias")}
     assert tensors.keys() - reference.keys() <= {n for n in tensors if n.endswith("attn.key.bias")}
     compared = tensors.keys() & reference.keys()
@@ -533,7 +536,7 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Codes of greedy sampling, and logits that filtering keeps, that differ."""
+    """Codes of greedy sampling that differ, and logits that filtering keeps on one side only."""
     generator, io = load_generator(folder), np.load(folder / "io.npz")
     condition = {"condition": io["cond"][:, :-1]} if generator.config.frame_prediction else {"classes": io["cond"]}
     deviations = []
@@ -550,7 +553,7 @@ def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def lpips_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the distance, and of the gradient of its sum."""
+    """The distance, and the gradient of its sum."""
     with tempfile.TemporaryDirectory() as scratch:
         sources = write_lpips(pathlib.Path(scratch), folder.parent)
         path = pathlib.Path(scratch, "lpips.safetensors")
@@ -584,7 +587,7 @@ def i3d_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def frechet_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of a from b, from c (fewer vectors than dimensions: its covariance is singular) and from itself."""
+    """Distances of a to b, to c (fewer vectors than dimensions, so its covariance is singular) and to itself."""
     io = np.load(folder / "io.npz")
     sets = {name: FeatureStatistics.of(io[name]) for name in "abc"}
 
@@ -598,7 +601,7 @@ def frechet_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
-    """Of the step's own schedules at every step of the released trainer, and of AdamW's updates."""
+    """The schedules of our training step at every step of the released trainer, and the updates of AdamW."""
     setup, io = json.loads((folder / "setup.json").read_text()), np.load(folder / "io.npz")
     epoch, steps = setup["steps_per_epoch"], setup["steps_per_epoch"] * setup["epochs"]
     start, end, epochs = setup["temperature_start_end_epochs"]
@@ -621,7 +624,7 @@ def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
         ),
     )
     stage = TokenizerStage(recipe)
-    # Adam's update of a constant gradient is the rate
+    # with a constant gradient, each update of Adam is the learning rate
     rates = _updates(stage.optimizer, {"tokenizer": jnp.ones(()), "prior": jnp.ones(())}, steps)
     every_step = optim.make_discriminator_optimizer(recipe.optim, steps, start=0, every=1)
     turns = _updates(every_step, {"discriminator": jnp.ones(())}, steps)
@@ -646,7 +649,7 @@ def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
 
 
 def _updates(optimizer, gradients: dict, steps: int) -> dict[str, np.ndarray]:
-    """How far each parameter goes down at each step, with gradients that stay the same."""
+    """Decrease of each parameter at each step, with constant gradients."""
 
     def step(state, _):
         updates, state = optimizer.update(gradients, state, gradients)
@@ -662,7 +665,7 @@ def psnr_ssim_deviations(folder: pathlib.Path) -> list[Deviation]:
     return [relative(name, jax.jit(getattr(metrics, name))(*pair), io[name]) for name in ("psnr", "ssim")]
 
 
-# What is compared in each folder of the reference.
+# Function that compares the quantities of each folder of the reference.
 COMPARISONS = {
     "tokenizer": tokenizer_deviations,
     "tokenizer_rounds": rounds_deviations,
@@ -673,7 +676,7 @@ COMPARISONS = {
     "ns_smooth": ns_smooth_deviations,
     "training": training_deviations,
     "schedules": schedules_deviations,
-    "initialisation": initialisation_deviations,
+    "initialisation": initialization_deviations,
     **{
         name: lambda folder: generator_deviations(folder) + sampling_deviations(folder)
         for name in ("ar_class", "ar_frame_prediction")

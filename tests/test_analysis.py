@@ -159,7 +159,8 @@ def test_a_picture_shows_where():
 
 
 def test_what_cannot_be_analyzed(found, data, tmp_path):
-    with pytest.raises(InputError, match="there is one clip, which has no other.*--replace common"):
+    message = "there is only one clip, and no other clip to take codes from; use --replace common"
+    with pytest.raises(InputError, match=message):
         analysis.analyze(found, data, tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):
         analysis.analyze(found, data, tmp_path / "a", replace="mean")

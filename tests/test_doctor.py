@@ -67,22 +67,22 @@ def test_report_names_versions_and_devices():
     assert larp_jax.__version__ in report
     assert jax.__version__ in report
     assert f"{jax.device_count()} x {jax.devices()[0].device_kind}" in report
-    assert "could not be found out" not in report
+    assert "check failed" not in report
 
 
 @pytest.mark.parametrize(("jax_version", "flax_version"), [("0.11.2", "0.12.8"), ("0.10.2", "0.12.12")])
-def test_pairs_that_break_are_told(versions, jax_version, flax_version):
+def test_pairs_that_break_are_reported(versions, jax_version, flax_version):
     versions.update(jax=jax_version, flax=flax_version)
     assert f"flax {flax_version} does not work with jax {jax_version}: pip install" in doctor.report()
 
 
-def test_pairs_that_work_are_not_told(versions):
+def test_pairs_that_work_are_not_reported(versions):
     for jax_version, flax_version in [("0.10.2", "0.12.8"), ("0.11.2", "0.12.12"), ("0.12.0", "0.12.10")]:
         versions.update(jax=jax_version, flax=flax_version)
         assert "does not work with" not in doctor.report()
 
 
-def test_unmet_requirements_are_told_once(versions, monkeypatch):
+def test_unmet_requirements_are_reported_once(versions, monkeypatch):
     listed = ["optax>=0.2.8", "einops>=0.8", 'pytest>=99; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: listed)
     versions.update({"optax": "0.1.0", "einops": None})
@@ -96,7 +96,7 @@ def test_unmet_requirements_are_told_once(versions, monkeypatch):
     ("package", "version", "wanted_by"), [("jaxlib", "0.4.1", "jax"), ("orbax-checkpoint", "0.5.0", "larp_jax"),
                                          ("flax", "0.7.0", "larp_jax")]  # fmt: skip
 )
-def test_packages_that_were_changed_alone_are_told(versions, package, version, wanted_by, monkeypatch):
+def test_packages_that_were_changed_alone_are_reported(versions, package, version, wanted_by, monkeypatch):
     known = importlib.metadata.requires
     ours = ["flax>=0.12.8", "orbax-checkpoint>=0.12,<0.13"]  # whatever is installed as larp_jax here
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ours if name == "larp_jax" else known(name))
@@ -109,19 +109,19 @@ def test_a_machine_in_order_has_no_problems(gpu):
     assert problems() == ["none"]
 
 
-def only(*, starts: str, mend: str):
+def only(*, starts: str, fix: str):
     (line,) = problems()
-    assert line.startswith(starts) and mend in line, line
+    assert line.startswith(starts) and fix in line, line
 
 
 def test_a_gpu_without_a_plugin(gpu, versions):
     versions["jax-cuda12-plugin"] = None
-    only(starts="an NVIDIA GPU, and jax has no CUDA plugin", mend="pip install 'jax[cuda12]==0.10.2'")
+    only(starts="found an NVIDIA GPU, but jax has no CUDA plugin", fix="pip install 'jax[cuda12]==0.10.2'")
 
 
 def test_a_plugin_of_another_version(gpu, versions):
     versions["jax-cuda12-plugin"] = "0.9.0"
-    only(starts="jax-cuda12-plugin 0.9.0 is ignored by jaxlib 0.10.2", mend="pip install 'jax[cuda12]==0.10.2'")
+    only(starts="jax-cuda12-plugin 0.9.0 is ignored by jaxlib 0.10.2", fix="pip install 'jax[cuda12]==0.10.2'")
 
 
 def test_two_plugins_and_a_driver_too_old_for_one(gpu, versions):
@@ -132,37 +132,37 @@ def test_two_plugins_and_a_driver_too_old_for_one(gpu, versions):
 @pytest.mark.parametrize(("name", "value"), [("JAX_PLATFORMS", "cpu"), ("CUDA_VISIBLE_DEVICES", "")])
 def test_an_environment_that_forbids_the_gpu(gpu, name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    only(starts=f"{name}=", mend=f"unset {name}")
+    only(starts=f"{name}=", fix=f"unset {name}")
 
 
 def test_libraries_of_another_cuda(gpu, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda-11/lib64")
     assert problems() == ["none"]  # JAX is on the GPU all the same
     monkeypatch.setattr(doctor, "_backend", lambda: "cpu")
-    only(starts="LD_LIBRARY_PATH is set", mend="unset it")
+    only(starts="LD_LIBRARY_PATH is set", fix="unset it")
 
 
 def test_a_container_without_the_gpu(gpu, tmp_path):
     (tmp_path / "nvidia0").unlink()
-    only(starts="an NVIDIA driver but no device file", mend="--gpus all")
+    only(starts="found an NVIDIA driver but no device file", fix="--gpus all")
 
 
 def test_a_device_file_that_may_not_be_opened(gpu, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path).name != "nvidia0")
-    (line,) = [line for line in problems() if "may not be opened" in line]
+    (line,) = [line for line in problems() if "no permission to open" in line]
     assert "add this user to the group" in line
 
 
 def test_memory_that_others_hold(gpu):
     gpu |= {"gpu": "0, 79000, 81559\n1, 4, 81559\n", "compute-apps": "4711, python, 78990\n"}
     (line,) = problems()
-    assert line.startswith("GPU 0: 79000 of 81559 MiB are taken") and "python (process 4711, 78990 MiB)" in line
+    assert line.startswith("GPU 0: 79000 of 81559 MiB are in use") and "python (process 4711, 78990 MiB)" in line
     assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in line
 
 
 def test_tensorflow_for_gpus(gpu, versions, monkeypatch):
     versions["tensorflow"] = "2.19.0"
-    only(starts="tensorflow 2.19.0 is built for GPUs", mend="pip install tensorflow-cpu")
+    only(starts="tensorflow 2.19.0 is built for GPUs", fix="pip install tensorflow-cpu")
     monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     assert problems() == ["none"]
 
@@ -170,7 +170,7 @@ def test_tensorflow_for_gpus(gpu, versions, monkeypatch):
 def test_a_tpu_without_libtpu(gpu, versions, tmp_path):
     (tmp_path / "accel0").touch()
     versions["libtpu"] = None
-    only(starts="a TPU, and jax has no libtpu", mend="pip install 'jax[tpu]==0.10.2'")
+    only(starts="found a TPU, but jax has no libtpu", fix="pip install 'jax[tpu]==0.10.2'")
 
 
 def test_a_libtpu_of_another_jax(gpu, versions, monkeypatch):
@@ -179,7 +179,8 @@ def test_a_libtpu_of_another_jax(gpu, versions, monkeypatch):
     versions["libtpu"] = "0.0.42.1"
     assert problems() == ["none"]
     versions["libtpu"] = "0.0.52"
-    only(starts="libtpu 0.0.52, where jax 0.10.2 wants libtpu==0.0.42.*", mend="pip install 'jax[tpu]==0.10.2'")
+    starts = "libtpu 0.0.52 is installed, but jax 0.10.2 needs libtpu==0.0.42.*"
+    only(starts=starts, fix="pip install 'jax[tpu]==0.10.2'")
 
 
 def test_codecs_that_are_missing(gpu, monkeypatch):
@@ -189,12 +190,12 @@ def test_codecs_that_are_missing(gpu, monkeypatch):
         return known(name, mode)
 
     monkeypatch.setattr(av.codec, "Codec", codec)
-    only(starts="PyAV lacks the decoders hevc, libdav1d", mend="pip install --force-reinstall")
+    only(starts="PyAV lacks the decoders hevc, libdav1d", fix="pip install --force-reinstall")
 
 
 def test_without_pyav(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # its import raises
-    only(starts="videos can be neither read nor written", mend="pip install --force-reinstall av")
+    only(starts="videos can be neither read nor written", fix="pip install --force-reinstall av")
 
 
 def test_missing_parts_come_with_how_to_get_them(versions):
@@ -211,7 +212,7 @@ def test_report_survives_a_backend_that_fails(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     report = doctor.report()
-    assert "could not be found out: RuntimeError: no backend" in report
+    assert "check failed: RuntimeError: no backend" in report
     assert "Optional parts" in report
 
 
@@ -226,4 +227,4 @@ def test_no_device_at_all(gpu, monkeypatch, error):
     found = problems()
     assert any(line.startswith("JAX has no device to compute on") for line in found)
     assert any("JAX_PLATFORMS=cuda asks for what is not here; unset it" in line for line in found)
-    assert not any("could not be found out" in line for line in found)
+    assert not any("check failed" in line for line in found)

@@ -198,7 +198,7 @@ def test_frames_of_absurd_size_are_not_decoded(tmp_path, monkeypatch):
 
 def test_chaos(tmp_path):
     said = []
-    assert chaos.chaos(tmp_path, kills=2, seed=7, steps=8, workers=0, variant="plain", say=said.append) == []
+    assert chaos.chaos(tmp_path, kills=2, seed=7, steps=8, workers=0, variant="plain", progress=said.append) == []
     assert "0 differences" in said[-1] and any("killed at step" in line for line in said)
 
 

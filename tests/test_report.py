@@ -146,8 +146,8 @@ def test_a_run_that_has_just_begun(trained, tmp_path):
     page = page_of(tmp_path)
     for section, text in (
         ("curves", "No metrics yet"),
-        ("pictures", "No pictures yet"),
-        ("codebook", "no checkpoint yet"),
+        ("videos", "No videos yet"),
+        ("codebook", "No code counts yet"),
         ("tokens", "larp-jax analyze"),
         ("metrics", "larp-jax evaluate"),
     ):
@@ -183,11 +183,11 @@ def test_damage_is_told(workdir, tmp_path):
     (damaged / "analysis" / "analysis.json").write_text(json.dumps(broken))
     page = page_of(damaged)
     assert "checkpoints/6 is damaged (metadata/metadata is not what was written)" in page.texts["notes"]
-    assert "analysis/analysis.json is not as larp-jax writes it" in page.texts["notes"]
+    assert "analysis/analysis.json does not have the format that larp-jax writes" in page.texts["notes"]
 
 
 def test_what_is_no_run(tmp_path):
-    with pytest.raises(InputError, match="holds no run .neither config.json nor metrics.jsonl"):
+    with pytest.raises(InputError, match="contains no run .neither config.json nor metrics.jsonl"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(InputError, match="is no recipe .it holds a list"):
@@ -241,7 +241,7 @@ def test_odd_results(workdir, tmp_path):
     for text in (
         "deep.json cannot be read (it is nested too deeply)",
         "deeper.json cannot be read (it is nested too deeply)",
-        "list.json is not as larp-jax writes it (TypeError",
+        "list.json does not have the format that larp-jax writes (TypeError",
         "pipe.json cannot be read",
     ):
         assert text in notes

@@ -1,1 +1,1 @@
-"""What one looks at beside training: analysis, reports, benchmarks, plans, and the doctor."""
+"""Tools besides training: token analysis, run reports, benchmarks, plans, and the check of the installation."""

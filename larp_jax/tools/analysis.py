@@ -1,9 +1,9 @@
-"""Which token positions carry what: the question about LARP's holistic tokens that the paper leaves open.
+"""Measures what each token position encodes, which the LARP paper (arXiv 2410.21264) leaves open.
 
-Tokens belong to no place in the clip by construction. What each came to mean is seen by putting another code in its
-place and decoding: where the clip changes (ablation maps over space and time), how much further from the original it
-gets, and how good the clip is when only some of the tokens are kept. Beside it stands what codes the positions use and
-how well the prior predicts them.
+By construction, holistic tokens are not tied to places in the clip. To find out what a position encodes, its code is
+replaced and the clip decoded: where the clip changes (ablation maps over space and time), how much its error to the
+original increases, and how good the clip is if only some of the codes are kept. In addition: which codes each position
+uses, and how well the prior predicts them.
 """
 
 import os
@@ -40,25 +40,25 @@ VERSION = 1
 NUMBERS, ARRAYS, MAPS = "analysis.json", "analysis.npz", "maps.png"
 FIGURES = "kept", "change", "reach", "entropy", "prior", "accuracy"
 REPLACEMENTS = {
-    "other": "the code that another of these clips has at this position",
-    "common": "the code that is most frequent at this position",
+    "other": "the code of another of these clips at the same position",
+    "common": "the most frequent code at the same position",
 }
-ROWS = 16  # variants of a batch that one call decodes, one after the other
+ROWS = 16  # variants of a batch that one call decodes in sequence
 KEPT_COUNTS = 16
-TILES = 256  # ablation maps in the picture
+TILES = 256  # maximum number of ablation maps in the image
 
 DEFINITIONS = {
-    "change": "mean squared difference (pixels in [0, 1]) that replacing the position's code makes to the decoded clip",
-    "rise": "by how much replacing it raises the mean squared error to the original clip",
-    "space": "effective share of the frame that the change covers: exp(entropy over places) / places, 1 for all alike",
-    "time": "the same for frames",
-    "entropy": "nats, of the codes seen at the position; log(clips) at most",
-    "codes": "how many codes were seen at the position",
-    "prior_cross_entropy": "nats, of the position's code under the prior, given the latents before it",
-    "prior_top1": "share of clips whose code the prior thinks likeliest",
-    "prior_top5": "share of clips whose code is among its likeliest five",
-    "kept": "PSNR in dB (per clip, then mean) when so many codes are kept and all others replaced, in four orders:"
-    " the first, the last, in a random order, those first whose replacement raises the error most",
+    "change": "mean squared change (pixels in [0, 1]) of the decoded clip when the position's code is replaced",
+    "rise": "increase of the mean squared error to the original clip when the code is replaced",
+    "space": "effective share of the frame that changes: exp(entropy over patches) / patches, 1 if all change equally",
+    "time": "the same over frames",
+    "entropy": "entropy of the codes seen at the position, in nats; at most log(clips)",
+    "codes": "number of distinct codes seen at the position",
+    "prior_cross_entropy": "cross-entropy of the position's code under the prior, given the latents before it, in nats",
+    "prior_top1": "share of clips whose code the prior ranks first",
+    "prior_top5": "share of clips whose code the prior ranks among the first five",
+    "kept": "PSNR in dB (per clip, then averaged) if only this number of codes is kept and all others are replaced;"
+    " kept are the first codes, the last, random ones, or those whose replacement increases the error most",
 }
 
 
@@ -73,27 +73,28 @@ def analyze(
     replace: str = "other",
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Analyses what token positions carry, and writes numbers and pictures.
+    """Analyzes what the token positions encode, and writes numbers and images.
 
-    The folder gets `analysis.json` (what is returned), `analysis.npz` (`patches` [N, t, h, w] and `frames` [N, T]:
-    where the clip changes, by patch of the decoder and by frame, mean squared; `counts` [N, K] of the codes),
-    `maps.png` and `*.svg`.
+    The folder receives `analysis.json` (the returned dictionary), `analysis.npz` (`patches` [N, t, h, w] and `frames`
+    [N, T]: mean squared change of the clip by decoder patch and by frame; `counts` [N, K] of the codes), `maps.png` and
+    `*.svg`.
 
     Args:
-      found: a tokenizer's checkpoint.
+      found: checkpoint of a tokenizer.
       spec: the data set.
-      output: folder to write to, made if missing.
-      max_clips: for the statistics of codes and the prior, at most so many, spread over the data; 0 for all.
-      ablated_clips: for what replacing does (each is decoded N times and more), likewise.
-      replace: of `REPLACEMENTS`.
+      output: folder to write to, created if missing.
+      max_clips: maximum number of clips for the statistics of codes and prior, spread evenly over the data; 0 for all.
+      ablated_clips: the same for the clips whose codes are replaced; each is decoded more than N times.
+      replace: a key of `REPLACEMENTS`.
       batch_size: clips decoded at a time.
 
     Returns:
-      `summary` (scalars by name), `by_position` (lists of N by name; null where there is no number), `kept`
-      (`tokens`: how many, and `psnr` by order), `protocol`.
+      `summary` (scalars by name), `by_position` (lists of length N by name; null for missing numbers), `kept`
+      (`tokens`: numbers of kept codes, and `psnr` by order), `protocol`.
 
     Raises:
-      InputError: the tokenizer has no codes, the data cannot be read, or is too little.
+      InputError: the tokenizer has no codes, the data cannot be read or has too few clips, or the output cannot be
+        written.
     """
     model = found.recipe.model
     if not model.quantizer.has_codes:
@@ -105,7 +106,7 @@ def analyze(
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(
-        output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is no analysis"
+        output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is not an analysis"
     ) as folder:
         result, patches, frames, counts = _analyze(found, clips, ablated, replace, batch_size)
         with files.writing(folder / ARRAYS) as file:
@@ -118,26 +119,26 @@ def analyze(
 
 
 def is_analysis(path: pathlib.Path) -> bool:
-    """Whether a file holds the numbers of an analysis."""
+    """Whether a file contains the numbers of an analysis."""
     return files.json_object(path).get("format") == FORMAT
 
 
 def _analyze(
     found: Checkpoint, clips: ClipSet, ablated: ClipSet, replace: str, batch_size: int
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """What `analyze` returns, and the arrays that it writes: patches, frames, counts."""
+    """The result of `analyze`, and the arrays that it writes: patches, frames, counts."""
     model = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        summary, codes, of_prior, count = _statistics(found, tokenizer, clips, mesh, batch_size)
+        summary, codes, prior_scores, count = _statistics(found, tokenizer, clips, mesh, batch_size)
         videos, mine = _read(tokenizer, ablated, batch_size)
-        fill = np.roll(mine, len(mine) // 2, axis=0)  # clips beside each other may be of one video
+        fill = np.roll(mine, len(mine) // 2, axis=0)  # neighboring clips may be from the same video
         if replace == "common":
             fill = np.broadcast_to(codes.counts.argmax(axis=1).astype(np.int32), mine.shape)
         elif len(mine) < 2:
-            raise InputError("there is one clip, which has no other to take codes from; use --replace common")
+            raise InputError("there is only one clip, and no other clip to take codes from; use --replace common")
         probe = Probe(tokenizer, mesh, videos, mine, fill, batch_size=batch_size)
         whole, alone, kept = _ablate(probe, model.num_tokens)
 
@@ -149,7 +150,7 @@ def _analyze(
         "time": _effective_share(frames),
         "entropy": codes.position_entropy(),
         "codes": (codes.counts > 0).sum(axis=1),
-        **of_prior,
+        **prior_scores,
     }
     weights = by_position["change"] / max(by_position["change"].sum(), np.finfo(float).tiny)
     summary |= {
@@ -181,15 +182,15 @@ def _analyze(
 
 
 class Probe:
-    """Decodes clips with some of their codes replaced, and measures.
+    """Decodes clips with some of their codes replaced, and measures the change.
 
     Args:
-      tokenizer: on the mesh.
-      mesh: where to compute.
+      tokenizer: its parameters are on the mesh.
+      mesh: devices to compute on.
       videos: uint8 [M, T, H, W, C].
-      codes: [M, N] int32, theirs.
-      fill: [M, N] int32, what codes are replaced by.
-      batch_size: clips decoded at a time; the mesh divides it.
+      codes: [M, N] int32, the codes of the videos.
+      fill: [M, N] int32, the replacements.
+      batch_size: clips decoded at a time; a multiple of the number of devices.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Probe:
         self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
     def calls(self, variants: int) -> int:
-        """How often the progress of `run` is updated."""
+        """Number of progress updates of `run`."""
         return -(-len(self._rows["codes"]) // self._batch_size) * -(-variants // ROWS)
 
     def run(self, keep: np.ndarray, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -216,11 +217,11 @@ class Probe:
 
         Args:
           keep: bool [R, N].
-          progress: counts calls.
+          progress: updated after each call of the compiled program.
 
         Returns:
-          The mean squared error to the original, float64 [R, M], and the mean over clips of the squared difference
-          from the clip decoded with all its codes, by patch of the decoder, [R, t, h, w], and by frame, [R, T].
+          The mean squared error to the original, float64 [R, M], and the squared difference from the clip decoded with
+          all its codes, averaged over clips: by decoder patch [R, t, h, w] and by frame [R, T].
         """
         count = len(self._rows["codes"])
         padded = np.concatenate([keep, np.repeat(keep[-1:], -len(keep) % ROWS, axis=0)])
@@ -242,7 +243,7 @@ class Probe:
 
 
 def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array):
-    """Of a batch, for each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes."""
+    """For each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes by patch and frame."""
     decode = lambda codes: jnp.clip(tokenizer.decode(codes), 0.0, 1.0)  # noqa: E731
     video, whole = as_float_video(batch["video"]), decode(batch["codes"])
     pt, ph, pw = tokenizer.config.decoder_patch
@@ -258,7 +259,7 @@ def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Arr
 
 
 def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, mesh: Mesh, batch_size: int):
-    """PSNR and the like, code counts, the prior's scores by position, and the number of clips."""
+    """Summary scalars, code counts, scores of the prior by position, and the number of clips."""
     names = [name for name in available(found.recipe, found.params) if name in ("psnr", "usage", "prior")]
     metrics = default_metrics(names, found.recipe)
     by_position = PriorByPosition(found.recipe) if "prior" in names else None
@@ -273,18 +274,19 @@ def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, m
     params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
     scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
-        raise InputError("none of the clips to analyze could be read; the log says why")
+        raise InputError("no clip could be read; see the log for the reasons")
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
-    of_prior = by_position.result if by_position else {}
-    of_prior = {name: np.array([np.nan, *values]) for name, values in of_prior.items()}  # token 0 is never predicted
-    return summary, extras["codes"], of_prior, extras["clips"]
+    prior_scores = by_position.result if by_position else {}
+    # code 0 has no prediction
+    prior_scores = {name: np.array([np.nan, *values]) for name, values in prior_scores.items()}
+    return summary, extras["codes"], prior_scores, extras["clips"]
 
 
 class PriorByPosition(PriorScore):
-    """The prior's scores of each code 1 .. N-1, a metric without scalars.
+    """Scores of the prior for each of the codes 1 .. N-1: a metric without scalars.
 
     Attributes:
-      result: means over clips, float64 [N-1] by name, once the evaluation is done.
+      result: means over clips, float64 [N-1] by name; set at the end of the evaluation.
     """
 
     result: dict[str, np.ndarray]
@@ -315,7 +317,7 @@ def _read(tokenizer: LoadedTokenizer, clips: ClipSet, batch_size: int) -> tuple[
 
 
 def _ablate(probe: Probe, positions: int):
-    """Errors with all codes [M]; what replacing each position alone does; PSNR with some of the codes kept."""
+    """Errors with all codes [M]; results of replacing each position alone; PSNR if only some codes are kept."""
     alone = ~np.eye(positions, dtype=bool)
     counts = np.unique(np.linspace(0, positions, KEPT_COUNTS + 1).round().astype(int))
     calls = probe.calls(1) + probe.calls(positions) + probe.calls(4 * len(counts))
@@ -337,7 +339,7 @@ def _ablate(probe: Probe, positions: int):
 
 
 def _effective_share(weights: np.ndarray) -> np.ndarray:
-    """exp(entropy) / n of rows of n weights: 1 where all are alike, 1 / n where one has all, NaN where all are 0."""
+    """exp(entropy) / n of rows of n weights: 1 if all are equal, 1 / n if only one is above 0, NaN if all are 0."""
     total = weights.sum(axis=1, keepdims=True)
     shares = weights / np.where(total > 0, total, 1.0)
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=1)
@@ -345,7 +347,7 @@ def _effective_share(weights: np.ndarray) -> np.ndarray:
 
 
 def _number(x) -> float | int | None:
-    """Ready for strict JSON."""
+    """As a value of strict JSON, which has no NaN."""
     return None if np.isnan(x) else x.item()
 
 
@@ -353,15 +355,16 @@ SEQUENTIAL = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98)
 
 
 def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32, gap: int = 4) -> np.ndarray:
-    """Where replacing each position's code changes the clip: a tile a position, the frame above a strip of time.
+    """Image of where the clip changes when each code is replaced: one tile per position, the frame above a time strip.
 
-    Root mean squared changes, each tile and strip scaled to its own maximum. Of many positions some are shown.
+    Colors show root mean squared changes; each tile and strip is scaled to its own maximum. At most `TILES` positions
+    are shown, evenly spaced.
 
     Args:
-      patches: [N, t, h, w], mean squared.
-      frames: [N, T], likewise.
-      side: pixels of a tile, about.
-      gap: pixels between them.
+      patches: mean squared changes [N, t, h, w].
+      frames: mean squared changes [N, T].
+      side: approximate width of a tile in pixels.
+      gap: pixels between tiles.
 
     Returns:
       uint8 [height, width, 3].
@@ -387,14 +390,14 @@ def _scaled(mean_squares: np.ndarray) -> np.ndarray:
 
 
 def _colored(values: np.ndarray) -> np.ndarray:
-    """[H, W] in [0, 1] as uint8 [H, W, 3], NaN as white."""
+    """Maps [H, W] in [0, 1] to colors, uint8 [H, W, 3]; NaN becomes white."""
     at = np.linspace(0, 1, len(SEQUENTIAL))
     colors = np.stack([np.interp(np.nan_to_num(values), at, channel) for channel in SEQUENTIAL.T], axis=-1)
     return np.where(np.isnan(values)[..., None], 255, colors.round()).astype(np.uint8)
 
 
 def figures(result: Mapping[str, Any]) -> list[charts.Chart]:
-    """Charts of what `analyze` returned, or of what its file holds."""
+    """Charts of the result of `analyze`, as returned or read from its file."""
     values, kept = result["by_position"], result["kept"]
 
     def by_position(name, title, series, unit=""):
@@ -411,7 +414,7 @@ def figures(result: Mapping[str, Any]) -> list[charts.Chart]:
             y_label="dB",
         ),
         by_position("change", "Change when the code is replaced", {"change": "clip", "rise": "error"}, "mean square"),
-        by_position("reach", "Share of the clip it reaches", {"space": "of the frame", "time": "of the frames"}),
+        by_position("reach", "Extent of the change", {"space": "share of the frame", "time": "share of frames"}),
         by_position("entropy", "Entropy of the codes", {"entropy": ""}, "nats"),
         by_position("prior", "Cross-entropy of the prior", {"prior_cross_entropy": ""}, "nats"),
         by_position("accuracy", "Accuracy of the prior", {"prior_top1": "top 1", "prior_top5": "top 5"}),

@@ -1,4 +1,4 @@
-"""Throughput, measured: medians over windows after a warm-up, as dictionaries that print as tables."""
+"""Measures throughput: medians after a warm-up, as dictionaries that `format_table` prints."""
 
 import dataclasses
 import os
@@ -39,24 +39,25 @@ def benchmark_data(
     seconds: float = 10.0,
     model_rate: float | None = None,
 ) -> dict[str, Any]:
-    """Measures how fast training batches come when nothing else runs.
+    """Measures how fast training batches are read if nothing else runs.
 
     Args:
-      spec: the data set, as `larp_jax.data.parse_spec` reads it.
-      clip: what a clip is.
-      batch_size: clips a batch.
+      spec: the data set, in the format of `larp_jax.data.parse_spec`.
+      clip: frames and resolution of a clip.
+      batch_size: clips per batch.
       workers: processes that read; 0 reads in threads.
-      seconds: how long to measure; opening the data set and the warm-up of 3 batches come on top.
-      model_rate: clips a second that a model takes, to compare with.
+      seconds: length of the measurement, without opening the data set and the warm-up of 3 batches.
+      model_rate: clips per second that a model trains on, for comparison.
 
     Returns:
-      The settings, and `clips_per_second` (median over 5 windows), `slowest_window` and `fastest_window` (likewise
-      clips a second), `cpu_ms` (processor time a clip in this process, which other programs disturb least; None with
-      workers), `first_batch_seconds` (data set opened, workers started, first batch there),
-      `videos`, and of clips read one by one in one thread: `read_clip_ms` (median), the mean time of each stage of a
-      clip until it lies in its batch, `read_ms` (file and container, or record), `decode_ms`, `resize_ms` (with the
-      conversion to RGB) and `copy_ms` (everything else), and `bottleneck`, the longest of the four. With a
-      `model_rate` also that, `feeds_model` (whether batches come as fast) and `share_of_model_rate`.
+      The settings and `videos`, their number. For whole batches: `clips_per_second` (median over 5 windows),
+      `slowest_window` and `fastest_window` (also clips per second), `cpu_ms` (CPU time per clip in this process, which
+      depends least on other programs; None with workers) and `first_batch_seconds` (opening the data set, starting
+      workers and reading the first batch). For clips read one by one in one thread: `read_clip_ms` (median), the mean
+      time of each stage, `read_ms` (file and container, or record), `decode_ms`, `resize_ms` (including the conversion
+      to RGB) and `copy_ms` (everything else until the clip is in its batch), and `bottleneck`, the longest of the
+      four. With a `model_rate` also `model_rate`, `feeds_model` (whether batches are read as fast) and
+      `share_of_model_rate`.
 
     Raises:
       InputError: the data set cannot be opened.
@@ -90,7 +91,7 @@ def benchmark_data(
 
 
 def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
-    """Milliseconds a clip takes in one thread, in all and by stage, and which stage takes the most."""
+    """Milliseconds per clip in one thread, in total and by stage, and the stage that takes longest."""
     read = ReadClip(source, clip)
     rows, times = [], []
     with timing.measure() as seconds:
@@ -111,7 +112,7 @@ def _time_stages(source: Source, clip: ClipSpec) -> dict[str, Any]:
 
 
 def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, float]:
-    """(clips, seconds, seconds of processor time) of so many seconds, and one batch at least."""
+    """Reads batches for this many seconds, at least one: (clips, seconds, seconds of CPU time)."""
     began, spent, clips = time.perf_counter(), time.process_time(), 0
     while (elapsed := time.perf_counter() - began) < seconds or not clips:
         next(batches)
@@ -120,26 +121,29 @@ def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, floa
 
 
 def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[str, Any]:
-    """Measures the training step on clips of noise: no data set is read, no file of weights is needed.
+    """Measures the training step on clips of noise: needs no data set and no weights.
 
-    Beside the whole step, in and between the discriminator's turns, its parts are measured as programs of their own:
-    the step without a discriminator, and the discriminator's update. All take turns, so that whatever else the machine
-    does slows them alike, and among them are the ceilings: products of large matrices, and reading memory.
+    In addition to the whole step, with and without an update of the discriminator, its parts are measured as separate
+    programs: the step without a discriminator, and the discriminator update. Calls of all programs alternate, so that
+    other load on the machine slows all of them equally. Two of the programs give the ceilings: products of large
+    matrices, and reading memory.
 
     Args:
-      recipe: a tokenizer's.
-      seconds: how long to measure; compiling and the warm-up of 2 rounds come on top, and 3 rounds are the least.
+      recipe: recipe of a tokenizer.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
 
     Returns:
-      By name. Times (`..._ms`) are medians, `step_ms` the mean over a period of turns. `flops_...` are model FLOPs of
-      matrix products and convolutions, counted by `larp_jax.tools.flops`; `compiler_flops_share` is what XLA counts of
-      the whole program over what we count of the same, each loop's body once (above 1: it counts additions and the like
-      too). `mfu` is `step_ms` at the ceiling over `step_ms`. `memory_..._mb` are bytes of a compiled program on one
-      device: arguments, results and temporaries. Where there is a discriminator, `memory_over_parts` compares the step
-      with both parts together, and `gan_time_ratio` the step with the one without, as `gan_flops_ratio` does for FLOPs.
+      The settings and results by name. Times (`..._ms`) are medians; `step_ms` is the mean over a period of
+      `discriminator_every` steps. `gflops_clip...` are model FLOPs of matrix products and convolutions per clip,
+      counted by `larp_jax.tools.flops`. `compiler_flops_share` is XLA's count for the whole program divided by ours,
+      both with the body of each loop counted once (above 1, because XLA also counts other operations). `mfu` is the
+      time of the model FLOPs at the ceiling divided by `step_ms`. `memory_..._mb` are the megabytes of a compiled
+      program on one device: arguments, results and temporaries. With a discriminator, `memory_over_parts` is the memory
+      of the step divided by that of both parts together, and `gan_time_ratio` and `gan_flops_ratio` are time and FLOPs
+      of the step divided by those of the step without a discriminator.
 
     Raises:
-      InputError: the batch does not split over the devices, or sizes do not fit each other.
+      InputError: the batch cannot be split over the devices, or sizes do not match.
     """
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
@@ -147,22 +151,22 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     with jax.set_mesh(mesh):
         whole = _Step(recipe, mesh)
         every = recipe.loss.discriminator_every if has_gan else 1
-        turn = -(-recipe.loss.adversarial_start // every) * every
+        first_update = -(-recipe.loss.adversarial_start // every) * every
         ceilings = _Ceilings(mesh, recipe.precision)
-        programs = ceilings.programs | {"turn": lambda: whole(turn)}
+        programs = ceilings.programs | {"update": lambda: whole(first_update)}
         if every > 1:
-            programs["between"] = lambda: whole(turn + 1)
+            programs["between"] = lambda: whole(first_update + 1)
         if has_gan:
             plain = _Step(_without_gan(recipe), mesh)
             alone = _DiscriminatorStep(recipe, mesh)
-            programs |= {"plain": lambda: plain(turn), "alone": alone}
+            programs |= {"plain": lambda: plain(first_update), "alone": alone}
         times = _times_in_turns(programs, seconds)
 
     counts = flops.train_step(recipe)
     clips, parts = recipe.data.batch_size, recipe.accumulate
-    each_turn = counts.pop("discriminator")
-    per_clip = sum(counts.values()) + each_turn / every
-    step = (times["turn"] + (every - 1) * times.get("between", 0.0)) / every
+    per_update = counts.pop("discriminator")
+    per_clip = sum(counts.values()) + per_update / every
+    step = (times["update"] + (every - 1) * times.get("between", 0.0)) / every
     ceiling = ceilings.rates(times)
     compiled = sum(flops.as_compiled(recipe).values()) * clips / parts / mesh.size
     result = {
@@ -176,7 +180,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         "clips_per_second": clips / step,
         "gflops_clip": per_clip / 1e9,
         **{f"gflops_clip_{name}": count / 1e9 for name, count in counts.items()},
-        "gflops_clip_discriminator_turn": each_turn / 1e9,
+        "gflops_clip_discriminator_turn": per_update / 1e9,
         "compiler_flops_share": whole.flops / compiled,
         **ceiling,
         "mfu": per_clip * clips / step / 1e12 / ceiling["ceiling_tflops_second"],
@@ -184,12 +188,12 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     }
     if has_gan:
         result |= {
-            "step_discriminator_turn_ms": 1e3 * times["turn"],
-            "step_between_turns_ms": 1e3 * times.get("between", times["turn"]),
+            "step_discriminator_turn_ms": 1e3 * times["update"],
+            "step_between_turns_ms": 1e3 * times.get("between", times["update"]),
             "step_without_gan_ms": 1e3 * times["plain"],
             "discriminator_alone_ms": 1e3 * times["alone"] * parts,
             "gan_time_ratio": step / times["plain"],
-            "gan_flops_ratio": per_clip / (per_clip - counts["adversarial"] - each_turn / every),
+            "gan_flops_ratio": per_clip / (per_clip - counts["adversarial"] - per_update / every),
             "memory_without_gan_mb": plain.memory / 1e6,
             "memory_discriminator_alone_mb": alone.memory / 1e6,
             "memory_over_parts": whole.memory / (plain.memory + alone.memory),
@@ -206,26 +210,26 @@ def benchmark_codec(
 ) -> dict[str, Any]:
     """Measures how fast a tokenizer with random weights encodes clips of noise or decodes random codes.
 
-    The batch is split over all devices. The ceilings take turns with it, as in `benchmark_train`.
+    The batch is split over all devices. Its calls alternate with the ceilings, as in `benchmark_train`.
 
     Args:
-      recipe: a tokenizer's.
+      recipe: recipe of a tokenizer.
       what: `encode` (uint8 video to the nearest codes) or `decode` (codes to video in [0, 1]).
-      batch_size: clips at a time, over all devices; rounded up to a multiple of their number.
-      precision: of the computation.
-      seconds: how long to measure; compiling and a warm-up of 2 rounds come on top, and 3 rounds are the least.
+      batch_size: clips per call, over all devices; rounded up to a multiple of their number.
+      precision: compute precision.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
 
     Returns:
-      The settings, and by name: `batch_ms` (median), `clips_per_second`, `gflops_clip` and `compiler_flops_share` as
-      for `benchmark_train`, `ceiling_tflops_second` and `mfu` likewise, `memory_mb` of the compiled program on one
-      device, and what the device reads at best (`ceiling_gigabytes_second`).
+      The settings, and by name: `batch_ms` (median), `clips_per_second`; `gflops_clip`, `compiler_flops_share`,
+      `ceiling_tflops_second` and `mfu` as in `benchmark_train`; `memory_mb` of the compiled program on one device; and
+      the ceiling of memory bandwidth (`ceiling_gigabytes_second`).
 
     Raises:
       InputError: the tokenizer has continuous latents and no codes.
     """
     config = recipe.model
     if not config.quantizer.has_codes:
-        raise InputError(f"benchmark {what} needs codes, which model.quantizer.kind='kl' has none of")
+        raise InputError(f"benchmark {what} needs codes; model.quantizer.kind='kl' has continuous latents")
     recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
     mesh = sharding.make_mesh(recipe.mesh)
     clips = -(-batch_size // mesh.size) * mesh.size
@@ -271,7 +275,7 @@ def benchmark_codec(
 
 
 class _Program:
-    """A compiled function of arrays: what it takes of memory and, as XLA counts, of FLOPs on one device."""
+    """A compiled function of arrays, its memory, and its FLOPs on one device as counted by XLA."""
 
     def __init__(self, lowered):
         self.compiled = lowered.compile()
@@ -282,7 +286,7 @@ class _Program:
 
 
 class _Step(_Program):
-    """The training step of a recipe with a state and a batch of its own; called with the number of the step."""
+    """The training step of a recipe, with its own state and batch; called with the step number."""
 
     def __init__(self, recipe: TokenizerRecipe, mesh):
         stage, self.key = TokenizerStage(recipe), rng.key(0)
@@ -304,7 +308,7 @@ class _Step(_Program):
 
 
 class _DiscriminatorStep(_Program):
-    """The discriminator's update on one part of a batch and equally many reconstructions."""
+    """The discriminator update on one part of an accumulated batch and the same number of reconstructions."""
 
     def __init__(self, recipe: TokenizerRecipe, mesh):
         stage, self.key = TokenizerStage(recipe), rng.key(0)
@@ -332,18 +336,18 @@ class _DiscriminatorStep(_Program):
 
 
 def _noise_clips(recipe: TokenizerRecipe, count: int, mesh) -> jax.Array:
-    def draw():
+    def sample():
         return jax.random.randint(rng.key(1), (count, *recipe.model.clip_shape), 0, 256).astype(jnp.uint8)
 
-    return jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))()
+    return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))()
 
 
 class _Ceilings:
-    """What the devices of a mesh do at best, all at once: products of square matrices, and reading memory."""
+    """Speed limits of the devices of a mesh, measured on all at once: products of square matrices, reading memory."""
 
     def __init__(self, mesh, precision: str):
         on_cpu = jax.default_backend() == "cpu"
-        # CPUs that are emulated share the cores and the memory of one
+        # emulated CPU devices share the cores and the memory of one machine
         width, count = (2048, max(1, 8 // mesh.size)) if on_cpu else (8192, 8)
         numbers = 2**26 // mesh.size if on_cpu else 2**28
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -351,7 +355,7 @@ class _Ceilings:
         def full(shape, value, dtype):
             return jax.jit(lambda: jnp.full((mesh.size, *shape), value, dtype), out_shardings=spread)()
 
-        def products(x):  # of matrices of 1/width, which are that again
+        def products(x):  # every entry is 1/width, so the product equals its factors and does not overflow
             return jax.lax.fori_loop(0, count, lambda _, y: jnp.matmul(y, x), x)
 
         matrix = full((width, width), 1 / width, DTYPES[precision])
@@ -362,7 +366,7 @@ class _Ceilings:
         self.flops, self.bytes = mesh.size * count * 2.0 * width**3, rows.nbytes
 
     def rates(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Over all devices, from the programs' times."""
+        """Rates over all devices, from the times of the programs."""
         return {
             "ceiling_tflops_second": self.flops / times["products"] / 1e12,
             "ceiling_gigabytes_second": self.bytes / times["reading"] / 1e9,
@@ -370,7 +374,7 @@ class _Ceilings:
 
 
 def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, float]:
-    """Median seconds of each program; a call ends when what it returns is there."""
+    """Median seconds of each program; calls of all programs alternate, and a call ends when its result is ready."""
     times = {name: [] for name in programs}
     for _ in range(2):
         for call in programs.values():
@@ -392,22 +396,21 @@ def benchmark_sample(
     precision: str = "float32",
     seconds: float = 10.0,
 ) -> dict[str, Any]:
-    """Measures how fast a generator samples on one device, with random weights.
+    """Measures how fast a generator with random weights samples on one device.
 
     Args:
-      config: the generator's.
-      options: of sampling.
-      batch_size: samples at a time.
-      precision: of the computation.
-      seconds: how long to measure; compiling and a warm-up of 2 rounds come on top, and 3 rounds are the least.
+      config: configuration of the generator.
+      options: sampling options.
+      batch_size: samples per batch.
+      precision: compute precision.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
 
     Returns:
-      The settings, and medians: `tokens_per_second` and `videos_per_second` of whole batches, the prefill included;
-      `single_video_seconds` of a batch of one; `compile_seconds`; `step_ms` for a token of every sample;
-      `megabytes_per_step` and `gigaflops_per_step` that no implementation can do without (every weight read once, the
-      filled part of the caches read once; products with weights and caches), averaged over the codes; what these
-      come to in a second; what the device does at best (the ceilings take turns with the samples); and the share that
-      is reached.
+      The settings, and medians: `tokens_per_second` and `videos_per_second` of whole batches, including the prefill;
+      `single_video_seconds` of a batch of one; `compile_seconds`; `step_ms`, the time for one token of every sample;
+      `megabytes_per_step` and `gigaflops_per_step`, the minimum of any implementation (each weight and the filled part
+      of the caches read once; products with weights and caches), averaged over the codes; the same per second; the
+      ceilings of the device, whose calls alternate with the samples; and the shares of the ceilings that are reached.
     """
     params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
     generator = LoadedGenerator(config, params, precision=precision)
@@ -455,7 +458,7 @@ def benchmark_sample(
 
 
 def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: int, itemsize: int) -> tuple:
-    """(megabytes, gigaflops) of a step, on average."""
+    """Minimum (megabytes, gigaflops) of a sampling step, averaged over the codes."""
     c = config
     head_width = c.width // c.heads
     per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
@@ -468,7 +471,7 @@ def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: i
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """A benchmark's result as aligned lines of name and value."""
+    """The result of a benchmark as aligned lines of name and value."""
     width = max(map(len, result))
     return "\n".join(
         f"{name.replace('_', ' '):{width}}  {f'{value:,.2f}' if isinstance(value, float) else value}"

@@ -1,4 +1,4 @@
-"""Line charts as SVG: for pages that must need nothing else, and as files."""
+"""Line charts as SVG, for self-contained pages and as files."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ import jinja2
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 32
-MOST_POINTS = 400  # of a series; of more, each stretch shows its smallest and largest
-FEW_POINTS = 60  # of dots that may be large
-LOG_RATIO = 100.0  # values further apart than this get a logarithmic axis
+MOST_POINTS = 400  # of a series; longer series are reduced to the minimum and maximum of each interval
+FEW_POINTS = 60  # up to this number, dots are large
+LOG_RATIO = 100.0  # the axis is logarithmic above this ratio of the largest to the smallest value
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
@@ -22,12 +22,12 @@ Point = tuple[float, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line.
+    """One line or one set of dots.
 
     Attributes:
-      name: for the legend; empty for none.
-      points: (x, y) with rising x; None in place of y makes a gap.
-      dots: points without a line between them.
+      name: in the legend; empty for none.
+      points: (x, y) with increasing x; None instead of y leaves a gap.
+      dots: whether to plot dots without a line.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Series over one axis. The y axis is logarithmic where all values are positive and far apart.
+    """Series over a common x axis. The y axis is logarithmic if all values are positive and differ by `LOG_RATIO`.
 
     Attributes:
-      name: of its file.
-      title: above it.
+      name: name of its file.
+      title: text above it.
       series: at least one.
-      x_label: what is counted.
-      y_label: the unit.
-      x_limits: what the axis covers at least.
+      x_label: label of the x axis.
+      y_label: unit of the y axis.
+      x_limits: values that the x axis covers at least.
     """
 
     name: str
@@ -58,23 +58,23 @@ class Chart:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Templates of this package; whatever is put into them is escaped."""
+    """The templates of this package; all values inserted into them are escaped."""
     loader = jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8")
-    made = jinja2.Environment(
+    created = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.globals["geometry"] = geometry
-    made.filters["short"] = short
-    return made
+    created.globals["geometry"] = geometry
+    created.filters["short"] = short
+    return created
 
 
 def as_file(chart: Chart) -> str:
-    """The chart as an SVG file, with its style inside."""
+    """The chart as the text of an SVG file, including its style."""
     return environment().get_template("chart_file.svg").render(chart=chart)
 
 
 def geometry(chart: Chart) -> dict[str, Any]:
-    """Where everything of a chart lies, in pixels of its `WIDTH` x `HEIGHT`, and what its readers may look up."""
+    """Layout of a chart, in pixels of its `WIDTH` x `HEIGHT`, and its values for tooltips."""
     lines = [
         _thinned([(x, y if is_number(y) else None) for x, y in series.points if is_number(x)])
         for series in chart.series
@@ -89,13 +89,13 @@ def geometry(chart: Chart) -> dict[str, Any]:
     across = lambda x: LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     up = lambda y: HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
 
-    drawn = []
+    plotted = []
     for series, line in zip(chart.series, lines, strict=True):
         at = [None if y is None else (across(x), up(scale(y))) for x, y in line]
         if series.dots:
             path = "".join(f"M{p[0]:.1f},{p[1]:.1f}h0" for p in at if p)
         else:
-            # a point between gaps is a dot, by the round cap of a line of no length
+            # a point between gaps becomes a dot: a line of zero length with round caps
             path, pen = "", "M"
             for i, p in enumerate(at):
                 if p:
@@ -103,7 +103,7 @@ def geometry(chart: Chart) -> dict[str, Any]:
                     path += f"{pen}{p[0]:.1f},{p[1]:.1f}" + ("h0" if alone else "")
                 pen = "L" if p else "M"
         few = len(line) <= FEW_POINTS
-        drawn.append({"name": series.name, "path": path, "style": f"dots{' few' * few}" if series.dots else "line"})
+        plotted.append({"name": series.name, "path": path, "style": f"dots{' few' * few}" if series.dots else "line"})
     y_ticks = [(10.0**t, up(t)) for t in _log_ticks(y_low, y_high)] if log else [
         (t, up(t)) for t in _ticks(y_low, y_high, 4)
     ]  # fmt: skip
@@ -115,7 +115,7 @@ def geometry(chart: Chart) -> dict[str, Any]:
         "right": WIDTH - RIGHT,
         "top": TOP,
         "bottom": HEIGHT - BOTTOM,
-        "series": drawn,
+        "series": plotted,
         "x_ticks": [(t, across(t)) for t in _ticks(x_low, x_high, 4)],
         "y_ticks": y_ticks,
         "log": log,
@@ -129,12 +129,12 @@ def geometry(chart: Chart) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be drawn: finite, and no truth value."""
+    """Whether a value is a number that can be plotted: finite, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def short(value: Any) -> str:
-    """A number in a few characters; other values as they are."""
+    """A number in a few characters; other values as text, None as a dash."""
     if value is None:
         return "–"
     if not is_number(value):
@@ -161,7 +161,7 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def _range(low: float, high: float, margin: float) -> tuple[float, float]:
-    if high - low <= 1e-12 * abs(low) + 1e-290:  # the same, as far as a picture can show
+    if high - low <= 1e-12 * abs(low) + 1e-290:  # equal within the precision of a chart
         room = abs(low) * 0.1 if abs(low) > 1e-290 else 1.0
         return low - room, high + room
     room = (high - low) * margin
@@ -169,7 +169,7 @@ def _range(low: float, high: float, margin: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About so many round numbers between two."""
+    """About `count` round numbers between two values."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -178,6 +178,6 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Exponents of powers of ten between two exponents, five at most."""
+    """Exponents of powers of ten between two exponents, at most five."""
     powers = range(math.ceil(low), math.floor(high) + 1)
     return list(powers)[:: max(1, -(-len(powers) // 5))]

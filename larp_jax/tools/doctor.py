@@ -1,4 +1,4 @@
-"""What is installed, what it runs on, what is wrong or missing, and how to mend it: the text of `larp-jax doctor`."""
+"""Installed versions, devices, problems and their fixes: the text of `larp-jax doctor`."""
 
 import collections
 import importlib.metadata
@@ -35,41 +35,41 @@ PACKAGES = (
     "numpy",
 )
 
-# Pairs that install together and fail: (package, versions, other package, its versions, how to mend).
+# Versions that can be installed together but fail: (package, versions, other package, its versions, fix).
 BROKEN_PAIRS = (
     ("flax", "<0.12.10", "jax", ">=0.11", "pip install 'flax>=0.12.10' (needs Python 3.12), or 'jax<0.11'"),
     ("flax", ">=0.12.10", "jax", "<0.11", "pip install 'jax>=0.11.2' (needs Python 3.12), or 'flax<0.12.10'"),
 )
 
-# What brings CUDA to JAX: (package, extra of jax that installs it, oldest driver that its CUDA runs on).
+# CUDA plugins of JAX: (package, extra of jax that installs it, oldest driver that its CUDA supports).
 CUDA_PLUGINS = (("jax-cuda12-plugin", "cuda12", 525), ("jax-cuda13-plugin", "cuda13", 580))
 
-# Of FFmpeg, by their names there; AV1 is decoded by a library.
+# FFmpeg codecs, by FFmpeg's names; libdav1d decodes AV1.
 DECODERS = ("h264", "hevc", "mpeg4", "mpeg2video", "vp8", "vp9", "libdav1d", "mjpeg")
 ENCODERS = ("h264", "mjpeg", "png")
 
-# (package, what it is for, what to give to pip install).
+# (package, purpose, arguments of pip install).
 OPTIONAL_PACKAGES = (
     ("tensorflow", "TensorBoard summaries; TFDS data sets that only TensorFlow can read", "tensorflow-cpu tensorboard"),
     ("tensorboard", "TensorBoard summaries", "tensorflow-cpu tensorboard"),
-    ("huggingface_hub", "importing released weights by their repository id", "huggingface_hub"),
-    ("torch", "comparisons with PyTorch in the tests; never needed to run", "torch"),
-    ("libtpu", "TPUs; planning for TPU pods on any machine", "'jax[tpu]'"),
+    ("huggingface_hub", "importing released weights by repository id", "huggingface_hub"),
+    ("torch", "comparisons with PyTorch in the tests; not used otherwise", "torch"),
+    ("libtpu", "TPUs; larp-jax plan --topology on any machine", "'jax[tpu]'"),
 )
 
 DEVICE_FILES = pathlib.Path("/dev")
 NVIDIA_VERSION = pathlib.Path("/proc/driver/nvidia/version")
-BUSY = 0.1  # share of a GPU's memory from which its being taken is told
+BUSY = 0.1  # memory use of other processes above this share of a GPU is reported
 
 
 def report() -> str:
-    """What is wrong, versions, devices and optional parts, as text to print.
+    """Problems, versions, devices and optional parts, as text to print.
 
-    Never raises: what cannot be found out is said in its place.
+    Never raises: a part that fails is replaced by its error.
     """
     sections = {
         f"larp_jax {__version__}": [_system],
-        # memory before devices: JAX takes its share when it is asked for them
+        # memory first: JAX allocates GPU memory as soon as it is asked for devices
         "Problems": [_broken_pairs, _unmet_requirements, _gpu_memory, _backends, _tensorflow, _gpus, _tpus, _codecs],
         "Packages": [_packages],
         "Devices": [_devices],
@@ -80,19 +80,19 @@ def report() -> str:
 
 
 def _lines(parts: Iterable[Callable[[], Iterator[str]]]) -> list[str]:
-    """The lines of a section's parts, indented; the error as a last line of a part that fails."""
+    """The indented lines of the parts of a section; a part that fails ends with its error."""
     lines = []
     for part in parts:
         try:
             for line in part():
                 lines.append(f"  {line}")
-        except Exception as error:  # a report on broken installations must survive them
-            lines.append(f"  could not be found out: {type(error).__name__}: {error}")
+        except Exception as error:  # broken installations must not break the report
+            lines.append(f"  check failed: {type(error).__name__}: {error}")
     return lines
 
 
 def _version(package: str) -> str | None:
-    # TensorFlow is published under several names.
+    # TensorFlow is published under several names
     for name in (package, f"{package}-cpu") if package == "tensorflow" else (package,):
         try:
             return importlib.metadata.version(name)
@@ -102,7 +102,7 @@ def _version(package: str) -> str | None:
 
 
 def _wanted(package: str, other: str) -> str:
-    """The versions of another that an extra of a package asks for; empty if none does."""
+    """The versions of package `other` that `package` requires, also in its extras; empty if it does not."""
     found = (Requirement(text) for text in importlib.metadata.requires(package) or ())
     return next((str(r.specifier) for r in found if r.name == other), "")
 
@@ -125,20 +125,20 @@ def _packages() -> Iterator[str]:
 
 
 def _broken_pairs() -> Iterator[str]:
-    for package, versions, other, other_versions, mend in BROKEN_PAIRS:
+    for package, versions, other, other_versions, fix in BROKEN_PAIRS:
         version, other_version = _version(package), _version(other)
         if version is None or other_version is None:
             continue
         if _within(version, versions) and _within(other_version, other_versions):
-            yield f"{package} {version} does not work with {other} {other_version}: {mend}"
+            yield f"{package} {version} does not work with {other} {other_version}: {fix}"
 
 
 def _unmet_requirements() -> Iterator[str]:
-    """Of larp_jax and of what it needs: pip does not look at them again when one package is changed."""
+    """Unmet requirements of larp_jax and its dependencies: pip does not check them when another package changes."""
     if _version("larp_jax") is None:
-        yield "larp_jax itself is not installed: pip install -e . in its repository"
-    wanted: dict[str, SpecifierSet] = {}  # by package, what suits all that need it
-    unmet: dict[str, str] = {}  # by package, whom the installed one does not suit
+        yield "larp_jax is not installed: run pip install -e . in its repository"
+    wanted: dict[str, SpecifierSet] = {}  # versions that satisfy every dependent, by package
+    unmet: dict[str, str] = {}  # a dependent that the installed version does not satisfy, by package
     for package in ("larp_jax", *PACKAGES):
         try:
             requirements = importlib.metadata.requires(package) or ()
@@ -156,64 +156,64 @@ def _unmet_requirements() -> Iterator[str]:
 
 
 def _gpu_files() -> list[pathlib.Path]:
-    """Device files of NVIDIA GPUs; Windows' Linux has one for all."""
+    """Device files of NVIDIA GPUs; WSL has one for all GPUs."""
     return sorted(DEVICE_FILES.glob("nvidia[0-9]*")) or sorted(DEVICE_FILES.glob("dxg"))
 
 
 def _driver() -> int | None:
-    """Major version of the NVIDIA driver that is loaded, None without one."""
+    """Major version of the loaded NVIDIA driver; None if there is none."""
     text = NVIDIA_VERSION.read_text() if NVIDIA_VERSION.exists() else ""
     found = re.search(r"Kernel Module.*?\s(\d+)\.\d", text)
     return int(found[1]) if found else None
 
 
 def _gpus() -> Iterator[str]:
-    """Why JAX does not see an NVIDIA GPU that is there."""
+    """Reasons why JAX does not find an existing NVIDIA GPU."""
     files, driver = _gpu_files(), _driver()
     if not files and driver is None and not shutil.which("nvidia-smi"):
         return
     jax, jaxlib = _version("jax"), _version("jaxlib")
     if not files:
         yield (
-            f"an NVIDIA driver but no device file in {DEVICE_FILES}: start the container with --gpus all (docker) or"
-            " --nv (apptainer); outside of one, run nvidia-modprobe"
+            f"found an NVIDIA driver but no device file in {DEVICE_FILES}: start the container with --gpus all (docker)"
+            " or --nv (apptainer); outside a container, run nvidia-modprobe"
         )
     for path in files:
         if not os.access(path, os.R_OK | os.W_OK):
-            yield f"{path} may not be opened: add this user to the group that owns it (ls -l {path})"
+            yield f"no permission to open {path}: add this user to the group that owns it (ls -l {path})"
     installed = [(*plugin, _version(plugin[0])) for plugin in CUDA_PLUGINS if _version(plugin[0])]
     if not installed:
         best = [extra for _, extra, oldest in CUDA_PLUGINS if driver is None or driver >= oldest] or ["cuda12"]
-        yield f"an NVIDIA GPU, and jax has no CUDA plugin: pip install 'jax[{best[0]}]=={jax}'"
+        yield f"found an NVIDIA GPU, but jax has no CUDA plugin: pip install 'jax[{best[0]}]=={jax}'"
     if len(installed) > 1:
         names = " and ".join(name for name, *_ in installed)
-        yield f"{names} are both installed, and get in each other's way: pip uninstall one of them"
+        yield f"{names} are both installed and conflict: pip uninstall one of them"
     for name, extra, oldest, version in installed:
-        if version and jaxlib and Version(version).release != Version(jaxlib).release:  # as jaxlib compares them
+        if version and jaxlib and Version(version).release != Version(jaxlib).release:  # as jaxlib compares
             yield f"{name} {version} is ignored by jaxlib {jaxlib}: pip install 'jax[{extra}]=={jax}'"
         if driver is not None and driver < oldest:
             yield f"driver {driver} is too old for {name}, which needs {oldest}: install a newer driver"
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
-        yield f"JAX_PLATFORMS={platforms} keeps JAX from the GPU: unset JAX_PLATFORMS"
+        yield f"JAX_PLATFORMS={platforms} excludes the GPU: unset JAX_PLATFORMS"
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) in ("", "-1"):
         yield f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset CUDA_VISIBLE_DEVICES"
     if files and installed and _backend() == "cpu" and os.environ.get("LD_LIBRARY_PATH"):
-        yield "LD_LIBRARY_PATH is set, and may lead the CUDA plugin to other libraries than its own: unset it"
+        yield "LD_LIBRARY_PATH is set, so the CUDA plugin may load libraries other than its own: unset it"
 
 
 def _backend() -> str:
-    """The platform that JAX computes on; empty where there is none, which `_backends` tells."""
+    """The platform that JAX computes on; empty if there is none, which `_backends` reports."""
     import jax
 
     try:
         return jax.default_backend()
-    except Exception:  # of several kinds
+    except Exception:  # RuntimeError, AssertionError and others
         return ""
 
 
 def _backends() -> Iterator[str]:
-    """What keeps JAX from having any device."""
+    """The reason why JAX has no device."""
     try:
         distributed.check_devices()
     except InputError as error:
@@ -222,28 +222,28 @@ def _backends() -> Iterator[str]:
 
 def _tpus() -> Iterator[str]:
     if any(DEVICE_FILES.glob("accel[0-9]*")) and _version("libtpu") is None:
-        yield f"a TPU, and jax has no libtpu: pip install 'jax[tpu]=={_version('jax')}'"
+        yield f"found a TPU, but jax has no libtpu: pip install 'jax[tpu]=={_version('jax')}'"
     if (libtpu := _version("libtpu")) and (wanted := _wanted("jax", "libtpu")) and not _within(libtpu, wanted):
         yield (
-            f"libtpu {libtpu}, where jax {_version('jax')} wants libtpu{wanted}: some programs fail to compile;"
-            f" pip install 'jax[tpu]=={_version('jax')}'"
+            f"libtpu {libtpu} is installed, but jax {_version('jax')} needs libtpu{wanted}: some programs fail to"
+            f" compile; pip install 'jax[tpu]=={_version('jax')}'"
         )
 
 
 def _gpu_memory() -> Iterator[str]:
-    """What other processes hold, TensorFlow above all, which takes everything."""
+    """GPU memory used by other processes, such as TensorFlow, which allocates all of it."""
     for index, used, total in _nvidia_smi("gpu=index,memory.used,memory.total"):
         if float(used) > BUSY * float(total):
             rows = _nvidia_smi("compute-apps=pid,process_name,used_memory")
-            holders = ", ".join(f"{name} (process {pid}, {mib} MiB)" for pid, name, mib in rows) or "unseen processes"
+            holders = ", ".join(f"{name} (process {pid}, {mib} MiB)" for pid, name, mib in rows) or "unknown processes"
             yield (
-                f"GPU {index}: {used} of {total} MiB are taken (on all GPUs by {holders}); JAX asks for three quarters"
-                " at once: end that, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+                f"GPU {index}: {used} of {total} MiB are in use (on all GPUs by {holders}); JAX allocates three"
+                " quarters at start: end those processes, or set XLA_PYTHON_CLIENT_PREALLOCATE=false"
             )
 
 
 def _nvidia_smi(query: str) -> list[list[str]]:
-    """Rows of a query; none where it cannot be asked."""
+    """Rows of a query; none if nvidia-smi is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
@@ -258,15 +258,15 @@ def _tensorflow() -> Iterator[str]:
         return
     if _gpu_files() and os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH") != "true":
         yield (
-            f"tensorflow {version} is built for GPUs and takes all their memory wherever it is imported (larp_jax"
-            " forbids it, other code may not): pip uninstall -y tensorflow && pip install tensorflow-cpu"
+            f"tensorflow {version} is built for GPUs and allocates all their memory when imported (larp_jax prevents"
+            " this, other code may not): pip uninstall -y tensorflow && pip install tensorflow-cpu"
         )
 
 
 def _codecs() -> Iterator[str]:
     try:
         import av
-    except Exception as error:  # not only ImportError: libraries that are there and do not fit
+    except Exception as error:  # not only ImportError: also shared libraries of the wrong version
         yield f"videos can be neither read nor written, PyAV fails ({error}): pip install --force-reinstall av"
         return
     for what, mode, names in (("decoders", "r", DECODERS), ("encoders", "w", ENCODERS)):
@@ -277,7 +277,7 @@ def _codecs() -> Iterator[str]:
 def _has_codec(av, name: str, mode: str) -> bool:
     try:
         return bool(av.codec.Codec(name, mode))
-    except Exception:  # of several kinds, by version
+    except Exception:  # its type depends on the version of PyAV
         return False
 
 
@@ -305,5 +305,5 @@ def _weights() -> Iterator[str]:
         path, origin = networks.locate(kind)
         yield f"{kind:<20} " + (
             f"found at {path} ({origin})" if path.is_file() else
-            f"missing: looked for at {path} ({origin}); {networks.how_to_get(kind)}"
+            f"missing: expected at {path} ({origin}); {networks.how_to_get(kind)}"
         )  # fmt: skip

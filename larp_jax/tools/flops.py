@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step, counted from the sizes: two for each multiplication of its matrix
-products and convolutions, whatever else it does and whatever the backward pass computes again left out.
+"""FLOPs of a training step, computed from the sizes: two for each multiply-add of matrix products and convolutions,
+without other operations and without recomputation in the backward pass.
 
-A product y = x w takes as many operations again for each gradient that is wanted, of x and of w.
+For a product y = x w, each required gradient, of x or of w, costs as many FLOPs as the product itself.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from larp_jax.models.lpips import STAGES
 
 
 def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
-    """Operations a clip of each part of a stage-1 step (LARP, sections 3.2 and 3.3).
+    """FLOPs per clip of each part of a stage-1 step (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
     Returns:
-      `tokenizer`, `prior`, `perceptual` and `adversarial` (the tokenizer's side), which every step has, and
-      `discriminator`, its own turn; what the recipe leaves out is 0.
+      `tokenizer`, `prior`, `perceptual` and `adversarial` (the tokenizer's part), which are in every step, and
+      `discriminator`, the discriminator update. Parts that the recipe does not use are 0.
     """
     c, q, n = recipe.model, recipe.model.quantizer, recipe.model.num_tokens
     pixels = math.prod(c.clip_shape)
     in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
     counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "adversarial", "discriminator"), 0.0)
 
-    tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient of pixels
+    tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
     tokenizer += 3 * (_stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes)))
     tokenizer += q.has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
     tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + n))
@@ -33,7 +33,7 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
     if recipe.loss.prior_weight:
         p = TransformerConfig(width=recipe.prior.width, depth=recipe.prior.depth, heads=recipe.prior.heads)
         network = _stack(p, n - 1) + 2 * _linear((n - 1) * q.code_dim, p.width)
-        logits = _linear((n - 1) * q.code_dim, q.codebook_size)  # no gradient of the codebook
+        logits = _linear((n - 1) * q.code_dim, q.codebook_size)  # no gradient with respect to the codebook
         counts["prior"] = recipe.prior.rounds * (3 * network + 2 * logits)
 
     if recipe.loss.perceptual != "none":
@@ -44,17 +44,17 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
         d = recipe.discriminator
         tokens = 1 + pixels // (math.prod(d.patch) * c.channels)
         embed, stack, products = _linear(pixels, d.width), _stack(d, tokens), _stack(d, tokens, attention=False)
-        # of the weights no gradient is wanted
+        # no gradient with respect to the weights
         counts["adversarial"] = 2 * (embed + _linear(d.width, 1) + products) + 3 * (stack - products)
-        turn = 2 * (2 * embed + 3 * (stack + _linear(d.width, 1)))
-        if recipe.loss.r1_weight:  # the gradient of a clip, and back through all of it
-            turn += 3 * counts["adversarial"]
-        counts["discriminator"] = turn
+        update = 2 * (2 * embed + 3 * (stack + _linear(d.width, 1)))
+        if recipe.loss.r1_weight:  # the gradient with respect to the clip, and its backward pass
+            update += 3 * counts["adversarial"]
+        counts["discriminator"] = update
     return counts
 
 
 def codec(config: TokenizerConfig) -> dict[str, float]:
-    """Operations a clip of `encode`, video to codes, and of `decode`, codes to video."""
+    """FLOPs per clip of `encode`, video to codes, and of `decode`, codes to video."""
     c, q, n = config, config.quantizer, config.num_tokens
     pixels = math.prod(c.clip_shape)
     encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + n)
@@ -64,7 +64,7 @@ def codec(config: TokenizerConfig) -> dict[str, float]:
 
 
 def codec_as_compiled(config: TokenizerConfig) -> dict[str, float]:
-    """The same as XLA's cost analysis counts it; see `as_compiled`."""
+    """`codec` as counted by XLA's cost analysis; see `as_compiled`."""
     one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
     counts = codec(dataclasses.replace(config, encoder=one(config.encoder), decoder=one(config.decoder)))
     q = config.quantizer
@@ -73,7 +73,7 @@ def codec_as_compiled(config: TokenizerConfig) -> dict[str, float]:
 
 
 def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
-    """The same as XLA's cost analysis counts it, which takes the body of each loop once: a layer, a chunk, a frame."""
+    """`train_step` as counted by XLA's cost analysis, which counts loop bodies once: one layer, chunk or frame."""
     one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
     single = dataclasses.replace(
         recipe,
@@ -101,24 +101,24 @@ def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
 
 
 def vgg_features(resolution: int) -> int:
-    """Numbers in all feature maps of VGG16 of one frame."""
+    """Number of values in all feature maps of VGG16 for one frame."""
     return sum((resolution >> i) ** 2 * sum(widths) for i, widths in enumerate(STAGES))
 
 
 def _linear(inputs: float, outputs: float) -> float:
-    """Of all input numbers (tokens times width, say) times the outputs each of them takes part in."""
+    """A matrix product: two FLOPs for each input value (such as tokens times width) and output that it enters."""
     return 2.0 * inputs * outputs
 
 
 def _stack(config: TransformerConfig, tokens: int, *, attention: bool = True) -> float:
-    """Forward, of blocks with an MLP of four times the width; causal attention is counted whole."""
+    """Forward pass of blocks whose MLP has four times the width; causal attention is counted in full."""
     products = 12 * _linear(tokens * config.width, config.width)
     scores = 2 * _linear(tokens * config.width, tokens) if attention else 0.0
     return config.depth * (products + scores)
 
 
 def _vgg(resolution: int) -> float:
-    """LPIPS of two frames, with the gradient of one of them and of no weights."""
+    """LPIPS of two frames, with the gradient with respect to one of them and no gradient of weights."""
     total, inputs = 0.0, 3
     for widths in STAGES:
         for width in widths:

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text (`Compiled.as_text()`): collectives and memory traffic.
+"""Collectives and memory traffic of a compiled program, read from its text (`Compiled.as_text()`).
 
-XLA's own cost analysis takes the body of each loop once. Here loops count as often as they run, as far as XLA knows
-that, and of a conditional all branches count.
+XLA's own cost analysis counts the body of each loop once. Here, loop bodies count as often as they run, if XLA knows
+the trip count, and all branches of a conditional count.
 """
 
 import collections
@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}  # the others have them in their names
+BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}  # the names of other types contain their bits
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# They move nothing themselves: they name, they hand on, or what they call is counted.
+# Without memory traffic of their own: they name or forward arrays, or call computations that are counted.
 FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional call after-all partition-id replica-id iota "
     "opt-barrier add-dependency".split()
@@ -24,7 +24,7 @@ READS_A_PART = frozenset(("dynamic-slice", "slice", "gather"))
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation: its name, what it gives (shapes as text), what it does, to what, and how."""
+    """One HLO instruction: name, result shapes (as text), opcode, operands, attributes."""
 
     name: str
     shape: str
@@ -39,10 +39,10 @@ class Collective:
     """Collectives of one kind and size in a step.
 
     Attributes:
-      kind: of `COLLECTIVES`.
-      count: how often they run.
-      group: devices that take part in each.
-      bytes: of the whole array, gathered or before it is scattered.
+      kind: one of `COLLECTIVES`.
+      count: number of runs in a step.
+      group: number of participating devices.
+      bytes: size of the whole array: after gathering, or before scattering.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """What each device sends in all, by the algorithms that send least."""
+        """Bytes that each device sends in a step, with the algorithms that send least."""
         share = (self.group - 1) / self.group
         passes = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         if self.kind == "all-to-all":
@@ -61,7 +61,7 @@ class Collective:
 
 
 class Program:
-    """A compiled program of one device."""
+    """A compiled program, as it runs on one device."""
 
     def __init__(self, text: str):
         self._computations, self._entry = _parse(text)
@@ -73,7 +73,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in a step, those inside of fusions included."""
+        """Number of runs of each computation in a step, including those inside fusions."""
         counts = collections.Counter()
 
         def visit(name, times):
@@ -93,17 +93,17 @@ class Program:
                 kind = line.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
                     size = sum(_size(self._shapes[name].get(operand, "")) for operand in line.operands)
-                    if kind == "all-gather":  # of what it gives; the first half of one gives its operands too
+                    if kind == "all-gather":  # the size of the result; that of all-gather-start includes the operands
                         size = _size(line.shape) - size * (line.opcode != kind)
                     found[kind, _group(line.attributes) or self._devices, size] += times
         listed = [Collective(kind, count, group, size) for (kind, group, size), count in found.items()]
         return sorted(listed, key=lambda c: -c.count * c.bytes)
 
     def traffic(self) -> int:
-        """Bytes read from and written to the device's main memory in a step: operands and results of what runs.
+        """Bytes read from and written to the main memory of the device in a step: operands and results of instructions.
 
-        Fusions read and write once; of arrays that are only sliced the slices count, of those updated in place the
-        updates. Arrays that XLA keeps in faster memory do not count.
+        A fusion reads its operands and writes its result once. If an array is only sliced, the slices count; if it is
+        updated in place, the updates count. Arrays that XLA keeps in faster memory do not count.
         """
         inside = {called for lines in self._computations.values() for line in lines if line.opcode == "fusion"
                   for called, _ in _calls(line)}  # fmt: skip
@@ -115,7 +115,7 @@ class Program:
         return total
 
     def _is_reducer(self, name: str) -> bool:
-        """Whether a computation is of scalars, applied to each element by what calls it."""
+        """Whether a computation works on scalars, such as the function that a reduction applies to each element."""
         return all(_elements(line.shape) <= 1 for line in self._computations[name])
 
     def _moved(self, computation: str, line: Instruction) -> int:
@@ -127,7 +127,7 @@ class Program:
             return 2 * _size(line.shape, main=True)
         if line.opcode == "dynamic-update-slice":
             return 2 * operands[1]
-        if line.opcode.endswith("-start"):  # what it gives repeats its operands
+        if line.opcode.endswith("-start"):  # the result includes the operands
             return 2 * sum(operands)
         result = _size(line.shape, main=True)
         if line.opcode == "fusion":
@@ -136,7 +136,7 @@ class Program:
         return sum(operands) + result
 
     def _fusion(self, fused: str, operands: list[int], result: int) -> tuple[list[int], int]:
-        """Bytes of a fusion's operands and result that it reads and writes."""
+        """Bytes that a fusion reads of each operand and writes of its result."""
         lines, shapes = self._computations[fused], self._shapes[fused]
         users = collections.defaultdict(list)
         for line in lines:
@@ -158,7 +158,7 @@ class Program:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of each computation, and the name of the one that starts."""
+    """The instructions of each computation by its name, and the name of the entry computation."""
     computations, entry, lines = {}, "", None
     for row in text.splitlines():
         if lines is None:
@@ -183,7 +183,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -193,7 +193,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _calls(line: Instruction) -> Iterator[tuple[str, int]]:
-    """Computations that an instruction runs, and how often."""
+    """Computations that an instruction calls, and how often."""
     found = re.findall(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)",
                        line.attributes)  # fmt: skip
     for branches in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line.attributes):
@@ -204,7 +204,7 @@ def _calls(line: Instruction) -> Iterator[tuple[str, int]]:
 
 
 def _arrays(shape: str) -> Iterable[tuple[str, list[int], bool]]:
-    """Element type, dimensions, and whether it lies in the main memory, of each array of a shape."""
+    """(element type, dimensions, whether it is in main memory) of each array of a shape."""
     for match in re.finditer(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
         dimensions = [int(size.lstrip("<=")) for size in match[2].split(",") if size]
         yield match[1], dimensions, not re.search(r"S\([1-9]", match[3] or "")
@@ -215,7 +215,7 @@ def _elements(shape: str) -> int:
 
 
 def _size(shape: str, *, main: bool = False) -> int:
-    """Bytes of a shape; with `main` only of what lies in the main memory."""
+    """Bytes of a shape; with `main`, only of the arrays in main memory."""
     total = 0
     for kind, dimensions, in_main in _arrays(shape):
         if main and not in_main:
@@ -227,7 +227,7 @@ def _size(shape: str, *, main: bool = False) -> int:
 
 
 def _group(attributes: str) -> int:
-    """Devices in each group of a collective, in one of the notations there are; 0 for all devices."""
+    """Devices in each group of a collective, from any of XLA's notations; 0 for all devices."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):

@@ -1,4 +1,4 @@
-"""What a training step takes of hardware that need not be there: compiled ahead of time for it, or estimated."""
+"""Memory and time of a training step on other hardware: compiled for TPUs and CPUs, estimated for GPUs."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from larp_jax.training.stages import TASKS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published numbers of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s of it and of the links to other chips."""
+    """Published limits of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s of memory and of links to other chips."""
 
     flops: float
     memory: float
@@ -29,7 +29,7 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture" (a v4 or v5p chip has two cores that
-# work as one device). H200: NVIDIA's data sheet of the H200 SXM, without sparsity, NVLink in one direction.
+# work as one device). H200: NVIDIA's data sheet of the H200 SXM, without sparsity; NVLink in one direction.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
@@ -38,34 +38,35 @@ CHIPS = {
     "H200": Chip(989e12, 141e9, 4.8e12, 450e9),
 }
 GPUS = ("H200",)
-# Not compiled for GPUs: the share of the published FLOP/s that transformers of this size are trained with there, taken
-# from others' reports and not measured here.
+# Share of the published FLOP/s that training of transformers of this size reaches on GPUs, for which nothing is
+# compiled; from reports of others, not measured here.
 ASSUMED_GPU_SHARE = 0.45
 
 
 def plan(
     recipe, *, topology: str | None = None, devices: int | None = None, gpus: str | None = None
 ) -> dict[str, Any]:
-    """Plans for one kind of hardware.
+    """Estimates memory and time of a training step on one kind of hardware.
 
     Args:
-      recipe: of a stage; its mesh must fill the hardware.
-      topology: TPUs as libtpu names them, v5e:16x16; the step is compiled for them.
-      devices: so many emulated CPUs; the step is compiled for them.
-      gpus: KIND:N, such as H200:8; estimated, nothing is compiled.
+      recipe: recipe of any stage; its mesh must use all of the hardware.
+      topology: TPU slice by its name in libtpu, such as v5e:16x16; the step is compiled for it.
+      devices: number of emulated CPU devices; the step is compiled for them.
+      gpus: KIND:N, such as H200:8; estimated without compiling.
 
     Returns:
-      By name, ready for JSON. Bytes are of one chip. `flops_step` are model FLOPs of a step in which the discriminator
-      takes its turn, over all chips, counted by `larp_jax.tools.flops`; `flops_compiler` are XLA's, of one chip, each
-      loop's body once. `traffic_gb` and `collectives` are read from the compiled program, all branches taken. `step_ms`
-      is predicted from the chip's published numbers: products or memory, whichever takes longer, and then the
-      collectives, none overlapped.
+      Results by name, ready for JSON. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
+      of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
+      `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
+      `traffic_gb` and `collectives` are read from the compiled program, with all branches counted. `step_ms` is
+      predicted from the published limits of the chip: the longer of compute and memory traffic, plus the collectives,
+      without overlap.
 
     Raises:
-      InputError: the hardware is not known, cannot be compiled for here, or the recipe does not fit it.
+      InputError: the hardware is unknown, the step cannot be compiled for it here, or the recipe does not fit it.
     """
     if recipe.stage not in TASKS:
-        raise InputError(f"stage {recipe.stage!r} cannot be planned by this version; choose {', '.join(TASKS)}")
+        raise InputError(f"this version cannot plan stage {recipe.stage!r}; choose from {', '.join(TASKS)}")
     stage = TASKS[recipe.stage].stage_class(recipe)
     if gpus is not None:
         kind, count = _parse_gpus(gpus)
@@ -137,7 +138,7 @@ def plan(
 
 
 def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
-    """The setting to change where a step does not fit: what costs least time first."""
+    """The setting to change if a step does not fit into memory: the one that costs least time first."""
     devices = mesh.size
     if state > chip.memory / 4 and mesh.shape["fsdp"] < devices:
         return f"--config.mesh.data=1 --config.mesh.fsdp={devices // mesh.shape['model']}"
@@ -152,14 +153,14 @@ def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
 
 
 def model_flops(recipe) -> dict[str, float]:
-    """FLOPs a row of the batch of a stage's step by part, from `larp_jax.tools.flops`."""
+    """FLOPs per clip or sequence of a step of any stage, by part, from `larp_jax.tools.flops`."""
     if recipe.stage == "generator":
         return flops.generator_train_step(recipe.model)
     return flops.train_step(recipe)
 
 
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a stage's step takes as its batch; a generator's holds codes."""
+    """Shapes, dtypes and shardings of the batch of a step: videos for a tokenizer, codes for a generator."""
     rows = recipe.data.batch_size
     if recipe.stage == "generator":
         shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
@@ -172,11 +173,12 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
 
 
 def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
-    """What the backward pass keeps on each device, estimated for fused attention.
+    """Bytes kept for the backward pass on each device, estimated for fused attention.
 
-    For each number of a token's width in a block: 30 bytes where it is computed in 16 bits (Korthikanti et al. 2022,
-    arXiv 2205.05198, without attention scores), and 8 of the float32 residual stream, which both norms read; 4 of the
-    stream where blocks are computed again. For LPIPS every feature map of VGG16.
+    Per block and per element of a token vector: 30 bytes if computed in 16 bits (Korthikanti et al. 2022, arXiv
+    2205.05198, without attention scores), and 8 bytes for the float32 residual stream, which both norms read. If blocks
+    are recomputed, 4 bytes of the stream are kept per block, and one block in full. LPIPS keeps every feature map of
+    VGG16.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
@@ -203,13 +205,13 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
 
 
 def _bytes(shapes, shardings) -> int:
-    """Of one device."""
+    """Bytes on one device."""
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return sum(x.dtype.itemsize * math.prod(s.shard_shape(x.shape)) for x, s in pairs)
 
 
 def _compile(stage, shapes, placement, batch, frozen, mesh) -> tuple[dict[str, Any], float, float]:
-    """What the compiler says of the step, bytes of its temporaries, and of all it lacks memory for (0: it does not)."""
+    """Compiles the step: (results for the plan, bytes of temporaries, bytes needed if memory is too small, else 0)."""
     whole = sharding.replicated(mesh)
 
     def placed(tree, shardings):
@@ -249,7 +251,7 @@ def _compile(stage, shapes, placement, batch, frozen, mesh) -> tuple[dict[str, A
 
 
 def _needed(message: str) -> float:
-    """Bytes that a compiler's complaint about memory says it needs; infinite where it does not say."""
+    """Bytes needed according to an out-of-memory error of the compiler; infinite if the message gives no number."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|[Uu]sed ([\d.]+)([KMGT])", message)
     if not found:
@@ -279,21 +281,21 @@ def _chip(topology: str) -> Chip:
 def _topology_devices(topology: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("--topology needs libtpu, which compiles for TPUs on any machine; pip install -e '.[tpu]'")
-    # there is no TPU here: none should be looked for, nor its absence reported, nor be locked against other programs
+    # no TPU is used: libtpu must not look for one, report that none exists, or lock it against other programs
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies
 
-    with contextlib.suppress(RuntimeError):  # where JAX runs already
+    with contextlib.suppress(RuntimeError):  # JAX is already initialized
         jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"--topology {topology}: libtpu knows no such slice ({reason(error)})") from error
+        raise InputError(f"--topology {topology}: libtpu does not support this slice ({reason(error)})") from error
 
 
 def _emulated(count: int) -> list:
-    with contextlib.suppress(RuntimeError):  # where JAX runs already
+    with contextlib.suppress(RuntimeError):  # JAX is already initialized
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
@@ -303,7 +305,7 @@ def _emulated(count: int) -> list:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """A plan as aligned lines of name and value, the collectives of one size in a line of their own."""
+    """A plan as aligned lines of name and value, with one line for the collectives of each kind and size."""
     rows = []
     for name, value in result.items():
         if name == "memory_mb":

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: no network, no other file."""
+"""Shows a run on one self-contained HTML page: no network and no other files needed."""
 
 import base64
 import datetime
@@ -24,13 +24,13 @@ from larp_jax.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What values provoke that are not what we write.
+# Errors from reading values that larp_jax did not write.
 _ODD = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
-MOST_VIDEOS = 12  # steps whose pictures a page carries
+MOST_VIDEOS = 12  # maximum number of steps whose videos are on the page
 CELLS = {"reconstruction": "original left, reconstruction right", "samples": "samples"}
 
-# (title, unit, {training scalar: label}), in the order of the page. Metrics add their scalars, or panels at the end.
-# Scalars that no panel names get one each.
+# (title, unit, {training scalar: label}), in the order of the page. Metrics add their scalars to these panels, or add
+# panels at the end. Each scalar without a panel gets its own.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "", {"train/loss": ""}),
     ("Reconstruction loss", "", {"train/loss_reconstruction": "pixels", "train/loss_perceptual": "perceptual"}),
@@ -51,7 +51,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         },
     ),
     ("Entropy of the codes at a position", "nats", {}),
-    ("Temperature of the draw of codes", "", {"train/temperature": ""}),
+    ("Sampling temperature of the quantizer", "", {"train/temperature": ""}),
     ("Prior: cross-entropy", "nats", {"train/loss_prior": "training"}),
     ("Prior: accuracy", "share", {"train/prior_top1": "top 1", "train/prior_top5": "top 5"}),
     ("Accuracy of the next code", "share", {"train/top1": "top 1", "train/top5": "top 5"}),
@@ -64,42 +64,42 @@ FORMATS = {name: f"{{:{spec}}}" for name, spec in {"psnr": ".2f", "ssim": ".3f",
 
 
 def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> pathlib.Path:
-    """Writes the page: what the workdir holds of configuration, metrics, pictures, checkpoints and evaluations.
+    """Writes the page of a run: curves, videos, codebook usage, evaluations, analyses and settings.
 
-    Evaluations (`larp-jax evaluate --output`) and analyses (`larp-jax analyze`) are found in the workdir and the
-    folders in it. What is missing is said so in its place.
+    Evaluations (`larp-jax evaluate --output`) and analyses (`larp-jax analyze`) are searched for in the workdir and the
+    folders in it. Sections without data show why they are empty.
 
     Args:
-      workdir: of a run of any stage, finished or not; nothing in it is changed but the page.
+      workdir: folder of a run of any stage, finished or not; only the page is written there.
       output: file to write; `report.html` in the workdir by default.
 
     Returns:
-      The file.
+      The path of the page.
 
     Raises:
-      InputError: there is no run, or the page cannot be written.
+      InputError: the workdir contains no run, or the page cannot be written.
     """
     workdir = files.local_path(workdir, "--workdir")
     output = workdir / "report.html" if output is None else output
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
     if config is None and not rows:
-        raise InputError(f"{workdir} holds no run (neither config.json nor metrics.jsonl); give the --workdir of one")
+        raise InputError(f"{workdir} contains no run (neither config.json nor metrics.jsonl); give a --workdir of one")
     output = files.check_output(output, ours=_is_report)
     notes: list[str] = []
     template = charts.environment().get_template("report.html")
     page = template.render(
         name=workdir.absolute().name,
         version=__version__,
-        made=_time(datetime.datetime.now().timestamp()),
+        created=_time(datetime.datetime.now().timestamp()),
         **_run(config, rows),
         panels=_panels(config, rows),
-        pictures=_pictures(workdir, notes),
+        videos=_videos(workdir, notes),
         codebook=_codebook(workdir, notes),
         **_results(workdir, notes),
         settings=_settings(config),
         notes=notes,
     )
-    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be no text
+    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may not be valid UTF-8
     files.make_folder(output.parent)
     try:
         files.write_bytes(output, page.encode())
@@ -114,7 +114,7 @@ def _is_report(path: pathlib.Path) -> bool:
 
 
 def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
-    """What stands at the top."""
+    """Stage, state and main numbers of the run, for the top of the page."""
     steps = (config or {}).get("steps")
     done = rows[-1]["step"] if rows else 0
     times = [row["wall_time"] for row in rows if is_number(row.get("wall_time"))]
@@ -134,7 +134,7 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
             facts.append((label, FORMATS.get(name.partition("/")[2], "{:.4g}").format(latest[name])))
     speed = [y for _, y in _throughput(config, rows) if y is not None]
     if speed:
-        facts.append(("clips a second, median", f"{float(np.median(speed)):.3g}"))
+        facts.append(("clips per second (median)", f"{float(np.median(speed)):.3g}"))
     return {
         "stage": (config or {}).get("stage", "run"),
         "finished": is_number(steps) and done >= steps,
@@ -161,7 +161,7 @@ def _panels(config: Mapping | None, rows: list[dict]) -> list[Chart]:
 
 
 def _scalars_of_panels() -> dict[str, tuple[str, dict[str, str]]]:
-    """Unit and {scalar: label} of each panel, by its title."""
+    """(unit, {scalar: label}) of each panel, by title."""
     found = {title: (unit, dict(names)) for title, unit, names in PANELS}
     for metric in every_metric():
         for title, unit, labels in metric.panels:
@@ -176,7 +176,7 @@ def _series(rows: list[dict], name: str, label: str) -> Series:
 
 
 def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, float | None]]:
-    """Clips a second between logged steps; evaluations and saves count as time. A pause between two runs is a gap."""
+    """Clips per second between logged steps, with evaluations, saves and pauses; None if the clock went backward."""
     size = dict(_flat(config or {})).get("data.batch_size")
     timed = [row for row in rows if is_number(row.get("wall_time")) and "train/loss" in row]
     if not is_number(size) or len(timed) < 2:
@@ -189,8 +189,8 @@ def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, flo
     return points
 
 
-def _pictures(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Videos of `media/` by kind, of some steps from the first to the last, as data URIs."""
+def _videos(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Videos in `media/` by kind, at up to `MOST_VIDEOS` steps from first to last, as data URIs."""
     found = []
     for kind, caption in CELLS.items():
         paths = sorted(path for path in (workdir / "media").glob(f"*_{kind}.mp4") if path.is_file())
@@ -213,12 +213,12 @@ def _step(path: pathlib.Path) -> int:
 
 
 def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
-    """How often the newest checkpoint's last evaluation used each code."""
+    """How often each code was used in the last evaluation before the newest checkpoint; None if unknown."""
     try:
         metadata = checkpoint.read_metadata(workdir) or {}
         counts = np.asarray(metadata.get("code_counts") or [], np.int64)
         if counts.ndim != 1 or (counts < 0).any():
-            raise InputError("the code_counts of the newest checkpoint are no counts")
+            raise InputError("the code_counts of the newest checkpoint are not counts")
     except _ODD as error:
         notes.append(reason(error))
         return None
@@ -227,7 +227,7 @@ def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
     ranked = np.sort(counts)[::-1]
     points = [(rank + 1, float(count / counts.sum())) for rank, count in enumerate(ranked) if count]
     level = 1 / len(counts)
-    series = [Series("codes by rank", points), Series("all alike", [(1, level), (len(counts), level)])]
+    series = [Series("codes by rank", points), Series("uniform", [(1, level), (len(counts), level)])]
     return {
         "step": metadata.get("step"),
         "facts": [
@@ -242,7 +242,7 @@ def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
-    """Evaluations and analyses in the workdir."""
+    """Evaluations and analyses in the workdir and its folders."""
     evaluations, analyses = [], []
     for path in sorted([*workdir.glob("*.json"), *workdir.glob("*/*.json")]):
         name = path.relative_to(workdir).as_posix()
@@ -259,7 +259,8 @@ def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
             elif isinstance(held.get("metrics"), dict):
                 evaluations.append(_evaluation(name, held))
         except _ODD as error:
-            notes.append(f"{name} is not as larp-jax writes it ({type(error).__name__}: {reason(error)})")
+            kind = type(error).__name__
+            notes.append(f"{name} does not have the format that larp-jax writes ({kind}: {reason(error)})")
     return {"evaluations": evaluations, "analyses": analyses}
 
 
@@ -271,11 +272,11 @@ def _evaluation(name: str, held: Mapping) -> dict[str, Any]:
     if entropy:
         series = [Series("", list(enumerate(entropy)), dots=True)]
         chart = Chart("entropy", "Entropy of the codes by position", series, x_label="position", y_label="nats")
-        charts.geometry(chart)  # whatever it holds is found out here
+        charts.geometry(chart)  # raises here, not in the template, if values are invalid
     return {
         "name": name,
         "metrics": [(metric, value, definitions.get(metric, "")) for metric, value in held["metrics"].items()],
-        "protocol": _flat({"clips are": definitions.get("clips"), **protocol}),
+        "protocol": _flat({"choice of clips": definitions.get("clips"), **protocol}),
         "chart": chart,
     }
 
@@ -301,7 +302,7 @@ def _analysis(path: pathlib.Path, name: str, held: Mapping) -> dict[str, Any]:
 
 
 def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
-    """(name, value, that of the published recipe where it is another) of every setting."""
+    """(name, value, different value in the published recipe or None) of every setting."""
     if config is None:
         return []
     stage = str(config.get("stage", "tokenizer"))
@@ -313,7 +314,7 @@ def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
 
 
 def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted name, value); nothing where there is no value."""
+    """Nested mappings as a list of (dotted name, value), without None values."""
     pairs: Iterable[tuple[str, Any]] = ((f"{prefix}{key}", value) for key, value in values.items())
     return [
         pair
@@ -330,5 +331,5 @@ def _data_uri(kind: str, content: bytes) -> str:
 def _time(seconds: float) -> str:
     try:
         return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    except (OverflowError, ValueError, OSError):  # no time that there is
+    except (OverflowError, ValueError, OSError):  # not a valid time
         return str(seconds)

@@ -1,5 +1,5 @@
 "use strict";
-// values under the pointer
+// tooltips with the values at the pointer
 const number = value => Number(value.toPrecision(4)).toLocaleString("en", {maximumFractionDigits: 9});
 for (const svg of document.querySelectorAll(".chart")) {
   const {x: [low, high, left, right], label, series} = JSON.parse(svg.dataset.chart);
@@ -14,8 +14,8 @@ for (const svg of document.querySelectorAll(".chart")) {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
     const at = low + ((event.clientX - box.left) * scale - left) / (right - left) * (high - low);
     const found = shown.map(([name, points], i) => [name, nearest(points, at), i]);
-    const x = nearest(found.map(([, p]) => p), at)[0], drawn = left + (x - low) / (high - low) * (right - left);
-    cursor.setAttribute("d", `M${drawn},8V${svg.viewBox.baseVal.height - 32}`);
+    const x = nearest(found.map(([, p]) => p), at)[0], pixel = left + (x - low) / (high - low) * (right - left);
+    cursor.setAttribute("d", `M${pixel},8V${svg.viewBox.baseVal.height - 32}`);
     svg.append(cursor);
     tip.replaceChildren(`${label} ${number(x)}`, ...found.map(([name, p]) => {
       const line = document.createElement("span");
@@ -23,14 +23,14 @@ for (const svg of document.querySelectorAll(".chart")) {
       return line;
     }));
     svg.parentNode.append(tip);
-    const place = drawn / scale;
+    const place = pixel / scale;
     tip.style.left = place < box.width / 2 ? `${place + 10}px` : "auto";
     tip.style.right = place < box.width / 2 ? "auto" : `${box.width - place + 10}px`;
   });
   svg.addEventListener("pointerleave", () => { cursor.remove(); tip.remove(); });
 }
 
-// a grid of clips in one video, laid out anew to fit the page: one video plays, canvases show its parts
+// a video is a grid of clips; canvases show its parts, laid out to fit the page
 for (const player of document.querySelectorAll(".player")) {
   const videos = [...player.querySelectorAll("video")], cells = player.querySelector(".cells");
   const button = player.querySelector("button"), slider = player.querySelector("input"), output = player.querySelector("output");
@@ -40,7 +40,7 @@ for (const player of document.querySelectorAll(".player")) {
   const draw = () => {
     const {videoWidth: w, videoHeight: h} = current;
     if (w && current.readyState > 1) {
-      // reconstructions are pairs of squares below each other, samples eight columns
+      // reconstructions are pairs of squares, one pair per row; samples are eight columns
       const pairs = player.dataset.kind === "reconstruction";
       const width = pairs ? w : Math.floor(w / 8), height = pairs ? Math.floor(w / 2) : h;
       const count = pairs ? Math.max(1, Math.floor(h / height)) : 8;
