@@ -302,7 +302,7 @@ def test_a_checkpoint_without_a_prior_and_one_of_nans(trained, tmp_path, capsys)
         write_imported(tmp_path / name, to_dict(found.recipe), params)
     evaluate = ["evaluate", "--data=moving_shapes:test", "--max-clips=8", "--checkpoint"]
     message = _fails_last([*evaluate, str(tmp_path / "plain"), "--metrics=prior"], capsys)
-    assert "prior does not fit this checkpoint" in message
+    assert "prior does not apply to this checkpoint" in message
     message = _fails_last([*evaluate, str(tmp_path / "broken"), "--metrics=psnr"], capsys)
     assert "psnr: no finite number" in message
 

@@ -106,7 +106,7 @@ def test_items_that_are_gone(workdir):
     sums = json.loads((newest / checkpoint.CHECKSUMS).read_text())
     kept = {name: digest for name, digest in sums.items() if not name.startswith("ema/")}
     (newest / checkpoint.CHECKSUMS).write_text(json.dumps(kept))
-    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json lists nothing of ema\)"):
+    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json lists no files of ema\)"):
         checkpoint.load(workdir)
 
 
@@ -128,9 +128,9 @@ def test_checksums_that_are_gone(workdir, caplog):
         checkpoint.load(workdir)
     with pytest.raises(InputError, match="checksums.json is missing"):
         checkpoint.read_metadata(workdir)
-    assert checkpoint.damage(newest) == "checksums.json is missing"
+    assert checkpoint.find_damage(newest) == "checksums.json is missing"
     (newest / checkpoint.CHECKSUMS).write_text("{}")
-    assert "checksums.json lists nothing of" in checkpoint.damage(newest)
+    assert "checksums.json lists no files of" in checkpoint.find_damage(newest)
 
 
 def test_earlier_versions(workdir, caplog):
@@ -141,7 +141,7 @@ def test_earlier_versions(workdir, caplog):
     (directory / checkpoint.CHECKSUMS).unlink()
     assert checkpoint.load(directory).step == 4
     (record,) = caplog.records
-    assert "4 is of a version without checksums: damage would not be noticed" in record.getMessage()
+    assert "4 was written without checksums: damage would not be noticed" in record.getMessage()
     directory = workdir / "checkpoints" / "6"
     change_metadata(directory, lambda values: values.pop("items"))
     shutil.rmtree(directory / "ema")
@@ -202,12 +202,12 @@ def sizes(path, value):
         ("model.frames", 4 * 10**9, "make .* positions, above the limit"),
         ("model.resolution", 8 * 10**8, "make .* positions, above the limit"),
         ("model.num_tokens", 10**9, "make .* positions, above the limit"),
-        ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings ask for 16777216"),
-        ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings ask for"),
-        ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings ask for"),
+        ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings require 16777216"),
+        ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings require"),
+        ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings require"),
         ("model.channels", 10**9, "model.channels"),
         ("model.quantizer.codebook_size", 10**9, "quantizer/embedding has 128 values"),
-        ("prior.width", 10**9, "prior/.* its settings ask for"),
+        ("prior.width", 10**9, "prior/.* its settings require"),
     ],
 )
 def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
@@ -225,7 +225,7 @@ def test_sizes_are_held_to_arrays_of_every_kind():
         recipe = parse_recipe(config)
         shapes = jax.eval_shape(TokenizerStage(recipe).init, jax.random.key(0)).params
         checkpoint._check_sizes(recipe, shapes)
-        with pytest.raises(ValueError, match="settings ask for"):
+        with pytest.raises(ValueError, match="settings require"):
             encoder = shapes["tokenizer"]["encoder"]
             larger = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), encoder)
             checkpoint._check_sizes(recipe, {"tokenizer": {"encoder": larger}})

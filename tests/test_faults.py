@@ -88,8 +88,9 @@ def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsy
     os.truncate(largest_file(checkpoints / "4" / "optimizer"), 100)
     assert train(workdir) == 0
     said = capsys.readouterr().err
-    assert "warning: checkpoint 6 is damaged (params/" in said and "is not what was written), continuing from 2" in said
-    assert "warning: checkpoint 4 is damaged (" in said and "continuing from 2; it is now 4.damaged" in said
+    assert "warning: checkpoint 6 is damaged (params/" in said
+    assert "differs from its checksum) and renamed to 6.damaged; continuing from 2" in said
+    assert "warning: checkpoint 4 is damaged (" in said and " and renamed to 4.damaged; continuing from 2" in said
     assert steps(workdir) == [2, 4, 6] and {path.name for path in checkpoints.glob("*.damaged")} == {
         "4.damaged", "6.damaged"
     }  # fmt: skip
@@ -102,7 +103,7 @@ def test_without_any_sound_checkpoint_nothing_is_touched(trained, tmp_path, caps
     for step in steps(workdir):
         flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "optimizer"))
     message = fails(2, capsys, workdir)
-    assert "can be read (the newest, 6: optimizer/" in message and "is not what was written" in message
+    assert "can be read (the newest, 6: optimizer/" in message and "differs from its checksum" in message
     assert steps(workdir) == [2, 4, 6] and rows(workdir) == rows(trained)
 
 
@@ -131,9 +132,9 @@ def test_a_full_disk(trained, tmp_path, capsys):
     assert code == 1
     assert sum(line.startswith("warning: checkpoint 4 cannot be written in ") for line in lines) == 1
     assert lines[-1].startswith("larp-jax: error: checkpoint 6 cannot be written in ") and "File too large" in lines[-1]
-    assert lines[-1].endswith("the newest is 2. Make room, and the same command continues")
+    assert lines[-1].endswith("the newest is 2. Free some space, and the same command continues")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
-    assert not checkpoint.damage(workdir / "checkpoints" / "2")
+    assert not checkpoint.find_damage(workdir / "checkpoints" / "2")
     assert train(workdir) == 0
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
@@ -212,4 +213,4 @@ def test_chaos_sees_differences(trained, tmp_path):
     flip_a_bit(largest_file(workdir / "checkpoints" / "6" / "optimizer"))
     found = chaos.differences(trained, workdir)
     assert found[0] == "files: {'left_over.tmp'}" and found[1] == "step 4: train/loss"
-    assert "is not what was written" in found[2]
+    assert "differs from its checksum" in found[2]

@@ -240,7 +240,7 @@ def test_of_many_classes_the_nearest_is_named(trained, tmp_path):
 def test_names_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match="4 names of classes do not fit the generator, which has 3"):
         load_generator(write_generator(tmp_path / "names", {"class_names": list("abcd")}))
-    with pytest.raises(InputError, match="its class_names are no names"):
+    with pytest.raises(InputError, match="its class_names are not strings"):
         load_generator(write_generator(tmp_path / "numbers", {"class_names": [1, 2]}))
 
 
@@ -269,13 +269,13 @@ def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path)
         scores.append(evaluate(generator, trained, real, tmp_path / f"{name}.json", "--metrics=cross_entropy"))
         loaded = load_generator(generator)
         assert (
-            generated.classes_beside(loaded, clips_of(real)).tolist()
+            generated.classes_for(loaded, clips_of(real)).tolist()
             == ([2, 2, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1])[name == "numbers"]
         )
     assert scores[0]["metrics"]["cross_entropy"] != scores[1]["metrics"]["cross_entropy"]
     few = load_generator(write_generator(tmp_path / "few", {"class_names": ["walk", "fly"]}))
     with pytest.raises(InputError, match="a clip has the class 'run', the generator has not"):
-        generated.classes_beside(few, clips_of(real))
+        generated.classes_for(few, clips_of(real))
 
 
 def test_shares():
@@ -442,7 +442,7 @@ def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, 
     def videos(host, hosts):
         monkeypatch.setattr(jax, "process_index", lambda: host)
         monkeypatch.setattr(jax, "process_count", lambda: hosts)
-        return list(generated.videos_beside(sampler, clips_of(real)))
+        return list(generated.videos_for(sampler, clips_of(real)))
 
     whole = videos(0, 1)
     first, second = videos(0, 2), videos(1, 2)
@@ -453,12 +453,12 @@ def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, 
 
 def test_classes_of_the_clips(trained, real, tmp_path):
     unknown = load_generator(write_generator(tmp_path / "unknown", {}))
-    assert generated.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert generated.classes_for(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
     few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
     with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
-        generated.classes_beside(few, clips_of(real))
+        generated.classes_for(few, clips_of(real))
     none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
-    assert generated.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
+    assert generated.classes_for(none, clips_of(real)).tolist() == [-1] * 6
 
 
 def test_evaluations_that_are_refused(by_class, predictor, trained, real, reference_dir, tmp_path, capsys):
@@ -478,7 +478,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert "T at least 9; got [1, 8, 32, 32, 3]" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")
     assert "--samples is for --metrics fvd" in refused(by_class, "--samples=y")
     assert "--cfg-scale must be 1" in refused(predictor, "--cfg-scale=2")
-    assert "larp_ucf101 is for no generator" in refused(by_class, "--protocol=larp_ucf101")
+    assert "larp_ucf101 does not apply to a generator" in refused(by_class, "--protocol=larp_ucf101")
     assert "given 5 frames, this one is given classes" in refused(by_class, "--protocol=larp_k600_prediction")
     assert "given classes, this one is given 5 frames" in refused(predictor, "--protocol=larp_ucf101_generation")
     assert "clips of 16x128x128" in refused(by_class, "--protocol=larp_ucf101_generation")
@@ -489,7 +489,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert cli.main([*of_tokenizer, "--metrics=fvd"]) == 2
     assert "fvd is for a generator, this is a tokenizer; choose from psnr" in capsys.readouterr().err
     assert cli.main([*of_tokenizer, "--protocol=larp_k600_prediction"]) == 2
-    assert "larp_k600_prediction is for no tokenizer" in capsys.readouterr().err
+    assert "larp_k600_prediction does not apply to a tokenizer" in capsys.readouterr().err
 
 
 def test_benchmark(tmp_path, capsys):

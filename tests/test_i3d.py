@@ -94,7 +94,7 @@ def test_pytorch_files(tmp_path, tensors):
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     assert "read safely" in refusal(tmp_path / "half.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "holds a list" in refusal(tmp_path / "list.pt")
+    assert "contains a list" in refusal(tmp_path / "list.pt")
 
 
 def test_torchscript_is_not_run(tmp_path):

@@ -413,7 +413,7 @@ def test_what_is_no_model_at_all(tmp_path, copy, monkeypatch):
     assert "neither a LARP tokenizer" in refusal(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert "huggingface_hub" in refusal("someone/something")
-    assert "moving average" in refusal(copy.take().path, ema=True)
+    assert "no EMA" in refusal(copy.take().path, ema=True)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "", "\xff\xfe", '{"a": NaN}', "[" * 10**5, '{"encoder_depth": 1e999}'])

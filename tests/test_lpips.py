@@ -113,10 +113,10 @@ def test_public_files_must_fit(tmp_path, sources):
     vgg, heads = sources
     assert "missing lin0.model.1.weight" in refusal(import_lpips, vgg, vgg)
     assert "features.0.weight" in refusal(import_lpips, heads, heads)
-    assert "is no file" in refusal(import_lpips, vgg, tmp_path / "absent.pth")
+    assert "is not a file" in refusal(import_lpips, vgg, tmp_path / "absent.pth")
     truncated = tmp_path / "vgg16.safetensors"
     truncated.write_bytes(vgg.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(import_lpips, truncated, heads)
+    assert "not a valid safetensors file" in refusal(import_lpips, truncated, heads)
     names = load_file(heads)
     save_file(names | {"lin4.model.1.weight": np.zeros((1, 64, 1, 1), np.float32)}, tmp_path / "heads.safetensors")
     message = refusal(import_lpips, vgg, tmp_path / "heads.safetensors")
@@ -138,10 +138,10 @@ def test_the_command_writes_nothing_when_it_fails(tmp_path, sources, capsys):
 def test_files_of_ours_are_checked(tmp_path, weights, sources):
     path = tmp_path / "lpips.safetensors"
     assert "larp-jax import --kind lpips" in refusal(networks.load_lpips, path)
-    assert "holds weights of lpips" in refusal(networks.load_i3d, weights)
-    assert "no file of ours" in refusal(networks.load_lpips, sources[0])
+    assert "contains weights of lpips" in refusal(networks.load_i3d, weights)
+    assert "contains no weights of lpips" in refusal(networks.load_lpips, sources[0])
     path.write_bytes(weights.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(networks.load_lpips, path)
+    assert "not a valid safetensors file" in refusal(networks.load_lpips, path)
     tensors = load_file(weights)
     del tensors["head3"]
     save_file(tensors, path, {"larp_jax": "lpips"})

@@ -182,7 +182,7 @@ def test_damage_is_told(workdir, tmp_path):
     del broken["kept"]
     (damaged / "analysis" / "analysis.json").write_text(json.dumps(broken))
     page = page_of(damaged)
-    assert "checkpoints/6 is damaged (metadata/metadata is not what was written)" in page.texts["notes"]
+    assert "checkpoints/6 is damaged (metadata/metadata differs from its checksum)" in page.texts["notes"]
     assert "analysis/analysis.json is not as larp-jax writes it" in page.texts["notes"]
 
 
@@ -190,7 +190,7 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run .neither config.json nor metrics.jsonl"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InputError, match="is no recipe .it holds a list"):
+    with pytest.raises(InputError, match="is not a recipe .it contains a list"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be written"):
@@ -247,5 +247,5 @@ def test_odd_results(workdir, tmp_path):
         assert text in notes
     assert "too big" in notes or "too large" in notes  # the counts
     (odd / "config.json").write_text('{"a": ' * 200 + "1" + "}" * 200)
-    with pytest.raises(InputError, match="is no recipe .it is nested too deeply"):
+    with pytest.raises(InputError, match="is not a recipe .it is nested too deeply"):
         report(odd)

@@ -180,7 +180,8 @@ def test_downloads_are_held_to_their_hashes(tmp_path, monkeypatch, reference_dir
     hub = types.SimpleNamespace(snapshot_download=lambda repository, allow_patterns: str(snapshot))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     if damaged:
-        with pytest.raises(InputError, match=rf"{damaged} is not what its server has .* fetch it again"):
+        message = rf"{damaged} is corrupted \(its hash differs from the server's\); .* download it again"
+        with pytest.raises(InputError, match=message):
             importing.import_huggingface("someone/something")
     else:
         assert importing.import_huggingface("someone/something")[0] == "tokenizer"
