@@ -1,4 +1,4 @@
-"""Evaluation from Python is that of the command, and a metric is one class and one entry of the registry."""
+"""Evaluation from Python equals that of the command; a new metric needs one class and one registry entry."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What goes wrong outside of the program: each gives one clear line, the right exit code, and loses nothing done."""
+"""Faults outside the program: each gives a one-line message and the right exit code, and loses no finished work."""
 
 import errno
 import json
@@ -77,7 +77,7 @@ def test_a_workdir_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsys):
+def test_training_resumes_before_damaged_checkpoints(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     checkpoints = workdir / "checkpoints"
     flip_a_bit(largest_file(checkpoints / "6" / "params"))
@@ -98,7 +98,7 @@ def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsy
     assert_same_weights(workdir, trained)
 
 
-def test_without_any_sound_checkpoint_nothing_is_touched(trained, tmp_path, capsys):
+def test_without_a_valid_checkpoint_nothing_is_changed(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     for step in steps(workdir):
         flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "optimizer"))
@@ -151,11 +151,11 @@ def videos(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_reader_that_hangs_is_given_up(videos, caplog, monkeypatch, workers):
+def test_a_reader_that_hangs_is_abandoned(videos, caplog, monkeypatch, workers):
     monkeypatch.setenv(limits.VARIABLE, "0.5")
     batches = train_batches(f"folder:{videos}", ClipSpec(8, 32), batch_size=3, seed=0, workers=workers)
     (videos / "1.mp4").unlink()
-    os.mkfifo(videos / "1.mp4")  # opening it waits for a writer that never comes
+    os.mkfifo(videos / "1.mp4")  # opening it waits forever for a writer
     with batches:
         for _ in range(6):  # two epochs
             assert next(batches)["video"].shape == (3, 8, 32, 32, 3)
@@ -177,7 +177,7 @@ def test_the_time_limit_of_each_way_to_read(videos, monkeypatch):
     ):
         with pytest.raises(InputError, match=r"0\.mp4: reading took longer than 0\.2 seconds"):
             read()
-    monkeypatch.setattr(video, "within_limit", None)  # not touched again
+    monkeypatch.setattr(video, "within_limit", None)  # the video is not read again
     with pytest.raises(InputError, match="took longer"):
         file.read(0, 8, 32)
     monkeypatch.setenv(limits.VARIABLE, "soon")

@@ -1,4 +1,4 @@
-"""LPIPS computes what the reference computes; its file is ours, found where we say and checked."""
+"""LPIPS agrees with the reference; its weights file is found and checked as documented."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def sources(tmp_path_factory, reference_dir):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, sources):
-    """The file that the command writes."""
+    """The file that larp-jax import writes."""
     path = tmp_path_factory.mktemp("ours") / "lpips.safetensors"
     vgg, heads = map(str, sources)
     assert main(["import", "--kind", "lpips", "--source", vgg, "--heads", heads, "--output", str(path)]) == 0
@@ -66,7 +66,7 @@ def test_equal_frames_have_no_distance_and_a_finite_gradient(lpips, frames):
     assert distance < 1e-9 and jnp.isfinite(gradient).all()
 
 
-def test_features_that_are_all_zero_have_a_zero_gradient(lpips, frames):
+def test_zero_features_have_a_zero_gradient(lpips, frames):
     dead = jax.tree.map(jnp.zeros_like, lpips)
     distance, gradient = distance_and_gradient(dead, *frames)
     assert distance == 0.0
@@ -135,7 +135,7 @@ def test_the_command_writes_nothing_when_it_fails(tmp_path, sources, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_ours_are_checked(tmp_path, weights, sources):
+def test_weights_files_are_checked(tmp_path, weights, sources):
     path = tmp_path / "lpips.safetensors"
     assert "larp-jax import --kind lpips" in refusal(networks.load_lpips, path)
     assert "contains weights of lpips" in refusal(networks.load_i3d, weights)
@@ -156,7 +156,7 @@ def test_outputs_that_cannot_be_written(tmp_path, weights):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_where_files_are_looked_for(tmp_path, monkeypatch, weights):
+def test_locations_of_the_weights_file(tmp_path, monkeypatch, weights):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LARP_LPIPS", raising=False)
     monkeypatch.delenv("LARP_I3D", raising=False)

@@ -1,4 +1,4 @@
-"""Protocols choose the clips that they say, and refuse data that they are not of."""
+"""Protocols choose the documented clips and refuse other data."""
 
 import random
 import shutil
@@ -52,12 +52,12 @@ def test_the_data_set_is_opened_once(folder, monkeypatch):
 
 
 def test_windows_are_sampled_as_by_python(folder):
-    drawn = clips(folder, Protocol(count=5, seed=42), name="some")
+    sampled = clips(folder, Protocol(count=5, seed=42), name="some")
     full = [window for window in WINDOWS if window[0] != 1]  # video 1 is shorter than a clip
-    assert drawn.windows == [full[i] for i in random.Random(42).sample(range(len(full)), 5)]
-    with drawn.batches(5) as batches:
+    assert sampled.windows == [full[i] for i in random.Random(42).sample(range(len(full)), 5)]
+    with sampled.batches(5) as batches:
         batch = next(batches)
-    assert list(zip(batch["index"], batch["start"], strict=True)) == drawn.windows
+    assert list(zip(batch["index"], batch["start"], strict=True)) == sampled.windows
     assert "samples 10 windows" in refusal(folder, Protocol(count=10), name="some")
 
 
@@ -89,7 +89,7 @@ def test_another_number_of_videos_is_warned_of(folder, caplog):
     assert chosen.describe()["videos_of_the_protocol"] == 9537
 
 
-def test_what_was_trained_on_is_held_out(folder, tmp_path):
+def test_held_out_leaves_out_training_videos(folder, tmp_path):
     held_out = RECONSTRUCTION["held_out"]
     shutil.copy(folder / "2.mp4", tmp_path / "renamed.mp4")
     write_video(tmp_path / "other.mp4", moving_frames(9, 16, 24, seed=9), 8.0)
