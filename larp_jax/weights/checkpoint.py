@@ -257,10 +257,13 @@ def _write_digests(directory: pathlib.Path) -> None:
 
 
 def find_damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
-    """Compares items of a checkpoint (by default all) with their checksums; describes the first damage, or is empty.
+    """Compares items of a checkpoint (by default all) with their checksums.
 
     All items that the metadata lists must have checksums. Checkpoints of earlier versions list no items; the earliest
     have no checksums and are not checked, with a warning.
+
+    Returns:
+      A description of the first damage found; empty if there is none.
     """
     try:
         expected = _checksums(directory)

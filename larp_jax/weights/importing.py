@@ -67,7 +67,7 @@ def import_huggingface(
         tensors = read_safetensors(path / WEIGHTS, UNREAD)
         prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
-            raise InputError(f'{path / PRIOR_SIZES} must hold {{"prior": {{...}}}}')
+            raise InputError(f'{path / PRIOR_SIZES} must contain {{"prior": {{...}}}}')
 
     values, tensors = _fold_constants(values, tensors, where)
     shapes = {name: x.shape for name, x in tensors.items()}
@@ -126,7 +126,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({one_line(error)}); download it again") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold an object of settings, not a {type(values).__name__}")
+        raise InputError(f"{path} must contain an object of settings, not a {type(values).__name__}")
     return values
 
 
