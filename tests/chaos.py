@@ -131,7 +131,7 @@ class Training:
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """Differences between two workdirs, except for times."""
-    from larp_jax.weights.checkpoint import damage
+    from larp_jax.weights.checkpoint import find_damage
 
     found = []
     names = [sorted(_files(workdir)) for workdir in (one, other)]
@@ -144,7 +144,7 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
         found += [f"step {row['step']}: {k}" for k in sorted(row.keys() | again.keys()) if row.get(k) != again.get(k)]
     for step in sorted(path.name for path in (one / "checkpoints").iterdir()):
         paths = [workdir / "checkpoints" / step for workdir in (one, other)]
-        found += [f"{path}: {reason}" for path in paths if (reason := damage(path))]
+        found += [f"{path}: {reason}" for path in paths if (reason := find_damage(path))]
         if all(path.is_dir() for path in paths):
             for item in ("params", "ema", "optimizer"):
                 found += _unequal(*(read(path / item) for path in paths), f"{step}/{item}")

@@ -1,13 +1,13 @@
-"""What every test shares: eight emulated CPU devices, a compilation cache, and where reference data lies."""
+"""Fixtures and settings of all tests: eight emulated CPU devices, a compilation cache, folders of reference data."""
 
 import os
 import pathlib
 
-# Set before jax is imported, so that the command lines that tests start compile nothing twice either.
+# Set before jax is imported, so that the processes that tests start use the cache too.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Programs here are compiled more often than run: less time to compile, for slower programs.
+# Tests compile more programs than they run, so fast compilation matters more than fast programs.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
@@ -19,7 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture(scope="session")
 def reference_dir() -> pathlib.Path:
-    """Numbers computed by the authors' implementation, one folder a subject."""
+    """Numbers computed by the released code, one folder per subject."""
     return pathlib.Path(__file__).parent / "reference"
 
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(trained):
-    """The tokenizer of that run."""
+    """The tokenizer of the run `trained`."""
     from larp_jax import load_tokenizer
 
     return load_tokenizer(trained)

@@ -1,8 +1,8 @@
-"""Small videos for the tests of larp_jax.data, made with PyAV."""
+"""Small videos for the tests of larp_jax.data, written with PyAV."""
 
 import numpy as np
 
-# name: (encoder, pixel format, encoder options). Each tries a decoder in its own way.
+# name: (encoder, pixel format, encoder options). Each tests a decoder in a different way.
 KINDS = {
     "h264_bframes.mp4": ("libx264", "yuv420p", {"g": "12", "bf": "3", "x264-params": "scenecut=0"}),
     "h264_opengop.mkv": ("libx264", "yuv420p", {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
@@ -30,7 +30,7 @@ def moving_frames(count, height=48, width=64, seed=0):
 
 
 def write_as(path, frames, encoder, pixel_format, options, *, times=None):
-    """Encodes uint8 [T, H, W, 3] at 25 frames a second, or with presentation times in 1/1000 s."""
+    """Encodes uint8 [T, H, W, 3] at 25 frames per second, or with presentation times in 1/1000 s."""
     import fractions
 
     import av

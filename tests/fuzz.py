@@ -1,13 +1,12 @@
-"""Feeds what the package reads in mutated form and demands one clear line, or success, in bounded time and memory.
+"""Reads mutated files and checks that each is read, or rejected in one line, in limited time and memory.
 
     python tests/fuzz.py --count 2000                  # of each kind
     python tests/fuzz.py videos --count 2000 --seed 7
     python tests/fuzz.py videos --only 1234            # one input again, with its traceback
 
-A good file of each kind is made once. Input i of a seed is it with bytes flipped, cut out, repeated or replaced, or
-with values of its JSON exchanged. Allowed are success and `InputError`, of which users see one line. Inputs are read by
-a process of their own with limited memory, which is watched: if it dies or hangs, that is what was found, and another
-goes on.
+A valid file of each kind is written once. Input i of a seed is this file with bytes flipped, cut out, repeated or
+replaced, or with values of its JSON exchanged. Success and `InputError`, of which users see one line, are allowed. A
+separate process with limited memory reads the inputs. If it dies or hangs, this is reported, and a new one continues.
 """
 
 import argparse
@@ -29,8 +28,8 @@ import time
 import traceback
 
 HERE = pathlib.Path(__file__).parent
-MEMORY = 2 * 2**30  # bytes beside what is taken before the first input
-SECONDS = 20  # for one input
+MEMORY = 2 * 2**30  # bytes in addition to those used before the first input
+SECONDS = 20  # time limit of one input
 ODD_NUMBERS = (0, -1, 1, 7, 2**31 - 1, 2**31, 2**32, 2**63, 10**30, 0.5, -1e9, 1e308)
 ODD_VALUES = (None, True, False, "", "x", "../../etc/passwd", "/", "a\0b", "nan", [], {}, [[]], {"a": 1}, "é" * 50)
 
@@ -39,7 +38,7 @@ ODD_VALUES = (None, True, False, "", "x", "../../etc/passwd", "/", "a\0b", "nan"
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """A few of: bits, bytes, whole numbers, cuts, repetitions, zeros; most near the beginning, where headers are."""
+    """Applies a few mutations (bits, bytes, integers, cuts, repetitions, zeros), most near the beginning (headers)."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16, 64))):
         if not data:
@@ -67,7 +66,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_values(rng: random.Random, values):
-    """A copy of what JSON holds with one to three values exchanged, dropped, doubled or made odd."""
+    """A copy of JSON values with one to three of them exchanged, removed, renamed or replaced by odd values."""
     values = json.loads(json.dumps(values))
     for _ in range(rng.choice((1, 1, 2, 3))):
         holder, key = rng.choice(list(_places(values)) or [(None, None)])
@@ -97,7 +96,7 @@ def _places(values):
 
 
 def mutate_json(rng: random.Random, path: pathlib.Path) -> None:
-    """Mutates a JSON file: its values, sometimes its bytes, sometimes into nonsense that parsers fear."""
+    """Mutates a JSON file: its values, sometimes its bytes, sometimes to text that is difficult for parsers."""
     kind = rng.randrange(10)
     if kind == 0:
         path.write_bytes(mutate_bytes(rng, path.read_bytes()))
@@ -130,7 +129,7 @@ def _content(path: pathlib.Path) -> bytes:
 
 
 class Videos:
-    """Video files of several codecs: as a folder that is opened, of which clips and windows are read."""
+    """Video files of several codecs, opened as a folder; clips and windows are read."""
 
     def make(self, folder):
         from data_helpers import KINDS, moving_frames, write_as
@@ -207,7 +206,7 @@ def _parts(values, prefix=("config",)):
 
 
 class Checkpoints:
-    """A run's newest checkpoint, loaded as a tokenizer; every second one as of a version without checksums."""
+    """A run's newest checkpoint, loaded as a tokenizer; every second one as if of a version without checksums."""
 
     def make(self, folder):
         import jax
@@ -240,7 +239,7 @@ class Checkpoints:
 
 
 class Codes:
-    """What tokenize writes: the manifest and shards of codes."""
+    """The output of `tokenize`: a manifest and shards of codes."""
 
     def make(self, folder):
         import numpy as np
@@ -302,7 +301,7 @@ class Safetensors:
 
 
 class Prepared:
-    """What prepare writes, opened as a data set and read."""
+    """The output of `prepare`, opened as a data set and read."""
 
     def make(self, folder):
         from data_helpers import moving_frames
@@ -376,7 +375,7 @@ def _input_error():
 
 
 def attempt(kind: str, good: pathlib.Path, seed: int, number: int, *, show: bool = False) -> str:
-    """Reads an input: `read`, `refused`, or what is wrong with how it was refused."""
+    """Reads an input: `read`, `refused`, or a description of a wrong error."""
     rng = random.Random(f"{seed} {kind} {number}")
     with tempfile.TemporaryDirectory(prefix="fuzz") as scratch:
         try:
@@ -394,7 +393,7 @@ def attempt(kind: str, good: pathlib.Path, seed: int, number: int, *, show: bool
 
 
 def work(kind: str, good: str, seed: int, first: int, last: int) -> None:
-    """The process that reads inputs: a line of JSON for each, after one when it begins."""
+    """The process that reads inputs: writes a line of JSON at the beginning and at the end of each."""
     import logging
     import warnings
 
@@ -402,7 +401,7 @@ def work(kind: str, good: str, seed: int, first: int, last: int) -> None:
     logging.disable(logging.CRITICAL)
     os.environ["LARP_VIDEO_TIME_LIMIT"] = str(SECONDS / 4)
     say = os.fdopen(os.dup(1), "w", buffering=1)
-    attempt(kind, pathlib.Path(good), -1, 0)  # imports what it needs
+    attempt(kind, pathlib.Path(good), -1, 0)  # imports everything that it needs
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
@@ -413,7 +412,7 @@ def work(kind: str, good: str, seed: int, first: int, last: int) -> None:
 
 
 def fuzz(kind: str, count: int, seed: int, say=print) -> tuple[collections.Counter, list[str]]:
-    """Tries so many inputs of a kind: how many came to what, and what should not have been."""
+    """Tries `count` inputs of a kind. Returns the number of inputs by outcome, and descriptions of the failures."""
     outcomes, found, next_input, peak, slowest = collections.Counter(), [], 0, 0, 0.0
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz") as good:
@@ -449,15 +448,15 @@ def fuzz(kind: str, count: int, seed: int, say=print) -> tuple[collections.Count
 
 
 class _Watch:
-    """Kills a process that says nothing for `SECONDS`; seconds in which this one was stopped do not count."""
+    """Kills a process without output for `SECONDS`; time in which this process was stopped does not count."""
 
     def __init__(self, process: subprocess.Popen):
         self._process, self._stopped, self.killed = process, threading.Event(), False
-        self._silent, self._since = -60.0, time.monotonic()  # the first line comes when all is imported
+        self._silent, self._since = -60.0, time.monotonic()  # the first line comes after the imports
         threading.Thread(target=self._run, daemon=True).start()
 
     def restart(self) -> float:
-        """Begins anew; seconds since it last did."""
+        """Restarts the clock; returns the seconds since the last restart."""
         self._silent, passed, self._since = 0.0, time.monotonic() - self._since, time.monotonic()
         return passed if passed < SECONDS else 0.0
 
@@ -485,9 +484,9 @@ def _environment() -> dict[str, str]:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)} (default: all)")
+    parser.add_argument("kinds", nargs="*", help=f"kinds of files: {', '.join(KINDS)} (default: all)")
     parser.add_argument("--count", type=int, default=2000, help="inputs of each kind (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations (default: 0)")
     parser.add_argument("--only", type=int, metavar="I", help="input I alone, in this process")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)

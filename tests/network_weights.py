@@ -1,4 +1,4 @@
-"""Files in the layout of the public weights of LPIPS and I3D, filled as the references were."""
+"""Files in the layout of the public weights of LPIPS and I3D, with the random values of the reference."""
 
 import ast
 import math
@@ -13,7 +13,7 @@ VGG_INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
 def fill(shapes: dict[str, tuple], seed: int) -> dict[str, np.ndarray]:
-    """Tensors by the recipe of setup.json, drawn in the order of their names."""
+    """Tensors as described in setup.json, sampled in the order of their names."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name in sorted(shapes):
@@ -44,7 +44,7 @@ def head_tensors(reference: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def i3d_tensors(reference: pathlib.Path) -> dict[str, np.ndarray]:
-    """With the counters of batch norms, as in the public file."""
+    """Tensors of I3D, with the counters of batch norms, as in the public file."""
     io = np.load(reference / "i3d" / "io.npz")
     shapes = {str(name): ast.literal_eval(str(shape)) for name, shape in zip(io["names"], io["shapes"], strict=True)}
     counters = {name for name in shapes if name.endswith("num_batches_tracked")}

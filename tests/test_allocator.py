@@ -1,4 +1,4 @@
-"""Freed memory stays: what a program on CPUs takes for its temporaries is mapped once."""
+"""Freed memory stays mapped: a program on CPUs maps the memory of its temporaries only once."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from larp_jax.runtime import allocator
 
-# Page faults of a run, the median, of a program with 64 MiB of temporaries.
+# Prints the median number of page faults of a run, for a program with 64 MiB of temporaries.
 PROGRAM = """
 import resource, sys
 from larp_jax.runtime import allocator
@@ -17,7 +17,7 @@ if sys.argv[1] == "keep":
 import jax, jax.numpy as jnp
 x = jnp.ones((4096, 8))
 f = jax.jit(lambda x: (x @ x.T) @ x)
-for _ in range(6):  # until the heap has its shape
+for _ in range(6):  # until the heap no longer changes
     f(x).block_until_ready()
 counts = []
 for _ in range(9):
@@ -37,9 +37,9 @@ def page_faults(how):
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc")
 def test_temporaries_are_mapped_once():
     pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
-    # about one process in fifty has its temporaries mapped anew at every run all the same, for reasons unknown
+    # for unknown reasons, about one process in fifty maps its temporaries again in every run
     assert min(page_faults("keep") for _ in range(3)) < pages / 10
-    assert page_faults("let go") > pages / 10  # otherwise there is no need
+    assert page_faults("let go") > pages / 10  # without it they are mapped in every run
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_temporaries_are_mapped_once():
         ("", [], False),
     ],
 )
-def test_beside_an_accelerator_nothing_is_changed(monkeypatch, platforms, devices, expected):
+def test_nothing_is_changed_if_there_may_be_an_accelerator(monkeypatch, platforms, devices, expected):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setattr(
         allocator.glob, "glob", lambda pattern: [name for name in devices if name[:9] == pattern[:9]]

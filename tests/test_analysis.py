@@ -1,4 +1,4 @@
-"""Token analysis: each number is what its definition says, however clips are batched."""
+"""Token analysis: each number agrees with its definition, for any batch size."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ from larp_jax.tools import analysis
 from larp_jax.training.tokenizer import TokenizerStage
 from larp_jax.weights.checkpoint import load, write_imported
 
-CLIPS = 5  # of 8 a batch: padded
+CLIPS = 5  # in a batch of 8, so there is padding
 CLIP = ClipSpec(frames=4, resolution=16, flip=False)
 LEARNED = ("encoder_patch_pe", "decoder_latent_pe", "decoder_patch_query_embed")
 
 
 @pytest.fixture(scope="module")
 def found(data, tmp_path_factory):
-    """A checkpoint of a tokenizer started from the clips, so that its codes say something."""
+    """A checkpoint of a tokenizer started from the clips, so that its codes carry information."""
     learned = {f"learned_{table}": True for table in LEARNED}
     recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, **learned))
     stage, key = TokenizerStage(recipe), jax.random.key(0)
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(found, data, tmp_path_factory):
-    """What the command writes."""
+    """The output folder of the command."""
     folder = tmp_path_factory.mktemp("analysis")
     counts = ["--max-clips=11", f"--ablated-clips={CLIPS}", "--batch-size=8"]
     assert cli.main(["analyze", "--checkpoint", str(found.path), "--data", data, "--output", str(folder), *counts]) == 0
@@ -98,7 +98,7 @@ def test_codes_kept_measured_by_hand(tokenizer, data, result):
     other = np.roll(codes, CLIPS // 2, axis=0)
     count = tokenizer.config.num_tokens
     kept = result["kept"]
-    assert kept["tokens"] == list(range(count + 1))  # all there are, of so few
+    assert kept["tokens"] == list(range(count + 1))  # all numbers, because there are few tokens
     rise = np.array(result["by_position"]["rise"])
     orders = {"first": np.arange(count), "last": np.arange(count)[::-1], "important": np.argsort(-rise, kind="stable")}
     assert set(kept["psnr"]) == {*orders, "random"}
@@ -147,15 +147,15 @@ def test_effective_share():
     np.testing.assert_allclose(analysis._effective_share(rows), [1, 0.25, 0.5, np.nan])
 
 
-def test_a_picture_shows_where():
+def test_the_picture_shows_the_place_of_changes():
     patches, frames = np.zeros((3, 2, 2, 4)), np.zeros((3, 8))
     patches[0, :, 1, 2] = frames[0, 5] = 4.0
     picture = analysis.ablation_picture(patches, frames, side=2, gap=1)
     dark, bright = analysis.SEQUENTIAL[[0, -1]].astype(np.uint8)
-    tile = picture[1:3, 1:5]  # one pixel a patch here
+    tile = picture[1:3, 1:5]  # one pixel per patch here
     np.testing.assert_array_equal(tile[1, 2], bright)
     assert (tile.reshape(-1, 3) == dark).all(axis=1).sum() == 7
-    np.testing.assert_array_equal(picture[5, 1:5], [dark, dark, dark, dark])  # frames 0, 2, 4, 6 of 8 fit
+    np.testing.assert_array_equal(picture[5, 1:5], [dark, dark, dark, dark])  # only frames 0, 2, 4 and 6 of 8 fit
 
 
 def test_what_cannot_be_analyzed(found, data, tmp_path):

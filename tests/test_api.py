@@ -14,7 +14,7 @@ from larp_jax.errors import InputError
 VIDEO = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 32, 3), dtype=np.uint8)
 
 
-def test_there_and_back(tokenizer):
+def test_encode_and_decode(tokenizer):
     codes = tokenizer.encode(VIDEO)
     assert codes.shape == (3, 8) and codes.dtype == np.int32
     assert np.array_equal(codes, tokenizer.encode(VIDEO))
@@ -26,10 +26,10 @@ def test_there_and_back(tokenizer):
     assert np.array_equal(video, tokenizer.decode(np.asarray(codes, np.int64)))
 
 
-def test_a_key_draws(tokenizer):
-    draw = [np.asarray(tokenizer.encode(VIDEO, jax.random.key(seed))) for seed in (0, 0, 1)]
-    assert np.array_equal(draw[0], draw[1])
-    assert not np.array_equal(draw[0], draw[2])
+def test_with_a_key_codes_are_sampled(tokenizer):
+    sampled = [np.asarray(tokenizer.encode(VIDEO, jax.random.key(seed))) for seed in (0, 0, 1)]
+    assert np.array_equal(sampled[0], sampled[1])
+    assert not np.array_equal(sampled[0], sampled[2])
 
 
 def test_codebook_and_facts(tokenizer):
@@ -40,7 +40,7 @@ def test_codebook_and_facts(tokenizer):
     assert len(tokenizer.fingerprint) == 16
 
 
-def test_every_name_of_a_checkpoint(trained, tokenizer):
+def test_every_way_to_name_a_checkpoint(trained, tokenizer):
     assert larp_jax.load_tokenizer(trained / "checkpoints" / "6").fingerprint == tokenizer.fingerprint
     assert larp_jax.load_tokenizer(str(trained / "checkpoints" / "2")).step == 2
     raw = larp_jax.load_tokenizer(trained, weights="raw")

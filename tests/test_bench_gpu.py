@@ -1,4 +1,4 @@
-"""The script that measures everything on a GPU, at small size on what there is."""
+"""The script with all measurements on a GPU, run at small size on the devices of the tests."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def test_small(tmp_path, monkeypatch, capsys):
     assert f"best training: {train}, " in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_noted(tmp_path, monkeypatch):
+def test_measurements_that_do_not_fit_in_memory_are_noted(tmp_path, monkeypatch):
     from larp_jax.tools import benchmark
 
     def out_of_memory(*arguments, **options):

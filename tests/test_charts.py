@@ -1,4 +1,4 @@
-"""Charts: everything in its place, nothing unescaped."""
+"""Charts: positions of points and labels, and escaping of text."""
 
 import json
 import math
@@ -14,7 +14,7 @@ NUMBERS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), s
 
 
 def paths(chart):
-    """Coordinates (x, y) of the points of each series, as drawn."""
+    """Coordinates (x, y) of the points of each series, as plotted."""
     found = []
     for series in charts.geometry(chart)["series"]:
         commands = series["path"].replace("h0", "").replace("L", "M").split("M")
@@ -22,14 +22,14 @@ def paths(chart):
     return found
 
 
-def test_points_lie_where_the_axes_say():
+def test_points_agree_with_the_axes():
     chart = Chart("c", "c", [Series("a", [(0, 1.0), (50, 3.0), (100, 2.0)])])
     g = charts.geometry(chart)
     (line,) = paths(chart)
     assert [x for x, _ in line] == pytest.approx([g["left"], (g["left"] + g["right"]) / 2, g["right"]], abs=0.1)
     ticks = dict(g["y_ticks"])
     assert line[2][1] == pytest.approx(ticks[2.0], abs=0.1)
-    assert g["bottom"] > line[0][1] > line[2][1] > line[1][1] > g["top"]  # up is less
+    assert g["bottom"] > line[0][1] > line[2][1] > line[1][1] > g["top"]  # y decreases upward
     assert not g["log"]
 
 
@@ -42,11 +42,11 @@ def test_values_far_apart_get_a_logarithmic_axis():
     assert not charts.geometry(Chart("c", "c", [Series("", [(0, -1e-4), (1, 1.0)])]))["log"]
 
 
-def test_what_is_no_number_makes_a_gap():
+def test_missing_and_non_finite_values_make_a_gap():
     points = [(0, 1.0), (1, 2.0), (2, None), (3, math.nan), (4, 1.5), (5, math.inf), (6, 1.0), (7, 1.2)]
     (series,) = charts.geometry(Chart("c", "c", [Series("", points)]))["series"]
     assert series["path"].count("M") == 3 and series["path"].count("L") == 2
-    assert series["path"].count("h0") == 1  # the one between two gaps, as a dot
+    assert series["path"].count("h0") == 1  # the point between two gaps, as a dot
 
 
 def test_long_series_keep_their_extremes():

@@ -1,4 +1,4 @@
-"""Logits in pieces: what comes out, and what gradients, is what whole logits give; how much less is held."""
+"""Chunked logits: values and gradients are those of complete logits, which are never in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import pytest
 from larp_jax.models.next_code import next_code, score_tokens
 from larp_jax.models.quantizer import nearest_codes, normalize
 
-B, N, D, K = 2, 150, 16, 300  # three pieces of tokens, the last of them shorter
+B, N, D, K = 2, 150, 16, 300  # three chunks of tokens, the last of them shorter
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    """Features, unit vectors, codes that came, a codebook, a head."""
+    """Features, unit vectors, target codes, a codebook, a head."""
     keys = jax.random.split(jax.random.key(0), 4)
     features, codebook = jax.random.normal(keys[0], (B, N, D)), normalize(jax.random.normal(keys[1], (K, D)))
     targets = jax.random.randint(keys[2], (B, N), 0, K)
@@ -56,7 +56,7 @@ def test_the_nearest_codes(arrays):
     np.testing.assert_array_equal(nearest_codes(z, codebook), jnp.argmax(z @ codebook.T, axis=-1))
 
 
-def test_whole_logits_are_never_held():
+def test_complete_logits_are_never_in_memory():
     def step(z, codebook):
         drawn = nearest_codes(z, codebook, key=jax.random.key(0), temperature=0.03)
         return next_code(z, drawn, codebook, key=jax.random.key(1)).cross_entropy.mean()

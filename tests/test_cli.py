@@ -132,14 +132,14 @@ def test_names_with_slashes_and_dots_and_large_seeds():
     assert (recipe.seed, recipe.steps) == (2**63, 9)
 
 
-def test_seeds_of_draws(capsys):
+def test_seeds_of_sampling(capsys):
     sample = ["sample", "--checkpoint=g", "--tokenizer=t", "--output=o"]
     assert app.parse([*sample, "--seed=18446744073709551615"]).seed == 2**64 - 1
     assert "is above 2^64 - 1" in fails([*sample, "--seed=18446744073709551616"], capsys)
     assert "is not an integer of at least 0" in fails([*sample, "--seed=-1"], capsys)
 
 
-def test_a_missing_device_is_told_before_anything_else(trained, tmp_path, capsys, monkeypatch):
+def test_a_missing_device_is_reported_before_anything_else(trained, tmp_path, capsys, monkeypatch):
     def devices(*args):
         raise error
 
@@ -270,7 +270,7 @@ def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, 
     import_ = ["import", "--kind=lpips", "--source", str(weights[0]), "--heads", str(weights[1]), "--output", lpips]
     assert cli.main(import_) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # in place of I3D, which takes no clips as short as these
+    # in place of I3D, which needs longer clips
     monkeypatch.setattr(networks, "load_i3d", lambda path: Stub())
     monkeypatch.setattr(networks, "identify", lambda kind, path, known=networks.identify: (
         known(kind, path) if kind == "lpips" else {"sha256": "of a stub"}
@@ -302,7 +302,7 @@ def test_a_checkpoint_without_a_prior_and_one_of_nans(trained, tmp_path, capsys)
         write_imported(tmp_path / name, to_dict(found.recipe), params)
     evaluate = ["evaluate", "--data=moving_shapes:test", "--max-clips=8", "--checkpoint"]
     message = _fails_last([*evaluate, str(tmp_path / "plain"), "--metrics=prior"], capsys)
-    assert "prior does not fit this checkpoint" in message
+    assert "prior does not apply to this checkpoint" in message
     message = _fails_last([*evaluate, str(tmp_path / "broken"), "--metrics=psnr"], capsys)
     assert "psnr: no finite number" in message
 
@@ -344,7 +344,7 @@ def test_to_hugging_face_and_back(trained, tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["ar_class", "ar_frame_prediction"])
-def test_generators_come_in_and_go_out_unchanged(name, reference_dir, tmp_path, capsys):
+def test_generators_are_imported_and_exported_unchanged(name, reference_dir, tmp_path, capsys):
     source, there, back = reference_dir / name, tmp_path / "imported", tmp_path / "exported"
     assert cli.main(["import", f"--source={source}", f"--output={there}"]) == 0
     assert cli.main(["export", f"--checkpoint={there}", "--format=huggingface", f"--output={back}"]) == 0
@@ -377,7 +377,7 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
-    assert result["batch_size"] == 8  # what the devices divide
+    assert result["batch_size"] == 8  # a multiple of the number of devices
     assert 1.0 < result["compiler_flops_share"] < 2.0
     assert 0.0 < result["mfu"] < 1.0
     assert result["clips_per_second"] == pytest.approx(8e3 / result["batch_ms"])
@@ -390,7 +390,7 @@ def test_benchmark_of_the_training_step(tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
-    # so small a model does more besides matrix products than in them
+    # a model this small spends most time outside matrix products
     assert 1.0 < result["compiler_flops_share"] < 2.0
     assert 0.0 < result["mfu"] < 1.0
     assert result["memory_over_parts"] < 1.0

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped parses, and its step fits together at full size, which shapes alone can tell."""
+"""Every shipped recipe parses, and its training step has consistent shapes at full size."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ def shape(*sizes, dtype=jnp.int32):
 
 
 def stage_and_batch(recipe):
-    """The stage of a recipe and the shapes of what its step takes; runs of tokenizers are named after their recipes."""
+    """The stage of a recipe and the shapes of its batches; runs of tokenizers are named after their recipes."""
     rows = recipe.data.batch_size
     if recipe.stage == "tokenizer":
         return TokenizerStage(recipe), {"video": shape(rows, *recipe.model.clip_shape, dtype=jnp.uint8)}
@@ -84,7 +84,7 @@ def test_recipe_and_step(path):
         ("generator", "model.init_std", -1.0, "must not be negative"),
     ],
 )
-def test_what_no_run_can_do_is_refused(stage, name, value, says):
+def test_invalid_settings_are_refused(stage, name, value, says):
     values = default_recipe(stage).to_dict()
     *path, last = name.split(".")
     functools.reduce(dict.__getitem__, path, values)[last] = value
@@ -93,8 +93,8 @@ def test_what_no_run_can_do_is_refused(stage, name, value, says):
     assert last in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_no_number_may_be_nan_or_below_its_least():
-    """Of every setting: none is taken that is no number, and below 0 only the one that fills a mesh, and seeds."""
+def test_no_number_may_be_nan_infinite_or_negative():
+    """For every setting; only seeds and `mesh.data`, where -1 means all devices, may be negative."""
     for stage in ("tokenizer", "generator"):
         taken = set()
         for name, default in numbers_in(default_recipe(stage).to_dict()):
@@ -165,24 +165,24 @@ def numbers(part):
     return part.width, part.depth, part.heads
 
 
-def test_a_size_on_the_command_line_brings_its_numbers_whatever_the_recipe_sets(caplog):
+def test_a_size_on_the_command_line_overrides_the_numbers_of_the_recipe(caplog):
     found = on_command_line("quickstart", "--config.model.size=larp_b", "--config.prior.size", "XS")
     assert numbers(found.model.encoder) == numbers(found.model.decoder) == TOKENIZER_SIZES["larp_b"]
     assert numbers(found.prior) == PRIOR_SIZES["XS"]
     found = on_command_line("quickstart", "--config.model.size=larp_b")
-    assert numbers(found.prior) == (64, 2, 2)  # whose size was not given
+    assert numbers(found.prior) == (64, 2, 2)  # its size was not given
     assert numbers(on_command_line("generator_quickstart", "--config.model.size=L").model) == GENERATOR_SIZES["L"]
     assert not caplog.records
 
 
-def test_numbers_beside_a_size_on_the_command_line_count():
+def test_numbers_on_the_command_line_override_a_size():
     found = on_command_line("quickstart", "--config.model.size=larp_b", "--config.model.decoder.depth=3")
     assert numbers(found.model.encoder) == (768, 6, 12) and numbers(found.model.decoder) == (768, 3, 12)
     with pytest.raises(ValueError, match=r"model.size='custom' is not known; choose one of larp_s"):
         on_command_line("quickstart", "--config.model.size=custom")
 
 
-def test_a_size_that_changes_nothing_is_told(caplog):
+def test_a_size_without_effect_is_warned_of(caplog):
     all_numbers = [f"--config.model.{name}={n}" for name, n in (("width", 128), ("depth", 1), ("heads", 2))]
     found = on_command_line("generator_s", "--config.model.size=B", *all_numbers)
     assert numbers(found.model) == (128, 1, 2)
@@ -195,6 +195,6 @@ def test_a_size_that_changes_nothing_is_told(caplog):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_recipes_name_no_size_that_they_do_not_have(path, caplog):
+def test_shipped_recipes_have_no_size_without_effect(path, caplog):
     take_sizes(runpy.run_path(str(path))["get_config"](), ())
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""What is gone, lies, or changes while it is read: told in one line, before memory is taken for it."""
+"""Missing files, false sizes and files that change while they are read: one-line errors, before memory is allocated."""
 
 import errno
 import json
@@ -33,8 +33,8 @@ from larp_jax.weights import checkpoint
 from larp_jax.weights.i3d import import_i3d
 from larp_jax.weights.lpips import import_lpips
 
-MUCH = 2**27  # bytes that files here claim
-LITTLE = 2**24  # that reading them may take
+MUCH = 2**27  # bytes that files in these tests claim to contain
+LITTLE = 2**24  # bytes of memory that reading them may use
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def workdir(trained, tmp_path):
 
 
 def write_zeros(path, **arrays):
-    """An npz file of zeros, compressed to a thousandth, from the shape and dtype of each array."""
+    """Writes an npz file of zeros with these shapes and dtypes, compressed to about a thousandth of their size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, (shape, dtype) in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
@@ -56,7 +56,7 @@ def write_zeros(path, **arrays):
 
 
 def refused(match, function, *arguments, **options):
-    """Asserts that a call is refused in one line that matches, and takes little memory for it."""
+    """Asserts that a call is refused in one line that matches, and uses little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=match) as caught:
@@ -78,7 +78,7 @@ def largest_file(folder):
 
 
 def change_metadata(directory, change):
-    """Changes what a checkpoint says about itself, checksums included: as if it had been written so."""
+    """Changes the metadata of a checkpoint and its checksums, as if it had been written like that."""
     path = directory / "metadata" / "metadata"
     values = json.loads(path.read_text())
     change(values)
@@ -90,10 +90,10 @@ def change_metadata(directory, change):
         sums.write_text(json.dumps(known))
 
 
-# ----------------------------------------------------------------------------------------------------------------- gone
+# -------------------------------------------------------------------------------------------------------------- missing
 
 
-def test_items_that_are_gone(workdir):
+def test_missing_items(workdir):
     newest = workdir / "checkpoints" / "6"
     assert checkpoint.read_metadata(workdir)["items"] == ["ema", "metadata", "optimizer", "params"]
     shutil.rmtree(newest / "ema")
@@ -106,12 +106,12 @@ def test_items_that_are_gone(workdir):
     sums = json.loads((newest / checkpoint.CHECKSUMS).read_text())
     kept = {name: digest for name, digest in sums.items() if not name.startswith("ema/")}
     (newest / checkpoint.CHECKSUMS).write_text(json.dumps(kept))
-    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json lists nothing of ema\)"):
+    with pytest.raises(InputError, match=r"6 is damaged \(checksums.json lists no files of ema\)"):
         checkpoint.load(workdir)
 
 
 @pytest.mark.parametrize("part", ["metadata", "params"])
-def test_the_newest_is_not_passed_over(workdir, part):
+def test_a_damaged_newest_checkpoint_is_not_skipped(workdir, part):
     shutil.rmtree(workdir / "checkpoints" / "6" / part)
     with pytest.raises(InputError, match="checkpoints/6 is damaged .*is missing"):
         checkpoint.load(workdir, weights="raw")
@@ -120,7 +120,7 @@ def test_the_newest_is_not_passed_over(workdir, part):
     assert checkpoint.load(workdir / "checkpoints" / "4").step == 4
 
 
-def test_checksums_that_are_gone(workdir, caplog):
+def test_missing_checksums(workdir, caplog):
     newest = workdir / "checkpoints" / "6"
     (newest / checkpoint.CHECKSUMS).unlink()
     flip_a_bit(largest_file(newest / "ema"))
@@ -128,20 +128,20 @@ def test_checksums_that_are_gone(workdir, caplog):
         checkpoint.load(workdir)
     with pytest.raises(InputError, match="checksums.json is missing"):
         checkpoint.read_metadata(workdir)
-    assert checkpoint.damage(newest) == "checksums.json is missing"
+    assert checkpoint.find_damage(newest) == "checksums.json is missing"
     (newest / checkpoint.CHECKSUMS).write_text("{}")
-    assert "checksums.json lists nothing of" in checkpoint.damage(newest)
+    assert "checksums.json lists no files of" in checkpoint.find_damage(newest)
 
 
 def test_earlier_versions(workdir, caplog):
-    """Those that name no items load, with a warning if they have no checksums either."""
+    """Checkpoints without a list of items load, with a warning if they have no checksums either."""
     directory = workdir / "checkpoints" / "4"
     change_metadata(directory, lambda values: values.pop("items"))
     assert checkpoint.load(directory).step == 4 and not caplog.records
     (directory / checkpoint.CHECKSUMS).unlink()
     assert checkpoint.load(directory).step == 4
     (record,) = caplog.records
-    assert "4 is of a version without checksums: damage would not be noticed" in record.getMessage()
+    assert "4 was written without checksums: damage would not be noticed" in record.getMessage()
     directory = workdir / "checkpoints" / "6"
     change_metadata(directory, lambda values: values.pop("items"))
     shutil.rmtree(directory / "ema")
@@ -158,7 +158,7 @@ def test_imported_checkpoints_name_their_items(workdir, tmp_path):
         checkpoint.load(tmp_path / "imported")
 
 
-def test_the_recipe_of_a_run_whose_config_is_gone(workdir):
+def test_the_recipe_of_a_run_without_config(workdir):
     before = checkpoint.read_config(workdir)
     (workdir / checkpoint.CONFIG).unlink()
     assert checkpoint.read_config(workdir) == before
@@ -202,12 +202,12 @@ def sizes(path, value):
         ("model.frames", 4 * 10**9, "make .* positions, above the limit"),
         ("model.resolution", 8 * 10**8, "make .* positions, above the limit"),
         ("model.num_tokens", 10**9, "make .* positions, above the limit"),
-        ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings ask for 16777216"),
-        ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings ask for"),
-        ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings ask for"),
+        ("model.num_tokens", 2**19, "encoder/queries/table has 256 values, its settings require 16777216"),
+        ("model.encoder.width", 10**9, "tokenizer/encoder/.* has .* values, its settings require"),
+        ("model.encoder.depth", 10**9, "tokenizer/encoder/transformer/.* its settings require"),
         ("model.channels", 10**9, "model.channels"),
         ("model.quantizer.codebook_size", 10**9, "quantizer/embedding has 128 values"),
-        ("prior.width", 10**9, "prior/.* its settings ask for"),
+        ("prior.width", 10**9, "prior/.* its settings require"),
     ],
 )
 def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
@@ -216,8 +216,7 @@ def test_settings_that_claim_too_much(trained, tmp_path, path, value, message):
     refused(message, larp_jax.load_tokenizer, directory)
 
 
-def test_sizes_are_held_to_arrays_of_every_kind():
-    """What is expected of a tokenizer's arrays is what it has, whatever its bottleneck."""
+def test_sizes_are_checked_for_every_bottleneck():
     for kind in ("svq", "kl"):
         config = default_recipe()
         config.loss.perceptual, config.model.quantizer.kind = "none", kind
@@ -225,7 +224,7 @@ def test_sizes_are_held_to_arrays_of_every_kind():
         recipe = parse_recipe(config)
         shapes = jax.eval_shape(TokenizerStage(recipe).init, jax.random.key(0)).params
         checkpoint._check_sizes(recipe, shapes)
-        with pytest.raises(ValueError, match="settings ask for"):
+        with pytest.raises(ValueError, match="settings require"):
             encoder = shapes["tokenizer"]["encoder"]
             larger = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), encoder)
             checkpoint._check_sizes(recipe, {"tokenizer": {"encoder": larger}})
@@ -259,7 +258,7 @@ def test_codes_of_another_tokenizer_are_not_read(tmp_path):
     )
 
 
-def test_codes_that_do_not_fit_are_not_read_though_sizes_are_open(tmp_path):
+def test_codes_above_the_limit_are_not_read_even_without_given_sizes(tmp_path):
     config = default_recipe("generator")
     config.data.train = f"tokens:{codes_folder(tmp_path / 'codes', 1, MUCH // 4)}"
     config.model.num_tokens = config.model.codebook_size = 0
@@ -284,7 +283,7 @@ def test_weights_that_claim_too_much(tmp_path, kind):
 def test_a_tensor_of_one_value_repeated(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
-    refused("x claims more values than the file holds", tensors.float_arrays, tensors, tmp_path / "weights.pth")
+    refused("x claims more values than the file contains", tensors.float_arrays, tensors, tmp_path / "weights.pth")
 
 
 def test_arrays_of_npz_files(tmp_path):
@@ -359,7 +358,7 @@ def test_nested_json(tmp_path, levels, sound):
     else:
         with pytest.raises(ValueError, match="nested too deeply"):
             parse_json(text)
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer that never comes
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait forever for a writer
     with pytest.raises(OSError, match="not a regular file"):
         read_json(tmp_path / "pipe")
 
@@ -368,7 +367,7 @@ def test_nested_json(tmp_path, levels, sound):
 
 
 def replace_newest(workdir, step):
-    """What a run with `keep=1` does: a new checkpoint appears, the one before goes."""
+    """Does what a run with `keep=1` does: a new checkpoint appears, the one before is deleted."""
     checkpoints = workdir / "checkpoints"
     shutil.copytree(checkpoints / str(step), checkpoints / "new")
     (checkpoints / "new").rename(checkpoints / str(step + 1))
@@ -376,7 +375,7 @@ def replace_newest(workdir, step):
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read(workdir, monkeypatch):
-    """At each of the moments that reading has, the one that is then the newest is read."""
+    """At each stage of reading; then the checkpoint that is newest by then is read."""
     step = 6
 
     def deleting(function, times):
@@ -404,7 +403,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(workdir, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(holder, name, deleting(getattr(holder, name), times=2))
                 found = read(workdir)
-            assert (found if isinstance(found, dict) else vars(found))["step"] == 6  # as they all say
+            assert (found if isinstance(found, dict) else vars(found))["step"] == 6  # all are copies of step 6
             assert step == before + 2 or read is checkpoint.read_metadata, name
             if read is checkpoint.load:
                 assert found.path.name == str(step)
@@ -420,19 +419,19 @@ def test_a_checkpoint_that_is_always_deleted(workdir, monkeypatch):
         step += 1
         return "gone"
 
-    monkeypatch.setattr(checkpoint, "damage", damage)
+    monkeypatch.setattr(checkpoint, "find_damage", damage)
     with pytest.raises(InputError, match="is damaged .gone."):
         checkpoint.load(workdir)
     assert step == 9
 
 
 def test_failing_to_read_shows_no_tracebacks_of_threads(workdir, monkeypatch):
-    """Of TensorStore, which goes on reading after Orbax has failed and closed its event loop."""
+    """Threads of TensorStore, which continue to read after Orbax has failed and closed its event loop."""
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
     monkeypatch.setattr(checkpoint, "damage", lambda *arguments: "")
     files = (workdir / "checkpoints" / "6" / "ema" / "ocdbt.process_0" / "d").iterdir()
-    max(files, key=lambda path: path.stat().st_size).unlink()  # of arrays: small ones may be read by nobody
+    max(files, key=lambda path: path.stat().st_size).unlink()  # of an array; small files may never be read
     for _ in range(5):
         with pytest.raises(InputError, match="cannot be read"):
             checkpoint.load(workdir)
@@ -466,7 +465,7 @@ def test_what_is_printable():
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_errors_with_names_that_a_terminal_would_obey(tmp_path, capsys, debug):
+def test_errors_with_control_characters_in_names(tmp_path, capsys, debug):
     assert cli.main(["report", "--workdir", str(tmp_path / NASTY), *debug]) == 2
     said = capsys.readouterr().err
     assert r"a\x1b[2J" in said and is_harmless(said)
@@ -494,6 +493,6 @@ def test_messages_and_results_with_such_names(tmp_path, capsys, monkeypatch):
 
 
 def test_reasons_come_from_one_place():
-    """Also what the system says of disks, in whatever words a library wraps it."""
+    """Also messages of the system about disks, within any text of a library."""
     wrapped = RuntimeError(f"RESOURCE: writing failed: {os.strerror(errno.ENOSPC)} [tensorstore='...']\nmore")
     assert os.strerror(errno.ENOSPC) in app._reason(wrapped) and "tensorstore" not in app._reason(wrapped)

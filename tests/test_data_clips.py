@@ -23,7 +23,7 @@ def test_crop_is_the_center():
 
 
 @given(COUNTS, COUNTS)
-def test_windows_are_whole_apart_and_as_many_as_fit(video_frames, clip_frames):
+def test_windows_are_full_disjoint_and_as_many_as_fit(video_frames, clip_frames):
     starts = window_starts(video_frames, clip_frames)
     assert len(starts) == max(1, video_frames // clip_frames)
     assert list(starts) == [clip_frames * i for i in range(len(starts))]

@@ -1,4 +1,4 @@
-"""What the sub-folders of a folder of videos mean: splits, classes, or nothing; the same to all that read it."""
+"""Subfolders of a folder of videos are splits, classes or neither; all readers of the folder agree."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture
 def make(video, tmp_path):
-    """Makes a folder of videos of these names."""
+    """Creates a folder of videos with these names."""
 
     def make(*names):
         for name in names:
@@ -38,7 +38,7 @@ def make(video, tmp_path):
 
 
 def seen(folder, split="train"):
-    """{name: class} of a split as training, `prepare` and (of all splits) commands take the folder, once they agree."""
+    """{name: class} of a split; checks that training, `prepare` and (for all splits) commands agree on it."""
     found = find_videos(folder)
     source, listing, inputs = found.of_split(split), list_videos([str(folder)]), Inputs(str(folder), CLIP)
     opened = open_source(f"folder:{folder}", default_split=split)
@@ -57,7 +57,7 @@ def seen(folder, split="train"):
     return ours
 
 
-def test_a_video_beside_the_classes_has_none(make, caplog):
+def test_a_video_outside_the_classes_has_no_class(make, caplog):
     folder = make("a/0.mp4", "b/0.mp4", "intro.mp4")
     with caplog.at_level(logging.WARNING):
         assert seen(folder) == {"a/0.mp4": "a", "b/0.mp4": "b", "intro.mp4": None}
@@ -84,7 +84,7 @@ def test_splits(make, caplog, validation):
     assert [one.name for one in inputs.videos] == ["test/b/1.mp4"] and inputs.label_names == ("a", "b", "c")
 
 
-def test_a_split_that_is_not_there(make):
+def test_a_missing_split(make):
     folder = make("train/a/0.mp4", "val/a/0.mp4")
     with pytest.raises(InputError, match=f"has no split 'test', only the folders train, val; .*folder:{folder}/train"):
         open_source(f"folder:{folder}", default_split="test")
@@ -92,7 +92,7 @@ def test_a_split_that_is_not_there(make):
         open_source(f"folder:{folder}:val")
 
 
-def test_splits_without_classes_and_a_video_beside_them(make, caplog):
+def test_splits_without_classes_and_a_video_outside_them(make, caplog):
     folder = make("train/0.mp4", "test/1.mp4", "intro.mp4")
     with caplog.at_level(logging.WARNING):
         assert seen(folder) == {"train/0.mp4": None}
@@ -105,7 +105,7 @@ def test_splits_among_other_folders_are_classes_with_a_warning(make, caplog):
     assert "test, train are classes and not splits, because there are other subfolders" in caplog.text
     caplog.clear()
     shutil.rmtree(make() / "test")
-    assert set(seen(make()).values()) == {"plane", "train"}  # a train is also a thing
+    assert set(seen(make()).values()) == {"plane", "train"}  # "train" may be a class
     assert not caplog.records
 
 
@@ -116,7 +116,7 @@ def test_hidden_folders_are_left_out(make):
     assert list_videos([str(folder)]).ignored == {}
 
 
-def test_classes_called_by_numbers_are_in_their_order(make):
+def test_classes_named_by_numbers_are_sorted_by_number(make):
     folder = make(*(f"{name}/0.mp4" for name in range(12)))
     assert find_videos(folder).label_names == tuple(map(str, range(12)))
     assert seen(folder)["10/0.mp4"] == "10"
@@ -124,7 +124,7 @@ def test_classes_called_by_numbers_are_in_their_order(make):
     assert find_videos(folder).label_names[:4] == ("0", "1", "10", "11")
 
 
-def test_damage_moves_no_class(make):
+def test_damaged_videos_do_not_change_the_classes(make):
     folder = make("a/0.mp4", "b/0.mp4")
     (folder / "a" / "0.mp4").write_bytes(b"broken")
     assert open_source(f"folder:{folder}").label(0) == Inputs(str(folder), CLIP).videos[0].read().__next__()[3] == 1
@@ -151,7 +151,7 @@ def test_damage_moves_no_class(make):
         ("x", "tfds:ucf101", "run: tfds build ucf101"),
     ],
 )
-def test_what_lies_there_is_named_with_its_cure(tmp_path, monkeypatch, file, given, says):
+def test_errors_name_what_was_found_and_what_to_do(tmp_path, monkeypatch, file, given, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -161,13 +161,13 @@ def test_what_lies_there_is_named_with_its_cure(tmp_path, monkeypatch, file, giv
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_other_machines_are_none_of_ours():
+def test_data_on_other_machines_is_refused():
     for spec in ("folder:gs://bucket/videos", "tfds:gs://bucket/set"):
         with pytest.raises(InputError, match="gs:// is not supported"):
             open_source(spec)
 
 
-def test_evaluations_say_which_split_of_a_folder_they_are_of(make):
+def test_evaluations_record_the_split_of_a_folder(make):
     folder = make("train/a/0.mp4", "test/a/1.mp4")
     assert ClipSet(f"folder:{folder}", CLIP).describe()["split"] == "test"
     assert ClipSet(f"folder:{folder / 'train'}", CLIP).describe()["split"] is None

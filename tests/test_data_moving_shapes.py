@@ -12,7 +12,7 @@ from larp_jax.errors import InputError
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The data set with few clips, in a folder of its own."""
+    """The data set with few clips, in a separate folder."""
     monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     return tmp_path / "tfds"
@@ -32,8 +32,8 @@ def test_made_on_first_use_and_read_again(small, capfd, monkeypatch):
         assert read_label == label
 
 
-def test_making_holds_no_split_in_memory(small, monkeypatch):
-    """TFDS's way with what is too large for memory, here all above a kilobyte, needs TensorFlow."""
+def test_generation_keeps_no_split_in_memory(small, monkeypatch):
+    """TFDS would need TensorFlow for splits larger than its buffer, which is a kilobyte here."""
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1024)
     monkeypatch.setattr(moving_shapes, "SHARD_CLIPS", 12)
     monkeypatch.setattr(shuffle._Bucket, "add", None)
@@ -67,7 +67,7 @@ def test_the_scene_is_the_same_at_every_size():
 
 
 def centers(clip):
-    """Where the shape is: the middle of what differs from the median frame, [T, 2] as (x, y)."""
+    """Position of the shape, [T, 2] as (x, y): the center of the difference from the median frame."""
     change = np.abs(clip.astype(float) - np.median(clip, axis=0)).sum(-1)
     change *= change > 60
     y, x = np.mgrid[: clip.shape[1], : clip.shape[2]]
@@ -95,7 +95,7 @@ def make_small(root):
     return moving_shapes.prepare("32", 32)
 
 
-def test_two_processes_may_make_it_at_once(tmp_path):
+def test_two_processes_may_generate_it_at_once(tmp_path):
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         names = list(pool.map(make_small, [str(tmp_path)] * 2))
     assert names == ["moving_shapes/32/1.0.0"] * 2

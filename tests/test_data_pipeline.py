@@ -110,7 +110,7 @@ def test_flips_are_whole_clips_and_half_of_them():
     assert not any(read(0, np.random.default_rng(i))["video"][:, :, 16:].any() for i in range(50))
 
 
-def test_what_fails_later_is_replaced_and_named_once(spec, tmp_path, caplog):
+def test_videos_that_fail_later_are_replaced_and_named_once(spec, tmp_path, caplog):
     for i in range(3):
         video.write_video(tmp_path / f"{i}.mp4", moving_frames(10, seed=i), 10)
 
@@ -132,7 +132,7 @@ def test_what_fails_later_is_replaced_and_named_once(spec, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_left_to_read_is_an_error(tmp_path, workers):
+def test_no_readable_video_is_an_error(tmp_path, workers):
     video.write_video(tmp_path / "a.mp4", moving_frames(10), 10)
     with train_batches(f"folder:{tmp_path}", CLIP, batch_size=2, seed=0, workers=workers) as batches:
         (tmp_path / "a.mp4").unlink()
@@ -213,7 +213,7 @@ def test_closing_ends_the_threads(spec):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_program_that_does_not_close_still_ends_in_silence(spec, workers, tmp_path):
+def test_a_program_that_does_not_close_still_ends_without_messages(spec, workers, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from larp_jax.data import ClipSpec, train_batches\n"

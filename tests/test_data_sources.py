@@ -20,7 +20,7 @@ CLIP = ClipSpec(8, 32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes of two videos of 20 + i frames, and files that are none."""
+    """Two classes of two videos of 20 + i frames, and files that are not videos."""
     folder = tmp_path_factory.mktemp("videos")
     for i, name in enumerate(["walk/b.mp4", "walk/deep/a.MP4", "run/c.mkv.mp4", "run/d.mov"]):
         path = folder / name
@@ -53,7 +53,7 @@ def test_folders_give_names_labels_and_clips(folder, caplog):
     np.testing.assert_array_equal(clip, video.VideoFile(folder / "walk" / "b.mp4").read(3, 8, 32))
 
 
-def test_drawn_starts_cover_all_that_fit(folder):
+def test_random_starts_cover_all_that_fit(folder):
     source, rng = FolderSource(folder), np.random.default_rng(0)
     whole = video.VideoFile(folder / "walk" / "b.mp4").read(0, 20, 32)
     starts = set()
@@ -71,9 +71,9 @@ def test_linked_folders_are_followed_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["label", "origin", "__len__"])
-def test_a_source_without_a_method_cannot_be_made(folder, missing):
+def test_a_source_without_a_method_cannot_be_created(folder, missing):
     for kind in (FolderSource, TfdsSource, PreparedSource, MixtureSource):
-        assert issubclass(kind, Source) and missing in vars(kind)  # its own, not one of records by number
+        assert issubclass(kind, Source) and missing in vars(kind)  # defined by the class itself
     incomplete = type("Incomplete", (FolderSource,), {missing: vars(Source)[missing]})
     with pytest.raises(TypeError, match=missing):
         incomplete(folder)
@@ -91,7 +91,7 @@ def test_folders_without_videos(tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_odd_folder(videos_dir, caplog):
+def test_a_folder_of_odd_files(videos_dir, caplog):
     source = FolderSource(videos_dir / "odd")
     assert len(source) + len(source.skipped) == 47  # the files with the extension of a video
     assert len(caplog.records) == 1
@@ -117,13 +117,13 @@ def test_missing_packages_are_named(module, spec, monkeypatch, tmp_path):
 
 
 # A data set as TFDS writes it without TensorFlow. `images` has the layout of tfds.features.Video, which is a Sequence
-# of encoded Image under another name; a data set that TFDS wrote with Video itself was read alike.
+# of encoded Image under another name. A data set that TFDS wrote with Video itself was read in the same way.
 SETS = ("none", "bytes", "zlib", "images", "gray")
 
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """A TFDS data folder with one config a way of storing videos, 6 of them in train and 2 in test."""
+    """A TFDS data folder with one config per way of storing videos; 6 videos in train, 2 in test."""
     import tensorflow_datasets as tfds
 
     class TinyVideos(tfds.core.GeneratorBasedBuilder):
@@ -197,7 +197,7 @@ def test_the_video_feature_needs_no_tensorflow(tfds_dir, tmp_path):
     np.testing.assert_array_equal(source.read_clip(1, 0, ClipSpec(6, 48))[0], stored("images", 1)[:6, :, 8:56])
 
 
-def test_tfds_errors_say_how_to_mend(tfds_dir, tmp_path, monkeypatch):
+def test_tfds_errors_say_how_to_fix_them(tfds_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     with pytest.raises(InputError, match="run: tfds build ucf101 --file_format=array_record"):
         open_source("tfds:ucf101")

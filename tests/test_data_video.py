@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_seeking_gives_what_slicing_gives(made, name):
+def test_seeking_agrees_with_slicing(made, name):
     assert video.probe(made / name).frames == FRAMES
     assert_reads_are_slices(made / name, [30, 0, 11, 12, 13, 23, 24, FRAMES - 16])
 
@@ -57,7 +57,7 @@ def test_seeking_decodes_from_the_keyframe_before(made, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [16, 18, 24, 40, 72, 136])
-def test_frames_that_have_the_size_wanted_are_read_whole(tmp_path, width):
+def test_frames_of_the_right_size_are_not_resized(tmp_path, width):
     side = width // 8 * 8 - 8
     gray = moving_frames(5, side, width)[..., :1].repeat(3, axis=-1)  # no color, nothing is lost to subsampling
     write_as(tmp_path / "video.mkv", gray, *KINDS["ffv1.mkv"])
@@ -82,7 +82,7 @@ def test_real_footage(videos_dir):
         assert_reads_are_slices(videos_dir / name, [frames // 3, frames - 17, 1])
 
 
-def test_odd_files_give_frames_or_one_line(videos_dir):
+def test_odd_files_give_frames_or_a_one_line_error(videos_dir):
     with open(videos_dir / "odd" / "ODD.csv", newline="") as table:
         rows = list(csv.DictReader(table))
     assert len(rows) > 40
@@ -97,17 +97,17 @@ def test_odd_files_give_frames_or_one_line(videos_dir):
                 list(video.read_windows(path, ClipSpec(16, 16)))
             continue
         decoded = whole(path, 16)
-        if "multistream" not in row["file"]:  # the list counts its first stream, which is not the best
+        if "multistream" not in row["file"]:  # the list counts its first stream, which is not the one read
             assert len(decoded) == int(row["decoded_frames"]), row["file"]
         file = video.VideoFile(path)
         window = file.read(max(0, file.info.frames - 16), 16, 16)
-        if "hole" in row["file"]:  # whose end can be reached from a keyframe after the damage
+        if "hole" in row["file"]:  # its end can be decoded from a keyframe after the damage
             assert window.shape == (16, 16, 16, 3)
         else:
             np.testing.assert_array_equal(window, decoded[-16:], err_msg=row["file"])
 
 
-def test_rotation_is_honoured(videos_dir):
+def test_rotation_is_applied(videos_dir):
     for degrees, shape in ((0, (568, 320)), (90, (320, 568)), (180, (568, 320)), (270, (320, 568))):
         info = video.probe(videos_dir / "odd" / f"decord__video_{degrees}.mov")
         assert (info.width, info.height) == shape
@@ -135,7 +135,7 @@ def test_names(tmp_path, name, monkeypatch):
     assert video.probe(name).frames == 3
 
 
-def test_tags_that_are_no_text(tmp_path):
+def test_tags_that_are_not_text(tmp_path):
     path = tmp_path / "v.mp4"
     with av.open(str(path), "w") as container:
         container.metadata["title"] = "ABCDWXYZ"
@@ -235,7 +235,7 @@ def test_resizing_is_close_to_antialiased_bilinear():
     expected = np.asarray(image_module.fromarray(image).resize((85, 64), image_module.Resampling.BILINEAR))
     resized = video.resize_frames([image], 64)[0]
     difference = np.abs(resized.astype(int) - expected[:, 10:74].astype(int))
-    assert difference[..., :2].mean() < 1.5  # the third channel wraps, which filters near the wrap round differently
+    assert difference[..., :2].mean() < 1.5  # the third channel wraps around, where filters differ
     assert difference.max() < 40
 
 

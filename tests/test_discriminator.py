@@ -1,4 +1,4 @@
-"""The discriminator and the adversarial losses compute what the authors' implementation computes, and so does a run."""
+"""The discriminator, the adversarial losses and a run of both agree with the released code."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Real processes as one run: they give what one process gives, end together when one dies, and resume."""
+"""Runs of two real processes: same results as one process, common end if one dies, resuming."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from larp_jax.runtime import distributed
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py:plain")
 
-# A command line with four devices that may die as by `kill -9` when a step is to be written. Its standard output is
-# what Python prints: Gloo, which is C++ and prints there too, gets standard error.
+# A command line with four devices that can kill itself, as `kill -9` does, before it writes a given step. Only Python
+# prints to standard output: Gloo (C++), which prints there too, gets standard error.
 WORKER = """
 import os, signal, sys
 sys.stdout = os.fdopen(os.dup(1), "w")
@@ -43,7 +43,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def together(*arguments, dies_at=0):
-    """Return codes, outputs and errors of two processes, and the seconds that the first lived on after the second.
+    """Return codes, outputs and errors of two processes, and the seconds that the first survived the second.
 
     The second dies before it writes the step given.
     """
@@ -53,7 +53,7 @@ def together(*arguments, dies_at=0):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "JAX_PLATFORMS": "cpu",
-        # both compile, as fast as each other: they wait 30 seconds for one another and no longer
+        # both compile in about the same time: they wait at most 30 seconds for one another
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     processes = []
@@ -83,7 +83,7 @@ def one_process(tmp_path, monkeypatch):
     return tmp_path / "one"
 
 
-def test_two_processes_do_what_one_does_die_together_and_resume(one_process, tmp_path):
+def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_path):
     workdir = tmp_path / "two"
     command = ["train", "--config", CONFIG, "--workdir", workdir]
     ((code, _, errors), (victim, _, _)), survived = together(*command, dies_at=5)
@@ -96,7 +96,7 @@ def test_two_processes_do_what_one_does_die_together_and_resume(one_process, tmp
     ((code, printed, errors), (other, silent, _)), _ = together(*command)
     assert (code, other) == (0, 0), errors
     assert "continuing" in errors and "trained to step 6" in printed and not silent
-    # as many devices in another number of processes
+    # the same number of devices in another number of processes
     assert cli.main(["train", "--config", CONFIG, "--workdir", str(alone)]) == 0
     expected = rows(one_process)
     for found in (rows(workdir), rows(alone)):
@@ -155,7 +155,7 @@ def alone(monkeypatch):
     ],
 )
 def test_launchers_are_known_by_their_variables(alone, launcher, variables):
-    alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)  # libtpu is there
+    alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)  # libtpu is installed
     for name, value in variables.items():
         alone.setenv(name, value)
     assert distributed.detect() == launcher

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands are accepted and run, code blocks run, the site builds."""
+"""README and docs: links are valid, commands are accepted and run, code blocks run, the site builds."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ from larp_jax.data.video import write_video
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
-# What its examples need is not there: the block is compiled and what it imports is looked up.
+# Marks a code block whose inputs are not available: it is only compiled, and its imports are checked.
 NOT_RUN = "<!-- not run: "
 
 
@@ -34,7 +34,7 @@ def blocks(text: str, language: str) -> list[tuple[str, str]]:
 
 
 def shell_lines(text: str) -> list[list[str]]:
-    """Words of the command lines in fenced and in indented blocks; comments are left out."""
+    """Words of the command lines in fenced and indented blocks, without comments."""
     fences = "\n".join(block for _, block in blocks(text, "bash"))
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     indented = "\n".join(line for line in outside.splitlines() if line.startswith("    "))
@@ -65,7 +65,7 @@ def test_commands_are_accepted(page, monkeypatch):
 
 
 def accept(words):
-    """Raises unless every word of a command line is one that it takes, down to the settings of its config."""
+    """Raises unless a command line is valid, including the settings of its config."""
     arguments = app.parse(words[1:])
     specs = [getattr(arguments, "data", None)]
     if hasattr(arguments, "config"):
@@ -85,7 +85,7 @@ def test_commands_that_are_wrong_would_be_noticed(words, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(trained, tokenizer, tmp_path_factory):
-    """A folder that holds what the README's commands and the code blocks start from, made of tiny models and clips."""
+    """A folder with the inputs of the README's commands and of the code blocks: tiny models and clips."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(trained, folder / "runs" / "mine")
     fingerprint = {"tokenizer_fingerprint": tokenizer.fingerprint}
@@ -103,7 +103,7 @@ HUB = {"hywang66/LARP-L-long-tokenizer": "tokenizer", "hywang66/LARP-L-long-AR":
 
 @pytest.fixture(scope="module")
 def readme_ran(place, reference_dir):
-    """The same folder after the README's commands; training is shown elsewhere to work, the hub's models are tiny."""
+    """The same folder after the README's commands, except some (train, plan, ...); the hub's models are tiny."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for words in COMMANDS["README.md"]:
@@ -138,7 +138,7 @@ def test_python_blocks_run(page, readme_ran, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_the_examples_of_changing_the_code(tmp_path):
-    """The diffs of docs/code.md apply to a copy of the package, and what it says then runs."""
+    """The diffs of docs/code.md apply to a copy of the package, and its examples then run."""
     for name in ("larp_jax", "tests/configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     text = PAGES["docs/code.md"]
@@ -160,17 +160,17 @@ def test_the_examples_of_changing_the_code(tmp_path):
 
 
 def anchors(text: str) -> set[str]:
-    """Those that GitHub gives to headings."""
+    """The anchors that GitHub gives to headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-GENERATED = {"docs/commands.md", "docs/configuration.md"}  # by docs/reference.py
+GENERATED = {"docs/commands.md", "docs/configuration.md"}  # written by docs/reference.py
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    """Pages of docs are looked at by `mkdocs build --strict` as well; this one also reads those beside the README."""
+def test_links_are_valid(page):
+    """`mkdocs build --strict` checks only docs; this test also checks the pages next to the README."""
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)):
         if re.match(r"https?://|mailto:", target):
             continue

@@ -15,7 +15,7 @@ from larp_jax.tools import doctor
 
 @pytest.fixture
 def versions(monkeypatch):
-    """A dictionary of package versions that stand for the installed ones; None stands for missing."""
+    """A dictionary of package versions in place of the installed ones; None means missing."""
     pretended = {}
     real = importlib.metadata.version
 
@@ -31,7 +31,7 @@ def versions(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path, versions):
-    """A machine with one NVIDIA GPU and all that it needs, which tests then break; JAX itself stays on the CPU."""
+    """Simulates a complete machine with one NVIDIA GPU, for tests to break; JAX itself stays on the CPU."""
     (tmp_path / "nvidia0").touch()
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\n")
@@ -57,7 +57,7 @@ def gpu(monkeypatch, tmp_path, versions):
 
 
 def problems():
-    """The lines below that title."""
+    """The lines below the title "Problems"."""
     section = doctor.report().split("\n\nProblems\n")[1].split("\n\n")[0]
     return [line.strip() for line in section.splitlines()]
 
@@ -96,9 +96,9 @@ def test_unmet_requirements_are_reported_once(versions, monkeypatch):
     ("package", "version", "wanted_by"), [("jaxlib", "0.4.1", "jax"), ("orbax-checkpoint", "0.5.0", "larp_jax"),
                                          ("flax", "0.7.0", "larp_jax")]  # fmt: skip
 )
-def test_packages_that_were_changed_alone_are_reported(versions, package, version, wanted_by, monkeypatch):
+def test_packages_of_wrong_versions_are_reported(versions, package, version, wanted_by, monkeypatch):
     known = importlib.metadata.requires
-    ours = ["flax>=0.12.8", "orbax-checkpoint>=0.12,<0.13"]  # whatever is installed as larp_jax here
+    ours = ["flax>=0.12.8", "orbax-checkpoint>=0.12,<0.13"]  # independent of the installed larp_jax
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ours if name == "larp_jax" else known(name))
     versions[package] = version
     (line,) = [line for line in problems() if line.startswith(f"{package} {version}: pip install")]
@@ -137,7 +137,7 @@ def test_an_environment_that_forbids_the_gpu(gpu, name, value, monkeypatch):
 
 def test_libraries_of_another_cuda(gpu, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda-11/lib64")
-    assert problems() == ["none"]  # JAX is on the GPU all the same
+    assert problems() == ["none"]  # JAX uses the GPU nevertheless
     monkeypatch.setattr(doctor, "_backend", lambda: "cpu")
     only(starts="LD_LIBRARY_PATH is set", fix="unset it")
 
@@ -153,7 +153,7 @@ def test_a_device_file_that_may_not_be_opened(gpu, monkeypatch):
     assert "add this user to the group" in line
 
 
-def test_memory_that_others_hold(gpu):
+def test_memory_used_by_other_processes(gpu):
     gpu |= {"gpu": "0, 79000, 81559\n1, 4, 81559\n", "compute-apps": "4711, python, 78990\n"}
     (line,) = problems()
     assert line.startswith("GPU 0: 79000 of 81559 MiB are in use") and "python (process 4711, 78990 MiB)" in line

@@ -1,4 +1,4 @@
-"""Evaluation from Python is that of the command, and a metric is one class and one entry of the registry."""
+"""Evaluation from Python equals that of the command; a new metric needs one class and one registry entry."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_metric_is_one_class_and_one_entry(trained, monkeypatch):
     assert list(panels)[-1] == "Brightness" and panels["PSNR"][1]["eval/brightness"] == "for scale"
     fitting = registry.available(parse_recipe(default_recipe("tokenizer")), ["prior"])
     assert "brightness" not in fitting and "prior" in fitting
-    with pytest.raises(InputError, match=r"does not fit this checkpoint \(.*brightness light\)"):
+    with pytest.raises(InputError, match=r"does not apply to this checkpoint \(.*brightness light\)"):
         registry.choose(["brightness"], ["psnr"], "tokenizer")
 
 

@@ -1,4 +1,4 @@
-"""Evaluators count every clip once, however it is batched and placed, and compare with the real clips they name."""
+"""Evaluators count every clip once, for any batch size and mesh, and use the statistics of the right real clips."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ IDENTITY = {"sha256": "of a stub"}
 
 
 class Stub(nnx.Module):
-    """Stands for I3D, with five features of a clip, and for LPIPS."""
+    """In place of I3D, with five features per clip, and of LPIPS."""
 
     def __init__(self):
         self.kernel = nnx.Param(jnp.asarray(np.random.default_rng(7).standard_normal((6, 5), np.float32)))
@@ -68,7 +68,7 @@ def clips_of(folder, **options):
 
 @functools.cache
 def params():
-    """Of all modules, random throughout: none as blank as they start."""
+    """Random parameters of all modules; none are zero as in the initialization."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(STAGE.init, jax.random.key(0)).params
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), shapes)
@@ -96,7 +96,7 @@ def evaluate(folder, devices, batch_size, names=tuple(registry.METRICS)):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """What one device gives, all clips at once: no padding."""
+    """The results on one device with all clips in one batch, without padding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return evaluate(folder, devices=1, batch_size=CLIPS)
@@ -118,7 +118,7 @@ def test_batches_devices_and_padding_change_nothing(folder, whole, cache):
     assert extras["examples"].shape == (8, 2, *CLIP.shape)
     np.testing.assert_array_equal(extras["examples"][:, 0], padded_extras["examples"][:, 0])
 
-    # and each is what its definition says, written out over the clips
+    # and each agrees with its definition, computed directly from all clips
     with clips_of(folder).batches(CLIPS) as batches:
         video = next(batches)["video"] / np.float32(255)
     expected, indices, features = jax.jit(written_out)(params(), video)
@@ -155,14 +155,14 @@ def written_out(params, video):
     return expected, quantized.indices, [Stub().logits(x) for x in (video, reconstruction)]
 
 
-def test_what_fits_a_tokenizer():
+def test_metrics_that_apply_to_a_tokenizer():
     assert registry.available(RECIPE, ["tokenizer", "prior"]) == tuple(registry.METRICS)
     assert "prior" not in registry.available(RECIPE, ["tokenizer"])
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The number of times that features of real clips are computed, as a list to look into."""
+    """A list with one entry for each computation of features of real clips."""
     calls = []
     compute = fvd.VideoFeatures.statistics
 
@@ -186,7 +186,7 @@ def test_statistics_of_real_clips_are_computed_once(folder, tmp_path, cache, cou
     assert counted == [1]
     np.testing.assert_array_equal(again.scatter, first.scatter)
 
-    # elsewhere under other names, it is still the same content
+    # the same content in another folder under other names
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in folder.iterdir():
@@ -194,7 +194,7 @@ def test_statistics_of_real_clips_are_computed_once(folder, tmp_path, cache, cou
     statistics(copy)
     assert counted == [1]
 
-    # what differs is computed anew: other windows, other weights, and another content of the same size
+    # changes lead to a new computation: other windows, other weights, other content of the same size
     statistics(max_clips=3)
     statistics(identity={"sha256": "of another stub"})
     assert len(counted) == 3
@@ -205,7 +205,7 @@ def test_statistics_of_real_clips_are_computed_once(folder, tmp_path, cache, cou
     statistics(copy)
     assert len(counted) == 4
 
-    # so is what a broken file held
+    # so does a broken file
     kept.write_bytes(kept.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         statistics()
@@ -219,10 +219,10 @@ def test_a_cache_that_cannot_be_written_stops_nothing(folder, cache, caplog):
     with caplog.at_level(logging.WARNING):
         statistics = fvd.real_statistics(fvd.VideoFeatures(Stub(), IDENTITY), clips_of(folder), batch_size=8)
     assert statistics.count == CLIPS
-    assert "cannot be kept" in caplog.text
+    assert "cannot cache the I3D features" in caplog.text
 
 
-def test_fvd_of_made_videos(folder, cache, caplog):
+def test_fvd_of_generated_videos(folder, cache, caplog):
     clips = clips_of(folder, protocol=Protocol(count=7), name="some")
     evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips, batch_size=4)
     with clips.batches(7) as batches:
@@ -239,12 +239,12 @@ def test_fvd_of_made_videos(folder, cache, caplog):
     floats, _ = evaluator.run([made / np.float32(255)])
     assert one["fvd"] > 0.01
     assert each["fvd"] == pytest.approx(one["fvd"], rel=1e-4) and floats["fvd"] == pytest.approx(one["fvd"], rel=1e-5)
-    assert not [record for record in caplog.records if "make as many" in record.message]
+    assert not [record for record in caplog.records if "generate as many" in record.message]
     evaluator.run([made[:1]])
     assert "1 videos are compared with 7 real clips" in caplog.text
 
 
-def test_made_videos_that_have_no_distance(folder, cache):
+def test_generated_videos_without_a_distance(folder, cache):
     evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(folder), batch_size=4)
     broken = np.full((2, *CLIP.shape), np.nan, np.float32)
     for videos, message in (([broken], "2 of 2 clips are NaN"), ([], "there is no clip")):
@@ -281,10 +281,10 @@ print(json.dumps([scores, extras["clips"], len(extras["examples"]), fvd, protoco
 """
 
 
-def test_two_processes_give_what_one_gives(folder, whole, cache):
+def test_two_processes_agree_with_one(folder, whole, cache):
     made = np.random.default_rng(0).integers(0, 256, (7, *CLIP.shape), np.uint8)
     expected, _ = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(folder), batch_size=4).run([made])
-    shutil.rmtree(cache)  # or else they would find the statistics there
+    shutil.rmtree(cache)  # otherwise they would use the cached statistics
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

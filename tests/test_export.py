@@ -1,4 +1,4 @@
-"""Models go out and come back unchanged, and nothing half-written is left where writing fails."""
+"""Exported models can be imported unchanged, and failed exports leave no incomplete files."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_import_then_export_gives_the_same_files(reference_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_what_was_folded_comes_back_as_an_equal_model(reference_dir, tmp_path, name):
+def test_folded_constants_are_exported_as_an_equal_model(reference_dir, tmp_path, name):
     _, config, params = import_huggingface(reference_dir / name)
     export.export_huggingface(tmp_path / "out", config, params)
     _, again, params_again = import_huggingface(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_export_then_import_gives_the_same_model(tmp_path, name):
     assert_same(params, again)
 
 
-def test_the_prior_may_stay_behind(reference_dir, tmp_path):
+def test_export_without_the_prior(reference_dir, tmp_path):
     _, config, params = import_huggingface(reference_dir / "tokenizer")
     export.export_huggingface(tmp_path / "out", config, {"tokenizer": params["tokenizer"]})
     _, imported, again = import_huggingface(tmp_path / "out")
@@ -134,14 +134,14 @@ assert import_huggingface({str(tmp_path / "out")!r})[1] == config
         (dict(decoder_patch_frames=4), "decoder_patch_frames=4"),
     ],
 )
-def test_what_the_released_layout_cannot_hold(tmp_path, changes, word):
+def test_settings_that_the_released_layout_does_not_support(tmp_path, changes, word):
     config = recipe(changes, loss=cfg.LossConfig(prior_weight=0.0))
     with pytest.raises(InputError, match=word):
         export.export_huggingface(tmp_path / "out", config, {"tokenizer": {}})
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_training_do_not_stand_in_the_way(reference_dir, tmp_path):
+def test_training_settings_do_not_prevent_export(reference_dir, tmp_path):
     _, config, params = import_huggingface(reference_dir / "tokenizer")
     quantizer = dataclasses.replace(config.model.quantizer, temperature_start=1.0, temperature_ramp=0.1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantizer=quantizer))
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, reference_dir, monkeypatch):
 def test_a_full_disk_leaves_no_codebook(tmp_path, reference_dir, monkeypatch):
     _, config, params = import_huggingface(reference_dir / "tokenizer")
 
-    def full(path, content):  # of the manifest; the codebook is written by then
+    def full(path, content):  # fails for the manifest, after the codebook is written
         raise OSError("No space left on device")
 
     monkeypatch.setattr(pathlib.Path, "write_text", full)
@@ -241,7 +241,7 @@ def test_codebooks_replace_codebooks_only(tokenizer, tmp_path, suffix):
         with pytest.raises(InputError, match=message):
             write(tmp_path / name, *tokenizer)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-    for step in (1, 2):  # in place of an earlier one
+    for step in (1, 2):  # the second replaces the first
         write(tmp_path / f"codebook{suffix}", *tokenizer, step=step)
         assert json.loads((tmp_path / "codebook.json").read_text())["step"] == step
 
@@ -259,7 +259,7 @@ def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
             assert part.encode() not in content, (name, part)
     monkeypatch.chdir(tmp_path)
     found = {}
-    exec(examples()[0], found)  # as the documentation says
+    exec(examples()[0], found)  # the example of the documentation
     model = build(lambda: Tokenizer(config, rngs=nnx.Rngs(0)), params)
     expected, quantized = model(found["video"])
     np.testing.assert_array_equal(found["codes"], quantized.indices)
@@ -270,7 +270,7 @@ def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
 
 
 def test_functions_of_many_tokens(tmp_path):
-    """Above 64 tokens the nearest codes are found piece by piece."""
+    """With more than 64 tokens, the nearest codes are found in chunks."""
     pytest.importorskip("flatbuffers")
     config = recipe(dict(num_tokens=70), loss=cfg.LossConfig(prior_weight=0.0))
     params = random_params(config)["tokenizer"]
@@ -288,7 +288,7 @@ def test_continuous_latents_have_no_codes(tmp_path, name):
         getattr(export, f"export_{name}")(tmp_path / "out", config, {})
 
 
-def test_the_fingerprint_knows_what_decides_codes(tokenizer):
+def test_the_fingerprint_depends_on_what_determines_codes(tokenizer):
     config, params = tokenizer
     original = fingerprint(config, params)
     assert re.fullmatch("[0-9a-f]{16}", original)
@@ -315,6 +315,6 @@ def test_the_fingerprint_knows_what_decides_codes(tokenizer):
     assert configured(encoder=cfg.TransformerConfig(width=48, depth=2, heads=2)) != original
 
 
-def test_the_fingerprint_stays_what_it_was(tokenizer):
-    """Codes on disk carry it: it must not change with the program."""
+def test_the_fingerprint_is_stable_across_versions(tokenizer):
+    """Codes on disk contain it, so it must not change with the version of the package."""
     assert fingerprint(*tokenizer) == "4bfb38d21eb80d60"

@@ -1,4 +1,4 @@
-"""What goes wrong outside of the program: each gives one clear line, the right exit code, and loses nothing done."""
+"""Faults outside the program: each gives a one-line message and the right exit code, and loses no finished work."""
 
 import errno
 import json
@@ -77,7 +77,7 @@ def test_a_workdir_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsys):
+def test_training_resumes_before_damaged_checkpoints(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     checkpoints = workdir / "checkpoints"
     flip_a_bit(largest_file(checkpoints / "6" / "params"))
@@ -88,8 +88,9 @@ def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsy
     os.truncate(largest_file(checkpoints / "4" / "optimizer"), 100)
     assert train(workdir) == 0
     said = capsys.readouterr().err
-    assert "warning: checkpoint 6 is damaged (params/" in said and "is not what was written), continuing from 2" in said
-    assert "warning: checkpoint 4 is damaged (" in said and "continuing from 2; it is now 4.damaged" in said
+    assert "warning: checkpoint 6 is damaged (params/" in said
+    assert "differs from its checksum) and renamed to 6.damaged; continuing from 2" in said
+    assert "warning: checkpoint 4 is damaged (" in said and " and renamed to 4.damaged; continuing from 2" in said
     assert steps(workdir) == [2, 4, 6] and {path.name for path in checkpoints.glob("*.damaged")} == {
         "4.damaged", "6.damaged"
     }  # fmt: skip
@@ -97,12 +98,12 @@ def test_damaged_checkpoints_give_way_to_the_one_before(trained, tmp_path, capsy
     assert_same_weights(workdir, trained)
 
 
-def test_without_any_sound_checkpoint_nothing_is_touched(trained, tmp_path, capsys):
+def test_without_a_valid_checkpoint_nothing_is_changed(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     for step in steps(workdir):
         flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "optimizer"))
     message = fails(2, capsys, workdir)
-    assert "can be read (the newest, 6: optimizer/" in message and "is not what was written" in message
+    assert "can be read (the newest, 6: optimizer/" in message and "differs from its checksum" in message
     assert steps(workdir) == [2, 4, 6] and rows(workdir) == rows(trained)
 
 
@@ -131,9 +132,9 @@ def test_a_full_disk(trained, tmp_path, capsys):
     assert code == 1
     assert sum(line.startswith("warning: checkpoint 4 cannot be written in ") for line in lines) == 1
     assert lines[-1].startswith("larp-jax: error: checkpoint 6 cannot be written in ") and "File too large" in lines[-1]
-    assert lines[-1].endswith("the newest is 2. Make room, and the same command continues")
+    assert lines[-1].endswith("the newest is 2. Free some space, and the same command continues")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
-    assert not checkpoint.damage(workdir / "checkpoints" / "2")
+    assert not checkpoint.find_damage(workdir / "checkpoints" / "2")
     assert train(workdir) == 0
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
@@ -150,11 +151,11 @@ def videos(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_reader_that_hangs_is_given_up(videos, caplog, monkeypatch, workers):
+def test_a_reader_that_hangs_is_abandoned(videos, caplog, monkeypatch, workers):
     monkeypatch.setenv(limits.VARIABLE, "0.5")
     batches = train_batches(f"folder:{videos}", ClipSpec(8, 32), batch_size=3, seed=0, workers=workers)
     (videos / "1.mp4").unlink()
-    os.mkfifo(videos / "1.mp4")  # opening it waits for a writer that never comes
+    os.mkfifo(videos / "1.mp4")  # opening it waits forever for a writer
     with batches:
         for _ in range(6):  # two epochs
             assert next(batches)["video"].shape == (3, 8, 32, 32, 3)
@@ -176,7 +177,7 @@ def test_the_time_limit_of_each_way_to_read(videos, monkeypatch):
     ):
         with pytest.raises(InputError, match=r"0\.mp4: reading took longer than 0\.2 seconds"):
             read()
-    monkeypatch.setattr(video, "within_limit", None)  # not touched again
+    monkeypatch.setattr(video, "within_limit", None)  # the video is not read again
     with pytest.raises(InputError, match="took longer"):
         file.read(0, 8, 32)
     monkeypatch.setenv(limits.VARIABLE, "soon")
@@ -212,4 +213,4 @@ def test_chaos_sees_differences(trained, tmp_path):
     flip_a_bit(largest_file(workdir / "checkpoints" / "6" / "optimizer"))
     found = chaos.differences(trained, workdir)
     assert found[0] == "files: {'left_over.tmp'}" and found[1] == "step 4: train/loss"
-    assert "is not what was written" in found[2]
+    assert "differs from its checksum" in found[2]

@@ -1,4 +1,4 @@
-"""Files are whole or not there, nothing foreign is replaced, and killed processes leave nothing behind."""
+"""Files are complete or missing, files of others are not replaced, and leftovers of killed processes are removed."""
 
 import argparse
 import errno
@@ -27,7 +27,7 @@ from larp_jax.weights.importing import import_huggingface
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/x", "hdfs:///x", "file:///x", "gs:/bucket/run"])
-def test_urls_are_no_paths(path):
+def test_urls_are_not_paths(path):
     with pytest.raises(InputError, match="is not supported"):
         files.local_path(path, "--workdir")
 
@@ -97,7 +97,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize("block", ["replacing", "new_folder"])
-def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path, block):
+def test_leftovers_of_killed_processes_are_removed_but_not_those_of_running_ones(tmp_path, block):
     target = tmp_path / "out"
     code = textwrap.dedent(KILLED).format(block=block)
     process = subprocess.Popen(
@@ -207,7 +207,7 @@ def test_python_takes_no_urls_and_expands_home(monkeypatch, tmp_path):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run's files, and others that are not ours."""
+    """A workdir with files of a run and other files."""
     folder = tmp_path / "run"
     folder.mkdir()
     contents = {"config.json": "{}", "metrics.jsonl": "{}\n", "mean_clip.npz": "PK", "video.mp4": "mp4", "a.txt": "a"}
@@ -255,7 +255,7 @@ def test_outputs_of_another_kind_are_not_replaced(tmp_path):
                     check(arguments)
 
 
-def test_checks_make_nothing(tmp_path):
+def test_checks_create_nothing(tmp_path):
     files.check_output(tmp_path / "a" / "b" / "x.json")
     files.check_folder(tmp_path / "a" / "b")
     files.check_new_folder(tmp_path / "a" / "b")
@@ -279,7 +279,7 @@ STOPPED = """
 """
 
 
-def test_outputs_of_a_killed_call_are_made_again_and_others_stay(tmp_path):
+def test_outputs_of_a_killed_call_are_written_again_and_others_stay(tmp_path):
     subprocess.run([sys.executable, "-c", textwrap.dedent(STOPPED), str(tmp_path)], check=False)
     assert (tmp_path / "a" / "x.mp4").exists() and len(list(tmp_path.iterdir())) == 4
     names = ["a/x.mp4", "y.mp4"]

@@ -20,7 +20,7 @@ def of(*features):
 
 
 def by_factors(x, y):
-    """The distance by the features themselves: no covariance is formed, and no root of one."""
+    """The distance directly from the features, without covariances and their roots."""
     a, b = ((z - z.mean(0)) / np.sqrt(len(z)) for z in (x, y))
     overlap = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum() - 2 * overlap
@@ -53,17 +53,17 @@ def test_singular_covariances_give_the_right_number(n, m):
     assert frechet_distance(*of(x, x)) <= 1e-8
 
 
-def test_of_one_clip_there_is_no_sample_covariance():
+def test_one_clip_has_no_sample_covariance():
     one, many = of(draw(1), draw(20))
     assert frechet_distance(one, many) > 0.0
     assert "at least 2" in refusal(frechet_distance, one, many, covariance="sample")
 
 
-def test_of_nothing_there_is_no_distance():
+def test_no_clips_have_no_distance():
     assert "at least one" in refusal(frechet_distance, FeatureStatistics.empty(6), *of(draw(3)))
 
 
-def test_features_that_are_no_numbers():
+def test_features_that_are_not_finite():
     features = draw(8)
     features[2, 3], features[5, 0] = np.nan, np.inf
     assert "2 of 8 clips are NaN or infinite" in refusal(FeatureStatistics.of, features)
@@ -79,7 +79,7 @@ def test_other_mistakes():
     assert "population or sample" in refusal(frechet_distance, a, a, covariance="unbiased")
 
 
-def test_merging_parts_is_the_whole_far_from_zero_too():
+def test_merging_is_accurate_far_from_zero():
     features = draw(101) + 1e6
     (whole,) = of(features)
     merged = FeatureStatistics.empty(6)
@@ -92,7 +92,7 @@ def test_merging_parts_is_the_whole_far_from_zero_too():
     assert frechet_distance(merged, whole) < 1e-8
 
 
-def test_kept_in_a_file(tmp_path):
+def test_save_and_load(tmp_path):
     (statistics,) = of(draw(9))
     path = tmp_path / "new" / "statistics.npz"
     statistics.save(path, {"network": "i3d"})

@@ -1,4 +1,4 @@
-"""A few of the mutated inputs that tests/fuzz.py makes thousands of, and that it would notice."""
+"""A few of the mutated inputs of tests/fuzz.py, and that it notices failures."""
 
 import random
 import subprocess
@@ -28,7 +28,7 @@ def test_mutated_videos_in_a_process_of_little_memory():
 
 
 class Kind:
-    """Its inputs raise what it is told to."""
+    """A kind of inputs that raise a given error."""
 
     error = None
 
@@ -48,13 +48,13 @@ class Kind:
         (SystemExit(1), "SystemExit in test_fuzz.py:"),
     ],
 )
-def test_what_is_wrong_is_noticed(monkeypatch, tmp_path, error, outcome):
+def test_failures_are_noticed(monkeypatch, tmp_path, error, outcome):
     monkeypatch.setitem(fuzz.KINDS, "kind", Kind)
     monkeypatch.setattr(Kind, "error", error)
     assert fuzz.attempt("kind", tmp_path, 0, 0).startswith(outcome)
 
 
-def test_what_hangs_is_killed(monkeypatch):
+def test_processes_that_hang_are_killed(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     watch = fuzz._Watch(process)

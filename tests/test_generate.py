@@ -1,4 +1,4 @@
-"""The commands sample and predict: what they write, that they go on where they stopped, and what they refuse."""
+"""The commands sample and predict: their outputs, resuming and errors."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SIZES = dict(width=16, depth=1, heads=2, codebook_size=32, num_tokens=8, num_cla
 
 
 def write_generator(folder, metadata, **options):
-    """A generator with weights at random, as a checkpoint that knows where its codes are from."""
+    """Writes a checkpoint of a generator with random weights and this metadata."""
     config = GeneratorConfig(**SIZES | options)
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0))), nnx.Param))
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def fails(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def samples(by_class, trained, tmp_path_factory):
-    """Five samples of seed 3, four at a time."""
+    """Five samples with seed 3, in batches of four."""
     output = tmp_path_factory.mktemp("samples") / "out"
     assert run("sample", by_class, trained, output, *FIVE) == 0
     return output
@@ -76,7 +76,7 @@ FIVE = ("--num=5", "--seed=3", "--batch-size=4", "--cfg-scale=1.5")
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """The numbers of the samples that commands draw, as a list to look into."""
+    """A list of the numbers of the samples that commands compute."""
     numbers, codes = [], generate.Sampler.codes
     monkeypatch.setattr(
         generate.Sampler, "codes", lambda self, rows, **given: numbers.extend(rows) or codes(self, rows, **given)
@@ -111,7 +111,7 @@ def test_detokenize_reads_samples(samples, tokenizer, tmp_path):
     assert [path.stem for path in written] == [row["source"] for row in codes_on_disk.read_manifest(samples)["rows"]]
 
 
-def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, capsys):
+def test_a_stopped_run_resumes(samples, by_class, trained, tmp_path, sampled, capsys):
     output = tmp_path / "out"
     shutil.copytree(samples, output)
     for name in ("manifest.json", "codes-00001-of-00002.npz", "000004_0.mp4", "samples.png"):
@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on(samples, by_class, trained, tmp_path, sampled, ca
         assert message in fails(capsys, "sample", by_class, trained, output, *FIVE, option)
 
 
-def test_what_is_not_whole_is_sampled_again(samples, by_class, trained, tmp_path, sampled, capsys):
+def test_incomplete_outputs_are_sampled_again(samples, by_class, trained, tmp_path, sampled, capsys):
     output = tmp_path / "out"
     shutil.copytree(samples, output)
     (output / "codes-00000-of-00002.npz").write_bytes(b"")
@@ -156,7 +156,7 @@ def test_samples_are_written_by_one_command_at_a_time(samples, by_class, trained
     shutil.copytree(samples, output)
     with files.claim(output):
         assert "another process is writing --output" in fails(capsys, "sample", by_class, trained, output, *FIVE)
-    # killed while it wrote its settings
+    # as if killed while writing the settings
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / f"{files._prefix(output / 'settings.json')}{'0' * 16}.tmp").write_text("{")
     assert run("sample", by_class, trained, tmp_path / "begun", *FIVE) == 0
@@ -171,7 +171,7 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
         generate.sample(generator, tokenizer, tmp_path, counts={0: 6}, options=options, batch_size=2)
 
     def other_host(name):
-        """What happens until both have met: the second host samples its share."""
+        """Called in place of a barrier: the second host samples its share."""
         met.append(sorted(path.name for path in tmp_path.glob("codes-*")))
         if len(met) == 1:
             monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -198,7 +198,7 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
         (("run", "walk"), ["--classes=2:1"], [2]),  # a class without a name
         (("1", "2", "3"), ["--classes=2", "--num=1"], [1]),
         (("001", "002", "010"), ["--classes=10:1,2:1"], [2, 1]),
-        (("Walk", "1", "Run"), ["--classes=0,1,2", "--num=3"], [0, 1, 2]),  # a list with a gap
+        (("Walk", "1", "Run"), ["--classes=0,1,2", "--num=3"], [0, 1, 2]),  # class 1 has no name
         (('walk, "slow" 0', "a:1", "b"), ['--classes="walk, ""slow"" 0":1,a:1:2'], [0, 1, 1]),
         (("walk, slow", "b"), ["--classes=walk, slow", "--num=1"], [0]),
     ],
@@ -223,14 +223,14 @@ def test_classes_that_are_given(by_class, names, options, labels):
         ((), "\u00b2", "is not the number of a class"),
     ],
 )
-def test_classes_that_are_not_there(by_class, names, text, says):
+def test_classes_that_do_not_exist(by_class, names, text, says):
     found = dataclasses.replace(checkpoint.load(by_class), class_names=names)
     with pytest.raises(InputError) as error:
         generate.read_classes(text, LoadedGenerator.of(found))
     assert says in str(error.value)
 
 
-def test_of_many_classes_the_nearest_is_named(trained, tmp_path):
+def test_with_many_classes_the_nearest_is_named(trained, tmp_path):
     names = [f"class {number}" for number in range(29)] + ["walking"]
     generator = load_generator(write_generator(tmp_path / "many", {"class_names": names}, num_classes=30))
     expected = "'waking' is not one of the 30 classes of the generator; did you mean 'walking'"
@@ -241,7 +241,7 @@ def test_of_many_classes_the_nearest_is_named(trained, tmp_path):
 def test_names_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match="4 class names do not match the generator, which has 3 classes"):
         load_generator(write_generator(tmp_path / "names", {"class_names": list("abcd")}))
-    with pytest.raises(InputError, match="its class_names are no names"):
+    with pytest.raises(InputError, match="its class_names are not strings"):
         load_generator(write_generator(tmp_path / "numbers", {"class_names": [1, 2]}))
 
 
@@ -263,20 +263,20 @@ def test_samples_carry_the_names_of_their_classes(trained, tokenizer, real, tmp_
 
 
 def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path):
-    """The clips have run and walk as 0 and 1, the generator as 2 and 0: scores are those of its own numbers."""
+    """run and walk are 0 and 1 in the clips, 2 and 0 in the generator: its own numbers are used."""
     scores = []
     for name, metadata in (("own", {"class_names": ["walk", "fly", "run"]}), ("numbers", {})):
         generator = write_generator(tmp_path / name, {"tokenizer_fingerprint": tokenizer.fingerprint} | metadata)
         scores.append(evaluate(generator, trained, real, tmp_path / f"{name}.json", "--metrics=cross_entropy"))
         loaded = load_generator(generator)
         assert (
-            generated.classes_beside(loaded, clips_of(real)).tolist()
+            generated.classes_for(loaded, clips_of(real)).tolist()
             == ([2, 2, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1])[name == "numbers"]
         )
     assert scores[0]["metrics"]["cross_entropy"] != scores[1]["metrics"]["cross_entropy"]
     few = load_generator(write_generator(tmp_path / "few", {"class_names": ["walk", "fly"]}))
     with pytest.raises(InputError, match="a clip has the class 'run', the generator has not"):
-        generated.classes_beside(few, clips_of(real))
+        generated.classes_for(few, clips_of(real))
 
 
 def test_shares():
@@ -288,7 +288,7 @@ def test_shares():
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """Two windows, and three frames that are too few to predict from."""
+    """A video of two windows and three more frames, which are too few to predict from."""
     path = tmp_path_factory.mktemp("videos") / "walk.mp4"
     write_video(path, moving_frames(19), 12.0)
     return path
@@ -364,7 +364,7 @@ def clips_of(folder):
 
 @pytest.fixture
 def no_i3d(tmp_path, monkeypatch):
-    """A network in place of I3D, which takes no clips as short as these."""
+    """A network in place of I3D, which needs longer clips."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(networks, "load_i3d", lambda path: Stub())
     monkeypatch.setattr(networks, "identify", lambda kind, path: IDENTITY)
@@ -383,7 +383,7 @@ def test_fvd_of_samples(by_class, trained, tokenizer, real, tmp_path, no_i3d, sa
     assert sampled == list(range(6))
     assert "sample: " in capsys.readouterr().err
 
-    # what the same commands of Python give
+    # the same from Python
     labels = [0, 2, 0, 0, 0, 0]  # 6 : 0 : 2 in training
     codes = load_generator(by_class).sample(labels, key=jax.random.key(3), cfg_scale=1.5)
     evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
@@ -401,7 +401,7 @@ def test_fvd_of_samples(by_class, trained, tokenizer, real, tmp_path, no_i3d, sa
     assert {"checkpoint", "tokenizer", "generator_fingerprint", "versions"} <= protocol.keys()
     assert protocol["definitions"].keys() == {"clips", "fvd"}
 
-    # stopped and started again, it samples what is missing; a finished folder is one of codes
+    # after an interruption, only missing codes are sampled; a finished folder is a folder of codes
     np.testing.assert_array_equal(all_codes(kept), codes)
     for name in ("manifest.json", "codes-00001-of-00002.npz"):
         (kept / name).unlink()
@@ -437,14 +437,14 @@ def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no
     assert written["protocol"]["codes"] == {"K": 32, "N": 8}
 
 
-def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, monkeypatch):
+def test_each_host_generates_videos_for_its_share_of_the_clips(predictor, tokenizer, real, monkeypatch):
     options = generate.SamplingOptions()
     sampler = generate.Sampler(load_generator(predictor), tokenizer, options=options, batch_size=2, cond_frames=3)
 
     def videos(host, hosts):
         monkeypatch.setattr(jax, "process_index", lambda: host)
         monkeypatch.setattr(jax, "process_count", lambda: hosts)
-        return list(generated.videos_beside(sampler, clips_of(real)))
+        return list(generated.videos_for(sampler, clips_of(real)))
 
     whole = videos(0, 1)
     first, second = videos(0, 2), videos(1, 2)
@@ -455,12 +455,12 @@ def test_each_host_makes_its_share_beside_the_clips(predictor, tokenizer, real, 
 
 def test_classes_of_the_clips(trained, real, tmp_path):
     unknown = load_generator(write_generator(tmp_path / "unknown", {}))
-    assert generated.classes_beside(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert generated.classes_for(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
     few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
     with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
-        generated.classes_beside(few, clips_of(real))
+        generated.classes_for(few, clips_of(real))
     none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
-    assert generated.classes_beside(none, clips_of(real)).tolist() == [-1] * 6
+    assert generated.classes_for(none, clips_of(real)).tolist() == [-1] * 6
 
 
 def test_evaluations_that_are_refused(by_class, predictor, trained, real, reference_dir, tmp_path, capsys):
@@ -480,7 +480,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert "T at least 9; got [1, 8, 32, 32, 3]" in refused(by_class, "--metrics=fvd", f"--i3d={i3d}")
     assert "--samples is for --metrics fvd" in refused(by_class, "--samples=y")
     assert "--cfg-scale must be 1" in refused(predictor, "--cfg-scale=2")
-    assert "larp_ucf101 is for no generator" in refused(by_class, "--protocol=larp_ucf101")
+    assert "larp_ucf101 does not apply to a generator" in refused(by_class, "--protocol=larp_ucf101")
     assert "given 5 frames, this one is given classes" in refused(by_class, "--protocol=larp_k600_prediction")
     assert "given classes, this one is given 5 frames" in refused(predictor, "--protocol=larp_ucf101_generation")
     assert "clips of 16x128x128" in refused(by_class, "--protocol=larp_ucf101_generation")
@@ -491,7 +491,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert cli.main([*of_tokenizer, "--metrics=fvd"]) == 2
     assert "fvd is for a generator, this is a tokenizer; choose from psnr" in capsys.readouterr().err
     assert cli.main([*of_tokenizer, "--protocol=larp_k600_prediction"]) == 2
-    assert "larp_k600_prediction is for no tokenizer" in capsys.readouterr().err
+    assert "larp_k600_prediction does not apply to a tokenizer" in capsys.readouterr().err
 
 
 def test_benchmark(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The generator's training step: what it minimizes, the same on every mesh, weight decay, sharding."""
+"""The generator's training step: loss, independence of the mesh, weight decay, sharding."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ TOKENIZER = TokenizerConfig(
     frames=4,
     resolution=16,
     patch_frames=2,
-    num_tokens=TOKENS_PER_CHUNK + 8,  # more than one piece
+    num_tokens=TOKENS_PER_CHUNK + 8,  # more than one chunk
     encoder=TransformerConfig(width=16, depth=1, heads=2),
     decoder=TransformerConfig(width=16, depth=1, heads=2),
     quantizer=QuantizerConfig(codebook_size=32, code_dim=4),
@@ -56,7 +56,7 @@ PREDICTION = dataclasses.replace(
 
 @functools.cache
 def frozen():
-    """A tokenizer with weights at random."""
+    """A tokenizer with random weights."""
     params = nnx.to_pure_dict(nnx.state(Tokenizer(TOKENIZER, rngs=nnx.Rngs(0)), nnx.Param))
     return {"tokenizer": jax.device_get(params)}
 
@@ -111,7 +111,7 @@ def test_losses_are_the_same_on_every_mesh(shape):
         assert kernel(moments.mu).sharding == kernel(moments.nu).sharding == kernel(state.params).sharding
 
 
-def test_codes_on_disk_train_like_the_clips_they_are_of():
+def test_training_from_codes_equals_training_from_their_clips():
     online, state = from_clips()
     offline, other = run(RECIPE, steps=STEPS, from_codes=True)
     for one, two in zip(online, offline, strict=True):
@@ -120,20 +120,20 @@ def test_codes_on_disk_train_like_the_clips_they_are_of():
 
 
 @functools.cache
-def learned_by_heart():
+def memorized():
     return run(STILL, steps=80, from_codes=True)
 
 
-def test_a_few_clips_are_learned_by_heart():
-    logs, _ = learned_by_heart()
+def test_a_few_clips_can_be_memorized():
+    logs, _ = memorized()
     np.testing.assert_allclose(logs[0]["loss"], np.log(32), rtol=1e-4)  # the head starts at zero
     assert logs[-1]["loss"] < 0.5 and logs[-1]["top1"] > 0.9
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_every_code():
-    """Against logits held whole, at weights that say something."""
+    """Compared with complete logits, for trained weights."""
     stage, batch = GeneratorStage(STILL), codes_of_clips(STILL)
-    params = jax.device_get(learned_by_heart()[1].params)
+    params = jax.device_get(memorized()[1].params)
     logits = stage.module("generator", params)(jnp.asarray(batch["label"]), jnp.asarray(batch["codes"][:, :-1]))
     expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["codes"][..., None], axis=-1)[..., 0]
     scored = stage.score(params, batch)
@@ -142,13 +142,13 @@ def test_the_loss_is_the_mean_cross_entropy_of_every_code():
 
 
 def random_params(stage):
-    """Like the parameters of a state, drawn anew: nothing is zero."""
+    """Random parameters of all modules; none are zero as in the initialization."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
     return jax.tree.map(lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes)
 
 
-def test_classes_are_dropped_for_the_null_class():
+def test_class_dropout_uses_the_null_class():
     model = dataclasses.replace(STILL.model, class_dropout=0.99)
     stage = GeneratorStage(dataclasses.replace(STILL, model=model))
 
@@ -188,7 +188,7 @@ def test_weight_decay_is_of_linear_kernels_only():
 def test_frame_prediction_is_given_its_first_frames():
     batch = codes_of_clips(PREDICTION)
     changed = clips()
-    changed["video"][:, 2:] = 0  # what comes after them
+    changed["video"][:, 2:] = 0  # the frames after the given ones
     other = jax.jit(GeneratorStage(PREDICTION, TOKENIZER).codes)(changed, frozen())
     np.testing.assert_array_equal(other["condition"], batch["condition"])
     assert (np.asarray(other["codes"]) != batch["codes"]).any()
@@ -202,7 +202,7 @@ def test_frame_prediction_is_given_its_first_frames():
 )
 def test_a_batch_in_parts_or_in_half_precision(change, tolerance):
     logs, _ = run(dataclasses.replace(STILL, **change), from_codes=True)
-    for one, other in zip(learned_by_heart()[0], logs, strict=False):
+    for one, other in zip(memorized()[0], logs, strict=False):
         np.testing.assert_allclose(other["loss"], one["loss"], rtol=tolerance)
 
 

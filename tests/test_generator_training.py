@@ -1,4 +1,4 @@
-"""Training a generator through the command line: from clips, from codes on disk, and what does not fit together."""
+"""Training a generator from the command line: from clips, from codes on disk, and mismatched inputs."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ def error_of(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def online(trained, tmp_path_factory):
-    """The workdir of a run that makes its codes itself."""
+    """The workdir of a run that encodes clips during training."""
     workdir = tmp_path_factory.mktemp("online") / "run"
     assert train(workdir, trained) == 0
     return workdir
@@ -60,7 +60,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def codes(trained, videos, tmp_path_factory):
-    """Of these videos: four windows of each, mirrored too, with what frame prediction needs."""
+    """Codes of these videos: at most four windows of each, also mirrored, with codes for frame prediction."""
     output = tmp_path_factory.mktemp("codes") / "out"
     options = ["--windows=4", "--flips", "--cond-frames=3"]
     command = ["tokenize", f"--checkpoint={trained}", f"--input={videos}", f"--output={output}", *options]
@@ -90,7 +90,7 @@ def test_what_a_run_leaves(online, tokenizer):
     assert sum(metadata["class_counts"]) == 32 and len(metadata["class_counts"]) == len(metadata["class_names"]) == 16
 
 
-def test_resuming_is_never_having_stopped(online, trained, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(online, trained, tmp_path):
     workdir = shutil.copytree(online, tmp_path / "run")
     for step in (4, 6):
         shutil.rmtree(workdir / "checkpoints" / str(step))
@@ -144,7 +144,7 @@ def test_detokenize_joins_only_windows_that_follow_each_other(codes, tokenizer, 
     assert names[8:10] == ["run/a.mp4-flipped.mp4", "run/b.mp4-flipped.mp4"] and len(names) == 16
 
 
-def test_every_video_is_drawn_as_often_whatever_its_windows(codes):
+def test_every_video_is_sampled_equally_often(codes):
     found = CodeSet(codes)
     order = {"batch_size": 4, "seed": 5}
     with found.batches(**order) as batches:
@@ -180,7 +180,7 @@ def test_training_from_codes(codes, trained, tokenizer, tmp_path):
 
 @pytest.fixture
 def mixed(videos, tmp_path):
-    """Three classes called by numbers, the first only in `test`; and a video without a class."""
+    """Three classes named by numbers, the first only in `test`; and a video without a class."""
     folder = tmp_path / "mixed"
     for name, source in (("train/2/a", "run/a"), ("train/10/b", "run/b"), ("train/10/c", "walk/c"),
                          ("train/d", "run/a"), ("test/0/e", "run/a")):  # fmt: skip
@@ -190,7 +190,7 @@ def mixed(videos, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "mixture", "prepared", "tokens"])
-def test_classes_are_counted_alike_whatever_the_data(kind, mixed, trained, tmp_path, capsys):
+def test_classes_are_counted_alike_for_every_kind_of_data(kind, mixed, trained, tmp_path, capsys):
     spec = f"folder:{mixed}"
     if kind == "mixture":
         spec = f"folder:{mixed}+folder:{mixed / 'train'}"
@@ -215,7 +215,7 @@ def test_classes_are_counted_alike_whatever_the_data(kind, mixed, trained, tmp_p
         assert counts.tolist() == ([4, 0, 4, 8] if kind == "mixture" else [2, 0, 2, 4])
 
 
-def test_classes_without_videos_are_told_and_not_pictured(mixed, trained, tmp_path, capsys, monkeypatch):
+def test_classes_without_videos_are_warned_of_and_not_sampled(mixed, trained, tmp_path, capsys, monkeypatch):
     data = [f"--config.data.train=folder:{mixed}", "--config.data.eval=", "--config.steps=1"]
     seen = []
     put = jax.device_put
@@ -231,8 +231,8 @@ def test_classes_without_videos_are_told_and_not_pictured(mixed, trained, tmp_pa
     assert seen == [[1, 2] * 4]
 
 
-def test_classes_in_another_order_are_not_gone_on_with(codes, online, trained, tmp_path, capsys):
-    """A run whose labels mean other classes than before: by a new folder, or by codes made again."""
+def test_a_run_does_not_resume_with_other_classes(codes, online, trained, tmp_path, capsys):
+    """The labels mean other classes than before, because the codes were written again."""
     other = shutil.copytree(codes, tmp_path / "codes")
     data = [f"--config.data.train=tokens:{other}", "--config.data.eval=", "--config.steps=2"]
     assert train(tmp_path / "run", "", *data) == 0
@@ -243,7 +243,7 @@ def test_classes_in_another_order_are_not_gone_on_with(codes, online, trained, t
     assert "data.train has other classes than before, 'walk' in place of 'run'" in message
 
 
-def test_labels_that_no_class_has_are_damage(codes, tmp_path):
+def test_labels_without_a_class_are_an_error(codes, tmp_path):
     other = shutil.copytree(codes, tmp_path / "codes")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["rows"][0]["label"] = 2
@@ -252,12 +252,12 @@ def test_labels_that_no_class_has_are_damage(codes, tmp_path):
         CodeSet(other)
 
 
-def test_what_is_no_folder_of_codes_is_named(videos, tmp_path):
+def test_folders_without_codes_are_refused(videos, tmp_path):
     with pytest.raises(InputError, match=f"contains no codes written by larp-jax tokenize; .* 'folder:{videos}'"):
         CodeSet(videos)
 
 
-def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, capsys):
+def test_inputs_that_do_not_match(codes, online, trained, videos, tmp_path, capsys):
     run, from_codes = tmp_path / "run", f"--config.data.train=tokens:{codes}"
     other = trained / "checkpoints" / "2"
     for message, tokenizer, *overrides in (
@@ -278,7 +278,7 @@ def test_what_does_not_fit_together(codes, online, trained, videos, tmp_path, ca
     assert "holds a run with tokenizer_fingerprint=" in error_of(capsys, online, other)
 
 
-def test_codes_are_no_videos(codes, trained, tmp_path, capsys):
+def test_codes_are_not_videos(codes, trained, tmp_path, capsys):
     assert cli.main(["evaluate", f"--checkpoint={trained}", f"--data=tokens:{codes}"]) == 2
     assert "contains codes, on which only generators train" in capsys.readouterr().err
     manifest = json.loads((codes / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""I3D computes what the reference computes, and its weights come in exactly or not at all."""
+"""I3D agrees with the reference, and only exactly matching weights are imported."""
 
 import pickle
 import sys
@@ -36,7 +36,7 @@ def test_logits_of_the_reference(reference_dir):
     assert not [d for d in deviations if not d.within]
 
 
-def test_videos_of_any_size_by_shape_alone():
+def test_shapes_for_videos_of_any_size():
     i3d = nnx.eval_shape(lambda: I3d(rngs=nnx.Rngs(0)))
 
     def shape(*video):
@@ -77,7 +77,7 @@ def test_npz_and_safetensors_give_the_same(tmp_path, tensors):
     jax.tree.map(np.testing.assert_array_equal, *ours)
 
 
-def test_a_pickle_inside_npz_is_not_opened(tmp_path):
+def test_a_pickle_inside_npz_is_not_read(tmp_path):
     np.savez(tmp_path / "weights.npz", weights=np.array([{}], object))
     assert "not object (weights)" in refusal(tmp_path / "weights.npz")
 
@@ -94,7 +94,7 @@ def test_pytorch_files(tmp_path, tensors):
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     assert "read safely" in refusal(tmp_path / "half.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "holds a list" in refusal(tmp_path / "list.pt")
+    assert "contains a list" in refusal(tmp_path / "list.pt")
 
 
 def test_torchscript_is_not_run(tmp_path):
@@ -112,7 +112,7 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-def test_pickles_are_not_opened(tmp_path):
+def test_pickles_are_not_executed(tmp_path):
     (tmp_path / "weights.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "burst")))
     refusal(tmp_path / "weights.pt")
     assert not (tmp_path / "burst").exists()

@@ -1,4 +1,4 @@
-"""Released weights come in exactly or not at all: every complaint is one line that names what is wrong."""
+"""Import of released weights: only exact matches are accepted, and every error is one line that names the problem."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from larp_jax.weights.importing import import_huggingface
 
 FOLDERS = ["tokenizer", "ar_class", "ar_frame_prediction"]
 OPTIONS = [f"tokenizer_{name}" for name in ("rounds", "base_100", "frame_patches", "kl", "vq_l2", "ln_d", "ln_nd")]
-FOLDED = ["tokenizer_bn_bn", "tokenizer_learned_temperature"]  # come in as an equal model without
+FOLDED = ["tokenizer_bn_bn", "tokenizer_learned_temperature"]  # constants are folded in the import
 WIDTH = dict(width=16, depth=2, heads=2)
 MODEL = dict(frames=4, resolution=16, patch_frames=2, patch_size=4, num_tokens=6)
 MODEL |= dict(encoder=cfg.TransformerConfig(**WIDTH), decoder=cfg.TransformerConfig(width=24, depth=1, heads=3))
@@ -44,7 +44,7 @@ def shapes_of(make, name) -> dict:
 
 
 def shapes_of_items(items) -> dict:
-    """Shapes of our parameters that the name map would make."""
+    """Shapes of the parameters that the table of tensors leads to."""
     zeros = {name: np.zeros(shape, np.float32) for name, shape in released.expected_shapes(items).items()}
     leaves, _ = jax.tree_util.tree_flatten_with_path(released.params_from_released(items, zeros))
     return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
@@ -98,7 +98,7 @@ def test_the_map_covers_every_parameter_of_the_generator(options):
     assert shapes_of_items(released.model_tensors(config)) == expected
 
 
-def test_imports_what_the_reference_holds(reference_dir):
+def test_import_of_the_reference(reference_dir):
     kind, recipe, params = import_huggingface(reference_dir / "tokenizer")
     assert kind == "tokenizer" and set(params) == {"tokenizer", "prior"}
     assert recipe.model.quantizer.kind == "svq" and recipe.model.clip_shape == (8, 32, 32, 3)
@@ -111,7 +111,7 @@ def test_imports_what_the_reference_holds(reference_dir):
 
 @pytest.fixture
 def copy(reference_dir, tmp_path):
-    """A copy of the tokenizer's (or another) reference to spoil: folder, and how to change config and tensors."""
+    """A copy of a reference model that tests can damage: its folder, and methods to change config and tensors."""
 
     class Copy:
         path = tmp_path / "model"
@@ -141,7 +141,7 @@ def copy(reference_dir, tmp_path):
 
 
 def refusal(source, **options) -> str:
-    """The message of the refusal, which is one line."""
+    """The error message, which is one line."""
     with pytest.raises(InputError) as info:
         import_huggingface(source, **options)
     assert "\n" not in str(info.value)
@@ -193,14 +193,14 @@ def refusal(source, **options) -> str:
         ("bottleneck_token_num", 10**400),
     ],
 )
-def test_every_field_is_honoured_or_refused_by_name(copy, path, value):
+def test_unsupported_values_are_refused_by_name(copy, path, value):
     copy.take().config(path, value)
     message = refusal(copy.path)
     words = {"encoder_depth": "tensors"} if value == 10**12 else {}
     name = path.removeprefix("prior_model.")
     assert words.get(path, name) in message, message
     assert "config.json" in message
-    # none of ours, which whoever gave the file has never heard of
+    # not the names of this package, which users of the file do not know
     assert not re.search(r"\b(model|quantizer|prior|encoder|decoder)\.\w+=", message), message
 
 
@@ -219,12 +219,12 @@ def test_names_of_options_in_any_case(copy):
     copy.take().config("bottleneck.args.norm", "None")
     copy.config("encoder_name", "NULL")
     assert import_huggingface(copy.path)[1].model.quantizer.norm == "none"
-    copy.config("bottleneck.args.norm", "LN_D_NA")  # which the released forward pass leaves out
+    copy.config("bottleneck.args.norm", "LN_D_NA")  # the released forward pass ignores it
     assert import_huggingface(copy.path)[1].model.quantizer.norm == "none"
 
 
-def test_what_only_a_draw_reads(copy):
-    """The released code ignores a temperature of deterministic codes, and an entropy weight below 0."""
+def test_settings_that_only_sampling_uses(copy):
+    """The released code ignores the temperature of deterministic codes and an entropy weight below 0."""
     arguments = "bottleneck.args.regularizer.args"
     copy.take().config(f"{arguments}.stochastic", False)
     copy.config(f"{arguments}.stochastic_temperature", -1.0)
@@ -236,13 +236,13 @@ def test_what_only_a_draw_reads(copy):
 def test_a_gaussian_bottleneck_keeps_no_prior(copy):
     copy.take().config("bottleneck.args.regularizer.name", "skl")
     assert "prior_model" in refusal(copy.path)
-    copy.config("prior_model", {"name": "none"})  # the settings of codes may stay, unread
+    copy.config("prior_model", {"name": "none"})  # settings of codes are ignored
     copy.config("bottleneck.args.regularizer.args.stochastic_temperature", -1.0)
     message = refusal(copy.path)
     assert "bottleneck.in_linear.weight [8, 48] for [16, 48]" in message
 
 
-def test_a_learned_temperature_is_that_of_the_draw(copy):
+def test_a_learned_temperature_becomes_a_setting(copy):
     name = "bottleneck.regularizer.stochastic_temperature_inv"
     copy.take("tokenizer_learned_temperature").tensors(lambda t: t.update({name: np.array(16, np.float32)}))
     assert import_huggingface(copy.path)[1].model.quantizer.temperature == 1 / 16
@@ -278,7 +278,7 @@ def test_batch_norm_needs_its_statistics(copy):
     [("model_type", "t2i"), ("cls_token_num", 2), ("n_kv_head", 3), ("vocab_size", 64.0), ("norm_eps", 0), ("x", 1)]
     + [("ffn_dim_multiplier", 1e308), ("class_dropout_prob", 2)],
 )
-def test_every_field_of_a_generator_is_honoured_or_refused(copy, path, value):
+def test_unsupported_values_of_a_generator_are_refused(copy, path, value):
     copy.take("ar_class").config(path, value)
     assert "config.json" in refusal(copy.path)
 
@@ -289,7 +289,7 @@ def test_missing_fields_are_named(copy, path):
     assert path.split(".")[-1] in refusal(copy.path)
 
 
-def test_absent_fields_mean_what_the_released_code_takes(copy):
+def test_missing_fields_have_the_defaults_of_the_released_code(copy):
     copy.take().config("in_channels", None, remove=True)
     copy.config("bottleneck.args.regularizer.args.stochastic", None, remove=True)
     _, recipe, _ = import_huggingface(copy.path)
@@ -373,7 +373,7 @@ def test_fixed_tables_must_be_ours(copy, name):
 
 
 def test_a_prior_made_for_more_tokens_keeps_its_positions(copy):
-    """`gptc-*` makes 1024 positions unless told otherwise, however many tokens there are."""
+    """`gptc-*` has 1024 positions by default, for any number of tokens."""
     copy.take().config("prior_model.name", "gptc-XXS")
     (copy.path / "prior.json").unlink()
     prior = PriorConfig(size="XXS", positions=1024)
@@ -404,7 +404,7 @@ def test_a_prior_of_unknown_size(copy):
         assert "prior.json" in refusal(copy.path)
 
 
-def test_what_is_no_model_at_all(tmp_path, copy, monkeypatch):
+def test_sources_that_are_not_models(tmp_path, copy, monkeypatch):
     assert "neither" in refusal(tmp_path / "nowhere")
     assert "config.json is missing" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -413,7 +413,7 @@ def test_what_is_no_model_at_all(tmp_path, copy, monkeypatch):
     assert "neither a LARP tokenizer" in refusal(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert "huggingface_hub" in refusal("someone/something")
-    assert "moving average" in refusal(copy.take().path, ema=True)
+    assert "no EMA" in refusal(copy.take().path, ema=True)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "", "\xff\xfe", '{"a": NaN}', "[" * 10**5, '{"encoder_depth": 1e999}'])
@@ -431,7 +431,7 @@ def test_truncated_weights(copy, keep):
 
 
 class Bomb:
-    """Unpickling it would make a file."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path):
         self.path = path
@@ -500,7 +500,7 @@ def test_any_change_of_the_header_imports_or_is_refused(reference_dir, tmp_path,
         assert "\n" not in str(error)
 
 
-# ---------------------------------------------------------------------------- checkpoints of the authors' trainer
+# ---------------------------------------------------------------------------- checkpoints of the released trainer
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 
@@ -528,7 +528,7 @@ def test_a_checkpoint_of_the_trainer(reference_dir, tmp_path):
     folder = reference_dir / "ar_class"
     checkpoint = checkpoint_of(folder, "llama-abs-S")
     torch.save(checkpoint, tmp_path / "last.pth")
-    # the name of the model is the size of the generator, whatever the arguments say
+    # the name of the model is the size of the generator, not the one in its arguments
     assert "wrong shape" in refusal(tmp_path / "last.pth")
 
     config = GeneratorConfig(size="S", codebook_size=8, num_tokens=4, num_classes=2)
@@ -543,7 +543,7 @@ def test_a_checkpoint_of_the_trainer(reference_dir, tmp_path):
 
 @needs_torch
 def test_settings_that_are_easy_dictionaries(reference_dir, tmp_path, monkeypatch):
-    """The trainer keeps its settings in `easydict.EasyDict`, which the safe loader would refuse."""
+    """The released trainer stores settings as `easydict.EasyDict`, which the safe loader rejects by default."""
     import sys
     import types
 
@@ -590,7 +590,7 @@ def test_a_malicious_checkpoint(tmp_path, protocol):
     + [{"model": {"name": "larp_tokenizer", "args": {}, "sd": {}}}]
     + [{"model": {"name": "llama-abs-Q", "args": {}, "sd": {}}}, {"model": {"name": "x", "args": {}, "sd": {"a": 1}}}],
 )
-def test_files_that_are_no_checkpoint(tmp_path, content):
+def test_files_that_are_not_checkpoints(tmp_path, content):
     import torch
 
     if isinstance(content, bytes):

@@ -1,4 +1,4 @@
-"""Imports point down only, and the core needs none of the packages for data and logs."""
+"""Modules import only from lower layers, and the core does not need the packages for data and logs."""
 
 import ast
 import pathlib
@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
 
-# From the top down, by module or sub-package of larp_jax. A module imports from layers below its own, and within its
-# own sub-package; neighbors of one layer know nothing of each other. "larp_jax" is the package's own __init__.
+# Modules and subpackages of larp_jax from the top layer down. A module may import from lower layers and from its own
+# subpackage, not from others of its layer. "larp_jax" is the __init__ of the package.
 LAYERS = (
     {"cli"},
     {"tools"},
@@ -29,7 +29,7 @@ LAYERS = (
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
-# Importable where only JAX and its like are installed: modules, and all those of a sub-package.
+# Modules, and subpackages with all their modules, that can be imported without the packages in NOT_CORE.
 CORE = {"api", "config", "errors", "files", "metrics", "models", "npz", "state", "tools.flops", "training.losses"}
 CORE |= {"training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint", "weights.importing"}
 CORE |= {"weights.i3d", "weights.lpips", "weights.networks", "weights.released", "weights.released_config"}
@@ -80,7 +80,7 @@ def test_every_module_has_its_layer():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
     wrong = [name for name in imports(module, MODULES[module].read_text("utf-8")) if points_up(module, name)]
-    assert not wrong, f"{module} imports {wrong}, which do not lie below it"
+    assert not wrong, f"{module} imports {wrong}, which are not below it"
 
 
 def test_the_rule_sees_every_way_to_import():
@@ -96,11 +96,11 @@ def f():
 
 
 def defined_twice(source: str) -> list[str]:
-    """Functions and classes of one body (a module's, a class's) that another of their name replaces."""
+    """Names of functions and classes that are defined twice in one module, class or function."""
     found = []
     for node in ast.walk(ast.parse(source)):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        # decorated ones may be parts of one: a property's setter, an overload
+        # decorated definitions may share a name: setters of properties, overloads
         names = [x.name for x in getattr(node, "body", ()) if isinstance(x, kinds) and not x.decorator_list] \
             if isinstance(node, (ast.Module, *kinds)) else []  # fmt: skip
         found += sorted({name for name in names if names.count(name) > 1})
@@ -142,6 +142,6 @@ def test_the_core_imports_without_the_packages_for_data_and_logs():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_doctor_imports_where_jax_and_flax_are_broken():
+def test_the_doctor_can_be_imported_if_jax_and_flax_are_broken():
     result = import_without([*NOT_CORE, "jax", "flax"], ["larp_jax.tools.doctor"])
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""LPIPS computes what the reference computes; its file is ours, found where we say and checked."""
+"""LPIPS agrees with the reference; its weights file is found and checked as documented."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def sources(tmp_path_factory, reference_dir):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, sources):
-    """The file that the command writes."""
+    """The file that larp-jax import writes."""
     path = tmp_path_factory.mktemp("ours") / "lpips.safetensors"
     vgg, heads = map(str, sources)
     assert main(["import", "--kind", "lpips", "--source", vgg, "--heads", heads, "--output", str(path)]) == 0
@@ -66,7 +66,7 @@ def test_equal_frames_have_no_distance_and_a_finite_gradient(lpips, frames):
     assert distance < 1e-9 and jnp.isfinite(gradient).all()
 
 
-def test_features_that_are_all_zero_have_a_zero_gradient(lpips, frames):
+def test_zero_features_have_a_zero_gradient(lpips, frames):
     dead = jax.tree.map(jnp.zeros_like, lpips)
     distance, gradient = distance_and_gradient(dead, *frames)
     assert distance == 0.0
@@ -113,10 +113,10 @@ def test_public_files_must_fit(tmp_path, sources):
     vgg, heads = sources
     assert "missing lin0.model.1.weight" in refusal(import_lpips, vgg, vgg)
     assert "features.0.weight" in refusal(import_lpips, heads, heads)
-    assert "is no file" in refusal(import_lpips, vgg, tmp_path / "absent.pth")
+    assert "is not a file" in refusal(import_lpips, vgg, tmp_path / "absent.pth")
     truncated = tmp_path / "vgg16.safetensors"
     truncated.write_bytes(vgg.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(import_lpips, truncated, heads)
+    assert "not a valid safetensors file" in refusal(import_lpips, truncated, heads)
     names = load_file(heads)
     save_file(names | {"lin4.model.1.weight": np.zeros((1, 64, 1, 1), np.float32)}, tmp_path / "heads.safetensors")
     message = refusal(import_lpips, vgg, tmp_path / "heads.safetensors")
@@ -135,13 +135,13 @@ def test_the_command_writes_nothing_when_it_fails(tmp_path, sources, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_ours_are_checked(tmp_path, weights, sources):
+def test_weights_files_are_checked(tmp_path, weights, sources):
     path = tmp_path / "lpips.safetensors"
     assert "larp-jax import --kind lpips" in refusal(networks.load_lpips, path)
-    assert "holds weights of lpips" in refusal(networks.load_i3d, weights)
-    assert "no file of ours" in refusal(networks.load_lpips, sources[0])
+    assert "contains weights of lpips" in refusal(networks.load_i3d, weights)
+    assert "contains no weights of lpips" in refusal(networks.load_lpips, sources[0])
     path.write_bytes(weights.read_bytes()[:-1])
-    assert "not a sound safetensors file" in refusal(networks.load_lpips, path)
+    assert "not a valid safetensors file" in refusal(networks.load_lpips, path)
     tensors = load_file(weights)
     del tensors["head3"]
     save_file(tensors, path, {"larp_jax": "lpips"})
@@ -156,7 +156,7 @@ def test_outputs_that_cannot_be_written(tmp_path, weights):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_where_files_are_looked_for(tmp_path, monkeypatch, weights):
+def test_locations_of_the_weights_file(tmp_path, monkeypatch, weights):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LARP_LPIPS", raising=False)
     monkeypatch.delenv("LARP_I3D", raising=False)

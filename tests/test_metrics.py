@@ -82,7 +82,7 @@ def test_mean_ignores_padding_and_merges_by_weight():
     first = metrics.Mean.of(jnp.array([1.0, 2.0, 3.0]))
     last = metrics.Mean.of(jnp.array([10.0, jnp.nan, jnp.nan]), jnp.array([1, 0, 0]))
     merged = metrics.Mean.empty().merge(first).merge(last)
-    assert merged.compute() == 4.0  # a mean of means would say 6
+    assert merged.compute() == 4.0  # a mean of means would be 6
     assert np.isnan(metrics.Mean.empty().compute())
 
 
@@ -132,7 +132,7 @@ def test_code_statistics_merge_batches_and_leave_out_padding():
 
 
 def test_position_entropy_sees_codes_bound_to_positions():
-    indices = np.tile(np.arange(4), (10, 1))  # position i always holds code i
+    indices = np.tile(np.arange(4), (10, 1))  # position i always has code i
     computed = metrics.CodeStatistics.of(indices, 4).compute()
     assert computed["perplexity"] == pytest.approx(4)
     assert computed["position_entropy"] == pytest.approx(0, abs=1e-12)

@@ -54,7 +54,7 @@ def clip(config, batch=2, seed=0):
 
 
 @pytest.mark.parametrize("size", TOKENIZER_SIZES)
-def test_every_tokenizer_size_has_the_shapes_it_should(size):
+def test_shapes_of_every_tokenizer_size(size):
     config = TokenizerConfig(size=size)
 
     def run(video):
@@ -69,7 +69,7 @@ def test_every_tokenizer_size_has_the_shapes_it_should(size):
 
 
 @pytest.mark.parametrize("size", PRIOR_SIZES)
-def test_every_prior_size_has_the_shapes_it_should(size):
+def test_shapes_of_every_prior_size(size):
     def run(latents):
         return Prior(PriorConfig(size=size), 1024, 16, rngs=nnx.Rngs(0))(latents)
 
@@ -106,7 +106,7 @@ def test_bfloat16_keeps_the_bottleneck_and_the_output_in_float32():
 
 
 def half_precision_modules():
-    """Each network that computes in bfloat16, and what it is called with."""
+    """Each network that computes in bfloat16, with its arguments."""
     dtype, prior = jnp.bfloat16, PriorConfig(width=16, depth=1, heads=2)
     generator = GeneratorConfig(width=16, depth=1, heads=2, codebook_size=8, num_tokens=5, num_classes=2)
     judge = DiscriminatorConfig(width=16, depth=1, heads=2)
@@ -122,7 +122,7 @@ def half_precision_modules():
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "prior", "discriminator", "generator"])
-def test_the_residual_stream_is_float32_whatever_is_computed_in(name, monkeypatch):
+def test_the_residual_stream_is_always_float32(name, monkeypatch):
     module, arguments = half_precision_modules()[name]
     scan, streams = jax.lax.scan, []
 
@@ -136,7 +136,7 @@ def test_the_residual_stream_is_float32_whatever_is_computed_in(name, monkeypatc
     assert set(streams) == {jnp.dtype(jnp.float32)}
 
 
-def test_the_residual_stream_of_sampling_is_float32_although_the_cache_is_not():
+def test_the_residual_stream_of_sampling_is_float32_with_a_bfloat16_cache():
     generator, (classes, _) = half_precision_modules()["generator"]
     graphdef, params = nnx.split(generator, nnx.Param)
     generator = nnx.merge(graphdef, cast_params(nnx.to_pure_dict(params), jnp.bfloat16))
@@ -148,7 +148,7 @@ def test_the_residual_stream_of_sampling_is_float32_although_the_cache_is_not():
     assert block.decode_step(x, (keys, values), 0)[0].dtype == jnp.float32
 
 
-def test_the_base_is_that_of_fixed_tables_only():
+def test_the_base_applies_only_to_fixed_tables():
     def tables(learned):
         config = dataclasses.replace(
             SMALL,
@@ -181,7 +181,7 @@ def test_rematerialisation_changes_no_gradient(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
 
 
-def test_patchify_orders_patches_and_pixels_as_the_method_says():
+def test_order_of_patches_and_pixels():
     video = jnp.arange(4 * 4 * 6 * 3).reshape(1, 4, 4, 6, 3)
     patches = embeddings.patchify(video, (2, 2, 3))
     np.testing.assert_array_equal(patches[0, 1], video[0, :2, :2, 3:].reshape(-1))  # width moves fastest
@@ -226,7 +226,7 @@ def test_attention_on_cpu_drops_what_the_plain_form_drops(causal):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-def test_dropout_keeps_each_number_at_its_rate_whatever_its_neighbors_and_other_calls():
+def test_dropout_is_independent_between_elements_and_calls():
     x = jnp.ones((4, 500, 256))
     one, other = (np.asarray(dropout(x, 0.1, jax.random.key(i))) > 0 for i in (1, 2))
     pairs = {
@@ -238,7 +238,7 @@ def test_dropout_keeps_each_number_at_its_rate_whatever_its_neighbors_and_other_
     np.testing.assert_allclose(one.mean(), 0.9, atol=5 * 0.3 / one.size**0.5)
     for name, (a, b) in pairs.items():
         np.testing.assert_allclose((a & b).mean(), 0.81, atol=5 * 0.4 / a.size**0.5, err_msg=name)
-    # of whole rows and columns too
+    # also for entire rows and columns
     np.testing.assert_allclose(one.mean(-1).std(), 0.3 / 256**0.5, rtol=0.1)
     np.testing.assert_allclose(one.mean((0, 1)).std(), 0.3 / 2000**0.5, rtol=0.25)
     np.testing.assert_allclose(dropout(x, 0.1, jax.random.key(1)).max(), 1 / 0.9, rtol=1e-6)
@@ -261,7 +261,7 @@ def test_chunked_map_equals_the_whole(length):
         np.testing.assert_allclose(jax.grad(total)(x, chunk), jax.grad(total)(x, 1000), atol=1e-5)
 
 
-def test_a_draw_follows_the_softmax_over_several_blocks():
+def test_sampling_follows_the_softmax_over_several_blocks():
     logits = jax.random.normal(jax.random.key(0), (200,)).at[jnp.array([0, 64, 65, 199])].set(-jnp.inf)
     count = 200_000
     drawn = categorical.draw(jax.random.key(1), jnp.broadcast_to(logits, (count, 200)))
@@ -272,7 +272,7 @@ def test_a_draw_follows_the_softmax_over_several_blocks():
     assert abs(chi_square - 195) < 5 * np.sqrt(2 * 195)
 
 
-def test_the_largest_is_the_first_of_equals():
+def test_argmax_is_the_lowest_index_on_ties():
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-jnp.inf, -1.0, -2.0, -1.0]])
     np.testing.assert_array_equal(categorical.largest(logits), [1, 0, 1])
 
@@ -306,7 +306,7 @@ def test_kl_bottleneck_is_continuous():
 
 
 def test_an_earlier_kl_bottleneck_is_refused():
-    """Its weights hold means and log-variances in other columns."""
+    """Its weights have means and log-variances in other columns."""
     earlier = {"kind": "kl", "code_dim": 4}
     values = {"model": {"quantizer": earlier}, "loss": {"prior_weight": 0.0}}
     with pytest.raises(InputError, match="earlier version"):
@@ -315,7 +315,7 @@ def test_an_earlier_kl_bottleneck_is_refused():
     assert parse_recipe(values).model.quantizer.kind == "kl"
 
 
-def test_plain_codes_are_the_nearest_of_any_length():
+def test_plain_codes_are_the_nearest_for_any_norm():
     config = QuantizerConfig(kind="vq", codebook_size=16, code_dim=3, l2_normalized=False)
     module = quantizer.Quantizer(config, 3, 3, rngs=nnx.Rngs(0))
     z = 2.0 * jax.random.normal(jax.random.key(1), (2, 70, 3))
@@ -415,18 +415,18 @@ LEARNED = dataclasses.replace(
 
 @pytest.mark.parametrize("change", [
     {},
-    {"num_tokens": 16},  # a token gathers two patches
+    {"num_tokens": 16},  # two patches per token
     {"patch_frames": 8},  # half as many patches as tokens
     {"decoder_patch_size": 4},
 ])  # fmt: skip
-def test_data_init_reconstructs_the_color_of_every_place(change):
+def test_data_init_reconstructs_the_color_of_every_patch(change):
     config = dataclasses.replace(LEARNED, **change)
     colors = jax.random.uniform(jax.random.key(1), (128, 1, 4, 4, 3))
     video = colors.repeat(8, 1).repeat(8, 2).repeat(8, 3)
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
     data_init(tokenizer, video[:96], jax.random.key(0))
     reconstruction, quantized = tokenizer(video[96:])
-    # the mean picture has an error of one variance
+    # the error of the mean image is the variance
     assert jnp.mean(jnp.square(reconstruction - video[96:])) < 0.3 * jnp.var(video)
     assert len(np.unique(quantized.indices)) > 0.9 * config.quantizer.codebook_size
 

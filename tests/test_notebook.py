@@ -15,7 +15,7 @@ NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "codes.ipynb"
 def test_it_runs(trained, monkeypatch, tmp_path):
     for name, value in {
         "LARP_NOTEBOOK_SMALL": "1",
-        "TFDS_DATA_DIR": os.environ["TFDS_DATA_DIR"],  # the few clips that `trained` made
+        "TFDS_DATA_DIR": os.environ["TFDS_DATA_DIR"],  # the few clips written by `trained`
         "JAX_PLATFORMS": "cpu",
         "TMPDIR": str(tmp_path),
         "IPYTHONDIR": str(tmp_path / "ipython"),
@@ -30,7 +30,7 @@ def test_it_runs(trained, monkeypatch, tmp_path):
     assert sum("image/svg+xml" in output["data"] for output in pictures) == 1
 
 
-def test_what_is_committed_is_small_and_clean():
+def test_the_committed_notebook_is_small_and_has_no_outputs():
     cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def arguments():
-    """What setup.py hands to setuptools."""
+    """The arguments of `setup` in setup.py."""
     with pytest.MonkeyPatch.context() as patch:
         captured = {}
         patch.setattr(setuptools, "setup", lambda **kwargs: captured.update(kwargs))
@@ -26,7 +26,7 @@ def arguments():
 
 
 def wanted_by(python, requirements):
-    """Those of the requirements that hold for a Python version."""
+    """The requirements that apply to a Python version."""
     parsed = map(Requirement, requirements)
     return [r for r in parsed if r.marker is None or r.marker.evaluate({"python_version": python})]
 
@@ -81,7 +81,7 @@ def test_shellcheck_finds_nothing():
 
 
 def dry_run(script, *arguments):
-    """The commands that a script would run, as lists of words; in an environment where none of them exists."""
+    """The commands that a script would run, as lists of words. None of them is executed."""
     tools = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere"}
     command = ["bash", str(ROOT / "launch" / script), *arguments]
     result = subprocess.run(command, env=tools, capture_output=True, text=True, check=False)
@@ -94,7 +94,7 @@ TRAIN = ["train", "--config", "configs/larp_l_long.py", "--workdir", "runs/a b"]
 
 
 def accepted(words):
-    """Whether the words from larp-jax on are a command line of it."""
+    """Whether the words from larp-jax on are a valid command line."""
     from larp_jax.cli import app
 
     app.parse(words[words.index("larp-jax") + 1 :])

@@ -1,4 +1,4 @@
-"""The generator computes what the authors' implementation computes, and its options do what they say."""
+"""The generator agrees with the released code, and its options work as documented."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def small(**options) -> Generator:
 TOKENS = np.random.default_rng(0).integers(0, 16, (2, 5))
 
 
-def test_a_token_sees_only_what_came_before():
+def test_attention_is_causal():
     generator = small()
     logits = generator(np.array([0, 1]), TOKENS)
     changed = TOKENS.copy()
@@ -59,13 +59,13 @@ def test_a_token_sees_only_what_came_before():
     np.testing.assert_allclose(generator(np.array([0, 1]), TOKENS[:, :0]), logits[:, :1], atol=1e-5)
 
 
-def test_an_untrained_generator_knows_nothing():
+def test_an_untrained_generator_predicts_uniformly():
     generator = Generator(GeneratorConfig(**SMALL), rngs=nnx.Rngs(0))
     assert not np.any(generator(np.array([0, 1]), TOKENS))
 
 
 def test_grouped_heads_share_keys_and_values():
-    """With its keys and values repeated per group, a generator of full heads computes the same."""
+    """A generator with full heads and repeated keys and values computes the same."""
     grouped, full = small(kv_heads=2), small(kv_heads=4)
     params = nnx.to_pure_dict(nnx.state(grouped, nnx.Param))
     q, k, v = jnp.split(params["blocks"]["attention"]["qkv"]["kernel"], (32, 48), axis=-1)
@@ -76,7 +76,7 @@ def test_grouped_heads_share_keys_and_values():
     np.testing.assert_allclose(grouped(condition, TOKENS), same(condition, TOKENS), atol=1e-5)
 
 
-def test_fixed_positions_are_no_parameters():
+def test_fixed_positions_are_not_parameters():
     assert small(fixed_positions=True).positions is None
     assert np.any(small(fixed_positions=True)(np.array([0, 1]), TOKENS))
 

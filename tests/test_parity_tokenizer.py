@@ -1,4 +1,4 @@
-"""Tokenizer and prior compute what the authors' implementation computes, on its weights."""
+"""Tokenizer and prior agree with the released code on its weights."""
 
 import pytest
 from fidelity import COMPARISONS, tokenizer_deviations

@@ -1,4 +1,4 @@
-"""Plans: what is compiled for emulated devices, what is estimated, and what is said where neither can be done."""
+"""Plans: compiled for emulated devices, estimated, and errors if neither is possible."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def larp_l(**overrides):
     return config
 
 
-def test_a_plan_is_what_the_program_takes(tmp_path, capsys):
+def test_a_plan_agrees_with_the_compiled_program(tmp_path, capsys):
     output = tmp_path / "plan.json"
     assert cli.main(["plan", "--config", TINY, "--devices", "8", "--config.mesh.fsdp=2", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_a_plan_is_what_the_program_takes(tmp_path, capsys):
     assert found["flops_compiler"] == step.flops
     assert found["flops_step"] == 8 * sum(flops.train_step(recipe).values())
     assert {c["kind"] for c in found["collectives"]} >= {"all-gather", "all-reduce"}
-    assert found["traffic_gb"] > 0 and "step_ms" not in found  # no published numbers of an emulated device
+    assert found["traffic_gb"] > 0 and "step_ms" not in found  # peak numbers of emulated devices are unknown
 
 
 def plan_config(path):
@@ -66,7 +66,7 @@ def test_gpus_are_estimated():
     assert one["step_ms"] == pytest.approx(8 * eight["step_ms"])
     assert not one["fits"] and one["change"] == "--config.remat=block"
     assert eight["fits"] and "change" not in eight
-    # 172 + 22 + 38 million parameters and their two moments
+    # 172 + 22 + 38 million parameters, and two moments of each
     assert eight["memory_mb"]["params"] == pytest.approx(4 * 232, rel=0.02)
     assert eight["memory_mb"]["optimizer"] == pytest.approx(2 * eight["memory_mb"]["params"], rel=1e-3)
 
@@ -83,9 +83,9 @@ def test_what_to_change():
     assert plan.change(full, mesh, 1e9, chip) == "--config.mesh.data=1 --config.mesh.fsdp=8"
 
 
-def test_the_generator_has_the_operations_of_its_size():
+def test_flops_of_the_generator():
     counts = flops.generator_train_step(parse_recipe({"stage": "generator"}).model)
-    parameters = 632.0e6 - 8193 * 1280 - 1024 * 1280 - 102 * 1280  # 632 M without the tables
+    parameters = 632.0e6 - 8193 * 1280 - 1024 * 1280 - 102 * 1280  # 632 million without the embedding tables
     attention = 3 * 30 * 4 * 1024 * 1024 * 1280
     assert sum(counts.values()) == pytest.approx(6 * 1024 * parameters + attention, rel=2e-3)
 
@@ -120,5 +120,5 @@ def test_without_libtpu(monkeypatch):
         ("RESOURCE_EXHAUSTED: something else", float("inf")),
     ],
 )
-def test_what_a_compiler_without_memory_says(message, gigabytes):
+def test_out_of_memory_errors_of_the_compiler(message, gigabytes):
     assert plan._needed(message) == gigabytes * 2**30

@@ -26,7 +26,7 @@ def ignore(text):
 
 
 def waves(count, seed):
-    """uint8 [count, 48, 64, 3]: waves that run over a ground of one hue, as smooth as footage."""
+    """uint8 [count, 48, 64, 3]: waves that move over a background of one color, as smooth as real footage."""
     rng = np.random.default_rng(seed)
     t, y, x = np.meshgrid(np.arange(count), np.arange(48) / 48, np.arange(64) / 48, indexing="ij")
     light = np.full(t.shape, 0.5)
@@ -43,7 +43,7 @@ def write(path, frames, seed, fps=10):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """10 videos of 20, 23, ... frames in train and 3 in val, of 2 classes; two files that are none; two twins."""
+    """10 videos of 20, 23, ... frames in train and 3 in val, in 2 classes; 2 other files; 2 duplicates."""
     folder = tmp_path_factory.mktemp("videos")
     for i in range(13):
         write(folder / ("train" if i < 10 else "val") / ("walk", "run")[i % 2] / f"{i}.mp4", 20 + 3 * i, seed=i)
@@ -57,7 +57,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(videos, tmp_path_factory):
-    """That folder as raw frames."""
+    """The folder `videos`, prepared as raw frames."""
     output = tmp_path_factory.mktemp("prepared") / "raw"
     prepare([str(videos)], output, Settings(SIZE, "raw"), workers=1, progress=ignore)
     return output
@@ -115,7 +115,7 @@ def test_tfds_itself_reads_it(prepared, tmp_path, videos):
     assert np.abs(np.stack(list(row["video"])).astype(int) - expected.astype(int)).mean() < 3
 
 
-def test_parts_of_a_split_are_whole_videos(prepared):
+def test_parts_of_a_split_contain_whole_videos(prepared):
     everything = open_source(f"tfds:{prepared}:train")
     halves = [open_source(f"tfds:{prepared}:train{part}") for part in ("[:50%]", "[50%:]")]
     names = [[one.name(i) for i in range(len(one))] for one in (everything, *halves)]
@@ -176,7 +176,7 @@ def test_killed_runs_finish_equal(videos, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["_write_tfds", "make_report"])
-def test_failing_while_finishing_is_made_good(videos, prepared, tmp_path, monkeypatch, victim):
+def test_a_second_call_completes_a_failed_one(videos, prepared, tmp_path, monkeypatch, victim):
     def fail(*_):
         raise OSError("no")
 
@@ -189,7 +189,7 @@ def test_failing_while_finishing_is_made_good(videos, prepared, tmp_path, monkey
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_emptied_and_missing_shards_are_made_again(videos, prepared, tmp_path, monkeypatch, finished):
+def test_emptied_and_missing_shards_are_written_again(videos, prepared, tmp_path, monkeypatch, finished):
     folder = tmp_path / "a"
     if finished:
         shutil.copytree(prepared, folder)
@@ -316,7 +316,7 @@ def test_headers_and_labels(videos, tmp_path, text, labels):
         assert found.label_names == tuple(labels)  # by number
 
 
-def test_a_first_video_that_is_missing_is_no_header(videos, tmp_path):
+def test_a_missing_first_video_is_not_a_header(videos, tmp_path):
     (tmp_path / "list.csv").write_text("gone.mp4,a\ntrain/run/1.mp4,b\n")
     rows, found = listed([tmp_path / "list.csv"], videos)
     assert rows == [("train", "train/run/1.mp4", "b")] and found.missing[0][1] == "gone.mp4"
@@ -394,14 +394,14 @@ def test_lists_that_cannot_be_understood(videos, tmp_path):
         ("list.txt", "is not one of UCF101's lists (classInd.txt is not next to it); write your own list as .csv"),
     ],
 )
-def test_files_that_are_no_lists(tmp_path, name, says):
+def test_files_that_are_not_lists(tmp_path, name, says):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=says.replace("(", r"\(").replace(")", r"\)")):
         listing.list_videos([str(tmp_path / name)])
 
 
 def test_labels_are_those_of_videos(videos, prepared):
-    """Most of these videos take several records: numbers of records are not those of videos."""
+    """Most of these videos have several records, so the indices of records and videos differ."""
     source, folder = open_source(f"tfds:{prepared}:train"), open_source(f"folder:{videos}")
     assert len(source) == len(folder) == 10
     assert labels(source).tolist() == [source.read_clip(i, 0, CLIP)[1] for i in range(10)] == [0] * 5 + [1] * 5
@@ -421,7 +421,7 @@ def test_tfds_data_sets_are_input_too(prepared, tmp_path, monkeypatch):
     assert len(open_source("tfds:half:validation")) == 5
 
 
-def test_what_was_prepared_is_known_again(videos, prepared):
+def test_duplicates_are_found_in_prepared_data(videos, prepared):
     both = open_source(f"tfds:{prepared}:train"), open_source(f"folder:{videos / 'val'}")
     assert {both[0].name(i) for i in same_videos(*both)} == {"train/walk/2.mp4"}
     assert {both[1].name(i) for i in same_videos(*both[::-1])} == {"walk/twin.mp4"}
@@ -463,7 +463,7 @@ def test_real_footage(videos_dir, tmp_path):
         assert clip.shape == (16, 16, 16, 3)
 
 
-def test_beam_makes_the_same(videos, prepared, tmp_path):
+def test_beam_writes_the_same(videos, prepared, tmp_path):
     pytest.importorskip("apache_beam")
     options = "--runner=DirectRunner --direct_running_mode=in_memory"
     prepare([str(videos)], tmp_path / "a", Settings(SIZE, "raw"), beam_options=options, progress=ignore)

@@ -1,4 +1,4 @@
-"""Protocols choose the clips that they say, and refuse data that they are not of."""
+"""Protocols choose the documented clips and refuse other data."""
 
 import random
 import shutil
@@ -51,14 +51,14 @@ def test_the_data_set_is_opened_once(folder, monkeypatch):
             assert sum(batch["mask"].sum() for batch in batches) == len(WINDOWS)
 
 
-def test_drawn_windows_are_those_that_python_draws(folder):
-    drawn = clips(folder, Protocol(count=5, seed=42), name="some")
+def test_windows_are_sampled_as_by_python(folder):
+    sampled = clips(folder, Protocol(count=5, seed=42), name="some")
     full = [window for window in WINDOWS if window[0] != 1]  # video 1 is shorter than a clip
-    assert drawn.windows == [full[i] for i in random.Random(42).sample(range(len(full)), 5)]
-    with drawn.batches(5) as batches:
+    assert sampled.windows == [full[i] for i in random.Random(42).sample(range(len(full)), 5)]
+    with sampled.batches(5) as batches:
         batch = next(batches)
-    assert list(zip(batch["index"], batch["start"], strict=True)) == drawn.windows
-    assert "draws 10 windows" in refusal(folder, Protocol(count=10), name="some")
+    assert list(zip(batch["index"], batch["start"], strict=True)) == sampled.windows
+    assert "samples 10 windows" in refusal(folder, Protocol(count=10), name="some")
 
 
 def test_one_clip_of_each(folder):
@@ -71,9 +71,9 @@ def test_one_clip_of_each(folder):
 
 
 @pytest.mark.parametrize("name", [*GENERATION, "larp_ucf101"])
-def test_published_protocols_are_of_one_split_size_and_list(name, folder, caplog):
+def test_published_protocols_accept_only_their_split_and_size(name, folder, caplog):
     protocol = (GENERATION | RECONSTRUCTION)[name]
-    assert "16x128x128, these are 4x16x16" in refusal(folder, protocol, name=name)
+    assert "16x128x128, not 4x16x16" in refusal(folder, protocol, name=name)
     full = ClipSpec(frames=16, resolution=128, flip=False)
     for spec, options, message in (
         ("tfds:ucf101:test", {}, "names another"),
@@ -83,13 +83,13 @@ def test_published_protocols_are_of_one_split_size_and_list(name, folder, caplog
             ClipSet(spec, full, protocol, name=name, **options)
 
 
-def test_another_list_is_warned_of(folder, caplog):
+def test_another_number_of_videos_is_warned_of(folder, caplog):
     chosen = clips(folder, Protocol(videos=9537), name="some")
-    assert "is of 9537 videos" in caplog.text and "has 3" in caplog.text
+    assert "is defined for 9537 videos" in caplog.text and "has 3" in caplog.text
     assert chosen.describe()["videos_of_the_protocol"] == 9537
 
 
-def test_what_was_trained_on_is_held_out(folder, tmp_path):
+def test_held_out_leaves_out_training_videos(folder, tmp_path):
     held_out = RECONSTRUCTION["held_out"]
     shutil.copy(folder / "2.mp4", tmp_path / "renamed.mp4")
     write_video(tmp_path / "other.mp4", moving_frames(9, 16, 24, seed=9), 8.0)

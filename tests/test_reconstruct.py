@@ -1,4 +1,4 @@
-"""Videos beside their reconstructions."""
+"""Videos next to their reconstructions."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from larp_jax.inference.tokenize import detokenize, tokenize
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two videos of one name in two folders, of 20 and 5 frames, and a file that is none."""
+    """Two videos of the same name in two folders, of 20 and 5 frames, and a file that is not a video."""
     folder = tmp_path / "videos"
     for name, count in (("a/x.mp4", 20), ("b/x.mp4", 5)):
         path = folder / name
@@ -52,7 +52,7 @@ def test_a_folder(trained, tokenizer, folder, tmp_path, capsys):
     written = probe(output / "a" / "x.mp4")
     assert (written.frames, written.fps, written.width, written.height) == (20, 12.0, 64, 32)
     assert (output / "b" / "x.png").stat().st_size > 100
-    assert cli.main(arguments) == 0  # over its own results
+    assert cli.main(arguments) == 0  # replaces its own results
 
 
 def test_a_data_set(tokenizer, tmp_path):
@@ -75,7 +75,7 @@ def test_nothing_of_the_users_is_overwritten(tokenizer, folder, tmp_path):
         reconstruct(tokenizer, str(folder), tmp_path / "file")
 
 
-def test_what_a_killed_call_left_is_made_again(tokenizer, folder, tmp_path, monkeypatch):
+def test_outputs_of_a_killed_call_are_written_again(tokenizer, folder, tmp_path, monkeypatch):
     output, write = tmp_path / "out", files.write_json
 
     def killed(path, values):
@@ -95,7 +95,7 @@ def test_what_a_killed_call_left_is_made_again(tokenizer, folder, tmp_path, monk
     reconstruct(tokenizer, str(folder), output)
     assert probe(output / "b" / "x.mp4").frames == 5
     assert sorted(path.name for path in output.iterdir()) == ["a", "b", "psnr.json"]
-    # its own results, but no picture of the user's
+    # its own results, but not an image of the user
     reconstruct(tokenizer, str(folder / "a"), output)
     (output / "x.png").unlink()
     reconstruct(tokenizer, str(folder), output)

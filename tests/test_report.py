@@ -1,4 +1,4 @@
-"""The page of a run: whole without network or other files, nothing of the run's text taken for markup."""
+"""The page of a run: complete without network or other files; text of the run is never markup."""
 
 import base64
 import html.parser
@@ -22,7 +22,7 @@ VOID = {"meta", "input", "img", "link", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """Elements with their attributes, and the text of each section; complains where tags do not match."""
+    """Elements with their attributes, and the text of each section; fails if tags do not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -59,7 +59,7 @@ def page_of(workdir):
     addresses = [a[name] for _, a in page.elements for name in ("src", "href") if name in a]
     assert all(address.startswith(("data:", "#")) for address in addresses)
     assert not re.search(r"@import|url\(", text)
-    assert len(page.all("script")) == 1 and len(page.all("style")) == 1  # ours
+    assert len(page.all("script")) == 1 and len(page.all("style")) == 1  # those of the report
     return page
 
 
@@ -74,7 +74,7 @@ def charts_of(page):
 
 @pytest.fixture(scope="module")
 def workdir(trained, tmp_path_factory):
-    """That of the trained tokenizer, evaluated and analyzed."""
+    """The workdir of the trained tokenizer, evaluated and analyzed."""
     workdir = shutil.copytree(trained, tmp_path_factory.mktemp("report") / "run")
     of_it = ["--checkpoint", str(workdir), "--data", "moving_shapes:test", "--max-clips=8"]
     assert cli.main(["evaluate", *of_it, "--output", str(workdir / "evaluation.json")]) == 0
@@ -82,7 +82,7 @@ def workdir(trained, tmp_path_factory):
     return workdir
 
 
-def test_everything_of_a_run_is_there(workdir, capsys):
+def test_the_page_contains_everything_of_a_run(workdir, capsys):
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     assert cli.main(["report", "--workdir", str(workdir)]) == 0
     assert f"{workdir / 'report.html'}: " in capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_a_run_that_has_just_begun(trained, tmp_path):
 def test_a_generator(tmp_path):
     rows = [{"step": n, "wall_time": 10.0 * n, "train/loss": 6.0 / n, "train/top1": 0.1} for n in (1, 2, 3)]
     rows[-1] |= {"eval/cross_entropy": 2.5, "eval/top1": 0.25}
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "tra')  # cut short
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "tra')  # incomplete
     (tmp_path / "config.json").write_text('{"stage": "generator", "steps": 5, "data": {"batch_size": 4}}')
     (tmp_path / "media").mkdir()
     frames = np.zeros((4, 16, 128, 3), np.uint8)
@@ -174,7 +174,7 @@ def test_a_generator(tmp_path):
     assert "25.0%" in page.texts["top"]
 
 
-def test_damage_is_told(workdir, tmp_path):
+def test_damage_is_reported(workdir, tmp_path):
     damaged = shutil.copytree(workdir, tmp_path / "run")
     for path in (damaged / "checkpoints").glob("*/metadata/metadata"):
         path.write_text("{")
@@ -182,15 +182,15 @@ def test_damage_is_told(workdir, tmp_path):
     del broken["kept"]
     (damaged / "analysis" / "analysis.json").write_text(json.dumps(broken))
     page = page_of(damaged)
-    assert "checkpoints/6 is damaged (metadata/metadata is not what was written)" in page.texts["notes"]
+    assert "checkpoints/6 is damaged (metadata/metadata differs from its checksum)" in page.texts["notes"]
     assert "analysis/analysis.json does not have the format that larp-jax writes" in page.texts["notes"]
 
 
-def test_what_is_no_run(tmp_path):
+def test_folders_that_are_not_runs(tmp_path):
     with pytest.raises(InputError, match="contains no run .neither config.json nor metrics.jsonl"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InputError, match="is no recipe .it holds a list"):
+    with pytest.raises(InputError, match="is not a recipe .it contains a list"):
         report(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be written"):
@@ -247,5 +247,5 @@ def test_odd_results(workdir, tmp_path):
         assert text in notes
     assert "too big" in notes or "too large" in notes  # the counts
     (odd / "config.json").write_text('{"a": ' * 200 + "1" + "}" * 200)
-    with pytest.raises(InputError, match="is no recipe .it is nested too deeply"):
+    with pytest.raises(InputError, match="is not a recipe .it is nested too deeply"):
         report(odd)

@@ -1,4 +1,4 @@
-"""Keys of seeds and of users, and numbers that do not depend on how JAX is set up."""
+"""Keys from seeds and from users, and random numbers that do not depend on the settings of JAX."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ VIDEO = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 32, 3), dtype=np.ui
 
 @contextlib.contextmanager
 def unusual_settings():
-    """What the environment variables of these names do."""
+    """Sets options of JAX that users may also set with environment variables of these names."""
     with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
         yield
 
@@ -40,7 +40,7 @@ def test_all_bits_of_a_seed_count():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])
-def test_seeds_that_are_none(seed):
+def test_invalid_seeds(seed):
     with pytest.raises(InputError, match=r"seed must be an integer from 0 to 2\^64 - 1"):
         rng.key(seed)
 
@@ -69,7 +69,7 @@ def test_keys_of_users():
             rng.as_key(wrong)
 
 
-def test_settings_of_jax_change_no_draw():
+def test_settings_of_jax_do_not_change_random_numbers():
     def numbers():
         key = rng.key(1)
         logits = jnp.linspace(0.0, 3.0, 200)
@@ -88,7 +88,7 @@ def test_settings_of_jax_change_no_draw():
         np.testing.assert_array_equal(one, other)
 
 
-def test_settings_of_jax_change_no_codes_and_no_videos(tokenizer):
+def test_settings_of_jax_do_not_change_codes_and_videos(tokenizer):
     quantizer = dataclasses.replace(tokenizer.config.quantizer, temperature=1.0)
     warm = dataclasses.replace(tokenizer.config, quantizer=quantizer)
     params, key = jax.device_get(tokenizer.params), jax.random.key(4)
@@ -106,7 +106,7 @@ def test_settings_of_jax_change_no_codes_and_no_videos(tokenizer):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, "one pixel"])
-def test_a_start_from_clips_of_one_color_is_finite(value):
+def test_initialization_from_clips_of_one_color_is_finite(value):
     from flax import nnx
 
     from larp_jax.models.data_init import data_init

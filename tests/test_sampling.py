@@ -1,4 +1,4 @@
-"""Sampling: as the authors' sampler does, the same from every batch and mesh, in one program."""
+"""Sampling: agrees with the released code, does not depend on batch and mesh, and is one compiled program."""
 
 import re
 
@@ -29,7 +29,7 @@ def folder(request, reference_dir):
 
 @pytest.fixture(scope="module")
 def generator(reference_dir):
-    """Conditional on 5 classes: 12 codes of 64."""
+    """Class-conditional, with 5 classes and 12 tokens from 64 codes."""
     return load_generator(reference_dir / "ar_class")
 
 
@@ -48,8 +48,8 @@ def test_every_sequence_of_the_reference(folder):
     assert not [d for d in deviations if not d.within]
 
 
-def test_cached_sampling_is_uncached_decoding_token_by_token(folder):
-    """Grouped heads and fixed positions too: the whole network is run again for each code."""
+def test_cached_sampling_agrees_with_uncached_decoding(folder):
+    """Runs the whole network again for each code; also with grouped heads and fixed positions."""
     _, config, params = import_huggingface(folder)
     io = np.load(folder / "io.npz")
     network = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params["generator"])
@@ -81,7 +81,7 @@ def params_of(config):
 
 @pytest.mark.parametrize("options", [{"kv_heads": 2}, {"fixed_positions": True}], ids=str)
 def test_options_of_the_network(options):
-    """Each code is the likeliest after those before it, by the network without cache."""
+    """Each code is the most likely one given the codes before it, by the network without cache."""
     generator = make(**options)
     codes = np.asarray(generator.sample([0, 1, 2], key=KEY, top_k=1))
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
@@ -125,14 +125,14 @@ def test_a_sample_does_not_depend_on_the_mesh(reference_dir, eight, shape):
         text = generator.compile(8, cfg_scale=3.0, cfg_interval=4).as_text()
         found = re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", loops(text))
         assert not found, "devices talk to each other at every code"
-        for cache in ("f32[2,4,6,12]", "f32[1,4,12,12]"):  # of one sample: guided for 6 codes, then not
+        for cache in ("f32[2,4,6,12]", "f32[1,4,12,12]"):  # of one sample: 6 guided codes, then the others
             assert cache in text
         with pytest.raises(InputError, match="does not split over data x fsdp = 8"):
             generator.sample([0, 1, 2], key=KEY)
 
 
 def loops(text: str) -> str:
-    """The computations of a compiled program's text that its loops run, and all that these call."""
+    """The computations in the text of a compiled program that its loops run, directly or indirectly."""
     bodies = dict(re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
     todo, seen = re.findall(r"body=%?([\w.-]+)", text), set()
     while todo:
@@ -144,8 +144,8 @@ def loops(text: str) -> str:
     return "\n".join(bodies[name] for name in seen)
 
 
-def test_one_program_that_keeps_to_the_device(generator, eight):
-    """Neither other values nor other classes compile again, and no loop leaves the device or copies a cache."""
+def test_sampling_is_one_program_on_the_device(generator, eight):
+    """Other values or classes do not compile again, and no loop transfers data to the host or copies a cache."""
     fresh = make()
     for scale, temperature, classes in ((1.5, 1.0, [0, 1]), (3.0, 0.5, [2, -1])):
         fresh.sample(classes, key=KEY, cfg_scale=scale, temperature=temperature)
@@ -162,7 +162,7 @@ def test_one_program_that_keeps_to_the_device(generator, eight):
     assert not re.findall(rf"= {cache}\S* copy\(", text)
 
 
-def test_top_k_and_top_p_draw_from_the_filtered_distribution():
+def test_top_k_and_top_p_filter_the_distribution():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
     kept = lambda k, p: np.isfinite(filter_logits(logits, k, p))[0].tolist()  # noqa: E731
     assert kept(1, None) == [True, False, False, False, False]
@@ -175,7 +175,7 @@ def test_top_k_and_top_p_draw_from_the_filtered_distribution():
     assert kept(9, 1.0) == [True] * 5
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     """The first code of many samples, against the softmax of its logits."""
     generator = make(num_tokens=1)
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
@@ -196,7 +196,7 @@ def test_cache_parts_cover_every_code_once():
             assert all(start >= guided or stop <= guided for start, stop in parts)
 
 
-def test_several_parts_compute_what_one_does(monkeypatch, generator, eight):
+def test_several_cache_parts_agree_with_one(monkeypatch, generator, eight):
     monkeypatch.setattr("larp_jax.models.sampling.SHORTEST_PART", 3)
     split = LoadedGenerator(generator.config, generator._params)
     np.testing.assert_array_equal(split.sample(CLASSES, key=KEY, **GUIDED), eight)
@@ -235,7 +235,7 @@ def test_arguments_that_are_wrong(generator, arguments, message):
         generator.sample(**arguments, key=KEY)
 
 
-def test_arguments_that_do_not_suit_the_generator(reference_dir):
+def test_arguments_that_do_not_match_the_generator(reference_dir):
     predictor = load_generator(reference_dir / "ar_frame_prediction")
     codes = np.zeros((2, 12), np.int32)
     for arguments, message in (

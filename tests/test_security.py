@@ -21,12 +21,12 @@ from larp_jax.errors import InputError
 from larp_jax.weights import importing, tensors
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
-# Modules that make objects or code of bytes, and functions that do.
+# Modules and functions that turn bytes into objects or code.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "code"}
 EXCEPTIONAL = {"runpy", "subprocess", "ctypes"}
 FUNCTIONS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
-# The recipe that users name on the command line is a Python file, and runs as one.
-# `doctor` asks nvidia-smi, and `allocator` sets what the C library does with freed memory.
+# Recipes that users name on the command line are Python files and are executed.
+# `doctor` runs nvidia-smi, and `allocator` sets options of the C library.
 EXCEPTIONS = {("recipe.py", "runpy"), ("doctor.py", "subprocess"), ("allocator.py", "ctypes")}
 
 
@@ -37,7 +37,7 @@ def dotted(node):
 
 
 def complaints(name, source):
-    """What in a module could execute what it reads."""
+    """The places in a module that could execute the data it reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -59,7 +59,7 @@ def complaints(name, source):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_executes_what_it_reads(path):
+def test_no_module_executes_the_data_it_reads(path):
     assert not list(complaints(path.name, path.read_text("utf-8")))
 
 
@@ -71,7 +71,7 @@ def test_the_rule_sees_every_way():
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -109,7 +109,7 @@ def test_settings_of_a_checkpoint_are_values(tmp_path):
     for text in ("__import__('os').system('true')", "${oc.env:HOME}", "!!python/object:os.system", "{0.__class__}"):
         with pytest.raises(InputError):
             parse_recipe({"steps": text})
-        assert parse_recipe({"data": {"train": text}}).data.train == text  # a name, which no data set has
+        assert parse_recipe({"data": {"train": text}}).data.train == text  # only a name; no such data set exists
         with pytest.raises(InputError):
             open_source(text)
 
@@ -130,7 +130,7 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_data_sets_name_no_files_outside_of_their_folder(prepared, tmp_path):
+def test_data_sets_cannot_name_files_outside_their_folder(prepared, tmp_path):
     path = prepared / "dataset_info.json"
     split = json.loads(path.read_text())["splits"][0]
     shutil.copy(next(prepared.glob("videos-train*")), tmp_path / "x-train.array_record-00000-of-00001")
@@ -143,7 +143,7 @@ def test_data_sets_name_no_files_outside_of_their_folder(prepared, tmp_path):
             open_source(f"tfds:{prepared}:train")
 
 
-def test_data_sets_name_no_code(prepared, tmp_path, monkeypatch):
+def test_data_sets_cannot_name_code(prepared, tmp_path, monkeypatch):
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Feature: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     features = json.loads((prepared / "features.json").read_text())
@@ -167,13 +167,13 @@ def _strings(values):
 
 
 @pytest.mark.parametrize("damaged", [None, "config.json", "model.safetensors"])
-def test_downloads_are_held_to_their_hashes(tmp_path, monkeypatch, reference_dir, damaged):
+def test_downloads_are_checked_by_their_hashes(tmp_path, monkeypatch, reference_dir, damaged):
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "prior.json"):
         content = (reference_dir / "tokenizer" / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        if name != "model.safetensors":  # as Git names files
+        if name != "model.safetensors":  # the hash that Git uses
             digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         blob = tmp_path / digest
         blob.write_bytes(content + b" " if name == damaged else content)
@@ -181,7 +181,8 @@ def test_downloads_are_held_to_their_hashes(tmp_path, monkeypatch, reference_dir
     hub = types.SimpleNamespace(snapshot_download=lambda repository, allow_patterns: str(snapshot))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     if damaged:
-        with pytest.raises(InputError, match=rf"{damaged} is not what its server has .* fetch it again"):
+        message = rf"{damaged} is corrupted \(its hash differs from the server's\); .* download it again"
+        with pytest.raises(InputError, match=message):
             importing.import_huggingface("someone/something")
     else:
         assert importing.import_huggingface("someone/something")[0] == "tokenizer"

@@ -1,4 +1,4 @@
-"""Placement by rules: what is split, and what is refused where too little would be."""
+"""Sharding rules: which arrays are sharded, and errors if too little is."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def mesh_of(data, fsdp, model):
 
 @pytest.fixture(scope="module")
 def state():
-    """Shapes of the published recipe's state: tokenizer, prior, discriminator, their moments, and an average."""
+    """Shapes of the state of the published recipe, with EMA: tokenizer, prior, discriminator, optimizer state."""
     config = default_recipe()
     config.optim.ema_decay = 0.999
     return jax.eval_shape(TokenizerStage(parse_recipe(config)).init, jax.random.key(0))
@@ -33,7 +33,7 @@ def test_nearly_all_bytes_are_split(state, shape):
     mesh = mesh_of(*shape)
     placement = sharding.state_shardings(state, mesh)
     assert sharding.check_sharded(state, placement, mesh) >= 0.98
-    # each module by itself, and what a device holds
+    # for each module, and for one device
     for name in ("tokenizer", "prior", "discriminator"):
         part = TrainState(state.step, {name: state.params[name]}, {}, {})
         where = TrainState(placement.step, {name: placement.params[name]}, {}, {})
@@ -64,7 +64,7 @@ def test_a_mesh_that_divides_nothing_is_refused(state):
         sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh)
 
 
-def test_moments_that_lie_whole_are_noticed(state):
+def test_replicated_optimizer_state_is_refused(state):
     mesh = mesh_of(1, 8, 1)
     placement = sharding.state_shardings(state, mesh)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), placement.opt_state)
@@ -72,7 +72,7 @@ def test_moments_that_lie_whole_are_noticed(state):
         sharding.check_sharded(state, dataclasses.replace(placement, opt_state=whole), mesh)
 
 
-def test_models_so_small_that_it_does_not_matter_pass():
+def test_very_small_models_may_be_replicated():
     small = TrainState(
         jax.ShapeDtypeStruct((), np.int32), {"norm": {"scale": jax.ShapeDtypeStruct((64,), np.float32)}}, {}, {}
     )
@@ -81,9 +81,9 @@ def test_models_so_small_that_it_does_not_matter_pass():
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 64, 1), (16, 2, 2), (2, 32, 1)])
-def test_a_mesh_axis_may_take_part_of_one_of_the_slice(shape):
+def test_a_mesh_axis_may_be_part_of_an_axis_of_the_slice(shape):
     chips = [
-        # what a mesh is made of must hash
+        # devices of a mesh must be hashable
         type("Chip", (), dict(id=i, coords=at, core_on_chip=0, platform="tpu", device_kind="TPU v5p", slice_index=0))()
         for i, at in enumerate(itertools.product(range(4), repeat=3))
     ]

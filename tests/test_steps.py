@@ -1,4 +1,4 @@
-"""The training step: the same on every mesh, schedules of the step, sharding of the state."""
+"""The training step of the tokenizer: independence of the mesh, schedules, sharding of the state."""
 
 import dataclasses
 import functools
@@ -43,11 +43,11 @@ RECIPE = TokenizerRecipe(
         quantizer=QuantizerConfig(codebook_size=64, code_dim=4, entropy_weight=0.1, entropy_temperature=0.02),
     ),
     prior=PriorConfig(size="XXS", width=16, depth=2, heads=2),
-    # step 0: no discriminator yet; odd steps: the tokenizer hears it; even steps: it learns and is heard
+    # step 0: no discriminator; odd steps: adversarial loss only; even steps: adversarial loss and discriminator update
     discriminator=DiscriminatorConfig(width=16, depth=2, heads=2, patch_frames=2),
     loss=LossConfig(perceptual="none", adversarial_start=1, discriminator_every=2),
     data=DataConfig(batch_size=8),
-    # At a higher rate rounding decides within ten steps which of two near codes is drawn: Adam's first steps are signs.
+    # At a higher rate, rounding changes sampled codes within ten steps, because the first steps of Adam are signs.
     optim=OptimConfig(learning_rate=1e-4, multipliers={"prior": 5.0}, warmup_steps=5, ema_decay=0.9),
 )
 
@@ -74,7 +74,7 @@ def run(recipe, shape, steps=4, watch=lambda state: None):
             watch(jax.device_get(state))
             state, log = step(state, sharding.to_mesh({"video": video(i)}, mesh), jax.random.key(1), {})
             logs.append({name: float(value) for name, value in log.items()})
-    assert step._cache_size() == 1  # the discriminator's turn is no second program
+    assert step._cache_size() == 1  # the discriminator update is not a second program
     return logs, state
 
 
@@ -116,7 +116,7 @@ def assert_moments_lie_with_their_parameters(state):
         assert len(moments) >= 2 and all(m.sharding == kernel.sharding for m in moments)
 
 
-def test_average_of_weights_trails_them():
+def test_ema_follows_the_weights():
     _, (start, one, *_, last) = on_one_device()
     assert last.ema.keys() == {"tokenizer", "prior"}
     leaf = lambda tree: np.asarray(tree["tokenizer"]["encoder"]["queries"]["table"])  # noqa: E731
@@ -133,18 +133,18 @@ def test_every_term_is_logged_and_the_total_is_their_weighted_sum():
             assert np.isfinite(log[name]), name
 
 
-def test_the_discriminator_starts_and_takes_its_turns():
+def test_steps_of_the_discriminator():
     logs, states = on_one_device()
     assert [log["loss_adversarial"] != 0.0 for log in logs] == [step >= 1 for step in range(STEPS)]
     assert [log["loss_discriminator"] != 0.0 for log in logs] == [step >= 2 for step in range(STEPS)]
     for name in ("loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real"):
-        assert logs[2][name] == logs[3][name], name  # of the last turn
+        assert logs[2][name] == logs[3][name], name  # from the last update
     for side in ("real", "fake"):
         np.testing.assert_allclose(logs[2][f"lecam_{side}"], 0.001 * logs[2][f"logits_{side}"], rtol=1e-4)
     heads = [state.params["discriminator"]["head"]["kernel"] for state in states]
     changes = [np.abs(after - before) for before, after in itertools.pairwise(heads)]
     assert [change.any() for change in changes] == [step in (2, 4, 6, 8) for step in range(STEPS)]
-    # its first turn is Adam's first step, at the third of 5 steps of the warm-up: 0.01 + 3 / 5 * 0.99 of the full rate
+    # its first update is a first step of Adam, at the third of 5 warmup steps: 0.01 + 3 / 5 * 0.99 of the full rate
     np.testing.assert_allclose(changes[2], 3e-5 * 0.604, rtol=0.05)
 
 
@@ -163,12 +163,12 @@ PLAIN = dataclasses.replace(
 )
 
 
-def test_a_batch_in_parts_gives_what_the_whole_gives():
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
     whole, state = run(PLAIN, (1, 1, 1), steps=2)
     assert whole[0]["loss_r1"] > 0
     parts, other = run(dataclasses.replace(PLAIN, accumulate=2), (2, 2, 1), steps=2)
     for i in range(2):
-        for name in whole[i].keys() - {"loss_lecam", "ssim"}:  # LeCam's relu is of means over what is seen at once
+        for name in whole[i].keys() - {"loss_lecam", "ssim"}:  # LeCam takes the relu of means over the clips of a part
             np.testing.assert_allclose(parts[i][name], whole[i][name], rtol=2e-5, atol=1e-6, err_msg=name)
     # Adam's first steps are the sign of the gradient, which rounding decides where it is zero
     state, other = jax.device_get((state.params, other.params))
@@ -176,7 +176,7 @@ def test_a_batch_in_parts_gives_what_the_whole_gives():
     assert np.mean(jax.tree.leaves(close)) > 0.99
 
 
-def test_perceptual_weights_are_an_argument_and_frames_may_be_drawn():
+def test_perceptual_weights_are_an_argument_and_frames_may_be_sampled():
     recipe = dataclasses.replace(
         RECIPE, loss=LossConfig(adversarial_weight=0.0, prior_weight=0.0, perceptual_frames=1, perceptual_weight=2.0)
     )
@@ -192,10 +192,10 @@ def test_perceptual_weights_are_an_argument_and_frames_may_be_drawn():
     _, blind = step(state, batch, jax.random.key(1), jax.tree.map(jnp.zeros_like, frozen))
     assert blind["loss_perceptual"] == 0 and blind["grad_norm"] != log["grad_norm"]
     _, other = step(state, batch, jax.random.key(2), frozen)
-    assert other["loss_perceptual"] != log["loss_perceptual"]  # of another frame
+    assert other["loss_perceptual"] != log["loss_perceptual"]  # with another frame
 
 
-def test_perceptual_loss_is_the_mean_over_frames_and_knows_its_gradient():
+def test_value_and_gradient_of_the_perceptual_loss():
     truth, guess = (np.random.default_rng(seed).random((2, 3, 4, 4, 3), dtype=np.float32) for seed in (0, 1))
     distance = lambda x, y: jnp.sum(jnp.abs(x - y) ** 3, axis=(1, 2, 3))  # noqa: E731
     value, gradient = jax.value_and_grad(lambda x: losses.perceptual_loss(distance, truth, x))(guess)
@@ -205,7 +205,7 @@ def test_perceptual_loss_is_the_mean_over_frames_and_knows_its_gradient():
 
 
 def test_smoothed_targets_stay_within_their_bounds():
-    """With logits far from 0 the binary cross-entropy shows the targets' means, which lie off 1 and 0."""
+    """For logits far from 0, the binary cross-entropy gives the means of the targets, which are not 1 and 0."""
     real, fake = np.full(20_000, 10.0, np.float32), np.full(20_000, -10.0, np.float32)
     smooth = losses.discriminator_loss("ns_smooth", real, fake, jax.random.key(0))
     noise = 0.15 * np.abs(np.random.default_rng(0).standard_normal(200_000))
@@ -249,7 +249,7 @@ def test_learning_rate_warms_up_and_decays_per_step():
 
 
 def test_the_first_update_is_step_1_of_every_schedule():
-    """Of the rate, the temperature and the mixing ratio, as in the released trainer."""
+    """Learning rate, temperature and mixing ratio, as in the released trainer."""
     quantizer = QuantizerConfig(
         codebook_size=64, code_dim=4, temperature_start=0.3, temperature=0.1, temperature_ramp=0.5
     )
@@ -270,7 +270,7 @@ def test_the_first_update_is_step_1_of_every_schedule():
     assert abs(mixed["loss_prior"] - plain["loss_prior"]) > 1e-5
 
 
-def test_multiplier_of_the_longest_path_counts_and_zero_freezes():
+def test_the_multiplier_of_the_longest_path_applies_and_zero_freezes():
     rule = optim.scale_by_path({"tokenizer": 2.0, "tokenizer/encoder": 0.0})
     updates = {"tokenizer": {"encoder": np.ones(2), "decoder": np.ones(2)}, "prior": np.ones(2)}
     scaled, _ = rule.update(updates, rule.init(updates))

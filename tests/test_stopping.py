@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once, after a while, from another thread."""
+"""SIGINT and SIGTERM: immediate, deferred, during compiled code, in other threads."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ def test_a_deferred_signal_is_noted_and_a_second_interrupt_does_not_wait():
             send(signal.SIGINT)
 
 
-def test_what_the_interruption_was_turned_into_does_not_hide_it():
+def test_an_error_caused_by_the_interruption_does_not_hide_it():
     with pytest.raises(Interrupted):
         with StopRequest():
             try:
@@ -48,11 +48,11 @@ def test_what_the_interruption_was_turned_into_does_not_hide_it():
 
 
 def compiled_code():
-    """Some seconds in which Python's handlers do not run, though other threads do."""
+    """Takes some seconds in which Python's signal handlers do not run, but other threads do."""
     hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
 
 
-def test_compiled_code_does_not_hold_up_the_end(monkeypatch):
+def test_compiled_code_does_not_delay_the_end(monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE", 0.05)
     ended, working = [], threading.Event()
 
@@ -70,7 +70,7 @@ def test_compiled_code_does_not_hold_up_the_end(monkeypatch):
     assert ended == [("stopped by SIGTERM before the first step", True)]
 
 
-def test_what_is_deferred_is_not_ended_by_a_first_signal(monkeypatch):
+def test_a_deferred_block_is_not_ended_by_a_first_signal(monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE", 0.01)
     ended, second = [], threading.Event()
     with StopRequest(end_process=lambda message: (ended.append(message), second.set())), StopRequest() as stop:
@@ -97,7 +97,7 @@ def test_other_threads_leave_signals_alone():
     assert found == [before]
 
 
-def test_a_forked_process_is_on_its_own():
+def test_a_forked_process_has_default_signal_handlers():
     with StopRequest(end_process=print):
         child = os.fork()
         if not child:

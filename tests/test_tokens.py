@@ -1,4 +1,4 @@
-"""Codes to disk and back."""
+"""Tokenize and detokenize: codes on disk."""
 
 import json
 
@@ -16,7 +16,7 @@ from larp_jax.inference.tokenize import detokenize, tokenize
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Two classes: 20 frames at 12 frames a second, and 5 frames at 30 of the same name."""
+    """Two videos of the same name in two classes: 20 frames at 12 fps, and 5 frames at 30 fps."""
     folder = tmp_path_factory.mktemp("videos")
     for name, count, fps in (("run/x.mp4", 20, 12.0), ("walk/x.mp4", 5, 30.0)):
         (folder / name).parent.mkdir()
@@ -61,7 +61,7 @@ def test_a_folder_of_version_1_is_read(tokenizer, codes, tmp_path):
     assert len(detokenize(tokenizer, codes, tmp_path / "out")) == 2
 
 
-def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
+def test_tokenize_and_detokenize_on_the_command_line(trained, videos, tmp_path, capsys):
     codes, output = str(tmp_path / "codes"), tmp_path / "out"
     checkpoint = ["--checkpoint", str(trained)]
     assert cli.main(["tokenize", *checkpoint, "--input", str(videos), "--output", codes]) == 0
@@ -80,14 +80,14 @@ def test_there_and_back_on_the_command_line(trained, videos, tmp_path, capsys):
 def test_a_data_set(tokenizer, tmp_path):
     manifest = tokenize(tokenizer, "moving_shapes:test", tmp_path / "codes", max_clips=4)
     assert [row["source"] for row in manifest["rows"]] == [f"test_{i:06d}" for i in (0, 4, 8, 12)]
-    assert [row["start"] for row in manifest["rows"]] == [8] * 4  # out of the middle of 24 frames
+    assert [row["start"] for row in manifest["rows"]] == [8] * 4  # from the middle of 24 frames
     assert all(0 <= row["label"] < 16 for row in manifest["rows"])
     assert len(manifest["label_names"]) == 16
     written = detokenize(tokenizer, tmp_path / "codes", tmp_path / "out")
     assert [path.name for path in written] == [f"test_{i:06d}.mp4" for i in (0, 4, 8, 12)]
 
 
-def test_windows_that_do_not_follow_each_other_are_videos_of_their_own(tokenizer, codes, tmp_path):
+def test_windows_that_are_not_consecutive_become_separate_videos(tokenizer, codes, tmp_path):
     manifest = json.loads((codes / "manifest.json").read_text())
     manifest["rows"][2]["start"] = 80
     (codes / "manifest.json").write_text(json.dumps(manifest))
@@ -175,7 +175,7 @@ def test_shards_that_are_wrong(tokenizer, codes, tmp_path):
     refused("is missing")
 
 
-def test_folders_that_hold_no_codes(tmp_path):
+def test_folders_without_codes(tmp_path):
     with pytest.raises(InputError, match="is missing; give a folder that larp-jax tokenize completed"):
         codes_on_disk.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
@@ -190,7 +190,7 @@ def test_a_failure_leaves_nothing(tokenizer, videos, tmp_path, monkeypatch):
     assert not list((tmp_path / "codes").iterdir())
 
 
-def test_one_at_a_time_and_after_a_killed_one(tokenizer, videos, codes, tmp_path):
+def test_only_one_process_writes_and_leftovers_are_replaced(tokenizer, videos, codes, tmp_path):
     output = tmp_path / "more"
     with files.claim(output):
         with pytest.raises(InputError, match="another process is writing --output"):

@@ -1,4 +1,4 @@
-"""The trainer through the command line: what a run leaves, resuming, stopping, diverging."""
+"""Training from the command line: files of a run, resuming, stopping, diverging."""
 
 import json
 import os
@@ -67,10 +67,10 @@ def test_what_a_run_leaves(trained):
     assert json.loads((trained / "config.json").read_text())["steps"] == 6
 
 
-def test_resuming_is_never_having_stopped(trained, tmp_path, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "train/lo')  # cut short by the kill
+        file.write('{"step": 7, "train/lo')  # incomplete, as after a kill
     assert train(workdir, "--config.data.workers=2") == 0  # which may change
     assert "settings changed since the run started: data.workers from 0 to 2" in capsys.readouterr().err
     assert rows(workdir) == rows(trained)
@@ -91,7 +91,7 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
 
     def write_and_signal(self, step, scalars):
         write_scalars(self, step, scalars)
-        if step == 4:  # written when step 5 has been started
+        if step == 4:  # written after step 5 has started
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -105,7 +105,7 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
 
 
 def test_a_second_interrupt_does_not_wait():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
     with StopRequest() as stop:
         stop.defer()
         assert stop.signal is None
@@ -116,7 +116,7 @@ def test_a_second_interrupt_does_not_wait():
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(trained, tmp_path, capsys, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoints(trained, tmp_path, capsys, monkeypatch):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     restore = checkpoint.CheckpointManager.restore
 
@@ -153,10 +153,10 @@ def test_a_workdir_holds_one_run(trained, capsys, setting, message):
     assert message in line and "choose another --workdir, or the settings it was started with" in line
 
 
-def test_what_cures_a_divergence_may_change(trained, tmp_path, capsys):
+def test_settings_against_divergence_may_change(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     old = json.loads((workdir / "config.json").read_text())
-    del old["init_from"]  # of an earlier version
+    del old["init_from"]  # as in an earlier version
     (workdir / "config.json").write_text(json.dumps(old))
     cures = {"optim.learning_rate": 1e-4, "optim.clip_norm": 1.0, "optim.warmup_steps": 6, "precision": "bfloat16",
              "optim.discriminator_learning_rate": 1e-5, "optim.multipliers.prior": 0.5,
@@ -179,7 +179,7 @@ def test_settings_of_the_environment_change_nothing(trained, tmp_path):
     assert_same_weights(workdir, trained)
 
 
-def test_starting_from_weights_where_a_first_try_left_no_checkpoint(trained, tmp_path, capsys, monkeypatch):
+def test_starting_from_weights_after_a_run_without_checkpoint(trained, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     workdir.mkdir()
     tried = json.loads((trained / "config.json").read_text())
@@ -276,7 +276,7 @@ def test_a_missing_start_leaves_nothing_behind(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_are_no_workdir(trained, tmp_path, capsys):
+def test_weights_are_not_a_workdir(trained, tmp_path, capsys):
     imported = shutil.copytree(trained / "checkpoints" / "6", tmp_path / "imported")
     published, other = tmp_path / "published", tmp_path / "other"
     for folder in (published, other):
@@ -310,7 +310,7 @@ def test_a_signal_before_the_first_step_ends_the_run_with_nothing_saved(tmp_path
 def test_other_videos_under_the_same_name_are_noticed(trained, tmp_path, capsys, monkeypatch):
     workdir = shutil.copytree(trained, tmp_path / "run")
     monkeypatch.setattr(common, "data_identity", lambda names: {"count": len(list(names)) - 1, "names": "other"})
-    assert train(workdir, "--config.steps=4") == 0  # fewer than it has done
+    assert train(workdir, "--config.steps=4") == 0  # fewer than it has finished
     assert steps(workdir) == [2, 4, 6]
     assert "data.train has changed since the checkpoint was saved (31 videos, was 32): clips" in capsys.readouterr().err
 

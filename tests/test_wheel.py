@@ -1,4 +1,4 @@
-"""The wheel holds what a user without the repository needs: installed elsewhere, it trains with the shipped recipe."""
+"""The wheel is complete: installed without the repository, it trains with a shipped recipe."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-# A step of configs/quickstart.py in seconds.
+# Settings with which configs/quickstart.py trains in seconds.
 SMALL = "steps=2 eval_every=2 data_init_clips=8 data.batch_size=2 data.eval_clips=4 model.resolution=32"
 SMALL += " model.num_tokens=64 model.encoder.depth=1 model.decoder.depth=1"
 
@@ -18,7 +18,7 @@ SMALL += " model.num_tokens=64 model.encoder.depth=1 model.decoder.depth=1"
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    # built from a copy: setuptools leaves its own folders beside the sources
+    # built from a copy, because setuptools writes folders next to the sources
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
                              check=False).stdout.splitlines()  # fmt: skip
     if not tracked:
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_what_is_in_it(wheel):
+def test_contents_of_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"larp_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "larp_jax").rglob("*.py")}
@@ -41,7 +41,7 @@ def test_what_is_in_it(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"larp_jax"}
 
 
-def test_it_trains_where_there_is_no_repository(wheel, tmp_path):
+def test_it_trains_without_the_repository(wheel, tmp_path):
     place = tmp_path / "site"
     subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)], check=True)
     environment = os.environ | {"PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu"}

@@ -27,7 +27,7 @@ def steps(workdir):
     return [row["step"] for row in rows(workdir)]
 
 
-def test_a_line_a_step_at_once(tmp_path):
+def test_a_line_per_step_is_written_immediately(tmp_path):
     with writers.MetricWriter(tmp_path / "new" / "run") as writer:
         writer.write_scalars(0, {"loss": jnp.float32(0.5), "count": np.int64(3)})
         writer.write_scalars(10, {"loss": 0.25})
@@ -54,14 +54,14 @@ def test_calls_for_one_step_share_its_line(tmp_path):
     assert (second["step"], second["loss"]) == (6, 3.0) and "eval/psnr" not in second
 
 
-def test_steps_only_rise(tmp_path):
+def test_steps_must_increase(tmp_path):
     with writers.MetricWriter(tmp_path) as writer:
         writer.write_scalars(5, {"loss": 1.0})
         with pytest.raises(ValueError, match="step 4 .* step 5"):
             writer.write_scalars(4, {"loss": 1.0})
 
 
-def test_resuming_drops_what_will_be_repeated_and_what_a_crash_cut_short(tmp_path):
+def test_resuming_drops_later_and_incomplete_lines(tmp_path):
     with writers.MetricWriter(tmp_path) as writer:
         for step in (10, 20, 30):
             writer.write_scalars(step, {"loss": float(step)})
@@ -74,11 +74,11 @@ def test_resuming_drops_what_will_be_repeated_and_what_a_crash_cut_short(tmp_pat
     assert steps(tmp_path) == [10, 20, 30]
     assert rows(tmp_path)[1]["loss"] == 20.0 and rows(tmp_path)[1]["eval/psnr"] == 1.0
     assert rows(tmp_path)[2]["loss"] == -1.0
-    writers.MetricWriter(tmp_path).close()  # a fresh start
+    writers.MetricWriter(tmp_path).close()  # a new run
     assert steps(tmp_path) == []
 
 
-def test_a_full_disk_is_told_once_and_nothing_is_lost_when_there_is_room(tmp_path, caplog):
+def test_a_full_disk_is_reported_once_and_lines_are_written_later(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writers.MetricWriter(tmp_path) as writer:
         writer.write_scalars(1, {"loss": 1.0})
@@ -150,7 +150,7 @@ def test_tensorboard_gets_the_same_and_tensorflow_sees_no_gpu(tmp_path, monkeypa
     ]
 
 
-def test_a_broken_tensorflow_costs_only_tensorboard(tmp_path, monkeypatch, caplog):
+def test_a_broken_tensorflow_disables_only_tensorboard(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))  # has no `config`
     with caplog.at_level(logging.WARNING), writers.MetricWriter(tmp_path) as writer:

@@ -1,4 +1,4 @@
-"""What every metric states about itself: name, definitions and panels of the report."""
+"""The description of a metric: name, definitions of its scalars and panels of the report."""
 
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
@@ -8,9 +8,9 @@ class Panel(NamedTuple):
     """A panel of `larp-jax report` in which scalars of a metric are plotted.
 
     Attributes:
-      title: of the panel; metrics and training scalars of one title share it.
-      unit: of the vertical axis.
-      labels: label of each scalar.
+      title: title of the panel; metrics and training scalars with the same title share it.
+      unit: unit of the vertical axis.
+      labels: label of each scalar, by its name.
     """
 
     title: str
@@ -22,10 +22,10 @@ class Description:
     """Base of all metrics.
 
     Attributes:
-      name: for `--metrics`.
-      definitions: what each scalar is, by its name; recorded with the scores.
+      name: name of the metric in `--metrics`.
+      definitions: definition of each scalar, by its name; recorded with the scores.
       network: the network it needs, a kind of `larp_jax.weights.networks`; empty for none.
-      panels: where the report plots the scalars of evaluations during training.
+      panels: panels of the report with the scalars of evaluations during training.
     """
 
     name: ClassVar[str]

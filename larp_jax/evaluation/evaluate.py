@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a data set, from Python: what `larp-jax evaluate` computes and writes."""
+"""Evaluation of a checkpoint on a data set, from Python: the same as `larp-jax evaluate`."""
 
 import dataclasses
 import importlib.metadata
@@ -15,7 +15,7 @@ from larp_jax.data import ClipSpec
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, registry
 from larp_jax.evaluation.evaluators import NextCodeEvaluator, ReconstructionEvaluator, encoded_clips
-from larp_jax.evaluation.generated import classes_beside, own_labels, videos_beside
+from larp_jax.evaluation.generated import classes_for, own_labels, videos_for
 from larp_jax.evaluation.metrics import Setting
 from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
 from larp_jax.inference.generate import Sampler, class_counts, load_pair
@@ -28,9 +28,9 @@ from larp_jax.weights import networks
 from larp_jax.weights.checkpoint import Checkpoint
 
 CLIPS = (
-    "T frames each, chosen as `windows` says; the tail of a video that fills no window is left out, a video"
-    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), center cut"
-    " out; no flips"
+    "T frames each, chosen as described under `windows`; leftover frames at the end of a video are dropped, a video"
+    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), then"
+    " center crop; no flips"
 )
 
 
@@ -56,7 +56,7 @@ class _Request:
     progress: bool
 
     def load_network(self, kind: str) -> tuple[Any, dict[str, Any]]:
-        """A trained network, and what identifies its files."""
+        """A trained network and the identity of its files."""
         path = {"lpips": self.lpips, "i3d": self.i3d}[kind]
         network: Any = networks.load_lpips(path) if kind == "lpips" else networks.load_i3d(path)
         return network, networks.identify(kind, path)
@@ -89,27 +89,28 @@ def evaluate(
     Args:
       checkpoint: as for `larp_jax.load_tokenizer`, of a tokenizer or a generator.
       data: data set specification, such as `folder:videos/test`.
-      metrics: names; by default all that apply to the checkpoint and need no network of their own.
+      metrics: names; by default all that apply to the checkpoint and need no additional network.
       tokenizer: for a generator, the checkpoint of the tokenizer that it was trained with.
       protocol: name of a protocol that chooses the clips; by default all windows of the split `test`.
-      training_data: for the protocol `held_out`, the data set to leave out; by default that of the checkpoint.
+      training_data: for the protocol `held_out`, the data set whose videos are excluded; by default that of the
+        checkpoint.
       max_clips: at most this many clips; 0 for all.
-      weights: `ema` for the moving average if there is one, or `raw`.
+      weights: `ema` for the EMA weights if there are any, or `raw`.
       lpips: weights for `lpips`, from `larp-jax import --kind lpips`; by default where `larp-jax doctor` looks.
       i3d: weights for `rfvd` and `fvd`, from `larp-jax import --kind i3d`; by default where `larp-jax doctor` looks.
       samples: for `fvd`, a folder to keep the sampled codes in; codes already in it are not sampled again.
       seed: for `fvd`, seed of the samples.
       options: for `fvd`, options of the samples; by default those of `SamplingOptions()`.
-      precision: for `fvd`, `float32` or `bfloat16`, in which the generator samples.
+      precision: for `fvd`, the precision of sampling: `float32` or `bfloat16`.
       batch_size: clips at a time, over all processes.
-      progress: whether to show bars.
+      progress: whether to show progress bars.
 
     Returns:
       JSON values, as `larp-jax evaluate --output` writes them: `metrics` (scalars by name), `protocol` (how they were
       computed) and, if codes were counted, `entropy_by_position`. A scalar is NaN or infinite if the weights are.
 
     Raises:
-      InputError: the checkpoint or the data cannot be read, or the arguments do not fit them.
+      InputError: the checkpoint or the data cannot be read, or the arguments do not match them.
     """
     if training_data and protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
@@ -135,12 +136,12 @@ def evaluate(
 
 
 def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str, float], dict[str, Any], dict]:
-    """Scores, protocol, and what else is written."""
+    """Scores, protocol, and further entries of the result."""
     for option in ("tokenizer", "samples"):
         if getattr(request, option):
             raise InputError(f"--{option} is for generators, {request.checkpoint} holds a tokenizer; leave it out")
     names = registry.choose(request.metrics, registry.available(found.recipe, found.params), "tokenizer")
-    names.sort(key=lambda name: registry.METRICS[name].network != "")  # those without a network are recorded first
+    names.sort(key=lambda name: registry.METRICS[name].network != "")  # metrics without a network come first
     networks = {name: request.load_network(kind) for name in names if (kind := registry.METRICS[name].network)}
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
     clips = _clips(request, found, tokenizer.config)
@@ -171,7 +172,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
         params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
         scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
-        raise InputError(f"--data {request.data}: none of its clips could be read")
+        raise InputError(f"--data {request.data}: none of its clips could be read; see the log for the reasons")
     described = clips.describe() | {
         "clips": extras["clips"],
         "codes": "deterministic: the nearest code of each latent",
@@ -185,7 +186,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
 
 
 def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str, float], dict[str, Any], dict]:
-    """Scores, protocol, and what else is written."""
+    """Scores, protocol, and further entries of the result."""
     if not request.tokenizer:
         raise InputError(f"{request.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
     names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
@@ -194,7 +195,7 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     i3d = request.load_network("i3d") if "fvd" in names else None
     cond_frames = found.recipe.cond_frames if found.recipe.model.frame_prediction else 0
     generator, tokenizer = load_pair(found, request.tokenizer, weights=request.weights, precision=request.precision)
-    # first, because it checks that all of them fit each other
+    # created first, because it checks that generator, tokenizer and options match
     sampler = Sampler(
         generator,
         tokenizer,
@@ -211,9 +212,9 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
         scores |= code_scores
         described |= code_protocol
     if i3d:
-        classes = None if cond_frames else classes_beside(generator, clips)
+        classes = None if cond_frames else classes_for(generator, clips)
         evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=request.batch_size, progress=request.progress)
-        video_scores, video_protocol = evaluator.run(videos_beside(sampler, clips, classes, folder=request.samples))
+        video_scores, video_protocol = evaluator.run(videos_for(sampler, clips, classes, folder=request.samples))
         scores |= video_scores
         described |= video_protocol | {"sampling": sampler.describe()}
         if classes is None:
@@ -238,7 +239,7 @@ def _next_code_scores(
     tokenizer: api.LoadedTokenizer,
     clips: ClipSet,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Scores of a generator for the codes of clips, in float32, and their protocol."""
+    """Scores of a generator on the codes of clips, in float32, and their protocol."""
     config = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-request.batch_size // mesh.size) * mesh.size
@@ -266,11 +267,12 @@ def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_f
     name, stage = request.protocol, found.recipe.stage
     known = RECONSTRUCTION if cond_frames is None else GENERATION | {"held_out": RECONSTRUCTION["held_out"]}
     if name and name not in known:
-        raise InputError(f"protocol {name} is for no {stage}; choose from {', '.join(known)}, or leave it out")
+        names = ", ".join(known)
+        raise InputError(f"protocol {name} does not apply to a {stage}; choose from {names}, or leave it out")
     protocol = known[name] if name else None
     if protocol and protocol.fixed and cond_frames not in (None, protocol.cond_frames):
         kinds = [f"given {n} frames" if n else "given classes" for n in (protocol.cond_frames, cond_frames)]
-        raise InputError(f"protocol {name} is for generators that are {kinds[0]}, this one is {kinds[1]}; leave it out")
+        raise InputError(f"protocol {name} is for generators {kinds[0]}, this one is {kinds[1]}; leave it out")
     return ClipSet(
         request.data,
         ClipSpec(frames=config.frames, resolution=config.resolution, flip=False),

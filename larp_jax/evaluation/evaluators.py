@@ -1,4 +1,7 @@
-"""Passes over clips, constructed once and run as often as wanted: reconstructions, codes, and scores of a generator."""
+"""Passes over clips: metrics of reconstructions, encoding, and scores of a generator.
+
+Evaluators are constructed once and run any number of times.
+"""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +28,7 @@ EXAMPLES = 8
 class ReconstructionEvaluator:
     """How well a tokenizer reconstructs clips, with deterministic codes. All metrics share one pass.
 
-    Metrics are sums over clips, with padding masked, so a padded last batch and any number of hosts give the same
-    numbers.
+    Metrics are sums over clips, without padding, so the results do not depend on the batch size or the number of hosts.
 
     Args:
       module: `module(params)` returns the tokenizer.
@@ -60,7 +62,7 @@ class ReconstructionEvaluator:
             values = [metric.values(w, batch) for metric, w in zip(self._metrics, weights, strict=True)]
             return values, reconstruction
 
-        # every process gets the values of all clips, and so the same sums
+        # every process gets the values of all clips, and therefore the same sums
         self._evaluate = jax.jit(evaluate, out_shardings=(replicated, sharding.batch_sharding(mesh)))
         self._gather = jax.jit(lambda mask: mask, out_shardings=replicated)
 
@@ -71,7 +73,7 @@ class ReconstructionEvaluator:
           params: parameters by module name (`tokenizer`, `prior`, ...), on the mesh.
 
         Returns:
-          Scalars by name, and more: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
+          Scalars by name, and a dict: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
           `examples` (uint8 pairs [clips, 2, T, H, W, C] of the first clips of this process: original, reconstruction).
 
         Raises:
@@ -146,7 +148,7 @@ def encoded_clips(
                 bar.update()
     rows = {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
     if not len(rows["codes"]):
-        raise InputError("none of the clips to evaluate could be read; the log says why")
+        raise InputError("no clip could be read; see the log for the reasons")
     return rows
 
 
@@ -162,10 +164,10 @@ class NextCodeEvaluator(Description):
 
     name = "cross_entropy"
     definitions: ClassVar = {
-        "cross_entropy": "nats a code, of the clips' codes (the nearest of each latent) under the generator, each from"
-        " the condition and those before it; float32, no dropout",
-        "top1": "share of these codes that the generator thinks likeliest",
-        "top5": "share of them that are among its likeliest five",
+        "cross_entropy": "nats per code, of the clips' codes (the nearest of each latent) under the generator, given"
+        " the condition and the codes before; float32, no dropout",
+        "top1": "share of these codes that the generator ranks first",
+        "top5": "share of these codes that the generator ranks among the first five",
     }
     panels = (
         Panel("Loss", "", {"cross_entropy": "evaluation"}),
@@ -208,6 +210,6 @@ class NextCodeEvaluator(Description):
 
 
 def _local_shards(array: jax.Array) -> list:
-    """The shards of this process along the batch, each once: some axes of the mesh hold copies."""
+    """The shards of this process along the batch, each once, because some axes of the mesh have copies."""
     pieces = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return [pieces[start] for start in sorted(pieces)]

@@ -1,4 +1,4 @@
-"""Frechet distance between sets of feature vectors, from statistics that merge (Heusel et al. 2017, arXiv 1706.08500).
+"""Frechet distance between sets of feature vectors, from mergeable statistics (Heusel et al. 2017, arXiv 1706.08500).
 
 Everything is computed on the host in float64, because sums of squares in float32 are too inaccurate.
 """
@@ -58,7 +58,7 @@ class FeatureStatistics:
         if wrong:
             raise InputError(
                 f"features of {wrong} of {len(features)} clips are NaN or infinite, and so would their Frechet distance"
-                " be; look for NaN in the videos, and in the weights that made them"
+                " be; look for NaN in the videos, and in the weights that generated them"
             )
         if not len(features):
             return cls.empty(features.shape[1])
@@ -96,7 +96,7 @@ class FeatureStatistics:
         if not self.count:
             raise InputError("there is no clip to compute a Frechet distance of; give at least one")
         if kind == "sample" and self.count == 1:
-            raise InputError("one clip has no sample covariance; give at least 2, or take the population covariance")
+            raise InputError("one clip has no sample covariance; give at least 2, or use the population covariance")
         return self.scatter / (self.count - (kind == "sample"))
 
     def save(self, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None) -> None:
@@ -129,14 +129,14 @@ class FeatureStatistics:
             "scatter": npz.Array("f8", (None, None)),
             "metadata": npz.Array("u1", (None,)),
         }
-        found = npz.read(path, expected, mend="delete it")
+        found = npz.read(path, expected, "delete it")
         count, mean, scatter = int(found["count"]), found["mean"], found["scatter"]
         try:
             metadata = parse_json(found["metadata"].tobytes())
             if count < 0 or scatter.shape != 2 * mean.shape or not isinstance(metadata, dict):
                 raise ValueError(f"{count} vectors, arrays of shapes {mean.shape} and {scatter.shape}")
         except ValueError as error:
-            raise InputError(f"{path} holds no sound feature statistics ({reason(error)}); delete it") from None
+            raise InputError(f"{path} is not a valid statistics file ({reason(error)}); delete it") from None
         return cls(count, mean, scatter), metadata
 
 
@@ -156,7 +156,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, *, covariance: 
       At least 0.
 
     Raises:
-      InputError: the dimensions differ, or a set is too small for its covariance.
+      InputError: the dimensions differ, or a set has too few vectors for its covariance.
     """
     _check_same_dimension(a, b)
     (values_a, vectors_a), (values_b, vectors_b) = (_eigen(x.covariance(covariance)) for x in (a, b))
@@ -176,5 +176,5 @@ def _eigen(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_same_dimension(a: FeatureStatistics, b: FeatureStatistics) -> None:
     if a.mean.shape != b.mean.shape:
         raise InputError(
-            f"features of dimension {len(a.mean)} and {len(b.mean)} cannot be compared; compute both with one network"
+            f"features of dimensions {len(a.mean)} and {len(b.mean)} cannot be compared; compute both with one network"
         )

@@ -1,4 +1,4 @@
-"""Generated videos to compare with the clips of a data set: which classes, and which video belongs to which clip."""
+"""Generated videos to compare with the clips of a data set: one per clip, and their classes."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from larp_jax.inference.generate import (
 from larp_jax.runtime.progress import Progress
 
 
-def classes_beside(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
+def classes_for(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
     """Classes [clips] int32 of the videos to compare with a set of clips, one per clip.
 
     They have the same frequencies as in training, if the checkpoint contains those, and alternate. Otherwise they are
@@ -48,18 +48,18 @@ def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -
         number = {name: label for label, name in enumerate(ours)}
         found = [names[label] if label >= 0 else "" for label in labels.tolist()]
         if unknown := [name for name in found if name and name not in number]:
-            raise InputError(f"a clip has the class {unknown[0]!r}, the generator has not; give --data of its classes")
+            raise InputError(f"a clip has the class {unknown[0]!r}, which the generator lacks; give other --data")
         labels = np.array([number.get(name, -1) for name in found], np.int32)
     least, last = -1 if generator.config.class_dropout else 0, generator.config.num_classes - 1
     if wrong := [label for label in labels.tolist() if not least <= label <= last]:
         raise InputError(
-            f"a clip to compare with has the class {wrong[0]}, the generator has 0 to {last}; give --data of the same"
+            f"a clip has the class {wrong[0]}, but the generator has 0 to {last}; give --data of the same"
             " classes"
         )
     return labels
 
 
-def videos_beside(
+def videos_for(
     sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
 ) -> Iterator[np.ndarray]:
     """Generates a video for each clip, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i belongs to clip i.
@@ -68,19 +68,20 @@ def videos_beside(
       sampler: samples the videos.
       clips: the clips; a frame predictor continues them. If a clip cannot be read, its prediction is left out too.
       classes: [clips] int, for a class-conditional generator.
-      folder: where to keep the codes, so that a stopped evaluation can resume; `detokenize` reads the finished folder.
+      folder: where to keep the codes, so that an interrupted evaluation can resume. `detokenize` reads the finished
+        folder.
 
     Yields:
       Batches of the videos of this host, float32 [B, T, H, W, C] in [0, 1].
 
     Raises:
-      InputError: the folder contains something else.
+      InputError: the folder contains other files.
     """
     host, hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         settings = {"clips": clips.describe()}
         if classes is None:
-            # the batches of all hosts at a time, so that each gets whole ones
+            # with the batch size of all hosts together, so that each host gets complete batches
             batches = clips.batches(sampler.batch_size * hosts, process_index=host, process_count=hosts)
             stack.enter_context(batches)
         else:

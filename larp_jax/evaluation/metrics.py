@@ -65,13 +65,13 @@ SSIM_FRAMES = Need(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """From what `Metric.create` creates a metric. Metrics without a network need only the recipe.
+    """The arguments of `Metric.create`. Metrics without a network need only the recipe.
 
     Attributes:
-      recipe: of the tokenizer's run.
+      recipe: recipe of the tokenizer.
       mean_clip: mean training clip [T, H, W, C] in [0, 1]; None if unknown.
-      network: the metric's own trained network, from `larp_jax.weights.networks`.
-      identity: identifies its files, as `larp_jax.weights.networks.identify` does.
+      network: the trained network of the metric, from `larp_jax.weights.networks`.
+      identity: identifies the files of the network, as `larp_jax.weights.networks.identify` does.
       clips: the clips to evaluate.
       mesh: where to compute.
       batch_size: clips at a time, over all processes.
@@ -89,7 +89,7 @@ class Setting:
 
 
 class Metric(Description):
-    """Computes values for each batch on the mesh and adds them up on the host, where padding is left out.
+    """A metric: computes values for each batch on the mesh and adds them up on the host, without padding.
 
     Attributes:
       needs: conditions on the checkpoint.
@@ -118,7 +118,7 @@ class Metric(Description):
         raise NotImplementedError
 
     def add(self, total: Any, values: Any, mask: np.ndarray) -> Any:
-        """The total (None at first) plus a batch; mask [B] is 1 for real clips."""
+        """The total (None at first) plus the values of a batch; mask [B] is 1 for real clips and 0 for padding."""
         raise NotImplementedError
 
     def scalars(self, total: Any) -> dict[str, float]:
@@ -142,9 +142,9 @@ class Psnr(Average):
 
     name = "psnr"
     definitions: ClassVar = {
-        "psnr": "dB, over all pixels of a clip at once in [0, 1], output clamped; mean over clips",
-        "psnr_mean_clip": "the same for the mean of training clips instead of a reconstruction: what a tokenizer gives "
-        "whose codes say nothing",
+        "psnr": "dB, over all pixels of a clip together, in [0, 1], output clamped; mean over clips",
+        "psnr_mean_clip": "the same for the mean of training clips instead of a reconstruction: the output of a"
+        " tokenizer whose codes carry no information",
     }
     panels = (Panel("PSNR", "dB", {"psnr": "evaluation", "psnr_mean_clip": "mean clip"}),)
 
@@ -167,7 +167,7 @@ class Ssim(Average):
 
     name = "ssim"
     definitions: ClassVar = {
-        "ssim": "Gaussian window 11 wide with sigma 1.5, inside the frame only; mean over positions, colors, frames"
+        "ssim": "Gaussian window of width 11 with sigma 1.5, inside the frame only; mean over positions, colors, frames"
         " and then clips"
     }
     needs = (SSIM_FRAMES,)
@@ -251,7 +251,7 @@ class ReconstructionFvd(Metric):
         if total.count != self._real.count:
             raise InputError(
                 f"{total.count} clips could be read for their reconstructions and {self._real.count} for the statistics"
-                " of the real ones; run it again when the data does not change"
+                " of the real ones; run it again without changing the data meanwhile"
             )
         return {"rfvd": fvd.distance(self._real, total, covariance=self._covariance)}
 
@@ -262,9 +262,9 @@ class Usage(Metric):
     name = "usage"
     definitions: ClassVar = {
         "usage": "share of the codebook that occurs in these clips",
-        "perplexity": "exponential of the entropy of all codes' frequencies",
-        "kl_from_uniform": "nats, of all codes' frequencies from uniform ones",
-        "position_entropy": "nats, entropy of the codes' frequencies at a token position, mean over positions",
+        "perplexity": "exponential of the entropy of the code frequencies",
+        "kl_from_uniform": "nats, KL divergence of the code frequencies from the uniform distribution",
+        "position_entropy": "nats, entropy of the code frequencies at a token position, mean over positions",
     }
     needs = (CODES,)
     panels = (
@@ -300,10 +300,10 @@ class PriorScore(Average):
 
     name = "prior"
     definitions: ClassVar = {
-        "prior_cross_entropy": "nats a code, of codes 1 .. N-1 under the prior that was trained with the tokenizer,"
-        " which reads the latents before each (one round, no dropout)",
-        "prior_top1": "share of codes 1 .. N-1 that this prior thinks likeliest",
-        "prior_top5": "share of them that are among its likeliest five",
+        "prior_cross_entropy": "nats per code, of codes 1 .. N-1 under the prior that was trained with the tokenizer,"
+        " given the latents before (one round, no dropout)",
+        "prior_top1": "share of codes 1 .. N-1 that this prior ranks first",
+        "prior_top5": "share of codes 1 .. N-1 that this prior ranks among the first five",
     }
     needs = (CODES, TRAINED_PRIOR)
     panels = (

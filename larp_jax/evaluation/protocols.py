@@ -25,10 +25,10 @@ class Protocol:
       clips: `windows` takes the consecutive windows of every video, without overlap; `one_of_each` takes one clip of
         every video, from a random first frame.
       count: number of full windows, sampled without replacement and kept in the order sampled; 0 takes all windows.
-      seed: of the random numbers.
+      seed: random seed.
       clip: [T, H, W] of the clips; None for any.
       videos: number of videos in the list that the protocol is defined for; 0 for any.
-      fvd_resolution: side of the squares that frames are resized to before I3D resizes them again; 0 for no such step.
+      fvd_resolution: side of the squares that frames are resized to before I3D resizes them again; 0 for no resizing.
       covariance: convention for the Frechet distance, one of `larp_jax.evaluation.frechet.COVARIANCES`.
       cond_frames: number of frames from which a generator predicts the others; 0 if it is class-conditional.
       fixed: whether the name stands for exactly this choice; another split or fewer clips are refused.
@@ -76,8 +76,8 @@ class ClipSet:
       clip: length and size of the clips.
       protocol: chooses the clips; by default all windows of the split `test`.
       name: name of the protocol, for messages and records.
-      max_clips: at most `max_clips` clips, spread over the data set; 0 for all.
-      training: data set that a `held_out` protocol leaves out.
+      max_clips: at most this many clips, spread evenly over the data set; 0 for all.
+      training: data set whose videos a `held_out` protocol leaves out.
 
     Attributes:
       clip: as given.
@@ -86,7 +86,7 @@ class ClipSet:
       windows: (video, first frame) of each clip.
 
     Raises:
-      InputError: the data set cannot be opened, does not fit the protocol, or has no clip left.
+      InputError: the data set cannot be opened, does not match the protocol, or has no clip left.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ClipSet:
         wanted = self.protocol.videos
         if wanted not in (0, len(self.source)):
             logger.warning(
-                "protocol %s is of %d videos, data %s has %d: the numbers compare with no others",
+                "protocol %s is defined for %d videos, but data %s has %d: the numbers are not comparable",
                 name,
                 wanted,
                 self._spec,
@@ -171,18 +171,18 @@ class ClipSet:
         shape = self.clip.shape[:3]
         if protocol.clip and protocol.clip != shape:
             wanted, found = ("x".join(map(str, sizes)) for sizes in (protocol.clip, shape))
-            raise InputError(f"protocol {name} is defined for clips of {wanted}, these are {found}; choose another")
+            raise InputError(f"protocol {name} is defined for clips of {wanted}, not {found}; choose another")
         if protocol.fixed and spec.split not in ("", protocol.split):
             raise InputError(
-                f"protocol {name} is of the split {protocol.split}, data {spec} names another; leave the split out"
+                f"protocol {name} is defined for the split {protocol.split}, data {spec} names another; leave it out"
             )
         if protocol.fixed and self._max_clips:
             raise InputError(f"protocol {name} fixes the clips; leave out the protocol, or --max-clips")
 
     def _trained_on(self, training: str) -> set[int]:
-        needed = f"protocol {self._name} leaves out what was trained on, and needs the training data for it"
+        needed = f"protocol {self._name} leaves out the videos of the training data"
         if not training:
-            raise InputError(f"{needed}, which the checkpoint does not name: add --training-data SPEC")
+            raise InputError(f"{needed}, which the checkpoint does not name; add --training-data SPEC")
         try:
             trained = data.open_source(training, self.clip)
         except InputError as error:
@@ -191,7 +191,7 @@ class ClipSet:
         if len(same) == len(self.source):
             raise InputError(
                 f"protocol {self._name}: every video of {self._spec} is also in the training data {training}; give"
-                " --data that was held out"
+                " other --data"
             )
         return same
 
@@ -207,7 +207,7 @@ class ClipSet:
         windows = [(video, start) for video, start in windows if start + self.clip.frames <= self.source.frames(video)]
         if protocol.count > len(windows):
             raise InputError(
-                f"protocol {self._name} draws {protocol.count} windows, data {self._spec} has {len(windows)}; give the"
-                " whole list"
+                f"protocol {self._name} samples {protocol.count} windows, data {self._spec} has {len(windows)}; give"
+                " the complete data set"
             )
         return generator.sample(windows, protocol.count)

@@ -34,8 +34,8 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
     """Names of the metrics that apply to a tokenizer.
 
     Args:
-      recipe: of its run.
-      modules: names of the modules whose parameters exist.
+      recipe: recipe of the tokenizer.
+      modules: names of the modules that the checkpoint has parameters of.
     """
     return tuple(name for name, metric in METRICS.items() if metric.fits(recipe, modules))
 
@@ -43,7 +43,7 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
 def default_metrics(
     names: Sequence[str], recipe: TokenizerRecipe, *, mean_clip: np.ndarray | None = None
 ) -> list[Metric]:
-    """Those of the metrics with these names that need no network."""
+    """The metrics with these names, except those that need a network."""
     setting = Setting(recipe=recipe, mean_clip=mean_clip)
     return [METRICS[name].create(setting) for name in names if not METRICS[name].network]
 
@@ -52,9 +52,9 @@ def choose(asked: Sequence[str] | None, fitting: Sequence[str], stage: str) -> l
     """Names of the metrics to compute.
 
     Args:
-      asked: names; None for all that fit and need no network.
+      asked: names; None for all that apply and need no network.
       fitting: names of the metrics that apply to the checkpoint.
-      stage: of the checkpoint, `tokenizer` or `generator`.
+      stage: stage of the checkpoint, `tokenizer` or `generator`.
 
     Raises:
       InputError: a name is unknown or its metric does not apply to the checkpoint.
@@ -72,13 +72,14 @@ def choose(asked: Sequence[str] | None, fitting: Sequence[str], stage: str) -> l
         )
     if unfit := [name for name in asked if name not in fitting]:
         raise InputError(
-            f"--metrics {','.join(unfit)} does not fit this checkpoint ({_needs()}); choose from {', '.join(fitting)}"
+            f"--metrics {','.join(unfit)} does not apply to this checkpoint ({_needs()}); choose from"
+            f" {', '.join(fitting)}"
         )
     return [name for name in fitting if name in asked]
 
 
 def _needs() -> str:
-    """What metrics need of a checkpoint, in words."""
+    """The conditions of the metrics, as text."""
     needs = sorted((" and ".join(need.text for need in metric.needs), name) for name, metric in METRICS.items())
     texts = [f"{name} {text}" for text, name in needs if text]
     return ", ".join(texts).replace(" ", " needs ", 1)

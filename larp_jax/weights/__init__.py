@@ -1,1 +1,1 @@
-"""How weights get in and out: checkpoints, released weights, exports."""
+"""Reading and writing weights: checkpoints, released weights, exports."""

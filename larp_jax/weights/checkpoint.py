@@ -1,14 +1,14 @@
-"""Workdirs and checkpoints: the only module that knows Orbax.
+"""Workdirs and checkpoints: the only module that uses Orbax.
 
-A workdir holds `config.json` and `checkpoints/STEP/`. A checkpoint has one item per concern: `params`, `ema`,
-`optimizer`, and `metadata` (JSON: the recipe, the step, code counts), so that it can be used without its workdir. An
-imported directory is such a checkpoint without an optimizer.
+A workdir contains `config.json` and `checkpoints/STEP/`. A checkpoint has the items `params`, `ema`, `optimizer` and
+`metadata` (JSON: the recipe, the step, code counts), and can be used without its workdir. An imported directory is a
+checkpoint without an optimizer.
 
-A checkpoint appears under its name when all of it is written, `checksums.json` included, so a killed run leaves whole
-ones only; what happens to them later shows when they are read. Its metadata names its items, so that one that is gone,
-or the checksums, is damage and not a checkpoint that never had it.
+A checkpoint gets its name after everything in it is written, including `checksums.json`, so a killed run leaves only
+complete checkpoints. Later damage is found when a checkpoint is read. The metadata lists the items, so a missing item
+or missing checksums count as damage, not as a checkpoint that never had them.
 
-A run deletes checkpoints while others read them: they read the one that is then the newest.
+A run may delete a checkpoint while another process reads it; that process then reads the newest checkpoint.
 """
 
 import contextlib
@@ -42,33 +42,34 @@ from larp_jax.weights import released
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
-TRIES = 100  # to read a workdir's newest checkpoint while a run replaces it
+TRIES = 100  # attempts to read the newest checkpoint of a workdir while a run replaces it
 
 logger = logging.getLogger(__name__)
-# Orbax reports every save at INFO, restoring at WARNING, and what it raises with its traceback at ERROR.
+# Orbax logs every save at INFO, restoring at WARNING, and the errors that it raises, with tracebacks, at ERROR.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class SaveFailed(RuntimeError):
-    """The last state of a run is on no disk."""
+    """The last state of a run could not be saved."""
 
 
 class CheckpointManager:
     """Saves and restores a run's `TrainState`.
 
-    A checkpoint that cannot be written (a full disk) does not stop the run: it is logged, and the next one is tried.
+    A checkpoint that cannot be written (full disk) does not stop the run: the error is logged, and later saves are
+    still tried.
 
     Args:
-      workdir: the run's folder.
-      keep: newest checkpoints to keep.
-      best_metric: name of the evaluation metric whose best checkpoint is kept beside them; higher is better.
+      workdir: folder of the run.
+      keep: number of newest checkpoints to keep.
+      best_metric: name of an evaluation metric; the checkpoint with its highest value is kept too.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int, best_metric: str):
         self._root = pathlib.Path(workdir).absolute() / CHECKPOINTS
         self._keep, self._best_metric = keep, best_metric
-        self._saving: int | None = None  # the step that is being written
-        self._unsaved = ""  # why the last one could not be written
+        self._saving: int | None = None  # the step being written
+        self._unsaved = ""  # why the last save failed; empty if it did not
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -84,19 +85,19 @@ class CheckpointManager:
                     ),
                 ]
             ),
-            cleanup_tmp_directories=True,  # what a killed run left half written
+            cleanup_tmp_directories=True,  # incomplete checkpoints of a killed run
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         return ocp.CheckpointManager(self._root, options=options)
 
     def _write_checksums(self) -> None:
-        """Adds the checksums to what is all written, but does not bear its name yet."""
+        """Adds the checksums to a checkpoint that is completely written but not yet renamed."""
         if jax.process_index() == 0:
             for directory in self._root.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 _write_digests(directory)
 
     def save(self, state: TrainState, metadata: Mapping, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving; returns when the arrays are copied, the writing goes on in the background."""
+        """Starts saving: returns after the arrays are copied; they are written in the background."""
         self.wait()
         self._saving = int(state.step)
         with self._may_fail():
@@ -115,20 +116,20 @@ class CheckpointManager:
         self._manager.save(int(state.step), args=args.Composite(**items), metrics=best)
 
     def restore_newest(self, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict] | None:
-        """The newest state that can be read, and its metadata; None where there is no checkpoint.
+        """The newest state that can be read, and its metadata; None if there is no checkpoint.
 
-        Damaged ones that are newer are renamed, as the run is about to make them again.
+        Newer checkpoints that are damaged are renamed, because the run will write them again.
 
         Raises:
-          InputError: there are checkpoints, and none can be read.
+          InputError: there are checkpoints, but none can be read.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found = _everywhere(damage(self._root / str(step)) if jax.process_index() == 0 else "")
+            found = _everywhere(find_damage(self._root / str(step)) if jax.process_index() == 0 else "")
             if not found:
                 try:
                     restored = self.restore(shapes, shardings, step), self.metadata(step)
-                except Exception as error:  # damage shows in many ways
+                except Exception as error:  # damage causes many kinds of errors
                     if jax.process_count() > 1:  # the others may have succeeded
                         raise
                     found = reason(error)
@@ -138,28 +139,28 @@ class CheckpointManager:
             damaged[step] = found
         if damaged:
             raise InputError(
-                f"no checkpoint in {self._root} can be read (the newest, {max(damaged)}: {damaged[max(damaged)]}); put"
-                " back a copy, or choose another --workdir to start anew"
+                f"no checkpoint in {self._root} can be read (the newest, {max(damaged)}: {damaged[max(damaged)]});"
+                " restore a copy, or choose another --workdir to start again"
             )
         return None
 
     def _put_aside(self, damaged: Mapping[int, str], step: int) -> None:
         for newer, found in damaged.items():
             logger.warning(
-                "checkpoint %d is damaged (%s), continuing from %d; it is now %d.damaged", newer, found, step, newer
+                "checkpoint %d is damaged (%s) and renamed to %d.damaged; continuing from %d", newer, found, newer, step
             )
             if jax.process_index() == 0:
                 (self._root / str(newer)).rename(self._root / _free_name(self._root, f"{newer}.damaged"))
         if damaged:
-            _everywhere("")  # all wait for the first
+            _everywhere("")  # all processes wait for the first
             self._manager.reload()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state."""
+        """The metadata given to `save`."""
         return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
 
     def restore(self, shapes: TrainState, shardings: TrainState, step: int) -> TrainState:
-        """The state of a checkpoint, placed as `shardings` say, whatever mesh wrote it."""
+        """The state of a checkpoint, placed according to `shardings`, independent of the mesh that wrote it."""
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         args = ocp.args
         items = {
@@ -175,7 +176,7 @@ class CheckpointManager:
         )
 
     def wait(self) -> None:
-        """Returns when everything is on disk that there is room for."""
+        """Returns when the save in progress has ended; a failure is logged."""
         with self._may_fail():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -184,14 +185,14 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def _may_fail(self) -> Iterator[None]:
-        """A block that writes: what it raises is logged."""
+        """Context manager for writing: logs errors instead of raising them."""
         try:
             yield
         except Exception as error:
-            if jax.process_count() > 1:  # the others may have succeeded, and wait for this one
+            if jax.process_count() > 1:  # the others may have succeeded and wait for this one
                 raise
             self._unsaved = f"checkpoint {self._saving} cannot be written in {self._root} ({reason(error)})"
-            logger.warning("%s; the run goes on and will try again", self._unsaved)
+            logger.warning("%s; training continues and will retry", self._unsaved)
             self._saving = None
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -199,7 +200,7 @@ class CheckpointManager:
             self._manager = self._open()
 
     def _remove_partial(self) -> None:
-        """Removes what a failed save left; threads of it may still be writing there for a moment."""
+        """Removes the files of a failed save, whose threads may keep writing for a moment."""
         for _ in range(20):
             for directory in self._root.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(directory, ignore_errors=True)
@@ -208,20 +209,20 @@ class CheckpointManager:
                 break
 
     def close(self) -> None:
-        """Waits for the writing and lets go."""
+        """Waits for the save in progress and releases resources."""
         self.wait()
         self._manager.close()
 
     def check_saved(self) -> None:
-        """`SaveFailed` if what was saved last could not be written."""
+        """`SaveFailed` if the last save failed."""
         if self._unsaved:
             newest = self._manager.latest_step()
-            kept = "there is none before" if newest is None else f"the newest is {newest}"
-            raise SaveFailed(f"{self._unsaved}; {kept}. Make room, and the same command continues")
+            kept = "there is no earlier one" if newest is None else f"the newest is {newest}"
+            raise SaveFailed(f"{self._unsaved}; {kept}. Free some space, and the same command continues")
 
 
 def _everywhere(text: str) -> str:
-    """The text that the first process has, on all of them."""
+    """The text of the first process, on all processes."""
     if jax.process_count() == 1:
         return text
     from jax.experimental import multihost_utils
@@ -238,12 +239,12 @@ def _free_name(folder: pathlib.Path, name: str) -> str:
 
 
 def _metadata_of(metadata: Mapping, items: Collection[str]) -> ocp.args.JsonSave:
-    """The item `metadata` beside others: it names all of them, and so says that there are checksums of them."""
+    """The item `metadata`, which lists itself and the other items: all of them must have checksums."""
     return ocp.args.JsonSave({**metadata, "items": sorted([*items, "metadata"])})
 
 
 def _digests(directory: pathlib.Path, items: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file of these items of a checkpoint, of all without, by path."""
+    """SHA-256 by path of the files of these items of a checkpoint; of all items if none are given."""
     digests = {}
     for path in sorted(directory.glob("*/**/*")):
         if path.is_file() and (not items or path.relative_to(directory).parts[0] in items):
@@ -255,11 +256,14 @@ def _write_digests(directory: pathlib.Path) -> None:
     files.write_json(directory / CHECKSUMS, _digests(directory))
 
 
-def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
-    """What is wrong with these items of a checkpoint (all without) by their checksums; empty if nothing is.
+def find_damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
+    """Compares items of a checkpoint (by default all) with their checksums.
 
-    No item that the metadata names may be without checksums. Checkpoints of earlier versions name none, and the
-    earliest have no checksums: of these nothing is known, which is logged.
+    All items that the metadata lists must have checksums. Checkpoints of earlier versions list no items; the earliest
+    have no checksums and are not checked, with a warning.
+
+    Returns:
+      A description of the first damage found; empty if there is none.
     """
     try:
         expected = _checksums(directory)
@@ -272,40 +276,40 @@ def damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
-            return f"{name} is not what was written"
+            return f"{name} differs from its checksum"
     try:
         named = set(map(str, _read_json_item(directory).get("items", ())))
-    except Exception as error:  # damage shows in many ways
+    except Exception as error:  # damage causes many kinds of errors
         return f"its metadata cannot be read: {reason(error)}"
     if expected is None:
         if named:
             return f"{CHECKSUMS} is missing"
-        logger.warning("checkpoint %s is of a version without checksums: damage would not be noticed", directory)
+        logger.warning("checkpoint %s was written without checksums: damage would not be noticed", directory)
         return ""
     unlisted = named - _items_of(expected)
-    return f"{CHECKSUMS} lists nothing of {min(unlisted)}" if unlisted else ""
+    return f"{CHECKSUMS} lists no files of {min(unlisted)}" if unlisted else ""
 
 
 def _checksums(directory: pathlib.Path) -> dict[str, Any] | None:
-    """SHA-256 by path, as they were written with a checkpoint; None where there are none."""
+    """The checksums stored with a checkpoint: SHA-256 by path; None if there are none."""
     try:
         expected = read_json(directory / CHECKSUMS)
     except FileNotFoundError:
         return None
     if not isinstance(expected, dict):
-        raise ValueError(f"{CHECKSUMS} holds no names")
+        raise ValueError(f"{CHECKSUMS} is not a JSON object")
     return expected
 
 
 def _items_of(names: Iterable[str]) -> set[str]:
-    """The items of a checkpoint that these paths lie in."""
+    """The items of a checkpoint that these paths are in."""
     return {name.partition("/")[0] for name in names}
 
 
 def _read_json_item(directory: pathlib.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint; whatever is wrong with it is raised.
+    """The metadata of a checkpoint. Raises various errors if it is damaged.
 
-    By the handler alone: a `Checkpointer` would wait for all processes, and the first one reads this on its own.
+    Uses the handler directly: a `Checkpointer` would wait for all processes, but the first process reads this alone.
     """
     metadata = ocp.JsonCheckpointHandler().restore(directory / "metadata")
     if not isinstance(metadata, dict):
@@ -315,10 +319,10 @@ def _read_json_item(directory: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claim(workdir: str | os.PathLike) -> Iterator[None]:
-    """A block in which this run alone writes to a workdir, which is made if missing; its first process claims it.
+    """Context manager: locks a workdir for this run; creates it if missing. Only the first process takes the lock.
 
     Raises:
-      InputError: another process has it, or it cannot be written.
+      InputError: another process has locked it, or it cannot be written.
     """
     if jax.process_index():
         yield
@@ -329,18 +333,18 @@ def claim(workdir: str | os.PathLike) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read for use rather than for training on.
+    """A checkpoint read for use, without its optimizer.
 
     Attributes:
-      path: where it lies.
-      recipe: the run's configuration.
-      params: parameters by module as NumPy arrays, the moving average where one was kept.
-      step: optimizer steps done; 0 where unknown.
-      code_counts: [K] int64, how often the last evaluation used each code; None where unknown.
-      mean_clip: [T, H, W, C] float32 in [0, 1], the mean of training clips; None where unknown.
-      tokenizer_fingerprint: of a generator, the tokenizer whose codes it was trained on; None where unknown.
-      class_counts: [classes] int64, of a generator, training clips of each class; None where unknown.
-      class_names: of a generator, the classes of its training data in the order of their labels; empty where unknown.
+      path: its directory.
+      recipe: configuration of the run.
+      params: parameters by module as NumPy arrays: the EMA, if it was requested and exists, or the raw weights.
+      step: number of optimizer steps; 0 if unknown.
+      code_counts: [K] int64, how often the last evaluation used each code; None if unknown.
+      mean_clip: [T, H, W, C] float32 in [0, 1], the mean of training clips; None if unknown.
+      tokenizer_fingerprint: for a generator, that of the tokenizer whose codes it was trained on; None if unknown.
+      class_counts: for a generator, number of training clips per class, [classes] int64; None if unknown.
+      class_names: for a generator, the classes of its training data in the order of their labels; empty if unknown.
     """
 
     path: pathlib.Path
@@ -360,9 +364,9 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def newest(path: str | os.PathLike) -> pathlib.Path | None:
-    """The checkpoint that a path names: itself, or the newest of a workdir; None where there is none.
+    """The checkpoint at a path: the path itself, or the newest checkpoint of a workdir; None if there is none.
 
-    It may be damaged, or be deleted before it is read.
+    It may be damaged, and a run may delete it before it is read.
     """
     path = files.local_path(path, "checkpoint")
     if is_checkpoint(path):
@@ -378,14 +382,14 @@ def _is_step(path: pathlib.Path) -> bool:
 
 
 def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
-    """Reads the checkpoint that a path names: a workdir (the newest), a step directory or an imported directory.
+    """Reads the checkpoint at a path: the newest of a workdir, a step directory or an imported directory.
 
     Args:
       path: the directory.
-      weights: `ema` for the moving average where one was kept, `raw` for the parameters themselves.
+      weights: `ema` for the EMA weights if there are any, `raw` for the raw weights.
 
     Raises:
-      InputError: there is none, or it cannot be read.
+      InputError: there is no checkpoint, or it cannot be read.
     """
     if newest(path) is None:
         raise InputError(f"no checkpoint in {path}: give a workdir, one of its checkpoints, or an imported directory")
@@ -393,10 +397,10 @@ def load(path: str | os.PathLike, *, weights: str = "ema") -> Checkpoint:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What the checkpoint that a path names says about itself, without its arrays; None where there is none.
+    """Metadata of the checkpoint at a path, without its arrays; None if there is no checkpoint.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: the checkpoint cannot be read.
     """
 
     def read(directory):
@@ -407,7 +411,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _of_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], Any]) -> Any:
-    """Reads the checkpoint that a path names; if that fails and a run has a newer one by now, reads that."""
+    """Reads the checkpoint at a path; if that fails and there is a newer one by then, reads that."""
     _keep_threads_quiet()
     directory = newest(path)
     for number in itertools.count(1):
@@ -420,15 +424,15 @@ def _of_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], Any]) -> 
                 continue
             if isinstance(error, InputError):
                 raise
-            # damage shows in many ways
+            # damage causes many kinds of errors
             raise InputError(f"checkpoint {directory} cannot be read ({reason(error)}); use another step") from error
 
 
 def _keep_threads_quiet() -> None:
-    """Keeps threads of TensorStore from showing tracebacks, from here on.
+    """Hides tracebacks of TensorStore's threads, from now on.
 
-    Where Orbax fails to read one array they go on with the others for a while, and complain that its event loop is
-    closed. What else reaches `sys.unraisablehook` is shown as before.
+    If Orbax fails to read one array, these threads keep reading the others for a while and raise errors because its
+    event loop is closed. Everything else that reaches `sys.unraisablehook` is shown as before.
     """
     if getattr(sys.unraisablehook, "func", None) is not _show_unraisable:
         sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
@@ -441,7 +445,7 @@ def _show_unraisable(show: Callable, unraisable) -> None:
 
 
 def _refuse_damaged(directory: pathlib.Path, items: Collection[str]) -> None:
-    if found := damage(directory, items):
+    if found := find_damage(directory, items):
         raise InputError(f"checkpoint {directory} is damaged ({found}); use another step")
 
 
@@ -452,18 +456,18 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
     _refuse_damaged(directory, ("metadata", item))
     metadata = _read_json_item(directory)
     if "config" not in metadata:
-        raise ValueError("its metadata holds no config")
+        raise ValueError("its metadata contains no config")
     try:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
-        raise InputError(f"checkpoint {directory} has settings that this version does not know: {error}") from error
+        raise InputError(f"checkpoint {directory} has settings that this version does not support: {error}") from error
     counts, class_counts = (
         None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
         for name in ("code_counts", "class_counts")
     )
     class_names = tuple(metadata.get("class_names") or ())
     if not all(isinstance(name, str) for name in class_names):
-        raise ValueError("its class_names are no names")
+        raise ValueError("its class_names are not strings")
     with ocp.PyTreeCheckpointer() as reader:
         arrays = reader.metadata(directory / item).item_metadata
         if arrays is None:
@@ -489,20 +493,20 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
 
 
 def _check_sizes(recipe: Any, arrays: Any) -> None:
-    """Raises ValueError where stored arrays are of other sizes than those of the recipe's networks.
+    """Raises ValueError if the sizes of stored arrays differ from those of the recipe's networks.
 
-    Before any is read, or any network made: either may claim more than there is memory.
+    Called before reading any array or creating a network: damaged sizes may exceed the memory.
     """
     leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
     stored = {path_name(path): math.prod(x.shape) for path, x in leaves}
     model = recipe.model
     for item in released.model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model):
         if isinstance(item, released.Parameter) and stored.get(item.path, item.size) != item.size:
-            raise ValueError(f"{item.path} has {stored[item.path]} values, its settings ask for {item.size}")
+            raise ValueError(f"{item.path} has {stored[item.path]} values, its settings require {item.size}")
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:
-    """Writes parameters from elsewhere as a checkpoint of their own (step 0, no optimizer); refuses to overwrite.
+    """Writes imported parameters as a checkpoint (step 0, no optimizer); does not overwrite anything.
 
     Raises:
       InputError: the directory exists and is not empty.
@@ -525,32 +529,32 @@ MEAN_CLIP = "mean_clip.npz"
 
 
 def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
-    """Keeps the mean training clip, float [T, H, W, C]: what a collapsed tokenizer gives, as a baseline."""
+    """Writes the mean training clip, float [T, H, W, C]: the output of a collapsed tokenizer, as a baseline."""
     path = pathlib.Path(workdir) / MEAN_CLIP
-    with files.writing(path) as file:  # another process may be about to read it
+    with files.writing(path) as file:  # another process may read it at the same time
         np.savez_compressed(file, mean_clip=clip.astype(np.float32))
 
 
 def read_mean_clip(path: str | os.PathLike, shape: tuple[int, ...]) -> np.ndarray:
-    """What `write_mean_clip` wrote, float32 of this shape.
+    """Reads the clip that `write_mean_clip` wrote, float32 of this shape.
 
     Raises:
-      InputError: the file is damaged, or holds a clip of another shape.
+      InputError: the file is damaged, or contains a clip of another shape.
     """
-    mend = "remove it, training makes it again"
-    return npz.read(path, {"mean_clip": npz.Array(np.float32, shape)}, mend)["mean_clip"]
+    fix = "remove it; training will write it again"
+    return npz.read(path, {"mean_clip": npz.Array(np.float32, shape)}, fix)["mean_clip"]
 
 
 def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:
-    """Writes `config.json`, whole or not at all."""
+    """Writes `config.json` atomically."""
     files.write_json(pathlib.Path(workdir) / CONFIG, recipe, indent=2)
 
 
 def read_config(workdir: str | os.PathLike) -> dict | None:
-    """What `config.json` holds, or without one the newest checkpoint's recipe; None without either.
+    """The contents of `config.json`, or if missing the recipe of the newest checkpoint; None if neither exists.
 
     Raises:
-      InputError: it cannot be read, or is no recipe.
+      InputError: it cannot be read, or is not a recipe.
     """
     path = pathlib.Path(workdir) / CONFIG
     try:
@@ -562,9 +566,11 @@ def read_config(workdir: str | os.PathLike) -> dict | None:
                 return None
             values = metadata.get("config")
         if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
+            raise ValueError(f"it contains a {type(values).__name__}")
         return values
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no recipe ({reason(error)}); restore it or choose another --workdir") from error
+        raise InputError(
+            f"{path} is not a recipe ({reason(error)}); restore it or choose another --workdir"
+        ) from error

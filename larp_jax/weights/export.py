@@ -1,6 +1,6 @@
-"""Models out: the released Hugging Face layout, StableHLO functions, and the codebook alone.
+"""Export of models: the released Hugging Face layout, StableHLO functions, or only the codebook.
 
-Everything is written whole or not at all, so a full disk leaves nothing half-written.
+Outputs are written completely or not at all, so a full disk leaves no incomplete files.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from larp_jax.weights.fingerprint import fingerprint
 from larp_jax.weights.importing import CONFIG, PRIOR_SIZES, WEIGHTS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # of what is a file and no directory
+SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # the other kinds are directories
 
-# What JAX promises: docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
+# What JAX guarantees: docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
 READERS = "JAX from 3 weeks before to 6 months after"
 
 
 def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
-    """Checks before any work that an export can be written: nothing but an earlier one of its kind is replaced.
+    """Checks before any work that an export can be written. Only an earlier export of the same kind is replaced.
 
     Args:
-      path: the file or the directory.
+      path: the file or directory.
       kind: `codebook-npz`, `codebook-safetensors`, `huggingface` or `stablehlo`.
 
     Returns:
       The path, with `~` expanded.
 
     Raises:
-      InputError: it cannot, or a codebook's file has another suffix than its kind.
+      InputError: it cannot be written, or the suffix of a codebook file does not match its kind.
     """
     if kind not in SUFFIXES:
         return files.check_new_folder(path)
@@ -75,15 +75,15 @@ def _is_manifest(path: pathlib.Path) -> bool:
 def export_huggingface(
     directory: str | os.PathLike, config: TokenizerRecipe | GeneratorConfig, params: Mapping
 ) -> None:
-    """Writes a directory that the authors' `from_pretrained` loads: `config.json` and `model.safetensors`.
+    """Writes a directory that `from_pretrained` of the released code loads: `config.json` and `model.safetensors`.
 
     Args:
-      directory: to create; it must not exist, or be empty.
-      config: a tokenizer's recipe or a generator's configuration.
-      params: as in `TrainState.params` (`tokenizer`, with or without `prior`; or `generator`), raw or averaged.
+      directory: created; must not exist or must be empty.
+      config: recipe of a tokenizer or configuration of a generator.
+      params: as in `TrainState.params` (`tokenizer`, with or without `prior`; or `generator`), raw or EMA.
 
     Raises:
-      InputError: the directory is in use, or the configuration has no counterpart in the released layout.
+      InputError: the directory is not empty, or the released layout does not support the configuration.
       OSError: writing failed.
     """
     if isinstance(config, TokenizerRecipe) and "prior" not in params:
@@ -105,12 +105,12 @@ def export_huggingface(
 def codebook_manifest(
     config: TokenizerConfig, params: Mapping, *, step: int | None = None, usage_counts: Sequence[int] | None = None
 ) -> dict:
-    """What the numbers of a codebook export mean, ready for JSON.
+    """Description of an exported codebook, ready for JSON.
 
     Args:
-      config: the tokenizer's.
+      config: configuration of the tokenizer.
       params: its parameters (`TrainState.params["tokenizer"]`).
-      step: training step they are of, if known.
+      step: their training step, if known.
       usage_counts: how often each of the K codes was used, if known.
     """
     q = config.quantizer
@@ -140,12 +140,12 @@ def export_codebook_npz(
     step: int | None = None,
     usage_counts: Sequence[int] | None = None,
 ) -> None:
-    """Writes the codebook as .npz: `codebook` [K, d] float32 as it is used, `manifest` (JSON in UTF-8 bytes, uint8).
+    """Writes the codebook as .npz: `codebook` [K, d] float32, normalized if so used, and `manifest` (JSON as uint8).
 
-    The manifest lies beside it as .json too. Arguments as for `codebook_manifest`.
+    The manifest is also written next to it as .json. Arguments as for `codebook_manifest`.
 
     Raises:
-      InputError: the tokenizer has no codebook, or the file is not one to write; see `check_output`.
+      InputError: the tokenizer has no codebook, or the file cannot be written; see `check_output`.
       OSError: writing failed.
     """
     codebook = _codebook(config, params)
@@ -164,9 +164,9 @@ def export_codebook_safetensors(
     step: int | None = None,
     usage_counts: Sequence[int] | None = None,
 ) -> None:
-    """Writes the codebook as .safetensors: `codebook` [K, d] float32 as it is used, `manifest` (JSON) in its metadata.
+    """Writes the codebook as .safetensors: `codebook` as in `export_codebook_npz`, `manifest` (JSON) in its metadata.
 
-    The manifest lies beside it as .json too. Arguments and errors as for `export_codebook_npz`.
+    The manifest is also written next to it as .json. Arguments and errors as for `export_codebook_npz`.
     """
     codebook = _codebook(config, params)
     path = check_output(path, "codebook-safetensors")
@@ -187,18 +187,18 @@ def export_stablehlo(
 ) -> None:
     """Writes `encode.bin` and `decode.bin`, functions that need only `jax.export` to run (see docs/export.md).
 
-    `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: the way back, clamped to [0, 1].
-    Weights are inside, computation is float32, B is free, and they run on CPUs, NVIDIA GPUs and TPUs. `manifest.json`
-    says the same as a codebook's, and which version of JAX wrote them (`jax`, `calling_convention`).
+    `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: codes -> video, clamped to
+    [0, 1]. The files contain the weights, compute in float32 for any B, and run on CPUs, NVIDIA GPUs and TPUs.
+    `manifest.json` is that of a codebook, with the version of JAX that wrote the files (`jax`, `calling_convention`).
 
     Args:
-      directory: to create; it must not exist, or be empty.
-      config: the tokenizer's.
+      directory: created; must not exist or must be empty.
+      config: configuration of the tokenizer.
       params: its parameters (`TrainState.params["tokenizer"]`).
-      step: training step they are of, if known.
+      step: their training step, if known.
 
     Raises:
-      InputError: the directory is in use, or the tokenizer has no codes.
+      InputError: the directory is not empty, or the tokenizer has no codes.
       OSError: writing failed.
     """
     if not config.quantizer.has_codes:
@@ -237,7 +237,7 @@ def export_stablehlo(
 
 @contextlib.contextmanager
 def _without_locations() -> Iterator[None]:
-    """A block in which what JAX lowers does not name the files of this machine."""
+    """Context manager: functions lowered in it do not contain file names of this machine."""
     before = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:

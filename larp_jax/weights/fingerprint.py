@@ -1,4 +1,4 @@
-"""A name for what a tokenizer's codes mean, written beside codes so that no other tokenizer decodes them."""
+"""A fingerprint of the meaning of codes, stored with them so that no other tokenizer decodes them."""
 
 import hashlib
 import json
@@ -10,17 +10,18 @@ import numpy as np
 from larp_jax.config import TRAINING_FIELDS, TokenizerConfig, to_dict
 from larp_jax.models.paths import path_name
 
-# Settings that change no code: names of sizes, how codes are drawn in training, and whatever is about the decoder.
+# Settings that do not change codes: names of sizes, and how codes are sampled in training. Those of the decoder are
+# left out too.
 NOT_OF_CODES = TRAINING_FIELDS | {"size", "quantizer.kind"}
 
 
 def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
-    """A hash of everything that decides a tokenizer's codes: encoder, quantizer, and the settings they obey.
+    """A hash of everything that determines the codes of a tokenizer: encoder, quantizer and their settings.
 
-    Equal for the same tokenizer however it was stored: imported, exported, sharded or resumed.
+    It does not depend on how the tokenizer was stored: imported, exported, sharded or resumed.
 
     Args:
-      config: the tokenizer's.
+      config: configuration of the tokenizer.
       params: its parameters (`TrainState.params["tokenizer"]`), NumPy or JAX arrays.
 
     Returns:
@@ -32,7 +33,7 @@ def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
 
 
 def digest(settings: str, params: Mapping) -> str:
-    """A hash of settings and of parameters with their names and shapes: 16 hexadecimal digits."""
+    """A hash of settings and of parameters, their names and shapes: 16 hexadecimal digits."""
     found = hashlib.sha256(settings.encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         found.update(f"{path_name(path)} {tuple(leaf.shape)}".encode())
@@ -41,7 +42,7 @@ def digest(settings: str, params: Mapping) -> str:
 
 
 def _settings(config: TokenizerConfig) -> dict:
-    """What differs from the defaults, so that a setting added later leaves old fingerprints alone."""
+    """The settings that differ from the defaults, so that new settings do not change old fingerprints."""
 
     def different(values, defaults, prefix=""):
         found = {}

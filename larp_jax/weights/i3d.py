@@ -1,4 +1,4 @@
-"""I3D from its public file."""
+"""Conversion of I3D from its public file."""
 
 import os
 from collections.abc import Iterator
@@ -10,23 +10,23 @@ from larp_jax.models.i3d import MIXED
 from larp_jax.weights.networks import template
 from larp_jax.weights.tensors import finished, read_expected
 
-BATCH_NORM_EPSILON = 1e-5  # PyTorch's default, with which the weights are used for FVD
+BATCH_NORM_EPSILON = 1e-5  # PyTorch's default, which FVD uses with these weights
 COUNTERS = r".+\.num_batches_tracked"
 
 
 def import_i3d(source: str | os.PathLike, *, batch_norm_epsilon: float = BATCH_NORM_EPSILON) -> dict[str, np.ndarray]:
-    """I3D from its public file.
+    """Reads I3D from its public file.
 
     Args:
-      source: RGB weights for Kinetics-400 under pytorch-i3d's names (`Conv3d_1a_7x7.conv3d.weight`, ...); PyTorch,
+      source: RGB weights for Kinetics-400 with the names of pytorch-i3d (`Conv3d_1a_7x7.conv3d.weight`, ...); PyTorch,
         safetensors or npz as for `import_lpips`.
-      batch_norm_epsilon: what the weights' batch norms add to variances.
+      batch_norm_epsilon: added to the variances by the batch norms of the weights.
 
     Returns:
       Float32 parameters of `I3d` by path (`conv3d_1a/kernel`), batch norms folded in.
 
     Raises:
-      InputError: the file cannot be read, is a TorchScript archive, or does not hold exactly these tensors.
+      InputError: the file cannot be read, is a TorchScript archive, or does not contain exactly these tensors.
     """
     ours = {path: x.shape for path, x in template("i3d").items()}
     names = dict(_i3d_convs())
@@ -42,7 +42,7 @@ def import_i3d(source: str | os.PathLike, *, batch_norm_epsilon: float = BATCH_N
     for path, name in names.items():
         parts = ("weight", "bias", "running_mean", "running_var")
         scale, bias, mean, variance = (tensors[f"{name}.bn.{part}"].astype(np.float64) for part in parts)
-        variance[variance < 0.0] = np.nan  # refused below, with everything else that is not finite
+        variance[variance < 0.0] = np.nan  # rejected below, like all values that are not finite
         scale = scale / np.sqrt(variance + batch_norm_epsilon)
         kernel = tensors[f"{name}.conv3d.weight"] * scale[:, None, None, None, None]
         params[f"{path}/kernel"] = rearrange(kernel, "o i t h w -> t h w i o")
@@ -51,7 +51,7 @@ def import_i3d(source: str | os.PathLike, *, batch_norm_epsilon: float = BATCH_N
 
 
 def _i3d_convs() -> Iterator[tuple[str, str]]:
-    """Our path and pytorch-i3d's name of each convolution with batch norm."""
+    """The path here and the name in pytorch-i3d of each convolution with batch norm."""
     yield from {"conv3d_1a": "Conv3d_1a_7x7", "conv3d_2b": "Conv3d_2b_1x1", "conv3d_2c": "Conv3d_2c_3x3"}.items()
     for block in MIXED:
         for branch in ("b0", "b1a", "b1b", "b2a", "b2b", "b3b"):

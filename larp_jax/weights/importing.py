@@ -1,6 +1,6 @@
-"""Released PyTorch weights in: a Hugging Face style directory or repository, or a checkpoint of the authors' trainer.
+"""Import of released PyTorch weights: a Hugging Face style directory or repository, or a checkpoint of their trainer.
 
-PyTorch is needed only for the last, and no file is ever unpickled into arbitrary objects.
+Only the checkpoint needs PyTorch. No file is ever unpickled into arbitrary objects.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from larp_jax.weights.tensors import (
 )
 
 CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
-LAYOUT = f"the directory of a released model holds {CONFIG} and {WEIGHTS}"
-UNREAD = r"bottleneck\.norm_layer\.num_batches_tracked"  # batch norm's count of steps, an integer
+LAYOUT = f"the directory of a released model contains {CONFIG} and {WEIGHTS}"
+UNREAD = r"bottleneck\.norm_layer\.num_batches_tracked"  # the step counter of the batch norm, an integer
 INVERSE_TEMPERATURE = "bottleneck.regularizer.stochastic_temperature_inv"
-BATCH_NORM_EPSILON = 1e-5  # of PyTorch
+BATCH_NORM_EPSILON = 1e-5  # PyTorch's default
 
 
 def import_huggingface(
@@ -40,16 +40,16 @@ def import_huggingface(
     """Reads a released model.
 
     Args:
-      source: a directory with `config.json` and `model.safetensors`; a `.pth` checkpoint of the authors' trainer; or a
-        repository id `owner/name`, fetched through huggingface_hub.
-      ema: takes the moving average out of a `.pth` checkpoint (the slowest, where there are several).
+      source: a directory with `config.json` and `model.safetensors`; a `.pth` checkpoint of the released trainer; or a
+        repository id `owner/name`, downloaded with huggingface_hub.
+      ema: whether to read the EMA weights of a `.pth` checkpoint (the slowest EMA, if there are several).
 
     Returns:
-      `tokenizer` or `generator`; its configuration (a recipe whose `loss.prior_weight` is 0 where there is no prior, or
+      `tokenizer` or `generator`; its configuration (a recipe, whose `loss.prior_weight` is 0 if there is no prior, or
       a `GeneratorConfig`); and its parameters as in `TrainState.params`, float32 NumPy arrays.
 
     Raises:
-      InputError: anything that is not exactly such a model: what is missing, extra, misshaped or not understood.
+      InputError: a setting or tensor is missing, unexpected, of the wrong shape or not supported.
     """
     path = files.local_path(source, "--source")
     if path.is_file():
@@ -59,7 +59,7 @@ def import_huggingface(
         if not path.is_dir():
             path = _download(str(path))
         if ema:
-            raise InputError(f"{path} holds one set of weights, no moving average beside it; leave out the choice")
+            raise InputError(f"{path} contains only one set of weights, no EMA; leave out --ema")
         where = str(path / CONFIG)
         values = _read_json(path / CONFIG)
         if not (path / WEIGHTS).exists():
@@ -67,7 +67,7 @@ def import_huggingface(
         tensors = read_safetensors(path / WEIGHTS, UNREAD)
         prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
-            raise InputError(f'{path / PRIOR_SIZES} must hold {{"prior": {{...}}}}')
+            raise InputError(f'{path / PRIOR_SIZES} must contain {{"prior": {{...}}}}')
 
     values, tensors = _fold_constants(values, tensors, where)
     shapes = {name: x.shape for name, x in tensors.items()}
@@ -86,15 +86,15 @@ def _download(repository: str) -> pathlib.Path:
         import huggingface_hub
     except ImportError:
         raise InputError(
-            f"{repository} is no directory here, and fetching it as a repository needs huggingface_hub: pip install it,"
-            f" or download {CONFIG} and {WEIGHTS} yourself and give their directory"
+            f"{repository} is not a local directory, and downloading it as a repository needs huggingface_hub: pip"
+            f" install it, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
         ) from None
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # of many kinds: no network, no such repository, no access
+    except Exception as error:  # many types: no network, no such repository, no access
         raise InputError(
-            f"{repository} is no directory here, and fetching it failed ({one_line(error)}); check the name and the"
-            f" network, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
+            f"{repository} is not a local directory, and downloading it failed ({one_line(error)}); check the name and"
+            f" the network, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
         ) from None
     for name in (CONFIG, WEIGHTS):
         if (folder / name).exists():
@@ -103,9 +103,9 @@ def _download(repository: str) -> pathlib.Path:
 
 
 def _check_download(path: pathlib.Path) -> None:
-    """Holds a file in the cache of huggingface_hub to the hash that the server gave it, which is its name there.
+    """Compares a file in the cache of huggingface_hub with the server's hash, which is its name there.
 
-    It is the SHA-256 of large files, and what Git calls other ones.
+    The hash of a large file is its SHA-256, that of other files their Git blob hash.
     """
     stored = path.resolve()
     if len(stored.name) == 64:
@@ -113,7 +113,9 @@ def _check_download(path: pathlib.Path) -> None:
     else:
         found = hashlib.sha1(b"blob %d\0" % stored.stat().st_size + stored.read_bytes()).hexdigest()
     if found != stored.name:
-        raise InputError(f"{path} is not what its server has (its hash differs); remove {stored} and fetch it again")
+        raise InputError(
+            f"{path} is corrupted (its hash differs from the server's); delete {stored} and download it again"
+        )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -122,19 +124,19 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {LAYOUT}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({one_line(error)}); fetch it again") from None
+        raise InputError(f"{path} cannot be read as JSON ({one_line(error)}); download it again") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold an object of settings, not a {type(values).__name__}")
+        raise InputError(f"{path} must contain an object of settings, not a {type(values).__name__}")
     return values
 
 
 def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.ndarray], str]:
-    """Configuration, weights and what to call them, from a checkpoint of the authors' trainer."""
+    """Configuration, weights, and the name of the file for messages, from a checkpoint of the released trainer."""
     checkpoint = read_pickled(path, f"give a directory with {CONFIG} and {WEIGHTS}")
 
     def entry(holder, key, kind):
         if not isinstance(holder, Mapping) or not isinstance(holder.get(key), kind):
-            raise InputError(f"{path} is not a checkpoint of the authors' trainer: it has no {key!r} where one belongs")
+            raise InputError(f"{path} is not a checkpoint of the released trainer: it has no valid {key!r}")
         return holder[key]
 
     model = entry(checkpoint, "model", Mapping)
@@ -151,37 +153,39 @@ def _read_checkpoint(path: pathlib.Path, ema: bool) -> tuple[dict, dict[str, np.
 
 
 def _fold_constants(values: dict, tensors: dict, where: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Settings and tensors of the same tokenizer in which batch norm is part of in_linear, and a learned temperature a
-    number.
+    """Folds the batch norm into in_linear, and replaces a learned temperature by its value.
 
-    Both are constants: batch norm computes with the statistics in the file once it is trained, and no gradient ever
-    reached the temperature, which only scales the logits of a draw.
+    Both are constants after training: batch norm uses the statistics in the file, and the temperature, which only
+    scales the logits for sampling, never received a gradient.
+
+    Returns:
+      Settings and tensors of an equal tokenizer.
     """
     try:
         settings = {"norm": None} | values["bottleneck"]["args"]
         regularizer = settings["regularizer"] = settings["regularizer"] | {}
         arguments = regularizer["args"] = regularizer["args"] | {}
     except (KeyError, TypeError):
-        return values, tensors  # whatever it is, its fields will be missing
+        return values, tensors  # the missing fields are reported later
     tensors = dict(tensors)
     if isinstance(settings["norm"], str) and settings["norm"].lower() == "bn_bn":
         settings["norm"] = "none"
         _fold_batch_norm(tensors, f"{where} (bottleneck.args.norm='bn_bn')")
     temperature = arguments.get("stochastic_temperature")
-    draws = regularizer.get("name") == "vq" and arguments.get("stochastic") is True
-    if draws and type(temperature) in (int, float) and temperature <= 0:
+    samples = regularizer.get("name") == "vq" and arguments.get("stochastic") is True
+    if samples and type(temperature) in (int, float) and temperature <= 0:
         inverse = tensors.pop(INVERSE_TEMPERATURE, None)
         if inverse is None or inverse.shape != () or not 0 < float(inverse) < np.inf:
             raise InputError(
-                f"{where}: bottleneck.args.regularizer.args.stochastic_temperature={temperature!r} stands for a learned"
-                f" one, of which the weights hold no positive number {INVERSE_TEMPERATURE}"
+                f"{where}: bottleneck.args.regularizer.args.stochastic_temperature={temperature!r} means a learned"
+                f" temperature, but the weights have no positive number {INVERSE_TEMPERATURE}"
             )
         arguments["stochastic_temperature"] = 1.0 / float(inverse)
     return values | {"bottleneck": values["bottleneck"] | {"args": settings}}, tensors
 
 
 def _fold_batch_norm(tensors: dict[str, np.ndarray], where: str) -> None:
-    """Takes the norm out of the tensors and changes in_linear for it."""
+    """Removes the batch norm from the tensors and folds it into in_linear."""
     prefix, kernel, bias = f"{released.BOTTLENECK_NORM}.", "bottleneck.in_linear.weight", "bottleneck.in_linear.bias"
     outputs = tensors[kernel].shape[:1] if kernel in tensors else ()
     expected = {prefix + name: outputs for name in ("weight", "bias", "running_mean", "running_var")}
@@ -192,18 +196,18 @@ def _fold_batch_norm(tensors: dict[str, np.ndarray], where: str) -> None:
     names = ("weight", "bias", "running_mean", "running_var")
     scale, shift, mean, variance = (tensors.pop(prefix + name).astype(np.float64) for name in names)
     if (variance < 0).any():
-        raise InputError(f"{where}: {prefix}running_var is negative; fetch the weights again")
+        raise InputError(f"{where}: {prefix}running_var is negative; download the weights again")
     scale = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+    with np.errstate(over="ignore"):  # overflows become infinite, which is rejected later
         tensors[kernel] = (tensors[kernel] * scale[..., None]).astype(np.float32)
         tensors[bias] = ((tensors[bias] - mean) * scale + shift).astype(np.float32)
 
 
 def _check_shapes(items: list, shapes: Mapping[str, tuple], where: str) -> None:
-    # before the names are written out: a configuration may ask for any number of layers
+    # before creating the names: a configuration may ask for any number of layers
     count = sum(len(item.names) * max(1, item.layers) for item in items if isinstance(item, released.Parameter))
     if count > 2 * len(shapes) + 1000:
-        raise InputError(f"the weights do not fit {where}: it asks for {count} tensors, they are {len(shapes)}")
+        raise InputError(f"the weights do not fit {where}: it needs {count} tensors, they have {len(shapes)}")
     compare_shapes(released.expected_shapes(items), shapes, where)
 
 
@@ -215,6 +219,6 @@ def _check_values(items: list, tensors: Mapping[str, np.ndarray], where: str) ->
             tolerance = max(1e-5, 4.0 * float(ml_dtypes.finfo(stored.dtype).eps))
             if np.abs(stored.astype(np.float32) - item.compute()).max() > tolerance:
                 raise InputError(
-                    f"{where}: {item.name} is not the sine-cosine table that its configuration implies; such a model"
-                    " computes something else than ours"
+                    f"{where}: {item.name} is not the sine-cosine table that its configuration implies; this"
+                    " package does not implement that model"
                 )

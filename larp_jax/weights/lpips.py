@@ -1,4 +1,4 @@
-"""LPIPS from its public files."""
+"""Conversion of LPIPS from its public files."""
 
 import os
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ from einops import rearrange
 from larp_jax.models.lpips import STAGES
 from larp_jax.weights.tensors import finished, read_expected
 
-# Tensors in the public files that these networks have no part for.
+# Tensors in the public file of VGG16 that LPIPS does not use.
 CLASSIFIER = r"classifier\.[036]\.(weight|bias)"
 
 
 def import_lpips(vgg: str | os.PathLike, heads: str | os.PathLike) -> dict[str, np.ndarray]:
-    """LPIPS from the two public files.
+    """Reads LPIPS from its two public files.
 
     Args:
-      vgg: VGG16's weights under torchvision's names (`features.0.weight`, ..., or without `features.`); the classifier
-        may be there.
-      heads: LPIPS v0.1 heads (`lin0.model.1.weight`, ...). Both files may be PyTorch (`.pth`, `.pt`; read without
-        executing anything in them, needs PyTorch), safetensors or npz.
+      vgg: weights of VGG16 with torchvision's names (`features.0.weight`, ..., or without `features.`), with or without
+        the classifier.
+      heads: LPIPS v0.1 heads (`lin0.model.1.weight`, ...). Both files may be PyTorch (`.pth`, `.pt`; needs PyTorch, and
+        nothing in them is executed), safetensors or npz.
 
     Returns:
       Float32 parameters of `Lpips` by path (`conv1_1/kernel`).
 
     Raises:
-      InputError: a file cannot be read, or does not hold exactly these tensors.
+      InputError: a file cannot be read, or does not contain exactly these tensors.
     """
     expected, inputs = {}, 3
     for _, name, width in _vgg_convs():
@@ -45,7 +45,7 @@ def import_lpips(vgg: str | os.PathLike, heads: str | os.PathLike) -> dict[str, 
 
 
 def _vgg_convs() -> Iterator[tuple[str, str, int]]:
-    """Our path, torchvision's name and the width of each convolution."""
+    """The path here, the name in torchvision and the width of each convolution."""
     index = 0  # in torchvision's sequence, where each is followed by a ReLU and each stage by pooling
     for stage, widths in enumerate(STAGES, 1):
         for i, width in enumerate(widths, 1):

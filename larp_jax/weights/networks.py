@@ -39,10 +39,10 @@ def save(
     """Writes a file of weights, completely or not at all; replaces an existing one of the same kind.
 
     Args:
-      path: the file; its folder is made.
+      path: the file; its folder is created.
       kind: `lpips` or `i3d`.
       params: from `import_lpips` or `import_i3d`.
-      sources: the files they were made from.
+      sources: the files they were converted from.
 
     Raises:
       InputError: the file cannot be written; see `check_output`.
@@ -57,18 +57,18 @@ def save(
 
 
 def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
-    """Checks before any work that `save` can write a file, with `~` expanded; `InputError` where it cannot."""
+    """Checks before any work that `save` can write a file; `InputError` if not. Returns the path, `~` expanded."""
     return files.check_output(path, ours=lambda path: _kind(path) == kind)
 
 
 def _kind(path: pathlib.Path) -> str | None:
-    """Of a file of ours, `lpips` or `i3d`; None of others."""
+    """`lpips` or `i3d` for a file that `save` wrote; None for other safetensors files."""
     with safe_open(path, framework="np") as file:
         return (file.metadata() or {}).get("larp_jax")
 
 
 def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Path, str]:
-    """Where the file of `lpips` or `i3d` is looked for, and what says so.
+    """The path of the weights of `lpips` or `i3d`, whether or not they exist, and its origin for messages.
 
     The given path comes first, then the environment variable LARP_LPIPS or LARP_I3D, then `~/.cache/larp_jax`.
     """
@@ -81,7 +81,7 @@ def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Pa
 
 
 def how_to_get(kind: str) -> str:
-    """The command that makes the file of `lpips` or `i3d`, and where its sources come from."""
+    """The command that writes the file of `lpips` or `i3d`, and the names of its sources."""
     sources = "--source VGG --heads HEADS" if kind == "lpips" else "--source FILE"
     return f"get {ORIGINALS[kind]}, then larp-jax import --kind {kind} {sources} --output {locate(kind)[0]}"
 
@@ -89,10 +89,10 @@ def how_to_get(kind: str) -> str:
 def load_lpips(path: str | os.PathLike | None = None, *, dtype: Dtype = jnp.float32) -> Lpips:
     """LPIPS with its trained weights.
 
-    Hand it to jitted functions as an argument: closed over, its weights become constants that XLA spends time on.
+    Pass it to jitted functions as an argument: in a closure, its weights become constants, which slow down compilation.
 
     Args:
-      path: file that `larp-jax import --kind lpips` wrote; looked for as `locate` says by default.
+      path: file that `larp-jax import --kind lpips` wrote; by default the one that `locate` finds.
       dtype: of the convolutions.
 
     Raises:
@@ -110,8 +110,8 @@ def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str 
     """Identity of the weights of `lpips` or `i3d`: `sha256` of the file, and of its `sources` by name.
 
     Args:
-      kind: of the file.
-      path: one that `load_lpips` or `load_i3d` takes.
+      kind: `lpips` or `i3d`.
+      path: as for `load_lpips` or `load_i3d`.
     """
     path, _ = locate(kind, path)
     with safe_open(path, framework="np") as file:
@@ -119,7 +119,7 @@ def identify(kind: str, path: str | os.PathLike | None = None) -> dict[str, str 
     try:
         sources = parse_json(text)
     except ValueError as error:
-        raise InputError(f"{path} does not say what it was made from ({reason(error)}); {how_to_get(kind)}") from None
+        raise InputError(f"{path} does not name its sources ({reason(error)}); {how_to_get(kind)}") from None
     return {"sha256": files.digest(path), "sources": sources}
 
 
@@ -130,7 +130,8 @@ def _load(kind: str, path: str | os.PathLike | None, **options):
     tensors = read_safetensors(path)
     found = _kind(path)
     if found != kind:
-        raise InputError(f"{path} holds {f'weights of {found}' if found else 'no file of ours'}; {how_to_get(kind)}")
+        content = f"weights of {found}" if found else f"no weights of {kind}"
+        raise InputError(f"{path} contains {content}; {how_to_get(kind)}")
     expected = {name: x.shape for name, x in template(kind).items()}
     compare_shapes(expected, {name: x.shape for name, x in tensors.items()}, str(path))
     params = traverse_util.unflatten_dict(finished(tensors, str(path)), sep="/")
@@ -140,6 +141,6 @@ def _load(kind: str, path: str | os.PathLike | None, **options):
 
 @functools.cache
 def template(kind: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters by path."""
+    """Shapes of the parameters by path."""
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: KINDS[kind](rngs=nnx.Rngs(0))), nnx.Param))
     return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

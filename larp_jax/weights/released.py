@@ -1,6 +1,6 @@
-"""The tensors of released models: their names and shapes, and the parameters of ours that they become.
+"""The tensors of released models: their names, their shapes and the parameters of this package that they become.
 
-Every table here is read in both directions, so import and export cannot disagree. Nothing here touches files.
+Import and export use the same tables, so they cannot disagree. This module does not read or write files.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from larp_jax.models.embeddings import sincos_1d, sincos_3d
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter of ours and the released tensors that hold it.
+    """A parameter of this package and the released tensors that contain it.
 
     Attributes:
-      path: of ours, `module/.../name`.
-      names: of the released tensors; several where ours packs them in that order. `{}` stands for the layer.
-      shape: of each released tensor.
-      pattern: einops pattern from the released axes to ours; where `names` are several, their axis comes first.
-      layers: number of released layers behind ours, which stacks them on a leading axis; 0 where there is no such axis.
+      path: path of the parameter, `module/.../name`.
+      names: names of the released tensors; several if the parameter concatenates them. `{}` is the layer number.
+      shape: shape of each released tensor.
+      pattern: einops pattern from the released axes to those of the parameter; the axis of several `names` comes first.
+      layers: number of released layers, which the parameter stacks on a leading axis; 0 if it has no such axis.
     """
 
     path: str
@@ -41,15 +41,15 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """How many values ours has."""
+        """Number of values of the parameter."""
         return math.prod(self.shape) * len(self.names) * max(1, self.layers)
 
     def released_names(self) -> list[tuple[str, ...]]:
-        """The names, filled in for each layer."""
+        """The names of the released tensors for each layer."""
         return [tuple(name.format(i) for name in self.names) for i in range(max(1, self.layers))]
 
     def from_released(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Our array, float32, from released tensors of the right names and shapes."""
+        """The parameter, float32, from released tensors whose names and shapes were checked."""
 
         def convert(names):
             parts = [np.asarray(tensors[name], np.float32) for name in names]
@@ -57,7 +57,7 @@ class Parameter:
 
         first, *rest = self.released_names()
         if not self.layers:
-            return np.array(convert(first), order="C")  # a copy: tensors may lie in a mapped file
+            return np.array(convert(first), order="C")  # a copy, because tensors may be in a memory-mapped file
         x = convert(first)
         stacked = np.empty((self.layers, *x.shape), np.float32)
         stacked[0] = x
@@ -78,7 +78,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A fixed position table: a tensor in a released file, computed when needed in our models."""
+    """A fixed position table: a tensor in a released file, which models of this package compute instead."""
 
     name: str
     shape: tuple[int, ...]
@@ -144,7 +144,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
     """The tensors of a released tokenizer without its prior (LARP, arXiv 2410.21264, section 3.2)."""
     c, q = config, config.quantizer
     pt, p, _ = c.encoder_patch
-    # one frame a patch is a 2-D convolution there
+    # the released code uses a 2-D convolution for patches of one frame
     kernel, axes = ((pt, p, p), "t h w") if pt > 1 else ((p, p), "h w")
     yield Parameter(
         "encoder/patch_embed/proj/kernel",
@@ -176,7 +176,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
     yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, projected)
     if q.norm == "ln_d":
         yield from _norm("quantizer/norm", BOTTLENECK_NORM, projected)
-    elif q.norm == "ln_nd":  # over tokens and dimensions, which ours has on one axis
+    elif q.norm == "ln_nd":  # over tokens and dimensions, which are one axis here
         for leaf, name in (("scale", "weight"), ("bias", "bias")):
             shape = (c.num_tokens, projected)
             yield Parameter(f"quantizer/norm/{leaf}", (f"{BOTTLENECK_NORM}.{name}",), shape, "n d -> (n d)")
@@ -203,7 +203,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
     )
     yield from _transformer("decoder/transformer", "decoder", c.decoder)
     yield from _norm("decoder/norm", "final_layer.norm_final", c.decoder.width)
-    # rows are (time-in-patch, row, column, channel) in both
+    # rows are (time in patch, row, column, channel) in both
     outputs = math.prod(c.decoder_patch) * c.channels
     yield from _linear("decoder/head", "final_layer.linear", c.decoder.width, outputs)
 
@@ -273,7 +273,7 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
 
 
 def model_tensors(config: TokenizerRecipe | GeneratorConfig) -> list[Parameter | Table]:
-    """What a released file of this configuration holds; parameter paths start with the key in `TrainState.params`."""
+    """The tensors of a released file; parameter paths start with the key in `TrainState.params`."""
     if isinstance(config, GeneratorConfig):
         parts = {"generator": generator_tensors(config)}
     else:
@@ -297,7 +297,7 @@ def expected_shapes(items: Iterable[Parameter | Table]) -> dict[str, tuple[int, 
 
 
 def params_from_released(items: Iterable[Parameter | Table], tensors: Mapping[str, np.ndarray]) -> dict:
-    """Our nested parameters, float32 NumPy, from released tensors whose names and shapes were checked."""
+    """Nested parameters, float32 NumPy, from released tensors whose names and shapes were checked."""
     params = {}
     for item in items:
         if isinstance(item, Parameter):
@@ -310,7 +310,7 @@ def params_from_released(items: Iterable[Parameter | Table], tensors: Mapping[st
 
 
 def params_to_released(items: Iterable[Parameter | Table], params: Mapping) -> dict[str, np.ndarray]:
-    """The inverse, without the fixed tables. Takes gradients as well."""
+    """The inverse of `params_from_released`, without the fixed tables. Also converts gradients."""
     released = {}
     for item in items:
         if isinstance(item, Parameter):

@@ -1,6 +1,6 @@
-"""Fields of the released `config.json`, and how our configurations match them.
+"""Fields of the released `config.json`, and the settings of this package that they correspond to.
 
-Every table here is read in both directions, so import and export cannot disagree. Nothing here touches files.
+Import and export use the same tables, so they cannot disagree. This module does not read or write files.
 """
 
 import dataclasses
@@ -30,11 +30,12 @@ class Field:
 
     Attributes:
       released: dotted path in the file.
-      ours: dotted path in our configuration; empty where we have no such choice.
-      default: what the released code takes where the field is absent.
-      values: our values for theirs where the two differ, of several the last is written; others pass.
-      allowed: without `ours`, the values under which the released code computes what ours does (the first is
-        written), or ANY where the field changes nothing; then `default` is written.
+      ours: dotted path in the configuration of this package; empty if it has no such setting.
+      default: the released code's value if the field is missing.
+      values: values of this package by released value, if they differ; export writes the last of several. Other values
+        are the same in both.
+      allowed: without `ours`, the values for which the released code computes the same as this package (export writes
+        the first), or ANY if the field has no effect (export writes `default`).
     """
 
     released: str
@@ -44,7 +45,7 @@ class Field:
     allowed: Any = ()
 
 
-# `bn_bn` is folded into in_linear before; for `ln_d_na` the released forward pass has no branch.
+# `bn_bn` has been folded into in_linear before; the released forward pass has no branch for `ln_d_na`.
 NORMS = {None: "none", "no": "none", "ln_d_na": "none", "none": "none", "ln_d": "ln_d", "ln_nd": "ln_nd"}
 _REGULARIZER = "bottleneck.args.regularizer"
 TOKENIZER_FIELDS = (
@@ -81,7 +82,7 @@ TOKENIZER_FIELDS = (
     Field("use_decoder_patch_query_token_type_embed", "use_decoder_patch_query_token_type_embed", False),
     Field("encoder_query_gaussian_init", "encoder_query_gaussian_init", True),
 )
-# What the regularizer `vq` reads beside the codebook's size; `skl` reads nothing.
+# Settings of the regularizer `vq` besides the size of the codebook; `skl` has none.
 VQ_FIELDS = (
     Field(f"{_REGULARIZER}.args.commitment_loss_weight", "quantizer.commitment_weight", 0.25),
     Field(f"{_REGULARIZER}.args.codebook_loss_weight", "quantizer.codebook_weight", 1.0),
@@ -120,14 +121,14 @@ GENERATOR_FIELDS = (
     Field("model_type", allowed=("class_cond",), default="class_cond"),
     Field("vocab_size", "codebook_size", 8192),
     Field("cls_token_num", "condition_tokens", 1),
-    Field("max_batch_size", allowed=ANY, default=32),  # room of the sampler's cache
+    Field("max_batch_size", allowed=ANY, default=32),  # size of the cache for sampling
     Field("max_seq_len", "num_tokens", 1024),
     Field("use_fixed_pe", "fixed_positions", False),
     Field("frame_prediction", "frame_prediction", False),
 )
-# Sizes of released models by the names their configurations use.
+# Prefixes of the names of model sizes in released configurations.
 PRIOR_PREFIX, GENERATOR_PREFIX = "gptc-", "llama-abs-"
-RELEASED_PRIOR_POSITIONS = 1024  # rows of the position table unless `args.max_seq_len` says otherwise
+RELEASED_PRIOR_POSITIONS = 1024  # rows of the position table, unless `args.max_seq_len` is given
 
 
 def _flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -153,20 +154,20 @@ def _nest(flat: Mapping[str, Any]) -> dict:
 
 
 def _read_fields(fields: Iterable[Field], cls: type, flat: dict, where: str) -> dict[str, Any]:
-    """Takes the fields out of `flat` and gives our settings by dotted path."""
+    """Removes the fields from `flat`; returns settings of this package by dotted path."""
     found = {}
     for field in fields:
         if field.released not in flat and field.default is REQUIRED:
-            raise InputError(f"{where} lacks the field {field.released}; add it as the training run had it")
+            raise InputError(f"{where} lacks the field {field.released}; add it with its value in the training run")
         value = flat.pop(field.released, field.default)
         if isinstance(value, str) and value.lower() in (*NONE_NAMES, *field.values):
-            value = value.lower()  # the released code does not tell these by case
+            value = value.lower()  # the released code ignores the case of these
         if field.ours:
             found[field.ours] = _our_value(field, cls, value, where)
         elif field.allowed is not ANY and not any(type(value) is type(a) and value == a for a in field.allowed):
             raise InputError(
                 f"{where}: {field.released}={value!r} is not supported, only {field.allowed[0]!r};"
-                " such a model computes something else than ours"
+                " this package does not implement that model"
             )
     return found
 
@@ -195,7 +196,7 @@ def _field_type(cls: type, path: str) -> type:
 
 
 def _write_fields(fields: Iterable[Field], config: Any) -> dict[str, Any]:
-    """Released settings by dotted path."""
+    """The released settings of a configuration, by dotted path."""
     flat = {}
     for field in fields:
         if field.ours:
@@ -214,7 +215,7 @@ def _refuse_rest(flat: Mapping, known: list[str], where: str) -> None:
         if value == {} and any(field.startswith(f"{name}.") for field in known):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise InputError(f"{where}: {name} is not a field of a released model that we know; did they mean {near}?")
+        raise InputError(f"{where}: {name} is not a known field of a released model; is {near} meant?")
 
 
 def _label(numbers: tuple[int, int, int], table: Mapping[str, tuple]) -> str:
@@ -222,13 +223,13 @@ def _label(numbers: tuple[int, int, int], table: Mapping[str, tuple]) -> str:
 
 
 def _checked(make: Callable, fields: Iterable[Field], section: str, where: str) -> Any:
-    """What `make` gives; its complaints say where the configuration comes from, and name the fields as it does.
+    """Calls `make`; its errors are raised again with the file and with the released names of the fields.
 
     Args:
-      make: builds one of our configurations.
-      fields: what it was read from.
-      section: what our complaints call it.
-      where: its file.
+      make: creates a configuration of this package.
+      fields: the fields it was read from.
+      section: the name of the configuration in error messages.
+      where: the file.
     """
     try:
         return make()
@@ -237,7 +238,7 @@ def _checked(make: Callable, fields: Iterable[Field], section: str, where: str) 
         names = "|".join(re.escape(name) for name in sorted(theirs, key=len, reverse=True))
 
         def translate(found):
-            is_name = "." in found[0] or found.string[found.end() :].startswith("=")  # `heads` may be a mere word
+            is_name = "." in found[0] or found.string[found.end() :].startswith("=")  # `heads` may also be a word
             return theirs[found[1]] if is_name else found[0]
 
         message = re.sub(rf"(?<![\w.])(?:{section}\.)?({names})(?![\w.])", translate, str(error))
@@ -247,16 +248,16 @@ def _checked(make: Callable, fields: Iterable[Field], section: str, where: str) 
 def config_from_released(
     values: Mapping, shapes: Mapping[str, tuple[int, ...]], *, prior_sizes: Mapping | None = None, where: str
 ) -> TokenizerRecipe | GeneratorConfig:
-    """Our configuration for a released one.
+    """Converts a released configuration to one of this package.
 
     Args:
-      values: what its `config.json` holds.
-      shapes: of its tensors, which tell the size of a prior that has no known name.
-      prior_sizes: `n_layer`, `n_head`, `n_embd`, `max_seq_len` of such a prior, where given beside.
-      where: what to call the file in complaints.
+      values: the contents of its `config.json`.
+      shapes: shapes of its tensors, from which the size of a prior is derived if its name is not known.
+      prior_sizes: `n_layer`, `n_head`, `n_embd`, `max_seq_len` of such a prior, if `prior.json` gives them.
+      where: the name of the file in error messages.
 
     Raises:
-      InputError: a field is missing, unknown, of another type, or asks for what we do not compute.
+      InputError: a field is missing, unknown or of the wrong type, or its value is not supported.
     """
     if "bottleneck" in values:
         return _tokenizer_from_released(values, shapes, prior_sizes, where)
@@ -272,7 +273,7 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
     found = _read_fields(TOKENIZER_FIELDS, TokenizerConfig, flat, where)
     if regularizer == "vq":
         found |= _read_fields(VQ_FIELDS, TokenizerConfig, flat, where)
-        # as there, where a negative weight is none, and only a draw has a temperature
+        # as in the released code, a negative weight counts as 0, and only `svq` has a temperature
         found["quantizer.entropy_weight"] = max(0.0, found["quantizer.entropy_weight"])
         if found["quantizer.kind"] == "vq":
             del found["quantizer.temperature"]
@@ -294,8 +295,8 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
         encoder, decoder = found[ours_name], found[f"decoder_{ours_name}"]
         if encoder != decoder:
             raise InputError(
-                f"{where}: decoder_{name}={decoder} unlike {name}={encoder} is not supported; the released code puts"
-                " patches together by the encoder's, so its videos are scrambled"
+                f"{where}: decoder_{name}={decoder} must equal {name}={encoder}; the released code assembles the"
+                " decoder's patches with the size of the encoder's, so its videos are scrambled"
             )
     sizes = {tuple(found[f"{part}.{n}"] for n in ("width", "depth", "heads")) for part in ("encoder", "decoder")}
     found["size"] = _label(sizes.pop(), ours.TOKENIZER_SIZES) if len(sizes) == 1 else "custom"
@@ -305,11 +306,11 @@ def _tokenizer_from_released(values, shapes, prior_sizes, where) -> TokenizerRec
     prior = None
     if prior_values is not None:
         if not isinstance(prior_values, Mapping):
-            raise InputError(f"{where}: prior_model must hold fields of its own, got {prior_values!r}")
+            raise InputError(f"{where}: prior_model must be an object of settings, got {prior_values!r}")
         name = prior_values.get("name")
         if (name.lower() if isinstance(name, str) else name) not in NONE_NAMES:
             if not model.quantizer.has_codes:
-                raise InputError(f"{where}: prior_model needs codes, which {_REGULARIZER}.name='skl' has none of")
+                raise InputError(f"{where}: prior_model needs codes, but {_REGULARIZER}.name='skl' has none")
             prior = _prior_from_released(prior_values, shapes, prior_sizes, model, where)
     if prior is None:
         return TokenizerRecipe(model=model, loss=ours.LossConfig(prior_weight=0.0))
@@ -329,7 +330,7 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
         raise InputError(f"{where}: latent_ce_temperature must be positive, got {found['temperature']}")
     if found["mix_ramp"] < 0:
         raise InputError(f"{where}: mix_ss_peak_steps_ratio must not be negative, got {found['mix_ramp']}")
-    # without scheduled mixing every later round reads samples only
+    # without scheduled mixing, later rounds read only sampled codes
     if not take("use_mix_ss", bool, True):
         found |= {"mix_max": 1.0, "mix_ramp": 0.0}
     rates = {take(f"args.{kind}_pdrop", float, 0.1) for kind in ("embd", "resid", "attn")}
@@ -353,9 +354,9 @@ def _prior_from_released(values, shapes, prior_sizes, model: TokenizerConfig, wh
 
 
 def _prior_size(name, shapes, prior_sizes, where) -> tuple[str, tuple[int, int, int], int]:
-    """Label, (width, depth, heads) and rows of the position table (0: not told) of a prior."""
+    """Label, (width, depth, heads) and rows of the position table (0 if unknown) of a prior."""
     if not isinstance(name, str) or not name.startswith(PRIOR_PREFIX):
-        raise InputError(f"{where}: name={name!r} is not a prior we know; expected {PRIOR_PREFIX}S or the like")
+        raise InputError(f"{where}: name={name!r} is not a known prior; expected a name such as {PRIOR_PREFIX}S")
     size = name.removeprefix(PRIOR_PREFIX)
     shape = shapes.get("prior_model.pos_emb", ())
     rows, width = shape[1:] if len(shape) == 3 else (0, 0)
@@ -365,14 +366,14 @@ def _prior_size(name, shapes, prior_sizes, where) -> tuple[str, tuple[int, int, 
         names = ("n_embd", "n_layer", "n_head", "max_seq_len")
         numbers = [prior_sizes.get(key) for key in names]
         if not all(type(n) is int and n > 0 for n in numbers):
-            raise InputError(f"prior.json beside {where} must give {', '.join(names)} as positive integers")
+            raise InputError(f"prior.json next to {where} must give {', '.join(names)} as positive integers")
         return size, tuple(numbers[:3]), numbers[3]
     depth = len({key.split(".")[2] for key in shapes if key.startswith("prior_model.blocks.")})
     heads = {known[2] for known in ours.PRIOR_SIZES.values() if known[0] == width}
     if len(heads) != 1 or not depth:
         raise InputError(
-            f"{where}: name={name!r} is not a known size and its tensors do not tell the number of heads; put a"
-            ' prior.json {"prior": {"n_layer": ..., "n_head": ..., "n_embd": ..., "max_seq_len": ...}} beside it'
+            f"{where}: name={name!r} is not a known size, and its tensors do not determine the number of heads; put a"
+            ' prior.json {"prior": {"n_layer": ..., "n_head": ..., "n_embd": ..., "max_seq_len": ...}} next to it'
         )
     return size, (width, depth, heads.pop()), rows
 
@@ -391,10 +392,10 @@ def _generator_from_released(values, where) -> GeneratorConfig:
 
 
 def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict, dict | None]:
-    """The released configuration of ours, and the size of a prior that their table has no name for.
+    """Converts a configuration to the released layout; also returns the size of a prior that has no name there.
 
     Raises:
-      InputError: ours is set to something that the released layout cannot hold.
+      InputError: the released layout does not support a setting.
     """
     if isinstance(config, GeneratorConfig):
         flat = _write_fields(GENERATOR_FIELDS, config)
@@ -408,7 +409,7 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
     else:
         flat |= _write_fields(VQ_FIELDS, config.model) | {f"{_REGULARIZER}.name": "vq"}
     if not config.model.learned_encoder_latent_query_embed:
-        flat["encoder_query_gaussian_init"] = False  # their constructor refuses a start for queries that do not learn
+        flat["encoder_query_gaussian_init"] = False  # the released code rejects initialization of fixed queries
     if config.model.latent_position_base.is_integer():
         flat["latent_pe_scale_factor"] = int(config.model.latent_position_base)
     if not config.loss.prior_weight:
@@ -418,14 +419,14 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
 
 
 def _refuse_inexpressible(model: TokenizerConfig) -> None:
-    held = {field.ours for field in (*TOKENIZER_FIELDS, *VQ_FIELDS)} | {"size"} | ours.TRAINING_FIELDS
+    known = {field.ours for field in (*TOKENIZER_FIELDS, *VQ_FIELDS)} | {"size"} | ours.TRAINING_FIELDS
     settings, defaults = _flatten(ours.to_dict(model)), _flatten(ours.to_dict(TokenizerConfig()))
-    lost = [name for name, value in settings.items() if name not in held and value != defaults[name]]
-    if model.decoder_patch != model.encoder_patch:  # their decoder puts its outputs together by the encoder's patch
+    lost = [name for name, value in settings.items() if name not in known and value != defaults[name]]
+    if model.decoder_patch != model.encoder_patch:  # the released decoder assembles with the encoder's patch
         lost += ["decoder_patch_frames", "decoder_patch_size"]
     if lost:
         lost = ", ".join(f"model.{name}={settings[name]!r}" for name in lost)
-        raise InputError(f"the released layout cannot hold {lost}; use the stablehlo format instead")
+        raise InputError(f"the released layout does not support {lost}; use the stablehlo format instead")
 
 
 def _prior_to_released(recipe: TokenizerRecipe) -> tuple[dict, dict | None]:
