@@ -11,7 +11,7 @@ from data_helpers import moving_frames
 from test_steps import RECIPE
 
 from larp_jax import cli, load_tokenizer
-from larp_jax.config import to_dict
+from larp_jax.config import StartConfig, to_dict
 from larp_jax.data import ClipSpec, eval_batches
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
@@ -27,11 +27,12 @@ LEARNED = ("encoder_patch_pe", "decoder_latent_pe", "decoder_patch_query_embed")
 
 @pytest.fixture(scope="module")
 def found(data, tmp_path_factory):
-    """A checkpoint of a tokenizer started from the clips, so that its codes carry information."""
+    """A checkpoint of a tokenizer with anchors and a codebook from clips, so that its codes carry information."""
     learned = {f"learned_{table}": True for table in LEARNED}
-    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, **learned))
+    start = StartConfig(anchored=True)
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, **learned), start=start)
     stage, key = TokenizerStage(recipe), jax.random.key(0)
-    state = jax.jit(stage.data_init)(jax.jit(stage.init)(key), clips(data, 11), key)
+    state = jax.jit(stage.set_codebook)(jax.jit(stage.init)(key), clips(data, 11)[None], key)
     path = tmp_path_factory.mktemp("analysis") / "checkpoint"
     write_imported(path, to_dict(recipe), {name: state.params[name] for name in ("tokenizer", "prior")})
     return load(path)

@@ -1,6 +1,7 @@
 """Shapes of every shipped size, the parts of the tokenizer, and where gradients flow."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -23,7 +24,7 @@ from larp_jax.config import (
 )
 from larp_jax.errors import InputError
 from larp_jax.models import attention, categorical, chunks, embeddings, layers, quantizer
-from larp_jax.models.data_init import data_init
+from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.dropout import dropout
 from larp_jax.models.generator import Generator
@@ -413,32 +414,80 @@ LEARNED = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [
-    {},
-    {"num_tokens": 16},  # two patches per token
-    {"patch_frames": 8},  # half as many patches as tokens
-    {"decoder_patch_size": 4},
-])  # fmt: skip
-def test_data_init_reconstructs_the_color_of_every_patch(change):
-    config = dataclasses.replace(LEARNED, **change)
-    colors = jax.random.uniform(jax.random.key(1), (128, 1, 4, 4, 3))
-    video = colors.repeat(8, 1).repeat(8, 2).repeat(8, 3)
+@pytest.mark.parametrize("change", [{}, {"num_tokens": 16}, {"num_tokens": 8}, {"patch_frames": 8}, {"heads": 4}])
+def test_anchored_queries_read_the_patches_around_them(change):
+    """One bright patch moves the encoder outputs of nearby anchors more than those of distant ones."""
+    heads = change.pop("heads", 2)
+    size = dataclasses.replace(PLACES, heads=heads)
+    config = dataclasses.replace(LEARNED, encoder=size, decoder=size, **change)
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
-    data_init(tokenizer, video[:96], jax.random.key(0))
-    reconstruction, quantized = tokenizer(video[96:])
-    # the error of the mean image is the variance
-    assert jnp.mean(jnp.square(reconstruction - video[96:])) < 0.3 * jnp.var(video)
-    assert len(np.unique(quantized.indices)) > 0.9 * config.quantizer.codebook_size
+    anchored_init(tokenizer)
+    t, h, w = config.encoder_grid
+    gray = jnp.full((1, *config.clip_shape), 0.5)
+    pt, ph, pw = config.encoder_patch
+    moved = []
+    for corner in ((0, 0), (h - 1, w - 1)):
+        top, left = corner[0] * ph, corner[1] * pw
+        bright = gray.at[:, :pt, top : top + ph, left : left + pw].set(1.0)
+        moved.append(jnp.abs(tokenizer.encoder(bright) - tokenizer.encoder(gray)).mean(axis=(0, 2)))
+    assert moved[0].argmax() != moved[1].argmax()
+    for change in moved:
+        assert change.max() > 2 * change.mean()
+
+
+def test_anchored_init_gives_one_seed_one_start_and_centers_gray():
+    def start(seed):
+        tokenizer = Tokenizer(LEARNED, rngs=nnx.Rngs(jax.random.key(seed)))
+        anchored_init(tokenizer)
+        return nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))
+
+    one, compiled = start(0), jax.jit(start)(0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, compiled)
+    embed, other = (params["encoder"]["patch_embed"]["proj"] for params in (one, start(1)))
+    assert not np.array_equal(embed["kernel"], other["kernel"])
+    np.testing.assert_allclose(0.5 * embed["kernel"].sum(0) + embed["bias"], 0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"learned_decoder_latent_pe": False}, "learned_decoder_latent_pe"),
-    ({"encoder": TransformerConfig(width=32, depth=1, heads=4)}, "model.encoder heads at least 12 wide"),
+    ({"learned_decoder_latent_pe": False}, "start.anchored writes into .* set model.learned_decoder_latent_pe to True"),
+    ({"encoder": TransformerConfig(width=8, depth=1, heads=8)}, "heads of width 2 at least, got 8 and 1"),
 ])  # fmt: skip
-def test_data_init_says_what_it_needs(change, message):
+def test_anchored_init_says_what_it_needs(change, message):
     tokenizer = Tokenizer(dataclasses.replace(LEARNED, **change), rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match=message):
-        data_init(tokenizer, jnp.zeros((2, 8, 32, 32, 3)), jax.random.key(0))
+        anchored_init(tokenizer)
+
+
+@pytest.mark.parametrize("l2_normalized", [True, False])
+def test_kmeans_codes_are_near_the_latents(l2_normalized):
+    config = QuantizerConfig(kind="vq", codebook_size=16, code_dim=3, l2_normalized=l2_normalized)
+    centers = 2.0 * jax.random.normal(jax.random.key(0), (16, 3))
+    latents = centers[jax.random.randint(jax.random.key(1), (8, 50), 0, 16)]
+    latents = quantizer.code_vectors(config, latents + 0.05 * jax.random.normal(jax.random.key(2), latents.shape))
+    codebook = jax.jit(functools.partial(quantizer.kmeans_codebook, config))(latents, jax.random.key(3))
+    assert codebook.shape == (16, 3)
+    if l2_normalized:
+        np.testing.assert_allclose(jnp.linalg.norm(codebook, axis=-1), 1.0, rtol=1e-5)
+    nearest = codebook[quantizer.nearest_codes(latents, codebook, l2_normalized=l2_normalized)]
+    error = jnp.square(latents - nearest).sum(-1).mean()
+    assert error < 0.2 * latents.var(axis=(0, 1)).sum()
+    few = quantizer.kmeans_codebook(config, latents[:1, :4], jax.random.key(3))  # fewer latents than codes
+    assert jnp.isfinite(few).all() and len(np.unique(few, axis=0)) >= 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_codes_replace_latents_by_their_share(share):
+    tokenizer = Tokenizer(SMALL, rngs=nnx.Rngs(0))
+    projected = jax.random.normal(jax.random.key(0), (2, SMALL.num_tokens, SMALL.quantizer.code_dim))
+
+    def z_q(projected):
+        return tokenizer.quantizer(projected, share=share).z_q
+
+    quantized = tokenizer.quantizer(projected, share=share)
+    codes = tokenizer.quantizer.lookup(quantized.indices)
+    np.testing.assert_allclose(quantized.z_q, (1 - share) * quantized.z + share * codes, atol=1e-6)
+    gradient = jax.grad(lambda x: z_q(x)[0, 0, 0])(projected)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: quantizer.normalize(x)[0, 0, 0])(projected), atol=1e-6)
 
 
 @pytest.mark.parametrize("change, message", [

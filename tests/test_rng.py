@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import LEARNED
 
 from larp_jax import data
 from larp_jax.api import LoadedTokenizer
@@ -103,25 +102,3 @@ def test_settings_of_jax_do_not_change_codes_and_videos(tokenizer):
         assert loaded.encode(VIDEO, jax.random.key(4)).shape == codes.shape  # a key of another implementation
     assert video.dtype == jnp.float32
     np.testing.assert_array_equal(video, tokenizer.decode(codes))
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.3, "one pixel"])
-def test_initialization_from_clips_of_one_color_is_finite(value):
-    from flax import nnx
-
-    from larp_jax.models.data_init import data_init
-    from larp_jax.models.tokenizer import Tokenizer
-
-    video = jnp.full((8, 8, 32, 32, 3), 0.0 if value == "one pixel" else value)
-    if value == "one pixel":
-        video = video.at[0, 0, 0, 0, 0].set(1 / 255)
-
-    @jax.jit
-    def start():
-        tokenizer = Tokenizer(LEARNED, rngs=nnx.Rngs(0))
-        data_init(tokenizer, video, jax.random.key(0))
-        return nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param)), tokenizer(video)[0]
-
-    params, reconstruction = start()
-    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), params))
-    np.testing.assert_allclose(reconstruction, video, atol=0.01)

@@ -12,6 +12,7 @@ import pytest
 
 from larp_jax import cli
 from larp_jax.config import parse_recipe, to_dict
+from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.training import common, stages, warm_start, writers
@@ -75,6 +76,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, capsys):
     assert "settings changed since the run started: data.workers from 0 to 2" in capsys.readouterr().err
     assert rows(workdir) == rows(trained)
     assert_same_weights(workdir, trained)
+
+
+def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monkeypatch, capsys):
+    """Steps 1 and 2 are continuous; a run resumed from step 1, 2 or 3 is the same as one never stopped."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+    start = ["--config.start.continuous_steps=2", "--config.start.ramp_steps=2", "--config.start.kmeans_clips=12"]
+    start += ["--config.keep=10", "--config.save_every=1", "--config.loss.adversarial_weight=0.0"]
+    assert train(tmp_path / "run", *start) == 0
+    assert "the codebook becomes the k-means of the latents of 16 clips" in capsys.readouterr().err
+    found = [checkpoint.load(tmp_path / "run" / "checkpoints" / str(step), weights="raw").params for step in (1, 2, 3)]
+    books = [params["tokenizer"]["quantizer"]["embedding"] for params in found]
+    np.testing.assert_allclose(np.linalg.norm(books[1], axis=-1), 1.0, rtol=1e-5)  # centers of unit latents
+    assert np.abs(books[0] - books[1]).max() > 10 * np.abs(books[1] - books[2]).max()
+    prior = [params["prior"]["head"]["kernel"] for params in found]
+    np.testing.assert_array_equal(prior[0], prior[1])  # no loss of codes before there are codes
+    assert np.any(prior[1] != prior[2])
+    for newest in (1, 2, 3):
+        workdir = as_if_killed(tmp_path / "run", tmp_path / f"from_{newest}", newest)
+        assert train(workdir, *start) == 0
+        assert rows(workdir) == rows(tmp_path / "run")
+        one, other = (checkpoint.load(path).params for path in (workdir, tmp_path / "run"))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_start_from_weights_is_never_continuous(trained, tmp_path, capsys):
+    start = ["--config.start.continuous_steps=2", f"--config.init_from={trained}", "--config.steps=2"]
+    assert train(tmp_path / "run", *start) == 0
+    assert "k-means" not in capsys.readouterr().err
+    before, after = (checkpoint.load(path, weights="raw").params["prior"] for path in (trained, tmp_path / "run"))
+    assert np.any(before["head"]["kernel"] != after["head"]["kernel"])
 
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):

@@ -43,6 +43,7 @@ from larp_jax.config.training import (
     MeshConfig,
     OptimConfig,
     Recipe,
+    StartConfig,
     TokenizerRecipe,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "Recipe",
     "SIZED",
     "STAGES",
+    "StartConfig",
     "TOKENIZER_SIZES",
     "TRAINING_FIELDS",
     "TokenizerConfig",

@@ -84,6 +84,8 @@ def parse_recipe(values: typing.Mapping):
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     one_of("config.stage", stage, STAGES)
+    if stage == "tokenizer":
+        values.pop("data_init_clips", None)  # of earlier versions; decided only how a run started
     recipe = from_dict(STAGES[stage], values, "config")
     require(
         stage != "tokenizer" or recipe.model.quantizer.has_codes or "norm" in values["model"]["quantizer"],

@@ -176,14 +176,31 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe(Recipe):
-    """A stage-1 run.
+class StartConfig:
+    """How a small tokenizer starts to learn. All off in the published recipe, and without effect with `init_from`.
 
-    `data_init_clips` above 0 starts the tokenizer from so many clips (see `larp_jax.models.data_init`).
+    `anchored` initializes by places, see `larp_jax.models.anchored_init`. For the first `continuous_steps` the decoder
+    gets the latents themselves; then the codebook is set to the k-means of the latents of `kmeans_clips` training
+    clips, and over `ramp_steps` codes replace the latents, z + a (code - z) with a from 0 to 1. The losses of quantizer
+    and prior have the weight a.
     """
 
+    anchored: bool = False
+    continuous_steps: int = 0
+    kmeans_clips: int = 320
+    ramp_steps: int = 0
+
+    def __post_init__(self):
+        at_least_0("start", self, "continuous_steps", "ramp_steps")
+        require(self.kmeans_clips > 0, f"start.kmeans_clips must be positive, got {self.kmeans_clips}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe(Recipe):
+    """A stage-1 run."""
+
     stage: str = "tokenizer"
-    data_init_clips: int = 0
+    start: StartConfig = StartConfig()
     model: TokenizerConfig = TokenizerConfig()
     prior: PriorConfig = PriorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -201,7 +218,10 @@ class TokenizerRecipe(Recipe):
             self.loss.perceptual == "none" or self.model.resolution >= 16,
             f"loss.perceptual needs clips of 16 pixels, model.resolution={self.model.resolution}; set it to 'none'",
         )
-        require(self.data_init_clips >= 0, f"data_init_clips must not be negative, got {self.data_init_clips}")
+        require(
+            not self.start.continuous_steps or self.model.quantizer.has_codes,
+            "start.continuous_steps is for codes, which model.quantizer.kind='kl' has none of; set it to 0",
+        )
         rows, tokens = self.prior.positions, self.model.num_tokens
         require(
             not rows or rows >= tokens, f"prior.positions={rows} are fewer than model.num_tokens={tokens}; set it to 0"

@@ -2,6 +2,9 @@
 
 The 16 classes are 4 shapes x 4 motions, so neither a single frame nor the motion alone determines a label. A clip is a
 function of (split, number): the same scene on every machine and at every resolution.
+
+The plain variant has no textures, larger shapes and one period for all clips: class, colors, size and phase determine a
+clip. Models that train for minutes can learn its shapes and motions.
 """
 
 import contextlib
@@ -22,8 +25,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
 LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES, MOTIONS))
 RESOLUTIONS = (32, 64, 128)
+PLAIN = "plain"
+CONFIGS = tuple(f"{variant}{size}" for variant in ("", PLAIN) for size in RESOLUTIONS)
 FRAMES = 24  # 1.5 times the usual clip, so that clips differ in their start
 SPLITS = {"train": 2048, "test": 256}
+PLAIN_PERIOD, PLAIN_REACH = 16, 0.22  # frames, and share of the frame
 SHARD_CLIPS = 64  # per file; TFDS keeps one file in memory, 75 MB at 128
 
 
@@ -33,7 +39,7 @@ def prepare(config: str, resolution: int) -> str:
     Several processes may call it at once.
 
     Args:
-      config: "32", "64" or "128"; empty for the smallest one of at least `resolution`, or else the largest.
+      config: one of `CONFIGS`. Empty or "plain": the smallest size of at least `resolution`, or else the largest.
       resolution: resolution of the clips.
 
     Returns:
@@ -42,9 +48,10 @@ def prepare(config: str, resolution: int) -> str:
     Raises:
       InputError: the config does not exist, or the folder cannot be written.
     """
-    config = config or str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
-    if config not in map(str, RESOLUTIONS):
-        raise InputError(f"moving_shapes/{config} does not exist; choose one of {', '.join(map(str, RESOLUTIONS))}")
+    if config in ("", PLAIN):
+        config += str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
+    if config not in CONFIGS:
+        raise InputError(f"moving_shapes/{config} does not exist; choose one of {', '.join(CONFIGS)}")
     root = tfds_root()
     name = f"moving_shapes/{config}/{MovingShapes.VERSION}"
     prepared = root / name / "features.json"
@@ -73,20 +80,20 @@ def _generate(config: str, root: pathlib.Path) -> None:
 
 
 class MovingShapes(tfds.core.ShardBasedBuilder):
-    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; S is the config.
+    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; the config is S or plainS.
 
     It writes shard by shard. A `GeneratorBasedBuilder` would keep a whole split in memory, or, above 1 GiB (888 clips
     at 128), in temporary files that need TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=str(size)) for size in RESOLUTIONS]
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CONFIGS]
     # Nothing is downloaded, so there are no checksums next to the code. To search for them, TFDS 4.9.10 would need
     # importlib_resources, which it does not install.
     code_path = None
 
     def _info(self):
-        size = int(self.builder_config.name)
+        size = int(self.builder_config.name.removeprefix(PLAIN))
         # Without encoding="bytes", TFDS stores uint8 tensors as lists of varints, which take 4 ms to parse.
         video = tfds.features.Tensor(shape=(FRAMES, size, size, 3), dtype=np.uint8, encoding="bytes")
         features = {"video": video, "label": tfds.features.ClassLabel(names=LABELS)}
@@ -101,12 +108,13 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
         }
 
     def _clips(self, split, start):
-        size, count = int(self.builder_config.name), SPLITS[split]
+        config, count = self.builder_config.name, SPLITS[split]
+        size, draw = int(config.removeprefix(PLAIN)), render_plain if config.startswith(PLAIN) else render
         numbers = range(start, min(start + SHARD_CLIPS, count))
-        what = f"generating moving_shapes/{size} {split}"
+        what = f"generating moving_shapes/{config} {split}"
         with tqdm(numbers, desc=what, total=count, initial=start, unit="clip", leave=numbers.stop == count) as progress:
             for number in progress:
-                video, label = render(split, number, size)
+                video, label = draw(split, number, size)
                 yield number, {"video": video, "label": label}
 
 
@@ -159,6 +167,26 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     return (video[:, half:-half, half:-half] * 255 + 0.5).astype(np.uint8), label
 
 
+def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
+    """`render` for the plain variant: one color on another, and a period of 16 frames."""
+    rng = np.random.default_rng([len(SPLITS) + list(SPLITS).index(split), number])
+    label = number % len(LABELS)
+    shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
+    hue = rng.random()
+    day = rng.random() < 0.5
+    background = _color(hue, rng.uniform(0.2, 0.6), rng.uniform(0.7, 0.95) if day else rng.uniform(0.2, 0.5))
+    color = _color(hue + 0.5 + rng.uniform(-0.08, 0.08), 0.9, 0.3 if day else 0.95)
+    radius = rng.uniform(0.2, 0.26)
+    angle = 2 * np.pi * (np.arange(FRAMES) / PLAIN_PERIOD + rng.random())
+    along_x, along_y = _along(motion, angle, 1)
+    pixels = (np.arange(size) + 0.5) / size
+    u = ((pixels - 0.5 - PLAIN_REACH * along_x[:, None]) / radius)[:, None, :]
+    v = ((pixels - 0.5 - PLAIN_REACH * along_y[:, None]) / radius)[:, :, None]
+    distance = _distance(shape, *np.broadcast_arrays(u, v)) * radius * size
+    alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+    return ((background + alpha * (color - background)) * 255 + 0.5).astype(np.uint8), label
+
+
 def _direction(angle: float) -> tuple[np.float32, np.float32]:
     return np.float32(np.cos(angle)), np.float32(np.sin(angle))
 
@@ -183,13 +211,18 @@ def _path(rng: np.random.Generator, motion: str) -> tuple[np.ndarray, np.ndarray
     angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(14, 20) * rng.choice([-1, 1]) + rng.random())
     reach = rng.uniform(0.2, 0.26)
     middle_x, middle_y = rng.uniform(0.45, 0.55, size=2)
-    along_x, along_y = {
+    along_x, along_y = _along(motion, angle, rng.choice([-1, 1]))
+    return middle_x + reach * along_x, middle_y + reach * along_y
+
+
+def _along(motion: str, angle: np.ndarray, slope: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (x, y) from the middle, [T] each in [-1, 1]; `slope` is that of the diagonal."""
+    return {
         "horizontal": (np.sin(angle), np.zeros(FRAMES)),
         "vertical": (np.zeros(FRAMES), np.sin(angle)),
-        "diagonal": (np.sin(angle), np.sin(angle) * rng.choice([-1, 1])),
+        "diagonal": (np.sin(angle), np.sin(angle) * slope),
         "orbit": (np.sin(angle), np.cos(angle)),
     }[motion]
-    return middle_x + reach * along_x, middle_y + reach * along_y
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

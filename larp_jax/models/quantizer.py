@@ -12,6 +12,8 @@ from larp_jax.models.categorical import draw, largest
 from larp_jax.models.chunks import map_token_chunks
 from larp_jax.models.layers import LayerNorm, Linear
 
+KMEANS_ROUNDS = 10
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,12 @@ class Quantizer(nnx.Module):
         return self.norm(flat).reshape(projected.shape)
 
     def __call__(
-        self, projected: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
+        self,
+        projected: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        temperature: jax.Array | float | None = None,
+        share: jax.Array | float = 1.0,
     ) -> Quantized:
         """Quantizes [B, N, d].
 
@@ -102,6 +109,7 @@ class Quantizer(nnx.Module):
           projected: what `project` returned.
           key: for the stochastic draw (`svq`, `kl`); None for deterministic codes (evaluation).
           temperature: tau of the draw; the configuration's by default.
+          share: of the codes in `z_q`, from 0 (the latents themselves) to 1; without effect for `kl`.
         """
         if self.config.kind == "kl":
             return self._gaussian(projected, key)
@@ -121,7 +129,7 @@ class Quantizer(nnx.Module):
         if self.config.entropy_weight:
             terms["entropy"] = entropy_loss(z, codebook, self.config.entropy_temperature)
             loss = loss + self.config.entropy_weight * terms["entropy"]
-        z_q = z + jax.lax.stop_gradient(codes - z)
+        z_q = z + share * jax.lax.stop_gradient(codes - z)
         return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms)
 
     def _gaussian(self, projected, key):
@@ -144,6 +152,25 @@ class Quantizer(nnx.Module):
 def code_vectors(config: QuantizerConfig, embedding: jax.Array) -> jax.Array:
     """The codebook of a table [K, d]: its rows at unit length, or as they are where `l2_normalized` is false."""
     return normalize(embedding) if config.l2_normalized else embedding
+
+
+def kmeans_codebook(config: QuantizerConfig, latents: jax.Array, key: jax.Array) -> jax.Array:
+    """A codebook [K, d] of the centers of latents [B, N, d], by Lloyd's algorithm from random latents.
+
+    Centers have unit length if the configuration normalizes latents. A center that no latent is near stays.
+    """
+    size, flat = config.codebook_size, latents.reshape(-1, latents.shape[-1])
+    start = jax.random.choice(key, flat, (size,), replace=size > len(flat))
+    # noise separates latents that were chosen twice
+    start = code_vectors(config, start + 1e-3 * jax.random.normal(key, start.shape))
+
+    def improve(_, codes):
+        nearest = nearest_codes(latents, codes, l2_normalized=config.l2_normalized).reshape(-1)
+        sums = jax.ops.segment_sum(flat, nearest, size)
+        counts = jax.ops.segment_sum(jnp.ones(len(flat)), nearest, size)[:, None]
+        return jnp.where(counts > 0, code_vectors(config, sums / jnp.maximum(counts, 1.0)), codes)
+
+    return jax.lax.fori_loop(0, KMEANS_ROUNDS, improve, start)
 
 
 def mean_and_log_variance(projected: jax.Array) -> tuple[jax.Array, jax.Array]:

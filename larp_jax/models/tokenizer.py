@@ -107,7 +107,12 @@ class Tokenizer(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs, remat=remat, dtype=dtype)
 
     def __call__(
-        self, video: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
+        self,
+        video: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        temperature: jax.Array | float | None = None,
+        share: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, Quantized]:
         """Reconstructs a video.
 
@@ -115,18 +120,17 @@ class Tokenizer(nnx.Module):
           video: [B, T, H, W, C] float in [0, 1].
           key: of the stochastic draw of codes; None for deterministic codes.
           temperature: of the draw; the configuration's by default.
+          share: of codes against latents in what the decoder gets, see `Quantizer`.
 
         Returns:
           The reconstruction [B, T, H, W, C] float32 (not clamped) and what the quantizer gave.
         """
-        quantized = self.quantize(video, key=key, temperature=temperature)
+        quantized = self.quantize(video, key=key, temperature=temperature, share=share)
         return self.decode_latents(quantized.z_q), quantized
 
-    def quantize(
-        self, video: jax.Array, *, key: jax.Array | None = None, temperature: jax.Array | float | None = None
-    ) -> Quantized:
-        """The first half of `__call__`."""
-        return self.quantizer(self.quantizer.project(self.encoder(video)), key=key, temperature=temperature)
+    def quantize(self, video: jax.Array, **options) -> Quantized:
+        """The first half of `__call__`, with the same arguments."""
+        return self.quantizer(self.quantizer.project(self.encoder(video)), **options)
 
     def decode_latents(self, z_q: jax.Array) -> jax.Array:
         """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped."""

@@ -225,7 +225,7 @@ class GeneratorTask:
             return (f"{row['source']} {row['start']}" for row in self._train.manifest["rows"])
         return map(self._train.name, range(len(self._train)))
 
-    def start(self, state, placement, key):
+    def after_step(self, state, step, placement, key):
         """The state unchanged."""
         return state
 

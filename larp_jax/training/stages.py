@@ -55,8 +55,11 @@ class Task(Protocol):
     def __init__(self, recipe: Any, mesh: Mesh):
         pass
 
-    def start(self, state: TrainState, placement: TrainState, key: jax.Array) -> TrainState:
-        """The state before the first step, given that of `stage.init`, which may be donated."""
+    def after_step(self, state: TrainState, step: int, placement: TrainState, key: jax.Array) -> TrainState:
+        """The state to continue with after a step, given the result of `stage.train_step`, which may be donated.
+
+        It depends only on the arguments, the recipe and the training data, so that a resumed run is the same.
+        """
 
     def open_evaluation(self, workdir: pathlib.Path) -> None:
         """Prepares for `evaluate`, after this run has claimed the workdir."""

@@ -24,12 +24,13 @@ from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import ReconstructionEvaluator
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.evaluation.registry import available, default_metrics
-from larp_jax.models.data_init import data_init
+from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
+from larp_jax.models.quantizer import kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
@@ -73,6 +74,9 @@ class TokenizerStage:
             quantizer.temperature_ramp * recipe.steps,
         )
         self.mix_ratio = optim.linear(0.0, recipe.prior.mix_max, recipe.prior.mix_ramp * recipe.steps)
+        # a run from other weights has a codebook already
+        self.continuous_steps = 0 if recipe.init_from else recipe.start.continuous_steps
+        self.share = optim.linear(0.0, 1.0, recipe.start.ramp_steps)
 
     def _check_multipliers(self) -> None:
         """`InputError` if a multiplier matches no parameter. Multipliers for a prior are allowed without a prior."""
@@ -89,7 +93,10 @@ class TokenizerStage:
 
     def _make_tokenizer(self, rngs: nnx.Rngs) -> Tokenizer:
         r = self.recipe
-        return Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision])
+        tokenizer = Tokenizer(r.model, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision])
+        if r.start.anchored and not r.init_from:
+            anchored_init(tokenizer)
+        return tokenizer
 
     def _make_prior(self, rngs: nnx.Rngs) -> Prior:
         r = self.recipe
@@ -126,13 +133,24 @@ class TokenizerStage:
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
-    def data_init(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
-        """The state before the first step with the tokenizer initialized by `larp_jax.models.data_init`."""
+    def set_codebook(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
+        """The state with the k-means of the latents of clips as its codebook.
+
+        Args:
+          state: may be donated.
+          video: uint8 [parts, B, T, H, W, C]; the parts are encoded one after the other.
+          key: random key of the first centers.
+        """
         tokenizer = self.module("tokenizer", state.params)
-        data_init(tokenizer, as_float_video(video), key)
-        params = state.params | {"tokenizer": nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param))}
-        ema = jax.tree.map(jnp.copy, _model(params)) if state.ema else {}
-        return dataclasses.replace(state, params=params, ema=ema)
+        latents = jax.lax.map(lambda clips: tokenizer.quantize(as_float_video(clips)).z, video)
+        codebook = kmeans_codebook(self.recipe.model.quantizer, latents.reshape(-1, *latents.shape[2:]), key)
+
+        def replaced(params):
+            quantizer = params["tokenizer"]["quantizer"] | {"embedding": codebook}
+            return params | {"tokenizer": params["tokenizer"] | {"quantizer": quantizer}}
+
+        ema = replaced(state.ema) if state.ema else {}
+        return dataclasses.replace(state, params=replaced(state.params), ema=ema)
 
     def frozen(self) -> dict:
         """Weights that steps read and never change, by module: `lpips` if the recipe has a perceptual loss.
@@ -243,10 +261,11 @@ class TokenizerStage:
         recipe = self.recipe
         sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
-        reconstruction, quantized = tokenizer(video, key=sample_key, temperature=self.temperature(step))
+        share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
+        reconstruction, quantized = tokenizer(video, key=sample_key, temperature=self.temperature(step), share=share)
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
-        loss = recipe.loss.quantizer_weight * quantized.loss
+        loss = recipe.loss.quantizer_weight * share * quantized.loss
         if "prior" in model:
             logs["loss_prior"], accuracy = losses.prior_loss(
                 self.module("prior", model),
@@ -257,7 +276,7 @@ class TokenizerStage:
                 key=prior_key,
                 mix_ratio=self.mix_ratio(step),
             )
-            loss += recipe.loss.prior_weight * logs["loss_prior"]
+            loss += recipe.loss.prior_weight * share * logs["loss_prior"]
             logs |= accuracy
         codes = None
         if quantized.indices is not None:
@@ -366,14 +385,18 @@ class TokenizerTask:
         source = data.open_source(recipe.data.train, self._clip)
         self._identity = common.data_identity(map(source.name, range(len(source))))
         self._evaluator = self._code_counts = None
+        self._coded_from = self.stage.continuous_steps and self.stage.continuous_steps + recipe.start.ramp_steps
 
-    def start(self, state, placement, key):
-        """The state with the tokenizer initialized from clips if the recipe has `data_init_clips`."""
-        count = self.recipe.data_init_clips
-        if not count:
+    def after_step(self, state, step, placement, key):
+        """The state, with a codebook from training clips after the last continuous step."""
+        if step != self.stage.continuous_steps:
             return state
-        clips = jax.device_put(self._some_clips(count), sharding.replicated(self._mesh))
-        return jax.jit(self.stage.data_init, donate_argnums=0, out_shardings=placement)(state, clips, key)
+        part = self.recipe.data.batch_size
+        clips = self._some_clips(-(-self.recipe.start.kmeans_clips // part) * part)
+        clips = jax.device_put(clips.reshape(-1, part, *clips.shape[1:]), sharding.replicated(self._mesh))
+        logger.info("step %d: the codebook becomes the k-means of the latents of %d clips", step, clips.shape[0] * part)
+        set_codebook = jax.jit(self.stage.set_codebook, donate_argnums=0, out_shardings=placement)
+        return set_codebook(state, clips, jax.random.fold_in(key, step))
 
     def open_evaluation(self, workdir):
         """Opens the evaluation clips, and computes the mean training clip or reads it from the workdir."""
@@ -402,7 +425,7 @@ class TokenizerTask:
 
     def watch(self, step, logs):
         """Warns if all codes collapse to one."""
-        if logs.get("perplexity", math.inf) < 2.0 and step >= 10 * self.recipe.log_every:
+        if logs.get("perplexity", math.inf) < 2.0 and step >= self._coded_from + 10 * self.recipe.log_every:
             logger.warning(
                 "step %d: codes have collapsed (perplexity %.2f); see \"Small runs\" in the README",
                 step,
@@ -416,7 +439,7 @@ class TokenizerTask:
         scores, extras = self._evaluator.run(state.ema or state.params)
         self._code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
         common.write_scores(scores, step, writer)
-        if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self.recipe.steps // 10:
+        if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self._coded_from + self.recipe.steps // 10:
             logger.warning(
                 "step %d: reconstructions are no better than the mean training clip (%.2f dB)",
                 step,

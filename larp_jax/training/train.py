@@ -83,7 +83,7 @@ class Run:
         self.task = TASKS[recipe.stage](recipe, mesh)
         self.recipe, stage = self.task.recipe, self.task.stage
         shapes = jax.eval_shape(stage.init, self.key)
-        placement = sharding.state_shardings(shapes, mesh)
+        placement = self._placement = sharding.state_shardings(shapes, mesh)
         sharding.check_sharded(shapes, placement, mesh)
         start = None
         if recipe.init_from and not _steps(workdir):  # also read before anything is written
@@ -96,10 +96,7 @@ class Run:
         found = self.manager.restore_newest(shapes, placement)
         if found is None:
             state = jax.jit(stage.init, out_shardings=placement)(self.key)
-            if start is None:
-                self.state = self.task.start(state, placement, jax.random.fold_in(self.key, 1))
-            else:
-                self.state = warm_start.apply(state, start, placement)
+            self.state = state if start is None else warm_start.apply(state, start, placement)
         else:
             self.state, metadata = found
             self.task.resume(metadata)
@@ -138,6 +135,7 @@ class Run:
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
                     self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
+                    self.state = self.task.after_step(self.state, self.step, self._placement, self.key)
                     self.stop.defer(HURRIED)  # from now on there is something to save
                     self._write(pending, progress)
                     pending = (self.step, logs)
@@ -210,10 +208,10 @@ class Run:
     def _cure(self, step: int) -> str:
         """Which checkpoint is left after divergence in a step, and what to change."""
         if step == 1:
-            start = "config.init_from" if self.recipe.init_from else "config.data_init_clips"
+            start = " config.init_from" if self.recipe.init_from else ""
             return (
                 "no update was made before, so learning rates are not the cause. Check the clips of config.data.train,"
-                f" {start} and config.precision"
+                f"{start} and config.precision"
             )
         kept = _steps(self.workdir)
         left = f"the newest checkpoint is that of step {max(kept)}" if kept else "there is no checkpoint yet"
