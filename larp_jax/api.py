@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from larp_jax import files
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
@@ -266,7 +267,7 @@ class LoadedGenerator:
     ):
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
-        if class_counts is not None and (config.frame_prediction or len(class_counts) != config.num_classes):
+        if class_counts is not None and not (config.has_classes and len(class_counts) == config.num_classes):
             raise InputError(f"class_counts of {len(class_counts)} classes do not match the generator")
         if len(class_names) > config.num_classes:
             raise InputError(
@@ -326,13 +327,14 @@ class LoadedGenerator:
         """Samples sequences of codes.
 
         Args:
-          classes: [B] integers in [0, num_classes), or -1 for any class; for a class-conditional generator.
+          classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
           key: random key, `jax.random.key(seed)`.
           condition: [B, N] integers in [0, K), codes of clips with the last given frame repeated after it (see
-            `larp_jax.models.pixels.hold_last_frame`); for frame prediction.
+            `larp_jax.models.pixels.hold_last_frame`); if the generator is given frames.
           indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
-            rounding: if two codes are almost equally likely, another batch size may select the other one.)
+            rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
+            if the generator is given neither classes nor frames.
           **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k,
             top_p.
 
@@ -351,9 +353,9 @@ class LoadedGenerator:
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
         """The compiled program of `sample` for this batch size and these options."""
         chosen = SamplingOptions(**options)
-        zeros = np.zeros((batch_size, self.config.num_tokens), np.int32)
-        classes, condition = (None, zeros) if self.config.frame_prediction else (zeros[:, 0], None)
-        arguments = self._arguments(classes, condition, None, rng.key(0), chosen)
+        condition, numbers = Condition.zeros(self.config, batch_size), np.arange(batch_size)
+        classes = condition.classes if self.config.has_classes else None
+        arguments = self._arguments(classes, condition.frames, numbers, rng.key(0), chosen)
         with self._precisely():
             return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
 
@@ -378,27 +380,34 @@ class LoadedGenerator:
     def _arguments(self, classes, condition, indices, key, options: SamplingOptions) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
         c = self.config
-        if c.frame_prediction:
-            if classes is not None or condition is None:
-                raise ValueError("this generator predicts frames: give condition=codes and no classes")
-            if options.cfg_scale > 1.0:
-                raise ValueError(f"cfg_scale must be 1 for frame prediction (no guidance); got {options.cfg_scale:g}")
-            condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
-        else:
-            if classes is None or condition is not None:
-                raise ValueError("this generator is class-conditional: give classes=[...] and no condition")
-            if options.cfg_scale > 1.0 and not c.class_dropout:
+        for name, given, wanted in (("classes", classes, c.has_classes), ("condition", condition, c.has_frames)):
+            if (given is not None) != wanted:
                 raise ValueError(
-                    f"cfg_scale must be 1 for a generator trained without a null class; got {options.cfg_scale:g}"
+                    f"this generator has the condition {c.given!r}: {'give' if wanted else 'leave out'} {name}"
                 )
-            condition = _checked_integers("classes", classes, (), -1 if c.class_dropout else 0, c.num_classes)
-        rows = len(condition)
-        indices = np.arange(rows) if indices is None else indices
-        indices = _checked_integers("indices", indices, (), 0, 2**31)
-        if len(indices) != rows:
-            raise ValueError(f"indices must be [{rows}], one for each sample; got [{len(indices)}]")
+        if options.cfg_scale > 1.0 and not c.has_null_class:
+            raise ValueError(
+                f"cfg_scale must be 1 for a generator trained without a null class; got {options.cfg_scale:g}"
+            )
+        if classes is not None:
+            classes = _checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
+        if condition is not None:
+            condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
+        if indices is not None:
+            indices = _checked_integers("indices", indices, (), 0, 2**31)
+        found = {"classes": classes, "condition": condition, "indices": indices}
+        rows = {name: len(values) for name, values in found.items() if values is not None}
+        if len(set(rows.values())) != 1:
+            said = ", ".join(f"[{count}] {name}" for name, count in rows.items()) or "none; give indices"
+            raise ValueError(f"every sample needs one row of each argument; got {said}")
+        count = max(rows.values())
+        if indices is None:
+            indices = np.arange(count, dtype=np.int32)
+        if c.given == "none":
+            classes = np.full(count, -1, np.int32)
+        condition = Condition(classes, condition)
         if self._mesh is not None:
-            sharding.check_batch(rows, self._mesh)
+            sharding.check_batch(count, self._mesh)
             condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
         return self._params, condition, indices, key, options.scalars()
 

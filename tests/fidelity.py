@@ -34,6 +34,7 @@ from larp_jax.config import (
     TokenizerRecipe,
 )
 from larp_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from larp_jax.models.condition import Condition
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.generator import Generator
 from larp_jax.models.next_code import next_code
@@ -522,23 +523,24 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
     _, config, params = import_huggingface(folder)
     io = np.load(folder / "io.npz")
     generator = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params["generator"])
-    tokens, condition = io["tokens"], io["cond"]
-    if config.frame_prediction:
-        condition = condition[:, :-1]  # our generator appends the separator itself
+    tokens, given = io["tokens"], io["cond"]
+    if config.has_frames:
+        given = given[:, :-1]  # our generator appends the separator itself
+    condition = Condition.of_batch(config, {"label": given, "condition": given})
     forward = jax.jit(lambda condition: generator(condition, tokens[:, :-1]))
     logits = forward(condition)
     log_probs = jax.nn.log_softmax(logits)
     cross_entropy = -jnp.mean(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1))
     deviations = [relative("logits", logits, io["logits"]), relative("ce", cross_entropy, io["ce"])]
     if "uncond_logits" in io:
-        deviations.append(relative("uncond_logits", forward(np.full_like(condition, -1)), io["uncond_logits"]))
+        deviations.append(relative("uncond_logits", forward(condition.without_class()), io["uncond_logits"]))
     return deviations
 
 
 def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
     """Codes of greedy sampling that differ, and logits that filtering keeps on one side only."""
     generator, io = load_generator(folder), np.load(folder / "io.npz")
-    condition = {"condition": io["cond"][:, :-1]} if generator.config.frame_prediction else {"classes": io["cond"]}
+    condition = {"condition": io["cond"][:, :-1]} if generator.config.has_frames else {"classes": io["cond"]}
     deviations = []
     for name in io.files:
         if match := re.fullmatch(r"greedy_cfg([\d.]+)(?:_interval(\d+))?", name):

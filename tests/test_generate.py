@@ -22,6 +22,7 @@ from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, generated, protocols
 from larp_jax.inference import generate
 from larp_jax.inference.tokenize import detokenize
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.weights import checkpoint, networks
 
@@ -430,7 +431,7 @@ def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no
     make = nnx.eval_shape(lambda: Generator(found.recipe.model, rngs=nnx.Rngs(0)))
     module = nnx.merge(nnx.graphdef(make), found.params["generator"])
     truth = np.asarray(tokenizer.encode(clips))
-    logits = module.head(module.features(condition, truth[:, :-1]))
+    logits = module.head(module.features(Condition(frames=condition), truth[:, :-1]))
     likelihoods = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), truth[..., None], axis=-1)
     assert written["metrics"]["cross_entropy"] == pytest.approx(-likelihoods.mean(), rel=1e-4)
     assert written["metrics"]["top1"] == pytest.approx(np.mean(np.argmax(logits, -1) == truth))

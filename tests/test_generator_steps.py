@@ -22,6 +22,7 @@ from larp_jax.config import (
 )
 from larp_jax.errors import InputError
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
+from larp_jax.models.condition import Condition
 from larp_jax.models.paths import path_name
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
@@ -134,7 +135,8 @@ def test_the_loss_is_the_mean_cross_entropy_of_every_code():
     """Compared with complete logits, for trained weights."""
     stage, batch = GeneratorStage(STILL), codes_of_clips(STILL)
     params = jax.device_get(memorized()[1].params)
-    logits = stage.module("generator", params)(jnp.asarray(batch["label"]), jnp.asarray(batch["codes"][:, :-1]))
+    condition = Condition(jnp.asarray(batch["label"]))
+    logits = stage.module("generator", params)(condition, jnp.asarray(batch["codes"][:, :-1]))
     expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["codes"][..., None], axis=-1)[..., 0]
     scored = stage.score(params, batch)
     np.testing.assert_allclose(scored.cross_entropy, expected, rtol=1e-4, atol=1e-5)
@@ -195,6 +197,16 @@ def test_frame_prediction_is_given_its_first_frames():
 
     logs, _ = run(PREDICTION, from_codes=True)
     assert logs[1]["loss"] < logs[0]["loss"]
+
+
+@pytest.mark.parametrize("condition", ["class+frames", "none"])
+def test_generators_train_with_both_conditions_and_with_none(condition):
+    recipe = dataclasses.replace(STILL, cond_frames=2, model=dataclasses.replace(STILL.model, condition=condition))
+    assert recipe.given_frames == (2 if condition == "class+frames" else 0)
+    logs, state = run(recipe, from_codes=True)
+    assert logs[1]["loss"] < logs[0]["loss"]
+    rows = state.params["generator"]["class_embedding"].shape[0]
+    assert rows == (STILL.model.num_classes + 1 if condition == "class+frames" else 1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from larp_jax.config import (
 from larp_jax.errors import InputError
 from larp_jax.models import attention, categorical, chunks, embeddings, layers, quantizer
 from larp_jax.models.anchored_init import anchored_init
+from larp_jax.models.condition import Condition
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.dropout import dropout
 from larp_jax.models.generator import Generator
@@ -117,7 +118,7 @@ def half_precision_modules():
         "discriminator": (Discriminator(judge, SMALL.clip_shape, rngs=nnx.Rngs(0), dtype=dtype), (clip(SMALL),)),
         "generator": (
             Generator(generator, rngs=nnx.Rngs(0), dtype=dtype),
-            (jnp.zeros(2, jnp.int32), jnp.ones((2, 4), jnp.int32)),
+            (Condition(jnp.zeros(2, jnp.int32)), jnp.ones((2, 4), jnp.int32)),
         ),
     }
 
@@ -138,14 +139,14 @@ def test_the_residual_stream_is_always_float32(name, monkeypatch):
 
 
 def test_the_residual_stream_of_sampling_is_float32_with_a_bfloat16_cache():
-    generator, (classes, _) = half_precision_modules()["generator"]
+    generator, (condition, tokens) = half_precision_modules()["generator"]
     graphdef, params = nnx.split(generator, nnx.Param)
     generator = nnx.merge(graphdef, cast_params(nnx.to_pure_dict(params), jnp.bfloat16))
     (block,) = generator.unstacked()
-    _, ((keys, values),) = generator.prefill([block], classes)
+    _, ((keys, values),) = generator.prefill([block], condition)
     assert keys.dtype == values.dtype == jnp.bfloat16
-    x = generator.embed_condition(classes)[:, 0]
-    assert x.dtype == generator.embed_tokens(classes).dtype == jnp.float32
+    x = generator.embed_condition(condition)[:, 0]
+    assert x.dtype == generator.embed_tokens(tokens).dtype == jnp.float32
     assert block.decode_step(x, (keys, values), 0)[0].dtype == jnp.float32
 
 

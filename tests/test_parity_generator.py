@@ -8,6 +8,8 @@ from fidelity import build, generator_deviations
 from flax import nnx
 
 from larp_jax.config import GENERATOR_SIZES, GeneratorConfig
+from larp_jax.errors import InputError
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator, drop_path
 
 
@@ -49,19 +51,52 @@ TOKENS = np.random.default_rng(0).integers(0, 16, (2, 5))
 
 def test_attention_is_causal():
     generator = small()
-    logits = generator(np.array([0, 1]), TOKENS)
+    logits = generator(Condition(np.array([0, 1])), TOKENS)
     changed = TOKENS.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 16
-    other = generator(np.array([0, 1]), changed)
+    other = generator(Condition(np.array([0, 1])), changed)
     assert logits.shape == (2, 6, 16) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[:, :4], other[:, :4], atol=1e-5)
     assert not np.allclose(logits[:, 4:], other[:, 4:], atol=1e-3)
-    np.testing.assert_allclose(generator(np.array([0, 1]), TOKENS[:, :0]), logits[:, :1], atol=1e-5)
+    np.testing.assert_allclose(generator(Condition(np.array([0, 1])), TOKENS[:, :0]), logits[:, :1], atol=1e-5)
+
+
+FRAMES = np.random.default_rng(1).integers(0, 16, (2, 6))
+BATCH = {"label": np.array([0, 2]), "condition": FRAMES}
+
+
+@pytest.mark.parametrize(
+    "condition, positions, rows", [("class", 1, 4), ("frames", 7, 0), ("class+frames", 8, 4), ("none", 1, 1)]
+)
+def test_conditions_combine(condition, positions, rows):
+    """Each part of the condition changes the logits of a generator that is given it, and of no other."""
+    generator = small(condition=condition)
+    assert generator.config.condition_tokens == positions
+    assert generator.config.given == condition
+    assert (0 if generator.class_embedding is None else len(generator.class_embedding[...])) == rows
+    given = Condition.of_batch(generator.config, BATCH)
+    assert given.rows == 2 and generator.embed_condition(given).shape == (2, positions, 32)
+    logits = generator(given, TOKENS)
+    assert logits.shape == (2, 6, 16)
+    for part, changed in (("class", {"label": np.array([1, 2])}), ("frames", {"condition": (FRAMES + 1) % 16})):
+        other = generator(Condition.of_batch(generator.config, BATCH | changed), TOKENS)
+        assert np.allclose(logits[0], other[0], atol=1e-4) == (part not in condition)
+    if condition == "class+frames":
+        null = generator(given.without_class(), TOKENS)
+        assert not np.allclose(logits, null, atol=1e-4)
+
+
+def test_conditions_that_contradict_each_other():
+    with pytest.raises(InputError, match="gives no frames, but model.frame_prediction is True"):
+        GeneratorConfig(**SMALL, condition="class", frame_prediction=True)
+    with pytest.raises(InputError, match="model.condition='frame' is not known; choose one of class, frames, "):
+        GeneratorConfig(**SMALL, condition="frame")
+    assert GeneratorConfig(**SMALL, frame_prediction=True) == GeneratorConfig(**SMALL, condition="frames")
 
 
 def test_an_untrained_generator_predicts_uniformly():
     generator = Generator(GeneratorConfig(**SMALL), rngs=nnx.Rngs(0))
-    assert not np.any(generator(np.array([0, 1]), TOKENS))
+    assert not np.any(generator(Condition(np.array([0, 1])), TOKENS))
 
 
 def test_grouped_heads_share_keys_and_values():
@@ -72,13 +107,13 @@ def test_grouped_heads_share_keys_and_values():
     k, v = (jnp.repeat(x.reshape(2, 32, 2, 8), 2, axis=2).reshape(2, 32, 32) for x in (k, v))
     params["blocks"]["attention"]["qkv"]["kernel"] = jnp.concatenate([q, k, v], axis=-1)
     same = build(lambda: Generator(full.config, rngs=nnx.Rngs(0)), params)
-    condition = np.array([0, -1])
+    condition = Condition(np.array([0, -1]))
     np.testing.assert_allclose(grouped(condition, TOKENS), same(condition, TOKENS), atol=1e-5)
 
 
 def test_fixed_positions_are_not_parameters():
     assert small(fixed_positions=True).positions is None
-    assert np.any(small(fixed_positions=True)(np.array([0, 1]), TOKENS))
+    assert np.any(small(fixed_positions=True)(Condition(np.array([0, 1])), TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +130,7 @@ def test_fixed_positions_are_not_parameters():
 def test_each_dropout_acts_in_training_only(options):
     none = {f"{part}_dropout": 0.0 for part in ("token", "attention", "residual", "mlp", "path", "class")}
     generator = small(**none | options)
-    condition = np.array([0, 1])
+    condition = Condition(np.array([0, 1]))
     quiet = generator(condition, TOKENS)
     np.testing.assert_array_equal(quiet, generator(condition, TOKENS))
     noisy = generator(condition, TOKENS, key=jax.random.key(3))
@@ -114,7 +149,7 @@ def test_bfloat16_computes_close_to_float32():
     params = nnx.to_pure_dict(nnx.state(small(), nnx.Param))
     half = build(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), params)
     full = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params)
-    condition = np.array([0, 1])
+    condition = Condition(np.array([0, 1]))
     logits = full(condition, TOKENS)
     assert half(condition, TOKENS).dtype == jnp.float32
     assert np.abs(half(condition, TOKENS) - logits).max() < 0.05 * np.abs(logits).max()

@@ -12,6 +12,7 @@ from flax import nnx
 from larp_jax.api import LoadedGenerator, load_generator
 from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import hold_last_frame
 from larp_jax.models.sampling import SamplingOptions, cache_parts, filter_logits
@@ -53,15 +54,15 @@ def test_cached_sampling_agrees_with_uncached_decoding(folder):
     _, config, params = import_huggingface(folder)
     io = np.load(folder / "io.npz")
     network = build(lambda: Generator(config, rngs=nnx.Rngs(0)), params["generator"])
-    given = io["cond"][:, :-1] if config.frame_prediction else io["cond"]  # without the separator
-    forward = jax.jit(lambda tokens: network(given, tokens))
+    given = io["cond"][:, :-1] if config.has_frames else io["cond"]  # without the separator
+    condition = Condition.of_batch(config, {"label": given, "condition": given})
+    forward = jax.jit(lambda tokens: network(condition, tokens))
     tokens = np.zeros((3, config.num_tokens - 1), np.int32)
     codes = []
     for i in range(config.num_tokens):
         codes.append(np.argmax(forward(tokens)[:, i], axis=-1))
         tokens[:, i : i + 1] = codes[-1][:, None]
-    condition = "condition" if config.frame_prediction else "classes"
-    cached = load_generator(folder).sample(**{condition: given}, key=KEY, top_k=1)
+    cached = load_generator(folder).sample(condition.classes, condition=condition.frames, key=KEY, top_k=1)
     np.testing.assert_array_equal(cached, np.stack(codes, axis=1))
 
 
@@ -85,7 +86,7 @@ def test_options_of_the_network(options):
     generator = make(**options)
     codes = np.asarray(generator.sample([0, 1, 2], key=KEY, top_k=1))
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
-    logits = network(np.arange(3), codes[:, :-1])
+    logits = network(Condition(np.arange(3)), codes[:, :-1])
     np.testing.assert_array_equal(codes, np.argmax(logits, axis=-1))
     assert len(np.unique(codes)) > 3
 
@@ -179,7 +180,7 @@ def test_samples_follow_the_distribution():
     """The first code of many samples, against the softmax of its logits."""
     generator = make(num_tokens=1)
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
-    probs = np.asarray(jax.nn.softmax(network(np.array([1]), np.zeros((1, 0), int))[0, 0] / 2.0))
+    probs = np.asarray(jax.nn.softmax(network(Condition(np.array([1])), np.zeros((1, 0), int))[0, 0] / 2.0))
     codes = np.asarray(generator.sample(np.ones(4000, int), key=KEY, temperature=2.0))[:, 0]
     share = np.bincount(codes, minlength=16) / 4000
     assert np.all(np.abs(share - probs) < 5 * np.sqrt(probs * (1 - probs) / 4000) + 1e-3)
@@ -217,9 +218,9 @@ def test_bfloat16(reference_dir, eight):
         (dict(classes=[[1]]), r"got shape \[1, 1\]"),
         (dict(classes=[]), r"got shape \[0\]"),
         (dict(classes=[0.5]), "got float64"),
-        (dict(classes=None), "give classes="),
-        (dict(classes=[0], condition=np.zeros((1, 12), int)), "no condition"),
-        (dict(classes=[0], indices=[1, 2]), r"indices must be \[1\], one for each sample; got \[2\]"),
+        (dict(classes=None), "has the condition 'class': give classes"),
+        (dict(classes=[0], condition=np.zeros((1, 12), int)), "leave out condition"),
+        (dict(classes=[0], indices=[1, 2]), r"one row of each argument; got \[1\] classes, \[2\] indices"),
         (dict(classes=[0], indices=[-1]), "got values from -1"),
         (dict(classes=[0], cfg_scale=0.5), "cfg_scale must be at least 1"),
         (dict(classes=[0], cfg_interval=-2), "cfg_interval must be -1"),
@@ -239,10 +240,10 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
     predictor = load_generator(reference_dir / "ar_frame_prediction")
     codes = np.zeros((2, 12), np.int32)
     for arguments, message in (
-        (dict(classes=[0]), "give condition=codes"),
+        (dict(classes=[0]), "has the condition 'frames': leave out classes"),
         (dict(condition=codes[:, :-1]), r"condition must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
         (dict(condition=codes + 64), "got values from 64 to 64"),
-        (dict(condition=codes, cfg_scale=2.0), "cfg_scale must be 1 for frame prediction"),
+        (dict(condition=codes, cfg_scale=2.0), "cfg_scale must be 1 for .* without a null class; got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.sample(**arguments, key=KEY)
@@ -255,6 +256,25 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
         load_generator(reference_dir / "ar_class", precision="float16")
     with pytest.raises(InputError, match="holds a tokenizer; give a generator"):
         load_generator(reference_dir / "tokenizer")
+
+
+def test_sampling_with_both_conditions_and_with_none():
+    frames = np.random.default_rng(0).integers(0, 16, (2, 6))
+    both = make(condition="class+frames")
+    codes = both.sample([0, 1], condition=frames, key=KEY, cfg_scale=1.5, top_k=1)
+    network = build(lambda: Generator(both.config, rngs=nnx.Rngs(0)), both._params)
+    condition = Condition(np.array([0, 1]), frames)
+    given, null = (network(x, codes[:, :-1]) for x in (condition, condition.without_class()))
+    np.testing.assert_array_equal(codes, np.argmax(null + 1.5 * (given - null), axis=-1))
+    with pytest.raises(ValueError, match=r"got \[1\] classes, \[2\] condition"):
+        both.sample([0], condition=frames, key=KEY)
+    none = make(condition="none")
+    codes = np.asarray(none.sample(key=KEY, indices=[4, 7, 4]))
+    np.testing.assert_array_equal(codes[0], codes[2])
+    assert np.any(codes[0] != codes[1])
+    assert none.compile(2).as_text()
+    with pytest.raises(ValueError, match="got none; give indices"):
+        none.sample(key=KEY)
 
 
 def test_hold_last_frame():

@@ -164,7 +164,7 @@ def _sample(arguments):
 
     options = sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
-    if generator.config.frame_prediction:
+    if generator.config.has_frames:
         raise InputError(
             f"{arguments.checkpoint} is a frame predictor; use larp-jax predict, or give a class-conditional generator"
         )
@@ -222,7 +222,7 @@ def _predict(arguments):
 
     options = sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
-    if not generator.config.frame_prediction:
+    if not generator.config.has_frames:
         raise InputError(
             f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
             " prediction"

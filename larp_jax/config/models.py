@@ -256,10 +256,11 @@ class PriorConfig:
 class GeneratorConfig:
     """The stage-2 generator (LARP, section 4.1). `size` names width, depth and heads; each may be overridden.
 
-    `kv_heads` of 0 takes as many key/value heads as query heads; `mlp_multiplier` of 0 leaves the hidden width alone.
-    With `frame_prediction` the condition is the codes of the frames before and a separator, otherwise a class.
-    `class_dropout` of 0 leaves out the null class, and with it guidance. Before training, `codebook_size`,
-    `num_tokens` and `num_classes` of 0 are those of the tokenizer and the data.
+    `kv_heads` of 0 means as many key/value heads as query heads; `mlp_multiplier` of 0 keeps the hidden width.
+    `condition` is what the generator is given: `class`, `frames` (the codes of the first frames and a separator),
+    `class+frames` or `none`. Empty, it is `frames` with `frame_prediction` and `class` without; these two are the
+    published forms. `class_dropout` of 0 leaves out the null class, and with it guidance. Before training,
+    `codebook_size`, `num_tokens` and `num_classes` of 0 are taken from the tokenizer and the data.
     """
 
     size: str = "LP"
@@ -270,6 +271,7 @@ class GeneratorConfig:
     codebook_size: int = 8192
     num_tokens: int = 1024
     frame_prediction: bool = False
+    condition: str = ""
     num_classes: int = 101
     class_dropout: float = 0.1
     token_dropout: float = 0.1
@@ -289,6 +291,14 @@ class GeneratorConfig:
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        one_of("model.condition", self.given, ("class", "frames", "class+frames", "none"))
+        require(
+            self.has_frames or not self.frame_prediction,
+            f"model.condition={self.condition!r} gives no frames, but model.frame_prediction is True; set it to False",
+        )
+        if self.condition in ("class", "frames"):  # one form for each, that of the published settings
+            object.__setattr__(self, "frame_prediction", self.has_frames)
+            object.__setattr__(self, "condition", "")
         for name in ("kv_heads", "mlp_multiple"):
             require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         for name in ("codebook_size", "num_tokens", "num_classes"):
@@ -308,9 +318,36 @@ class GeneratorConfig:
             require(getattr(self, name) > 0, f"model.{name}=0 leaves it open; give a number")
 
     @property
+    def given(self) -> str:
+        """The condition by its name: `class`, `frames`, `class+frames` or `none`."""
+        return self.condition or ("frames" if self.frame_prediction else "class")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the generator is given a class."""
+        return "class" in self.given
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether the generator is given the first frames."""
+        return "frames" in self.given
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the class may be left out, which guidance needs."""
+        return self.has_classes and self.class_dropout > 0
+
+    @property
+    def class_rows(self) -> int:
+        """Rows of the class table: the classes, and last the null class; it alone without any condition."""
+        if self.given == "none":
+            return 1
+        return self.num_classes + self.has_null_class if self.has_classes else 0
+
+    @property
     def condition_tokens(self) -> int:
-        """Positions before the first token: the class, or the condition's codes and the separator."""
-        return self.num_tokens + 1 if self.frame_prediction else 1
+        """Positions before the first token: the class, then the codes of the given frames and the separator."""
+        return (self.class_rows > 0) + (self.num_tokens + 1 if self.has_frames else 0)
 
     @property
     def mlp_width(self) -> int:

@@ -252,3 +252,8 @@ class GeneratorRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         require(self.cond_frames > 0, f"cond_frames must be positive, got {self.cond_frames}")
+
+    @property
+    def given_frames(self) -> int:
+        """Number of given frames; 0 if the generator is given none."""
+        return self.cond_frames if self.model.has_frames else 0

@@ -193,7 +193,7 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     if request.samples and "fvd" not in names:
         raise InputError("--samples is for --metrics fvd; leave it out")
     i3d = request.load_network("i3d") if "fvd" in names else None
-    cond_frames = found.recipe.cond_frames if found.recipe.model.frame_prediction else 0
+    cond_frames = found.recipe.given_frames
     generator, tokenizer = load_pair(found, request.tokenizer, weights=request.weights, precision=request.precision)
     # created first, because it checks that generator, tokenizer and options match
     sampler = Sampler(
@@ -212,17 +212,17 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
         scores |= code_scores
         described |= code_protocol
     if i3d:
-        classes = None if cond_frames else classes_for(generator, clips)
+        classes = classes_for(generator, clips)
         evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=request.batch_size, progress=request.progress)
         video_scores, video_protocol = evaluator.run(videos_for(sampler, clips, classes, folder=request.samples))
         scores |= video_scores
         described |= video_protocol | {"sampling": sampler.describe()}
-        if classes is None:
-            described["given"] = f"the first {cond_frames} frames of each clip"
-        else:
-            known = generator.class_counts is not None
-            described["given"] = f"classes, {'as frequent as in training' if known else 'those of the clips'}"
+        given = [f"the first {cond_frames} frames of each clip"] if cond_frames else []
+        if classes is not None:
+            as_trained = generator.class_counts is not None and not cond_frames
+            given.append(f"classes, {'as frequent as in training' if as_trained else 'those of the clips'}")
             described["class_counts"] = class_counts(classes)
+        described["given"] = " and ".join(given) or "nothing"
     described |= {
         "generator_fingerprint": generator.fingerprint,
         "fingerprint": tokenizer.fingerprint,
@@ -244,7 +244,7 @@ def _next_code_scores(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-request.batch_size // mesh.size) * mesh.size
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0))))
-    cond_frames = found.recipe.cond_frames if config.frame_prediction else 0
+    cond_frames = found.recipe.given_frames
 
     def codes(batch, params):
         return encode_batch(tokenizer.module(params), batch, cond_frames=cond_frames)
@@ -256,7 +256,7 @@ def _next_code_scores(
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         params, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in trees)
         rows = encoded_clips(codes, frozen, clips, mesh, batch_size=batch_size, progress=request.progress)
-        if not config.frame_prediction:
+        if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
         scores = NextCodeEvaluator(score, rows, mesh, batch_size=batch_size).run(params)
     return scores, {"clips": len(rows["codes"]), "codes": {"K": config.codebook_size, "N": config.num_tokens}}

@@ -22,16 +22,18 @@ from larp_jax.inference.generate import (
 from larp_jax.runtime.progress import Progress
 
 
-def classes_for(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray:
-    """Classes [clips] int32 of the videos to compare with a set of clips, one per clip.
+def classes_for(generator: LoadedGenerator, clips: ClipSet) -> np.ndarray | None:
+    """Classes [clips] int32 of the videos to compare with a set of clips; None for a generator without classes.
 
-    They have the same frequencies as in training, if the checkpoint contains those, and alternate. Otherwise they are
-    the classes of the clips.
+    They have the same frequencies as in training, if the checkpoint contains those, and alternate. Otherwise, and if
+    the generator is also given frames, they are the classes of the clips.
 
     Raises:
       InputError: the clips have a class that the generator does not have.
     """
-    if generator.class_counts is not None:
+    if not generator.config.has_classes:
+        return None
+    if generator.class_counts is not None and not generator.config.has_frames:
         return np.array(alternate(as_in_training(generator, len(clips))), np.int32)
     label_of = {video: clips.source.label(video) for video, _ in clips.windows}
     return own_labels(generator, clips, np.array([label_of[video] for video, _ in clips.windows], np.int32))
@@ -67,7 +69,7 @@ def videos_for(
     Args:
       sampler: samples the videos.
       clips: the clips; a frame predictor continues them. If a clip cannot be read, its prediction is left out too.
-      classes: [clips] int, for a class-conditional generator.
+      classes: [clips] int, if the generator is given classes.
       folder: where to keep the codes, so that an interrupted evaluation can resume. `detokenize` reads the finished
         folder.
 
@@ -80,25 +82,27 @@ def videos_for(
     host, hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         settings = {"clips": clips.describe()}
-        if classes is None:
+        if classes is not None:
+            settings["counts"] = class_counts(classes)
+        if sampler.given_frames:
             # with the batch size of all hosts together, so that each host gets complete batches
             batches = clips.batches(sampler.batch_size * hosts, process_index=host, process_count=hosts)
             stack.enter_context(batches)
-        else:
-            settings["counts"] = class_counts(classes)
         path = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
         run = stack.enter_context(SampleFolder("evaluate", sampler, path, len(clips), option="--samples", **settings))
         total = sum(len(run.rows(number)) for number in run.mine)
         progress = stack.enter_context(Progress(total, description="sample", unit="video"))
         for number in run.mine:
             rows = run.rows(number)
-            real = np.ones(len(rows), bool)
-            if classes is None:
+            real, given = np.ones(len(rows), bool), {}
+            if sampler.given_frames:
                 batch = next(batches)
                 real = batch["mask"][: len(rows)] > 0
+                given["clips"] = batch["video"][: len(rows)]
+            if classes is not None:
+                given["classes"] = classes[rows]
             codes = run.kept(number)
             if codes is None:
-                given = {"clips": batch["video"][: len(rows)]} if classes is None else {"classes": classes[rows]}
                 codes = sampler.codes(rows, **given)
                 run.keep(number, codes)
             videos = sampler.decode(codes)[real]

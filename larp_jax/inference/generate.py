@@ -79,6 +79,7 @@ class Sampler:
       batch_size: as given.
       step: training step of the generator.
       class_names: names of the generator's classes.
+      given_frames: number of frames that the generator is given.
 
     Raises:
       InputError: generator, tokenizer and options do not fit each other.
@@ -96,16 +97,16 @@ class Sampler:
     ):
         generator.check_tokenizer(tokenizer)
         config, frames = generator.config, tokenizer.config.frames
-        if config.frame_prediction and not 0 < cond_frames < frames:
+        if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
-        if options.cfg_scale > 1.0 and (config.frame_prediction or not config.class_dropout):
+        if options.cfg_scale > 1.0 and not config.has_null_class:
             raise InputError(
                 "--cfg-scale must be 1, because the generator was trained without a null class; got"
                 f" {options.cfg_scale:g}"
             )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
-        self._generator, self._options, self._cond_frames = generator, options, cond_frames
+        self._generator, self._options, self.given_frames = generator, options, cond_frames
         self._seed, self._key = seed, rng.key(seed)
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
@@ -119,7 +120,7 @@ class Sampler:
             "seed": self._seed,
             **vars(self._options),
         }
-        return described | ({"cond_frames": self._cond_frames} if self._cond_frames else {})
+        return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
     def codes(
         self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
@@ -128,17 +129,18 @@ class Sampler:
 
         Args:
           numbers: [M] numbers of the samples, at most `batch_size`.
-          classes: [M] int, for a class-conditional generator.
-          clips: [M, T, H, W, C] uint8 clips that start with the given frames, for frame prediction.
+          classes: [M] int, -1 for any class; all are -1 if left out. Ignored if the generator is given no class.
+          clips: [M, T, H, W, C] uint8 clips that start with the given frames, if the generator is given frames.
 
         Returns:
           [M, N] int32 in [0, K).
         """
         rows = np.resize(np.arange(len(numbers)), self._padded)
-        if clips is None:
-            condition = {"classes": classes[rows]}
-        else:
-            condition = {"condition": self.tokenizer.encode(hold_last_frame(clips[rows], self._cond_frames))}
+        condition = {}
+        if self._generator.config.has_classes:
+            condition["classes"] = np.full(len(rows), -1) if classes is None else classes[rows]
+        if self._generator.config.has_frames:
+            condition["condition"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
         indices = np.asarray(numbers)[rows]
         codes = self._generator.sample(**condition, indices=indices, key=self._key, **vars(self._options))
         return np.asarray(codes)[: len(numbers)]
@@ -332,6 +334,11 @@ def predict(
     Raises:
       InputError: as for `sample`, or nothing can be read.
     """
+    if generator.config.has_classes and not generator.config.has_null_class:
+        raise InputError(
+            "this generator also needs the class of each clip, because it was trained without a null class; use"
+            " LoadedGenerator.sample"
+        )
     config = tokenizer.config
     sampler = Sampler(
         generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames

@@ -1,4 +1,4 @@
-"""The stage-2 generator: a Llama-like decoder over codes, given a class or the frames before (LARP, section 4.1)."""
+"""The stage-2 generator: a Llama-like decoder over codes after a condition (LARP, section 4.1)."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ from flax import nnx
 
 from larp_jax.config import GeneratorConfig
 from larp_jax.models.attention import attention
+from larp_jax.models.condition import Condition
 from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
 from larp_jax.models.layers import Dtype, Linear, lean, run_stack, stack, unstack
@@ -161,8 +162,8 @@ class Generator(nnx.Module):
             return nnx.Param(init(rngs.params(), (rows, c.width), jnp.float32))
 
         # the separator between condition and tokens has the last row
-        self.token_embedding = table(c.codebook_size + c.frame_prediction)
-        self.class_embedding = None if c.frame_prediction else table(c.num_classes + (c.class_dropout > 0))
+        self.token_embedding = table(c.codebook_size + c.has_frames)
+        self.class_embedding = table(c.class_rows) if c.class_rows else None
         rows = c.condition_tokens + c.num_tokens - 1
         self.positions = None if c.fixed_positions else table(rows, nnx.initializers.normal(0.02))
         self.blocks = stack(c.depth, lambda r: GeneratorBlock(c, rngs=r, dtype=dtype), rngs)
@@ -172,12 +173,11 @@ class Generator(nnx.Module):
         )
         self.config, self.remat = c, remat
 
-    def __call__(self, condition: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, condition: Condition, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Logits of each next code.
 
         Args:
-          condition: classes [B] int, where negative means the null class; for frame prediction the codes of the given
-            frames, [B, N] int.
+          condition: the parts that the configuration asks for.
           tokens: the first n < N codes, [B, n] int; training gives N - 1.
           key: turns on dropout of classes and activations.
 
@@ -186,7 +186,7 @@ class Generator(nnx.Module):
         """
         return self.head(self.features(condition, tokens, key=key)).astype(jnp.float32)
 
-    def features(self, condition: jax.Array, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def features(self, condition: Condition, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """What the head turns into logits, [B, n + 1, D]; arguments as in `__call__`."""
         c = self.config
         class_key, embed_key, block_key = (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -205,7 +205,7 @@ class Generator(nnx.Module):
         """
         return unstack(self.blocks)
 
-    def prefill(self, blocks: list[GeneratorBlock], condition: jax.Array) -> tuple[jax.Array, list[Cache]]:
+    def prefill(self, blocks: list[GeneratorBlock], condition: Condition) -> tuple[jax.Array, list[Cache]]:
         """Logits of the first code, [B, K] float32, and the cache of the condition's positions, by block.
 
         Args:
@@ -238,20 +238,23 @@ class Generator(nnx.Module):
             written.append(cache)
         return self.head(self.norm(x)).astype(jnp.float32), written
 
-    def embed_condition(self, condition: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def embed_condition(self, condition: Condition, *, key: jax.Array | None = None) -> jax.Array:
         """The condition as [B, condition positions, D] float32.
 
-        Codes are followed by the separator, the row after those of all codes. With a key, classes are randomly replaced
-        by the null class.
+        The class comes first. The codes of given frames are followed by the separator, the last row of the token
+        table. With a key, classes are randomly replaced by the null class.
         """
-        c = self.config
-        if c.frame_prediction:
-            return self.embed_tokens(jnp.pad(condition, ((0, 0), (0, 1)), constant_values=c.codebook_size))
-        null = condition < 0
-        if key is not None and c.class_dropout > 0:
-            null |= jax.random.bernoulli(key, c.class_dropout, condition.shape)
-        classes = jnp.where(null, c.num_classes, condition)
-        return self.class_embedding[...][classes][:, None].astype(jnp.float32)
+        c, parts = self.config, []
+        if condition.classes is not None:
+            null = condition.classes < 0
+            if key is not None and c.has_null_class:
+                null |= jax.random.bernoulli(key, c.class_dropout, null.shape)
+            classes = jnp.where(null, self.class_embedding.shape[0] - 1, condition.classes)
+            parts.append(self.class_embedding[...][classes][:, None].astype(jnp.float32))
+        if condition.frames is not None:
+            frames = jnp.pad(condition.frames, ((0, 0), (0, 1)), constant_values=c.codebook_size)
+            parts.append(self.embed_tokens(frames))
+        return jnp.concatenate(parts, axis=1)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Codes [...] int -> [..., D] float32."""

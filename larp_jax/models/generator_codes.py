@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.next_code import NextCode, score_tokens
 from larp_jax.models.pixels import as_float_video, hold_last_frame
@@ -33,9 +34,9 @@ def score_batch(generator: Generator, batch: dict, *, key: jax.Array | None = No
 
     Args:
       generator: the network.
-      batch: with `codes`, and with `condition` for frame prediction or `label` [B] int32 (-1: none) otherwise.
+      batch: with `codes` and `label` [B] int32 (-1: none), and with `condition` if frames are given.
       key: turns on dropout.
     """
-    codes, condition = batch["codes"], batch["condition" if generator.config.frame_prediction else "label"]
-    features = generator.features(condition, codes[:, :-1], key=key)
+    codes = batch["codes"]
+    features = generator.features(Condition.of_batch(generator.config, batch), codes[:, :-1], key=key)
     return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import draw, largest
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator, lengthen
 from larp_jax.models.layers import Dtype
 from larp_jax.models.paths import path_name
@@ -78,7 +79,7 @@ class Plan:
 
 def sample_codes(
     generator: Generator,
-    condition: jax.Array,
+    condition: Condition,
     indices: jax.Array,
     key: jax.Array,
     scalars: Mapping[str, jax.Array],
@@ -90,7 +91,7 @@ def sample_codes(
 
     Args:
       generator: the network; parameters best in its dtype already, see `cast_params`.
-      condition: [B] int classes (negative: null), or [B, N] int codes of the given frames.
+      condition: the parts that the configuration asks for, of B rows.
       indices: [B] int, which sample of the key each row is.
       key: of the draws.
       scalars: of `SamplingOptions.scalars`.
@@ -126,7 +127,7 @@ def sample_codes(
 
     guided = plan.guided > 0
     if guided:
-        condition = paired(condition, jnp.full_like(condition, -1))
+        condition = jax.tree.map(paired, condition, condition.without_class())
     logits, caches = generator.prefill(blocks, condition)
     codes = next_codes(logits, 0, guided)
     done = [codes[:, None]]

@@ -17,6 +17,7 @@ from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
 from larp_jax.errors import InputError
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.sampling import SamplingOptions
@@ -415,12 +416,10 @@ def benchmark_sample(
     params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
     generator = LoadedGenerator(config, params, precision=precision)
 
-    def condition(rows):
-        zeros = np.zeros((rows, config.num_tokens), np.int32)
-        return {"condition": zeros} if config.frame_prediction else {"classes": zeros[:, 0]}
-
     def sample(rows):
-        return generator.sample(**condition(rows), key=rng.key(0), **vars(options))
+        given, numbers = Condition.zeros(config, rows), np.arange(rows)
+        classes = given.classes if config.has_classes else None
+        return generator.sample(classes, condition=given.frames, indices=numbers, key=rng.key(0), **vars(options))
 
     began = time.perf_counter()
     sample(batch_size).block_until_ready()

@@ -68,15 +68,7 @@ def plan(
     if recipe.stage not in TASKS:
         raise InputError(f"this version cannot plan stage {recipe.stage!r}; choose from {', '.join(TASKS)}")
     stage = TASKS[recipe.stage].stage_class(recipe)
-    if gpus is not None:
-        kind, count = _parse_gpus(gpus)
-        mesh, chip = AbstractMesh(recipe.mesh.shape(count), sharding.AXES), CHIPS[kind]
-    elif topology is not None:
-        kind, chip = topology, _chip(topology)
-        mesh = sharding.make_mesh(recipe.mesh, _topology_devices(topology))
-    else:
-        kind, chip = "CPU, emulated", None
-        mesh = sharding.make_mesh(recipe.mesh, _emulated(devices))
+    kind, chip, mesh = _hardware(recipe, topology, devices, gpus)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
 
     shapes = jax.eval_shape(stage.init, rng.key(0))
@@ -112,29 +104,45 @@ def plan(
     result |= compiled
     total = sum(memory.values())
     result["memory_mb"] = {name: size / 1e6 for name, size in memory.items()} | {"total": total / 1e6}
-    if chip is None:
-        return result
-
-    seconds = result["flops_step"] * (4 / 3 if recipe.remat == "block" else 1) / mesh.size / chip.flops
-    if gpus:
-        seconds /= ASSUMED_GPU_SHARE
-    elif compiled:
-        wire = sum(c["wire_mb"] for c in compiled["collectives"]) * 1e6
-        result["ms_products"], result["ms_memory"] = 1e3 * seconds, 1e3 * compiled["traffic_gb"] * 1e9 / chip.bandwidth
-        result["ms_collectives"] = 1e3 * wire / chip.links
-        seconds = (max(result["ms_products"], result["ms_memory"]) + result["ms_collectives"]) / 1e3
-    fits = total <= chip.memory and not needed
-    result["memory_chip_mb"] = chip.memory / 1e6
-    result["fits"] = fits
-    if needed:
-        result["memory_needed_mb"] = needed / 1e6
-    if gpus or compiled:
-        result["step_ms"] = 1e3 * seconds
-        result["clips_per_second"] = recipe.data.batch_size / seconds
-        result["mfu"] = result["flops_step"] / mesh.size / chip.flops / seconds
-    if not fits:
-        result["change"] = change(recipe, mesh, sum(memory[name] for name in ("params", "optimizer", "ema")), chip)
+    if chip is not None:
+        result |= _on_chip(recipe, result, mesh, chip, needed, gpus is not None)
     return result
+
+
+def _on_chip(recipe, result: dict[str, Any], mesh, chip: Chip, needed: float, estimated: bool) -> dict[str, Any]:
+    """Whether a planned step fits a chip, and its time there; by name, ready for JSON.
+
+    Args:
+      recipe: the recipe of a stage.
+      result: what is known of the step so far.
+      mesh: the devices.
+      chip: their published numbers.
+      needed: bytes that the compiler asked for in vain; 0 if it got them.
+      estimated: whether the step was not compiled.
+    """
+    found: dict[str, Any] = {}
+    seconds = result["flops_step"] * (4 / 3 if recipe.remat == "block" else 1) / mesh.size / chip.flops
+    timed = estimated or "collectives" in result
+    if estimated:
+        seconds /= ASSUMED_GPU_SHARE
+    elif timed:
+        wire = sum(c["wire_mb"] for c in result["collectives"]) * 1e6
+        found["ms_products"], found["ms_memory"] = 1e3 * seconds, 1e3 * result["traffic_gb"] * 1e9 / chip.bandwidth
+        found["ms_collectives"] = 1e3 * wire / chip.links
+        seconds = (max(found["ms_products"], found["ms_memory"]) + found["ms_collectives"]) / 1e3
+    memory = result["memory_mb"]
+    found["memory_chip_mb"] = chip.memory / 1e6
+    found["fits"] = memory["total"] <= found["memory_chip_mb"] and not needed
+    if needed:
+        found["memory_needed_mb"] = needed / 1e6
+    if timed:
+        found["step_ms"] = 1e3 * seconds
+        found["clips_per_second"] = recipe.data.batch_size / seconds
+        found["mfu"] = result["flops_step"] / mesh.size / chip.flops / seconds
+    if not found["fits"]:
+        state = 1e6 * sum(memory[name] for name in ("params", "optimizer", "ema"))
+        found["change"] = change(recipe, mesh, state, chip)
+    return found
 
 
 def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
@@ -164,7 +172,7 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
     rows = recipe.data.batch_size
     if recipe.stage == "generator":
         shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
-        if recipe.model.frame_prediction:
+        if recipe.model.has_frames:
             shapes["condition"] = shapes["codes"]
     else:
         shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
@@ -261,6 +269,17 @@ def _needed(message: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------- hardware
+
+
+def _hardware(recipe, topology: str | None, devices: int | None, gpus: str | None) -> tuple:
+    """Name, published numbers (None for CPUs) and mesh of the hardware to plan for."""
+    if gpus is not None:
+        kind, count = _parse_gpus(gpus)
+        return kind, CHIPS[kind], AbstractMesh(recipe.mesh.shape(count), sharding.AXES)
+    if topology is not None:
+        chip = _chip(topology)
+        return topology, chip, sharding.make_mesh(recipe.mesh, _topology_devices(topology))
+    return "CPU, emulated", None, sharding.make_mesh(recipe.mesh, _emulated(devices))
 
 
 def _parse_gpus(text: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.generator_codes import encode_batch, score_batch
 from larp_jax.models.next_code import NextCode
@@ -91,8 +92,7 @@ class GeneratorStage:
         """
         if "video" not in batch:
             return batch
-        cond_frames = self.recipe.cond_frames if self.recipe.model.frame_prediction else 0
-        return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=cond_frames)
+        return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=self.recipe.given_frames)
 
     def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
         """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
@@ -156,7 +156,7 @@ class GeneratorTask:
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
             recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
-            if recipe.model.frame_prediction and recipe.cond_frames >= config.frames:
+            if recipe.given_frames >= config.frames:
                 raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
         train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
         self._train, recipe = self._open(recipe, recipe.data.train, train)
@@ -165,13 +165,13 @@ class GeneratorTask:
             clips = lambda: ClipSet(spec, self._clip, max_clips=recipe.data.eval_clips)  # noqa: E731
             self._eval, recipe = self._open(recipe, spec, clips)
             theirs = getattr(self._eval, "source", self._eval).label_names
-            if theirs != names and not recipe.model.frame_prediction:
+            if theirs != names and recipe.model.has_classes:
                 ours, theirs = (", ".join(n) or "none" for n in (names, theirs))
                 raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
         self._identity = common.data_identity(self._names())
         self.recipe, self._class_counts = self._with_classes(recipe)
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
-        if isinstance(self._train, CodeSet) and recipe.model.frame_prediction:
+        if isinstance(self._train, CodeSet) and recipe.given_frames:
             self.inputs += ("condition",)
         self.stage = self.stage_class(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -189,8 +189,8 @@ class GeneratorTask:
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
         recipe = _with_sizes(recipe, manifest["K"], manifest["N"], f"data {spec}")
-        wanted = recipe.cond_frames if recipe.model.frame_prediction else None
-        if wanted not in (None, manifest.get("cond_frames")):
+        wanted = recipe.given_frames
+        if wanted not in (0, manifest.get("cond_frames")):
             raise InputError(
                 f"data {spec} was not made for cond_frames={wanted}; tokenize again with --cond-frames {wanted}"
             )
@@ -200,7 +200,7 @@ class GeneratorTask:
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
         """The recipe with the number of classes, and the number of training videos of each class."""
         names, count = self._train.label_names, recipe.model.num_classes
-        if recipe.model.frame_prediction:
+        if not recipe.model.has_classes:
             count = count or len(names) or 1
             return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_classes=count)), None
         found = self._train.labels() if isinstance(self._train, CodeSet) else labels(self._train)
@@ -279,17 +279,18 @@ class GeneratorTask:
         """Prepares the samples to show: of the trained classes in turn, or of the first evaluation clips."""
         model, parts = self.recipe.model, sharding.batch_parts(self._mesh)
         numbers = np.arange(-(-SAMPLES_SHOWN // parts) * parts)
-        if not model.frame_prediction:
-            trained = np.flatnonzero(self._class_counts) if self._class_counts.any() else np.array([-1])
-            inputs = {"condition": trained[numbers % len(trained)].astype(np.int32)}
-        elif rows is not None:
-            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("condition", "codes")}
+        if model.has_frames:
+            if rows is None:
+                return
+            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("label", "condition", "codes")}
         else:
-            return
-        guided = not model.frame_prediction and model.class_dropout > 0
-        options = SamplingOptions(cfg_scale=GUIDANCE if guided else 1.0)
+            counts = np.zeros(0) if self._class_counts is None else self._class_counts
+            trained = np.flatnonzero(counts) if counts.any() else np.array([-1])
+            inputs = {"label": trained[numbers % len(trained)].astype(np.int32)}
+        options = SamplingOptions(cfg_scale=GUIDANCE if model.has_null_class else 1.0)
 
-        def sample(params, frozen, condition, codes=None):
+        def sample(params, frozen, codes=None, **given):
+            condition = Condition.of_batch(model, given)
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
             key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
             sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)

@@ -251,11 +251,11 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
     def linear(ours_name, released, inputs, outputs):
         return _linear(f"{path}/{ours_name}", f"{name}.{released}", inputs, outputs, bias=False, layers=n)
 
-    rows = c.codebook_size + c.frame_prediction
+    rows = c.codebook_size + c.has_frames
     yield Parameter("token_embedding", ("tok_embeddings.weight",), (rows, d), "k d -> k d")
-    if not c.frame_prediction:
-        rows = c.num_classes + (c.class_dropout > 0)
-        yield Parameter("class_embedding", ("cls_embedding.embedding_table.weight",), (rows, d), "k d -> k d")
+    if c.class_rows:
+        table = ("cls_embedding.embedding_table.weight",)
+        yield Parameter("class_embedding", table, (c.class_rows, d), "k d -> k d")
     rows = c.condition_tokens + c.num_tokens - 1
     if c.fixed_positions:
         yield Table("abs_pe", (1, rows, d), lambda: sincos_1d(np.arange(rows), d))

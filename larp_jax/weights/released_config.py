@@ -398,6 +398,10 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
       InputError: the released layout does not support a setting.
     """
     if isinstance(config, GeneratorConfig):
+        if config.given not in ("class", "frames"):
+            raise InputError(
+                f"the released layout has no model.condition={config.given!r}, only 'class' and 'frames'"
+            )
         flat = _write_fields(GENERATOR_FIELDS, config)
         if config.kv_heads == config.heads:
             flat["n_kv_head"] = None
