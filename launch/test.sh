@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Installs with the test extras into .venv, lints, checks types and runs the tests. Arguments are passed to pytest:
+# Installs with the test extras into .venv, lints, checks types and runs the tests. --quick leaves out the tests marked
+# slow. Other arguments are passed to pytest:
+#   bash launch/test.sh --quick
 #   bash launch/test.sh -k metrics
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,5 +11,10 @@ source launch/venv.sh
 install_into_venv '.[dev]'
 ruff check .
 mypy
-# Compilation uses one core per test. All tests of a file run in one process, because they share fixtures.
-pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+if [[ "${1:-}" == --quick ]]; then
+  shift
+  set -- -m 'not slow' "$@"
+fi
+# Compilation uses one core per test. All tests of a file run in one process, because they share fixtures; files with
+# slow tests come first (tests/conftest.py), so that no process is left alone with one at the end.
+pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

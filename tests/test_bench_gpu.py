@@ -5,9 +5,12 @@ import pathlib
 import runpy
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "bench_gpu.py"
 
 
+@pytest.mark.slow
 def test_small(tmp_path, monkeypatch, capsys):
     output = tmp_path / "bench.json"
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--small", "--seconds", "0.1", "--output", str(output)])

@@ -264,6 +264,7 @@ def test_evaluate(trained, tokenizer, tmp_path, capsys):
     assert held_out.items() <= written["protocol"].items()
 
 
+@pytest.mark.slow
 def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, monkeypatch):
     weights = write_lpips(tmp_path, reference_dir)
     lpips = str(tmp_path / "lpips.safetensors")
@@ -370,6 +371,7 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
     assert "Devices" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
     output = tmp_path / "codec.json"
@@ -384,6 +386,7 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
     assert result["memory_mb"] > 0 and result["ceiling_gigabytes_second"] > 0
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_training_step(tmp_path, capsys):
     output = tmp_path / "train.json"
     arguments = ["benchmark", "train", "--config", CONFIG, "--seconds=1", f"--output={output}"]

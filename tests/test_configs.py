@@ -49,6 +49,7 @@ def stage_and_batch(recipe):
     return GeneratorStage(recipe), batch | {"codes": shape(rows, recipe.model.num_tokens)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_and_step(path):
     recipe = load(path.stem)

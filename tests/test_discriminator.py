@@ -15,6 +15,7 @@ def test_logits_and_losses_of_the_reference(reference_dir):
     assert not [d for d in deviations if not d.within]
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_reference(reference_dir):
     deviations = training_deviations(reference_dir / "training")
     assert len(deviations) == 22

@@ -83,6 +83,7 @@ def one_process(tmp_path, monkeypatch):
     return tmp_path / "one"
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_path):
     workdir = tmp_path / "two"
     command = ["train", "--config", CONFIG, "--workdir", workdir]

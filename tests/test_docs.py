@@ -114,6 +114,7 @@ def readme_ran(place, reference_dir):
     return place
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(readme_ran):
     written = {path.name for path in readme_ran.iterdir()}
     assert {"reconstructions", "codes", "decoded", "samples", "predictions"} <= written
@@ -136,6 +137,7 @@ def test_python_blocks_run(page, readme_ran, monkeypatch):
             exec(code, names)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_the_examples_of_changing_the_code(tmp_path):
     """The diffs of docs/code.md apply to a copy of the package, and its examples then run."""

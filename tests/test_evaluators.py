@@ -281,6 +281,7 @@ print(json.dumps([scores, extras["clips"], len(extras["examples"]), fvd, protoco
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(folder, whole, cache):
     made = np.random.default_rng(0).integers(0, 256, (7, *CLIP.shape), np.uint8)
     expected, _ = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(folder), batch_size=4).run([made])

@@ -77,6 +77,7 @@ def test_a_workdir_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 def test_training_resumes_before_damaged_checkpoints(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     checkpoints = workdir / "checkpoints"
@@ -118,6 +119,7 @@ def test_damage_shows_when_a_checkpoint_is_used(trained, tmp_path):
         checkpoint.load(workdir / "checkpoints" / "4")
 
 
+@pytest.mark.slow
 def test_a_full_disk(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)
     limit = max(path.stat().st_size for path in (workdir / "metrics.jsonl", workdir / "config.json")) + 4096
@@ -197,6 +199,7 @@ def test_frames_of_absurd_size_are_not_decoded(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- chaos
 
 
+@pytest.mark.slow
 def test_chaos(tmp_path):
     said = []
     assert chaos.chaos(tmp_path, kills=2, seed=7, steps=8, workers=0, variant="plain", progress=said.append) == []

@@ -12,6 +12,7 @@ from larp_jax.errors import InputError
 COUNTS = {"configs": 40, "codes": 60, "safetensors": 60, "prepared": 40, "lists": 60, "checkpoints": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUNTS)
 def test_mutated_inputs_are_read_or_refused(kind, tmp_path):
     fuzz.KINDS[kind]().make(tmp_path)

@@ -495,6 +495,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
     assert "larp_k600_prediction does not apply to a tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path, capsys):
     config = f"--config={app.__file__.replace('larp_jax/cli/app.py', 'configs/generator_s.py')}"
     small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]

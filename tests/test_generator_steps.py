@@ -98,6 +98,7 @@ def from_clips():
     return run(RECIPE, steps=STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
 def test_losses_are_the_same_on_every_mesh(shape):
     expected, _ = from_clips()

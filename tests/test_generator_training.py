@@ -162,6 +162,7 @@ def test_every_video_is_sampled_equally_often(codes):
         np.testing.assert_array_equal(half["codes"], drawn[0]["codes"][2 * index : 2 * index + 2])
 
 
+@pytest.mark.slow
 def test_training_from_codes(codes, trained, tokenizer, tmp_path):
     data = [f"--config.data.train=tokens:{codes}", f"--config.data.eval=tokens:{codes}"]
     assert train(tmp_path / "by_class", "", *data) == 0

@@ -329,6 +329,7 @@ def test_plain_codes_are_the_nearest_for_any_norm():
     np.testing.assert_array_equal(module.lookup(found.indices), module.embedding[...][found.indices])
 
 
+@pytest.mark.slow
 def test_later_rounds_mix_the_same_positions(monkeypatch):
     keys = []
 

@@ -12,6 +12,7 @@ pytest.importorskip("ipykernel")
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "codes.ipynb"
 
 
+@pytest.mark.slow
 def test_it_runs(trained, monkeypatch, tmp_path):
     for name, value in {
         "LARP_NOTEBOOK_SMALL": "1",

@@ -13,6 +13,7 @@ def test_every_quantity_of_the_reference(reference_dir):
 OPTIONS = [name for name in COMPARISONS if name.startswith("tokenizer_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [*OPTIONS, "entropy", "ns_smooth", "schedules", "initialisation"])
 def test_every_quantity_of_its_options(reference_dir, folder):
     deviations = COMPARISONS[folder](reference_dir / folder)

@@ -26,6 +26,7 @@ def larp_l(**overrides):
     return config
 
 
+@pytest.mark.slow
 def test_a_plan_agrees_with_the_compiled_program(tmp_path, capsys):
     output = tmp_path / "plan.json"
     assert cli.main(["plan", "--config", TINY, "--devices", "8", "--config.mesh.fsdp=2", "--output", str(output)]) == 0

@@ -160,6 +160,7 @@ def test_output_names():
     assert output_names(["x.v2", "x.mp4"]) == ["x.v2", "x"]
 
 
+@pytest.mark.slow
 def test_odd_files_one_by_one(tokenizer, videos_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(videos_dir / "odd")
     done = 0
@@ -174,6 +175,7 @@ def test_odd_files_one_by_one(tokenizer, videos_dir, tmp_path, monkeypatch):
     assert done >= 30
 
 
+@pytest.mark.slow
 def test_a_folder_of_odd_files(trained, videos_dir, tmp_path, capsys):
     for command in ("reconstruct", "tokenize"):
         output = str(tmp_path / command)

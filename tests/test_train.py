@@ -78,6 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, capsys):
     assert_same_weights(workdir, trained)
 
 
+@pytest.mark.slow
 def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monkeypatch, capsys):
     """Steps 1 and 2 are continuous; a run resumed from step 1, 2 or 3 is the same as one never stopped."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -101,6 +102,7 @@ def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monk
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_a_start_from_weights_is_never_continuous(trained, tmp_path, capsys):
     start = ["--config.start.continuous_steps=2", f"--config.init_from={trained}", "--config.steps=2"]
     assert train(tmp_path / "run", *start) == 0
@@ -117,6 +119,7 @@ def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     assert_same_weights(workdir, trained)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys, monkeypatch):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)
     write_scalars = MetricWriter.write_scalars
@@ -185,6 +188,7 @@ def test_a_workdir_holds_one_run(trained, capsys, setting, message):
     assert message in line and "choose another --workdir, or the settings it was started with" in line
 
 
+@pytest.mark.slow
 def test_settings_against_divergence_may_change(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     old = json.loads((workdir / "config.json").read_text())
@@ -203,6 +207,7 @@ def test_settings_against_divergence_may_change(trained, tmp_path, capsys):
     assert checkpoint.load(workdir).recipe.optim.clip_norm == 1.0
 
 
+@pytest.mark.slow
 def test_settings_of_the_environment_change_nothing(trained, tmp_path):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
@@ -211,6 +216,7 @@ def test_settings_of_the_environment_change_nothing(trained, tmp_path):
     assert_same_weights(workdir, trained)
 
 
+@pytest.mark.slow
 def test_starting_from_weights_after_a_run_without_checkpoint(trained, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     workdir.mkdir()

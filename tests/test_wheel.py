@@ -41,6 +41,7 @@ def test_contents_of_the_wheel(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"larp_jax"}
 
 
+@pytest.mark.slow
 def test_it_trains_without_the_repository(wheel, tmp_path):
     place = tmp_path / "site"
     subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)], check=True)
