@@ -1,6 +1,6 @@
 """A small class-conditional generator for tokenizers trained with configs/quickstart.py; trains on two CPU cores.
 
-    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
+    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes/plain:train --output runs/quickstart_codes \
         --windows 4 --flips
     larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
 
@@ -33,7 +33,7 @@ def get_config():
     optim.ema_decay = 0.99
 
     config.data.train = "tokens:runs/quickstart_codes"
-    config.data.eval = "moving_shapes:test"
+    config.data.eval = "moving_shapes/plain:test"
     config.data.batch_size = 16
     config.data.eval_clips = 128
     config.log_every = 20

@@ -51,7 +51,7 @@ def get_config(variant=""):
     config.data.batch_size = 8
     config.data.eval_clips = 128
     config.log_every = 20
-    config.eval_every = 250
+    config.eval_every = 100
     config.save_every = 250
 
     if variant == "adversarial":

@@ -1,7 +1,7 @@
 """Creates docs/moving.webp from a quickstart run and a generator trained on its codes. Needs pillow (extra `docs`).
 
     bash launch/quickstart.sh
-    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes:train --output runs/quickstart_codes \
+    larp-jax tokenize --checkpoint runs/quickstart --input moving_shapes/plain:train --output runs/quickstart_codes \
         --windows 4 --flips
     larp-jax train --config configs/generator_quickstart.py --workdir runs/quickstart_generator
     python docs/moving_picture.py runs/quickstart runs/quickstart_generator docs/moving.webp
@@ -27,7 +27,7 @@ def main(tokenizer_path: str, generator_path: str, output: str) -> None:
     tokenizer, generator = larp_jax.load_tokenizer(tokenizer_path), larp_jax.load_generator(generator_path)
     frames, size, _, _ = tokenizer.config.clip_shape
     spec = ClipSpec(frames=frames, resolution=size)
-    source = open_source("moving_shapes:test", spec)
+    source = open_source("moving_shapes/plain:test", spec)
     clips, classes = zip(*(source.read_clip(index, 0, spec) for index in CLIPS), strict=True)
     clips = np.stack(clips)
     sampled = tokenizer.decode(generator.sample(classes=classes, **SAMPLING))

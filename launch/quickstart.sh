@@ -19,9 +19,9 @@ run() {
 }
 
 install_into_venv .
-run larp-jax train --config configs/quickstart.py --workdir "$workdir" --config.steps=200
-run larp-jax evaluate --checkpoint "$workdir" --data moving_shapes:test --output "$workdir/evaluation.json"
-run larp-jax reconstruct --checkpoint "$workdir" --input moving_shapes:test --max-clips 8 --output "$workdir/reconstructions"
+run larp-jax train --config configs/quickstart.py --workdir "$workdir"
+run larp-jax evaluate --checkpoint "$workdir" --data moving_shapes/plain:test --output "$workdir/evaluation.json"
+run larp-jax reconstruct --checkpoint "$workdir" --input moving_shapes/plain:test --max-clips 8 --output "$workdir/reconstructions"
 run larp-jax export --checkpoint "$workdir" --format codebook-npz --output "$workdir/codebook.npz"
 
 cat <<EOF

@@ -218,8 +218,14 @@ class TokenizerRecipe(Recipe):
             self.loss.perceptual == "none" or self.model.resolution >= 16,
             f"loss.perceptual needs clips of 16 pixels, model.resolution={self.model.resolution}; set it to 'none'",
         )
+        start = self.start
         require(
-            not self.start.continuous_steps or self.model.quantizer.has_codes,
+            not start.continuous_steps or start.continuous_steps + start.ramp_steps <= self.steps,
+            f"start.continuous_steps={start.continuous_steps} and start.ramp_steps={start.ramp_steps} are more than"
+            f" steps={self.steps}: the codes would never be used alone; lower them, or train longer",
+        )
+        require(
+            not start.continuous_steps or self.model.quantizer.has_codes,
             "start.continuous_steps is for codes, which model.quantizer.kind='kl' has none of; set it to 0",
         )
         rows, tokens = self.prior.positions, self.model.num_tokens
