@@ -11,7 +11,7 @@ import pytest
 from larp_jax import data
 from larp_jax.api import LoadedTokenizer
 from larp_jax.errors import InputError
-from larp_jax.models.categorical import draw
+from larp_jax.models.categorical import sample
 from larp_jax.runtime import rng
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (3, 8, 32, 32, 3), dtype=np.uint8)
@@ -76,7 +76,7 @@ def test_settings_of_jax_do_not_change_random_numbers():
             jax.random.normal(key, (5,)),
             jax.random.choice(key, 10, (4,)),
             jax.random.uniform(jax.random.key(2), (5,)),
-            jax.jit(draw)(key, logits),
+            jax.jit(sample)(key, logits),
         )
 
     expected = numbers()

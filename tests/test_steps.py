@@ -238,7 +238,7 @@ def test_variants_of_the_recipe_take_a_step(change):
 
 def test_clips_must_divide_into_the_discriminators_patches():
     recipe = dataclasses.replace(RECIPE, discriminator=DiscriminatorConfig(patch_frames=3))
-    with pytest.raises(InputError, match="4x16x16 do not divide into the discriminator's patches of 3x8x8"):
+    with pytest.raises(InputError, match="4x16x16 are not divisible into discriminator patches of 3x8x8"):
         TokenizerStage(recipe)
 
 

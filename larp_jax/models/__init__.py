@@ -1,1 +1,1 @@
-"""The networks. They take and give arrays; losses, meshes, files and loops live elsewhere."""
+"""The networks. They map arrays to arrays; losses, meshes, files and training loops are in other packages."""

@@ -1,11 +1,11 @@
-"""An initialization for small tokenizers that knows places but no data: an option, off in the published recipe.
+"""An initialization of small tokenizers by position, without data: an option, off in the published recipe.
 
-From the usual initialization attention is nearly uniform. For hundreds of steps all codes carry the mean color of the
-clip and nothing else. Here every query of the encoder and every latent position of the decoder starts at a place in the
-clip, its anchor, and the first block of both transformers attends by place: some heads to a few patches around the
-anchor, others to large parts of the clip. All other layers keep their usual weights, with smaller residual branches.
+With the usual initialization, attention is nearly uniform, and for hundreds of steps all codes encode only the mean
+color of the clip. Here each encoder query and each latent position of the decoder gets a position in the clip, its
+anchor, and the first block of both transformers attends by position: some heads to a few patches around the anchor,
+others to large parts of the clip. All other layers keep their usual weights, with smaller residual branches.
 
-No clip is read, and no code is tied to a patch: anchors are position tables like any other, and training moves them.
+No clip is read, and no code is tied to a patch: anchors are rows of ordinary position tables, which training changes.
 Related: "Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828.
 """
 
@@ -21,17 +21,17 @@ from larp_jax.models.layers import Transformer
 from larp_jax.models.tokenizer import Tokenizer
 
 POSITION_SCALE = 0.7  # standard deviation of position tables
-KIND_SCALE = 1.2  # of the two dimensions that tell sources from readers
-SHARPNESS = (6.0, 6.0, 3.0, 1.0)  # logit lost per patch of distance, for each quarter of the heads
-PREFERENCE = 2.0  # logit of sources above that of readers
-BRANCH_SCALE = 0.3  # of all residual branches but the attention of the first block
+KIND_SCALE = 1.2  # scale of the two dimensions that distinguish sources from readers
+SHARPNESS = (6.0, 6.0, 3.0, 1.0)  # decrease of the logit per patch of distance, for each quarter of the heads
+PREFERENCE = 2.0  # difference between the logits of sources and of readers
+BRANCH_SCALE = 0.3  # scale of all residual branches except the attention of the first block
 
 
 def anchored_init(tokenizer: Tokenizer) -> None:
-    """Changes the weights of a fresh tokenizer in place.
+    """Changes the weights of a newly initialized tokenizer in place.
 
-    Tokens are sources (patches in the encoder, latents in the decoder) or readers (queries, patch queries). Both get
-    positions in the same coordinates, and readers attend to the sources near them.
+    Tokens are sources (patches in the encoder, latents in the decoder) or readers (queries, patch queries). Both have
+    positions in the same coordinates, and readers attend to nearby sources.
 
     Args:
       tokenizer: freshly initialized, with learned position tables.
@@ -48,7 +48,7 @@ def anchored_init(tokenizer: Tokenizer) -> None:
         "learned_decoder_patch_query_embed",
     )
     if fixed := [name for name in learned if not getattr(c, name)]:
-        raise InputError(f"start.anchored writes into position tables; set model.{fixed[0]} to True")
+        raise InputError(f"start.anchored needs learned position tables; set model.{fixed[0]} to True")
     sides = (
         (c.encoder, encoder.transformer, encoder.patch_positions, encoder.queries, encoder.patch_embed.proj, True),
         (c.decoder, decoder.transformer, decoder.patch_queries, decoder.latent_positions, quantizer.out_linear, False),
@@ -57,7 +57,7 @@ def anchored_init(tokenizer: Tokenizer) -> None:
         width = size.width
         if width < 8 or width // size.heads < 2:
             raise InputError(
-                f"start.anchored needs a width of 8 and heads of width 2 at least, got {width} and"
+                f"start.anchored needs a width of at least 8 and heads of width at least 2, got {width} and"
                 f" {width // size.heads}"
             )
         axes = [_axis_table(np.arange(n), n, width, axis) for axis, n in enumerate(tables.grid)]
@@ -67,7 +67,7 @@ def anchored_init(tokenizer: Tokenizer) -> None:
             param[...] = jnp.asarray(value, jnp.float32)
         tokens.table[...] = jnp.asarray(anchors, jnp.float32)
         directions = _attend_by_place(size, transformer, _sum(axes), anchors, tables.grid)
-        # content starts outside of the directions that attention reads places from
+        # content is initially orthogonal to the directions from which attention reads positions
         free = np.eye(width) - directions @ directions.T
         free[-2:] = free[:, -2:] = 0.0
         content.kernel[...] = content.kernel[...] @ jnp.asarray(free, jnp.float32)
@@ -76,16 +76,16 @@ def anchored_init(tokenizer: Tokenizer) -> None:
         scales = jnp.full((size.depth, 1, 1), BRANCH_SCALE).at[0].set(1.0)
         blocks.attention.out.kernel[...] = scales * blocks.attention.out.kernel[...]
     embed = encoder.patch_embed.proj
-    embed.bias[...] = -0.5 * embed.kernel[...].sum(axis=0)  # mid-gray is zero: the mean would drown the content
-    # entries of a unit vector of d dimensions have variance 1/d
+    embed.bias[...] = -0.5 * embed.kernel[...].sum(axis=0)  # maps mid-gray to zero, else the mean color would dominate
+    # the entries of a unit vector with d dimensions have variance 1/d
     quantizer.out_linear.kernel[...] = math.sqrt(c.quantizer.code_dim) * quantizer.out_linear.kernel[...]
 
 
 def _axis_table(places: np.ndarray, count: int, width: int, axis: int) -> np.ndarray:
-    """[len(places), width]: sines and cosines of places along an axis of `count` patches, in a third of the dimensions.
+    """[len(places), width]: sines and cosines of positions on an axis of `count` patches, in a third of the dimensions.
 
-    Frequencies run from a quarter turn per patch to a quarter turn per axis. Each axis has its own dimensions, so that
-    all rows have the same norm. The last two dimensions are left to `_kind`.
+    Frequencies range from a quarter turn per patch to a quarter turn per axis. Each axis has its own dimensions, so
+    that all rows have the same norm. The last two dimensions are reserved for `_kind`.
     """
     third = (width - 2) // 6
     frequencies = math.pi / 2 * (1.0 / count) ** (np.arange(third) / max(third - 1, 1))
@@ -97,22 +97,22 @@ def _axis_table(places: np.ndarray, count: int, width: int, axis: int) -> np.nda
 
 
 def _kind(width: int, source: bool) -> np.ndarray:
-    """[width]: a constant in the dimension before the last, and in the last one the sign of sources and readers."""
+    """[width]: a constant in the second-to-last dimension, and in the last one + for sources and - for readers."""
     row = np.zeros(width)
     row[-2:] = KIND_SCALE, KIND_SCALE if source else -KIND_SCALE
     return row
 
 
 def _sum(axes: list[np.ndarray]) -> np.ndarray:
-    """Tables of time, height and width -> [t*h*w, width]."""
+    """Sums the tables of time, height and width over the grid -> [t*h*w, width]."""
     t, h, w = axes
     return (t[:, None, None] + h[:, None] + w).reshape(-1, t.shape[-1])
 
 
 def _anchors(count: int, grid: tuple[int, int, int], width: int) -> np.ndarray:
-    """[count, width]: positions of the centers of `count` equal boxes that fill the grid, as near to cubes as possible.
+    """[count, width]: positions of the centers of `count` equal boxes that fill the grid and are as cubic as possible.
 
-    The number of boxes along each axis is a factor of `count`: numbers such as 64 or 96 fit better than primes.
+    The number of boxes along each axis is a divisor of `count`, so numbers such as 64 or 96 fit better than primes.
     """
 
     def elongation(boxes):
@@ -132,10 +132,10 @@ def _attend_by_place(
     anchors: np.ndarray,
     grid: tuple[int, int, int],
 ) -> np.ndarray:
-    """Sets queries and keys of the first block; returns the directions of places, [width, head width].
+    """Sets the query and key weights of the first block; returns the directions of positions, [width, head width].
 
-    Query and key weights of a head are the same multiple of the main directions of all positions, so that logits fall
-    with the distance of two places. The last dimension of a head holds the preference for sources.
+    The query and key weights of a head are the same multiple of the principal directions of all positions, so that
+    logits decrease with the distance between two positions. The last dimension of a head is the preference for sources.
     """
     heads, width, head = size.heads, size.width, size.width // size.heads
     rows = _layer_norm(np.concatenate([positions, anchors]))

@@ -1,4 +1,4 @@
-"""Attention, in the form that is fastest where it runs."""
+"""Attention, in the form that is fastest on the current backend."""
 
 import functools
 
@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from larp_jax.models.dropout import dropout, kept, seed
 
-TPU_LANES = 128  # the fused kernel takes whole multiples of them
-TPU_BLOCK = 512  # queries and keys at a time, where the sequence is so long
+TPU_LANES = 128  # the fused kernel needs lengths that are multiples of this
+TPU_BLOCK = 512  # queries and keys per block, if the sequence is long enough
 
 
 def attention(
@@ -24,20 +24,20 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention, [B, N, H, d] each -> [B, N, H, d]; scale 1/sqrt(d), softmax in float32.
 
-    Chooses per lowering platform: on GPUs cuDNN's fused kernel and on TPUs Pallas' where dtype and head width allow it,
-    on CPUs batched matrix products with a hand-written backward pass, otherwise `jax.nn.dot_product_attention`.
+    Chosen by lowering platform: the fused kernels of cuDNN on GPUs and of Pallas on TPUs if dtype and head width allow
+    it, batched matrix products with a hand-written backward pass on CPUs, otherwise `jax.nn.dot_product_attention`.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      causal: queries see no later keys.
-      dropout_rate: of the probabilities, which no fused kernel offers.
-      key: turns dropout on.
+      causal: whether queries attend only to their own and earlier positions.
+      dropout_rate: dropout rate of the probabilities; above 0, no fused kernel is used.
+      key: random key of dropout; None turns it off.
     """
     rate = 0.0 if key is None else dropout_rate
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    # every branch is traced everywhere, and tracing a fused kernel already asks for its platform
+    # every branch is traced on every platform, and tracing a fused kernel already needs its platform
     cudnn = half and not rate and jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     pallas = half and not rate and _for_tpu()
 
@@ -73,13 +73,13 @@ def _with_dropout(q, k, v, causal, rate, key):
 
 
 def _for_tpu() -> bool:
-    """Whether this is traced for a mesh of TPUs; without one nobody says how the kernel is to be split over devices."""
+    """Whether this is traced for a mesh of TPUs; without a mesh, it is unknown how to split the kernel over devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and "TPU" in device.device_kind
 
 
 def _pallas_attention(q, k, v, causal):
-    """Pallas' fused kernel on each device: of a mesh's axes the last splits the heads, the others the batch."""
+    """Pallas' fused kernel on each device: the last axis of the mesh splits the heads, the others split the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = [name for name in mesh.axis_names if name not in mesh.manual_axes]
 
@@ -91,7 +91,7 @@ def _pallas_attention(q, k, v, causal):
         widths = ((0, 0), (0, 0), (0, padding), (0, 0))
         q, k, v = (jnp.pad(rearrange(x, "b n h d -> b h n d"), widths) for x in (q, k, v))
         segments = None
-        if padding and not causal:  # what comes after is not seen in any case
+        if padding and not causal:  # causal attention never attends to padding at the end
             real = jnp.broadcast_to(jnp.arange(n + padding) < n, (len(q), n + padding)).astype(jnp.int32)
             segments = pallas.SegmentIds(real, real)
         block = next(size for size in (TPU_BLOCK, TPU_BLOCK // 2, TPU_LANES) if (n + padding) % size == 0)
@@ -105,7 +105,7 @@ def _pallas_attention(q, k, v, causal):
         return local(q, k, v)
     *rows, heads = axes
     spec = P(tuple(rows), None, heads)
-    # the kernel does not say over which axes its result differs
+    # the kernel does not declare over which axes its result varies
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(axes), check_vma=False)(q, k, v)
 
 
@@ -116,7 +116,7 @@ def _pallas_attention(q, k, v, causal):
 def _matmul_attention(
     causal: bool, rate: float, q: jax.Array, k: jax.Array, v: jax.Array, seed: jax.Array | None
 ) -> jax.Array:
-    """[B, N, d] each -> [B, N, d]; probabilities are dropped at a rate above 0, by `seed`."""
+    """[B, N, d] each -> [B, N, d]; if the rate is above 0, dropout of the probabilities by `seed`."""
     return _matmul_attention_fwd(causal, rate, q, k, v, seed)[0]
 
 
@@ -131,16 +131,16 @@ def _matmul_attention_fwd(causal, rate, q, k, v, seed):
 
 
 def _matmul_attention_bwd(causal, rate, residuals, dout):
-    """Computes the probabilities again, and transposed (keys by queries), as the gradients of k and v want them.
+    """Recomputes the probabilities transposed (keys by queries), as the gradients of k and v need them.
 
-    XLA's CPU backend is several times slower when it contracts over the rows of both operands, and writing and reading
-    every layer's probabilities takes longer than one more product.
+    XLA's CPU backend is several times slower when it contracts over the rows of both operands, and storing the
+    probabilities of every layer takes longer than another matrix product.
     """
     q, k, v, seed, out, normalizer = residuals
     probs = jax.lax.optimization_barrier(jnp.exp(_scores(causal, q, k, "bkq") - normalizer.mT))
     dv = jnp.einsum("bkq,bqd->bkd", _drop(probs, rate, seed, "bkq").astype(v.dtype), dout)
     dprobs = _drop(jnp.einsum("bkd,bqd->bkq", v, dout).astype(jnp.float32), rate, seed, "bkq")
-    # sum_k probs * dprobs = dout . out, which is d instead of N terms a row
+    # sum_k probs * dprobs = dout . out, which has d instead of N terms per row
     row = jnp.einsum("bqd,bqd->bq", dout.astype(jnp.float32), out.astype(jnp.float32))[:, None]
     dscores = jax.lax.optimization_barrier((probs * (dprobs - row) * q.shape[-1] ** -0.5).astype(q.dtype))
     dk = jnp.einsum("bkq,bqd->bkd", dscores, q)
@@ -149,7 +149,7 @@ def _matmul_attention_bwd(causal, rate, residuals, dout):
 
 
 def _scores(causal: bool, q: jax.Array, k: jax.Array, order: str) -> jax.Array:
-    """q . k / sqrt(d) of all pairs, float32 with axes in that order; -inf where the key comes after the query."""
+    """q . k / sqrt(d) of all pairs, float32, axes in the given order; -inf if the key comes after the query."""
     operands = {"q": ("bqd", q * q.shape[-1] ** -0.5), "k": ("bkd", k)}
     (one, x), (other, y) = (operands[axis] for axis in order[1:])
     scores = jnp.einsum(f"{one},{other}->{order}", x, y).astype(jnp.float32)
@@ -160,7 +160,7 @@ def _scores(causal: bool, q: jax.Array, k: jax.Array, order: str) -> jax.Array:
 
 
 def _drop(x: jax.Array, rate: float, seed: jax.Array | None, order: str) -> jax.Array:
-    """Dropout of x, axes in that order: the same pairs of query and key in any."""
+    """Dropout of x with axes in the given order; the dropped pairs of query and key do not depend on the order."""
     if not rate:
         return x
     batch, query, key = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, order.index(axis)) for axis in "bqk")

@@ -1,4 +1,4 @@
-"""Choosing one of many codes from logits [..., K], where K is thousands and most of the work would be elsewhere."""
+"""Argmax and sampling of codes from logits [..., K], faster than in JAX for K in the thousands."""
 
 import jax
 import jax.numpy as jnp
@@ -6,21 +6,21 @@ import jax.numpy as jnp
 BLOCK = 64
 
 
-def largest(logits: jax.Array) -> jax.Array:
-    """The code of the largest logit, the first of equals: [..., K] -> [...] int32.
+def argmax(logits: jax.Array) -> jax.Array:
+    """Index of the largest logit; the lowest index on ties: [..., K] -> [...] int32.
 
-    `jnp.argmax` reduces pairs of value and index, which XLA's CPU backend does one by one.
+    `jnp.argmax` reduces pairs of value and index, which XLA's CPU backend does not vectorize.
     """
     codes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     is_largest = logits == logits.max(axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest, codes, logits.shape[-1] - 1), axis=-1)
 
 
-def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """A draw from softmax(logits), float32 [..., K] -> [...] int32: of a block of codes, then of a code in it.
+def sample(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Samples from softmax(logits), float32 [..., K] -> [...] int32: first a block of codes, then a code within it.
 
-    Takes two random numbers, where a draw by Gumbel noise takes K of them and two logarithms of each: as much time on
-    CPUs as several blocks of a transformer.
+    Needs two random numbers per sample. Sampling by Gumbel noise needs K, and two logarithms of each, which on CPUs
+    takes as long as several transformer blocks.
     """
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
@@ -32,7 +32,10 @@ def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _invert(key: jax.Array, weights: jax.Array) -> jax.Array:
-    """A draw from weights [..., n] that need not sum to 1: the first whose cumulative sum is above a random number."""
+    """Samples an index by weights [..., n] that need not sum to 1.
+
+    It is the first index whose cumulative sum exceeds a random threshold.
+    """
     ends = jnp.cumsum(weights, axis=-1)
     at = jax.random.uniform(key, (*weights.shape[:-1], 1)) * ends[..., -1:]
     return jnp.sum(ends <= at, axis=-1, dtype=jnp.int32)

@@ -1,20 +1,20 @@
-"""Work over a long token axis in pieces, so that [B, N, K] logits are never held whole."""
+"""Processing of a long token axis in chunks, so that [B, N, K] logits are never in memory as a whole."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-TOKENS_PER_CHUNK = 64  # 64 x 8192 float32 logits are 2 MiB a clip
+TOKENS_PER_CHUNK = 64  # 64 x 8192 float32 logits are 2 MiB per clip
 
 
 def map_token_chunks(f: Callable, *arrays: jax.Array, chunk: int = TOKENS_PER_CHUNK):
-    """Applies `f(i, *pieces)` to pieces of `chunk` tokens (axis 1) of the arrays and joins what it returns.
+    """Applies `f(i, *pieces)` to pieces of `chunk` tokens (axis 1) of the arrays and joins the results.
 
-    The backward pass recomputes each piece. The batch axis stays whole, so it may be sharded.
+    The backward pass recomputes each piece. The batch axis is not split, so it may be sharded.
 
     Args:
-      f: takes the piece's number (int32 scalar, to derive random keys from) and pieces [B, chunk, ...]; returns a
+      f: receives the number of the piece (int32 scalar, for random keys) and pieces [B, chunk, ...]; returns a
         pytree of arrays [B or 1, chunk, ...]. It must treat tokens independently: the last piece is padded.
       *arrays: [B, N, ...] each.
       chunk: tokens per piece.

@@ -1,4 +1,7 @@
-"""The discriminator: a transformer that gives a clip one logit, high for real clips (LARP, section 3.3)."""
+"""The discriminator: a transformer that maps a whole clip to one logit, higher for real clips.
+
+See LARP, arXiv 2410.21264, section 3.3.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,17 @@ from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 
 
 class Discriminator(nnx.Module):
-    """[class token; patches] through a transformer; the output at the class token becomes a logit.
+    """A transformer over [class token; patches]; the output at the class token is mapped to a logit.
 
     Args:
       config: size and patch.
       clip_shape: [T, H, W, C] of the clips.
       rngs: `params` stream for the initial weights.
       remat: see `larp_jax.models.layers.run_stack`.
-      dtype: of the computation; parameters and logits are float32.
+      dtype: dtype of the computation; parameters and logits are float32.
 
     Raises:
-      InputError: the clips do not divide into patches.
+      InputError: the clips are not divisible into patches.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class Discriminator(nnx.Module):
         *size, channels = clip_shape
         if any(n % patch for n, patch in zip(size, config.patch, strict=True)):
             raise InputError(
-                f"clips of {'x'.join(map(str, size))} do not divide into the discriminator's patches of"
+                f"clips of {'x'.join(map(str, size))} are not divisible into discriminator patches of"
                 f" {'x'.join(map(str, config.patch))}; change discriminator.patch_frames or discriminator.patch_size"
             )
         grid = tuple(n // patch for n, patch in zip(size, config.patch, strict=True))
         self.patch_embed = PatchEmbed(config.patch, channels, config.width, rngs=rngs, dtype=dtype)
         self.positions = Positions3d(grid, config.width, rngs=rngs, learned=False, token_type=False)
-        # Xavier-uniform, as the released [1, 1, D] is
+        # Xavier-uniform with shape [1, 1, D], as in the released code
         token = nnx.initializers.xavier_uniform(in_axis=1, out_axis=0)(rngs.params(), (1, 1, config.width), jnp.float32)
         self.class_token = nnx.Param(token[0, 0])
         self.transformer = Transformer(config, rngs=rngs, remat=remat, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Patches and position tables (LARP, section 3.2)."""
+"""Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def patchify(video: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
-    """The inverse of `patchify`: the last axis is (time-in-patch, row, column, channel). `grid` counts patches."""
+    """The inverse of `patchify`: the last axis is (time-in-patch, row, column, channel). `grid` is in patches."""
     (t, h, w), (pt, ph, pw) = grid, patch
     return rearrange(
         patches, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -24,7 +24,7 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int,
 
 
 class PatchEmbed(nnx.Module):
-    """A 3-D convolution whose stride is its kernel, as the one matrix product it is (LARP, section 3.2)."""
+    """Patch embedding: a 3-D convolution with stride equal to kernel size, as one matrix product (section 3.2)."""
 
     def __init__(self, patch: tuple[int, int, int], channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
         pt, ph, pw = patch
@@ -46,9 +46,9 @@ def sincos_1d(positions: np.ndarray, width: int, base: float = 10000.0) -> np.nd
 
 
 def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
-    """Sine-cosine table [t*h*w, width] of a patch grid, float64: a 2-D spatial table plus a 1-D temporal one, summed.
+    """Sine-cosine table [t*h*w, width] of a patch grid, float64: the sum of a 2-D spatial and a 1-D temporal table.
 
-    The *width* coordinate fills the first half of the spatial table, the height coordinate the second.
+    The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate.
     """
     t, h, w = (np.arange(n) for n in grid)
     shape = (*grid, width // 2)
@@ -59,10 +59,10 @@ def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
 
 
 class Positions1d(nnx.Module):
-    """A table [N, D] for a sequence: fixed sine-cosine or learned, optionally with a token-type vector on every row.
+    """A table [N, D] for a sequence: fixed sine-cosine or learned, optionally plus a token-type vector on every row.
 
-    A learned table starts normal with the deviation `init_std`, or where that is None as the sine-cosine table of base
-    10000: `base` is that of fixed tables only, as in the released code.
+    A learned table is initialized from a normal distribution with standard deviation `init_std`, or if that is None as
+    the sine-cosine table with base 10000: as in the released code, `base` applies only to fixed tables.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Positions1d(nnx.Module):
 class Positions3d(nnx.Module):
     """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
 
-    Each learned table starts as the 1-D sine-cosine table of width D (LARP, section 3.2).
+    Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2).
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from larp_jax.models.attention import attention
 from larp_jax.models.condition import Condition
 from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, lean, run_stack, stack, unstack
+from larp_jax.models.layers import Dtype, Linear, rematerialized, run_stack, stack, unstack
 
 # Of one block: keys [B, kv heads, d, positions] and values [B, kv heads, positions, d] of the positions so far. The
 # products of one query with them read along the last axis and add up rows: a third faster on CPUs than sums along it.
@@ -63,7 +63,7 @@ class GroupedAttention(nnx.Module):
         self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable
     ) -> tuple[jax.Array, Cache]:
         """norm(x), [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
-        q, k, v = lean(lambda x: self.project(norm(x)))(x)
+        q, k, v = rematerialized(lambda x: self.project(norm(x)))(x)
         cache = rearrange(k, "b n h d -> b h d n"), rearrange(v, "b n h d -> b h n d")
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         y = attention(q, k, v, causal=True, dropout_rate=self.dropout_rate, key=key)
@@ -96,8 +96,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
         """norm(x), [..., D] -> the same shape."""
-        gate, up = lean(lambda x: (self.gate(y := norm(x)), self.up(y)))(x)
-        return lean(lambda gate, up: self.down(jax.nn.silu(gate) * up))(gate, up)
+        gate, up = rematerialized(lambda x: (self.gate(y := norm(x)), self.up(y)))(x)
+        return rematerialized(lambda gate, up: self.down(jax.nn.silu(gate) * up))(gate, up)
 
 
 class GeneratorBlock(nnx.Module):

@@ -1,4 +1,4 @@
-"""I3D, the network whose logits the Frechet video distance compares (Carreira & Zisserman 2017, arXiv 1705.07750)."""
+"""I3D, the network whose logits are the features of FVD (Carreira & Zisserman 2017, arXiv 1705.07750)."""
 
 import functools
 
@@ -11,9 +11,9 @@ from larp_jax.models.layers import Linear
 
 CLASSES = 400  # of Kinetics
 RESOLUTION = 224
-SHORTEST = 9  # frames: with fewer, nothing is left to average over two of
+SHORTEST = 9  # frames; with fewer, the output has fewer than two time steps to average
 
-# Widths inside each inception block: 1x1x1; 1x1x1 and 3x3x3; the same again; 1x1x1 after pooling.
+# Widths of the four branches of each inception block: 1x1x1; 1x1x1, 3x3x3; 1x1x1, 3x3x3; 1x1x1 after pooling.
 MIXED = {
     "mixed_3b": (64, 96, 128, 16, 32, 32),
     "mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -25,15 +25,15 @@ MIXED = {
     "mixed_5b": (256, 160, 320, 32, 128, 128),
     "mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-# Pooling before a block: window and strides in time and in space.
+# Pooling before a block: window (time, space) and strides (time, space).
 POOL_BEFORE = {"mixed_3b": ((1, 3), (1, 2)), "mixed_4b": ((3, 3), (2, 2)), "mixed_5b": ((2, 2), (2, 2))}
 
 
 class I3d(nnx.Module):
-    """Inflated Inception on RGB, with batch norms folded into the convolutions before them.
+    """Inflated Inception on RGB, with batch norms folded into the preceding convolutions.
 
     Parameters are float32: convolutions with kernels [T, H, W, inputs, outputs] and biases, and the linear `head`.
-    They start random and mean nothing until trained ones are loaded.
+    They are random until trained weights are loaded.
     """
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -51,17 +51,17 @@ class I3d(nnx.Module):
         """Class logits of each clip.
 
         Args:
-          video: [B, T, H, W, 3] float32 in [0, 1]; T at least 9. Frames are resized to 224 x 224 (bilinear, edges
-            aligned and not corners, no antialiasing).
+          video: [B, T, H, W, 3] float32 in [0, 1]; T at least 9. Frames are resized to 224 x 224 (bilinear,
+            `align_corners=False` in PyTorch's terms, no antialiasing).
 
         Returns:
-          [B, 400] float32: mean over time.
+          [B, 400] float32, averaged over time.
 
         Raises:
-          InputError: the shape is not that of such videos.
+          InputError: the shape is not [B, T, H, W, 3], or T is too small.
         """
         if video.ndim != 5 or video.shape[-1] != 3 or video.shape[1] < SHORTEST:
-            raise InputError(f"I3D takes videos [B, T, H, W, 3], T at least {SHORTEST}; got {list(video.shape)}")
+            raise InputError(f"I3D needs videos [B, T, H, W, 3], T at least {SHORTEST}; got {list(video.shape)}")
         shape = (*video.shape[:2], RESOLUTION, RESOLUTION, 3)
         x = 2.0 * jax.image.resize(video, shape, "bilinear", antialias=False) - 1.0
         x = _max_pool(jax.nn.relu(self.conv3d_1a(x)), (1, 3), (1, 2))
@@ -70,13 +70,13 @@ class I3d(nnx.Module):
             if name in POOL_BEFORE:
                 x = _max_pool(x, *POOL_BEFORE[name])
             x = getattr(self, name)(x)
-        # the average over windows of 2 x 7 x 7, with 7 x 7 all there is; means commute with the linear layer
+        # average pooling with windows 2 x 7 x 7, where frames are 7 x 7 here; means commute with the linear layer
         x = x.mean((2, 3))
         return self.head(((x[:, :-1] + x[:, 1:]) / 2.0).mean(1))
 
 
 class Inception(nnx.Module):
-    """Four branches of convolutions side by side; `outputs` channels in all."""
+    """An inception block: four parallel branches of convolutions, concatenated to `outputs` channels."""
 
     def __init__(self, inputs: int, widths: tuple[int, ...], *, rngs: nnx.Rngs):
         b0, b1a, b1b, b2a, b2b, b3b = widths
@@ -99,12 +99,12 @@ class Inception(nnx.Module):
 
 
 def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, *, stride: int = 1) -> nnx.Conv:
-    """A cubic convolution padded as TensorFlow does (the odd row at the end)."""
+    """A convolution with a cubic kernel, padded as in TensorFlow (if odd, the extra row is at the end)."""
     return nnx.Conv(inputs, outputs, (size,) * 3, strides=stride, padding="SAME", rngs=rngs)
 
 
 def _max_pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
-    """Maximum over windows (time, space), padded as TensorFlow does. One axis at a time: fewer comparisons."""
+    """Maximum over windows (time, space), padded as in TensorFlow. One axis at a time needs fewer comparisons."""
     for axis, (n, stride) in enumerate(zip((*window, window[1]), (*strides, strides[1]), strict=True), 1):
         along = functools.partial(_along, x.ndim, axis)
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, along(n), along(stride), "SAME")

@@ -1,8 +1,8 @@
-"""The few layers everything is built from: linear, layer norm, the pre-LN transformer stack.
+"""Basic layers: linear, layer norm, and the pre-LN transformer stack.
 
-Parameters are float32; `dtype` is the dtype of the computation: what goes into products is cast to it. Statistics of
-norms and softmaxes stay in float32, and so does the residual stream, which blocks add to: rounded to bfloat16 after
-every layer, it would move more codes than the products do. Modules know nothing of meshes, losses or files.
+Parameters are float32. `dtype` is the dtype of the computation, to which the operands of matrix products are cast. The
+statistics of norms, softmaxes and the residual stream stay in float32: rounding the residual stream to bfloat16 after
+every layer would change more codes than bfloat16 products do. Modules do not depend on meshes, losses or files.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ Dtype = jnp.dtype | type
 
 
 def _with_cpu_form(general: Callable, on_cpu: Callable) -> Callable:
-    """A function of arrays that lowers to `on_cpu` on CPU and to `general` elsewhere (chosen per lowering platform)."""
+    """A function of arrays that lowers to `on_cpu` on CPUs and to `general` on other platforms."""
     return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=general)
 
 
-# XLA's CPU backend runs `dy @ W^T` and `x^T @ dy` at little more than half the speed of a plain row-major product.
-# Transposing first (behind a barrier, so that the transpose is not folded back into the product) costs D*F or B*N*D
-# moves against B*N*D*F multiplications.
+# XLA's CPU backend computes `dy @ W^T` and `x^T @ dy` at little more than half the speed of a plain row-major product.
+# Transposing first (with a barrier, so that XLA does not fold the transpose back into the product) copies only D*F or
+# B*N*D elements, compared to B*N*D*F multiplications.
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
@@ -54,7 +54,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel [inputs, outputs]; by default Xavier-uniform with zero bias, as the released code."""
+    """`x @ kernel + bias`, kernel [inputs, outputs]; Xavier-uniform with zero bias by default (released code)."""
 
     def __init__(
         self,
@@ -76,16 +76,17 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def lean(f: Callable) -> Callable:
-    """f of arrays, to be used in a stack: of its values in between the backward pass computes again what it needs.
+def rematerialized(f: Callable) -> Callable:
+    """f, whose intermediate values are recomputed in the backward pass instead of stored; for use in a stack.
 
-    For what is cheap beside the product that it ends in: norms, activations. The product itself is not computed again.
+    For functions that end in a matrix product after cheap operations such as norms and activations. The product itself
+    is not recomputed, because the backward pass does not need its result.
     """
-    return jax.checkpoint(f, prevent_cse=False)  # forward and backward pass of a stack are loops of their own
+    return jax.checkpoint(f, prevent_cse=False)  # safe: forward and backward pass of a stack are separate loops
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis; mean and (two-pass) variance in float32, whatever the compute dtype."""
+    """Layer norm over the last axis; mean and (two-pass) variance in float32 for any compute dtype."""
 
     def __init__(self, width: int, *, epsilon: float, dtype: Dtype = jnp.float32):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -102,9 +103,9 @@ class LayerNorm(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention; q, k and v are one product with columns [q; k; v], heads contiguous.
+    """Multi-head self-attention; one matrix product computes q, k and v, with columns [q; k; v], heads contiguous.
 
-    With `separate_qkv` they are three linear layers in what they start as, and have biases.
+    With `separate_qkv` they are initialized as three separate linear layers, and have biases.
     """
 
     def __init__(
@@ -126,15 +127,15 @@ class SelfAttention(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable) -> jax.Array:
-        """norm(x), [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
-        qkv = lean(lambda x: self.qkv(norm(x)))(x)
+        """Attention of norm(x), [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
+        qkv = rematerialized(lambda x: self.qkv(norm(x)))(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
         y = attention(q, k, v, causal=self.causal, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
 
 def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
-    """Three kernels side by side, each Xavier-uniform by its own number of columns."""
+    """Three kernels concatenated by columns, each Xavier-uniform for its own shape."""
     rows, columns = shape
     kernels = nnx.initializers.xavier_uniform(batch_axis=0)(key, (3, rows, columns // 3), dtype)
     return jnp.concatenate(kernels, axis=1)
@@ -148,13 +149,13 @@ class Mlp(nnx.Module):
         self.down = Linear(4 * width, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
-        """norm(x), [..., D] -> [..., D]."""
-        x = lean(lambda x: self.up(norm(x)))(x)
-        return lean(lambda x: self.down(gelu(x)))(x)
+        """MLP of norm(x), [..., D] -> [..., D]."""
+        x = rematerialized(lambda x: self.up(norm(x)))(x)
+        return rematerialized(lambda x: self.down(gelu(x)))(x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, in float32 by erf as in PyTorch: half the work of JAX's, by erfc."""
+    """Exact GELU in float32, computed by erf as in PyTorch, which takes half the time of JAX's, by erfc."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
@@ -189,7 +190,7 @@ class Block(nnx.Module):
         self.residual_dropout = residual_dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [B, N, D] float32 -> the same; `key` turns on dropout."""
+        """x [B, N, D] float32 -> the same shape; `key` turns on dropout."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = x + dropout(self.attention(x, keys[0], norm=self.norm1), self.residual_dropout, keys[1])
         return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
@@ -201,14 +202,14 @@ REMAT = ("none", "block", "dots")
 def run_stack(
     blocks: nnx.Module, x: jax.Array, *per_layer: jax.Array, remat: str = "none", key: jax.Array | None = None
 ) -> jax.Array:
-    """Runs stacked blocks (leaves [depth, ...], see `stack`) over x with `lax.scan`: one block is compiled.
+    """Applies stacked blocks (leaves [depth, ...], see `stack`) to x with `lax.scan`, so that one block is compiled.
 
     Args:
-      blocks: what `stack` returned.
+      blocks: from `stack`.
       x: [B, N, D] float32, the residual stream.
-      *per_layer: [depth, ...] each; a block is called with x, its key and its slice of each.
+      *per_layer: [depth, ...] each; block i is called with x, its key and slice i of each.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
-      key: dropout key, split over the layers; None for none.
+      key: random key of dropout, split over the layers; None turns dropout off.
     """
     graphdef, layers = nnx.split(blocks)
     depth = jax.tree.leaves(layers)[0].shape[0]
@@ -226,7 +227,7 @@ def run_stack(
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` blocks built at once: a module whose every leaf has a leading axis of that size."""
+    """Creates `depth` blocks as one module, all of whose leaves have a leading axis of that size."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -237,19 +238,19 @@ def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rn
 
 
 def unstack(blocks: nnx.Module) -> list[nnx.Module]:
-    """The blocks of `stack` one by one."""
+    """The blocks of `stack` as a list."""
     graphdef, layers = nnx.split(blocks)
     depth = jax.tree.leaves(layers)[0].shape[0]
     return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(depth)]
 
 
 class Transformer(nnx.Module):
-    """The bidirectional stack of the tokenizer and the discriminator; no norm after the last block."""
+    """The bidirectional transformer of the tokenizer and the discriminator; no norm after the last block."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
         self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
         self.remat = remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, N, D] float32 -> the same."""
+        """x [B, N, D] float32 -> the same shape."""
         return run_stack(self.blocks, x, remat=self.remat)

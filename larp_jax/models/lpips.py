@@ -1,4 +1,4 @@
-"""LPIPS, a perceptual distance of images by features of VGG16: version 0.1 of Zhang et al. 2018, arXiv 1801.03924."""
+"""LPIPS, a perceptual distance of images from VGG16 features (Zhang et al. 2018, arXiv 1801.03924, version 0.1)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 from larp_jax.errors import InputError
 from larp_jax.models.layers import Dtype
 
-# Widths of VGG16's convolutions (Simonyan & Zisserman 2014); the last of each stage is compared.
+# Widths of VGG16's convolutions (Simonyan & Zisserman 2014); the features of the last one of each stage are compared.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT = np.float32([-0.030, -0.088, -0.188])
 SCALE = np.float32([0.458, 0.448, 0.450])
@@ -16,14 +16,14 @@ SMALLEST = 2 ** (len(STAGES) - 1)
 
 
 class Lpips(nnx.Module):
-    """VGG16 up to its last convolution, and the weight of each compared channel.
+    """VGG16 up to its last convolution, and a weight per compared channel.
 
     Parameters are float32: `conv1_1` .. `conv5_3` with kernels [3, 3, inputs, outputs] and biases, `head1` .. `head5`
-    with one weight a channel. They start random and mean nothing until trained ones are loaded.
+    with one weight per channel. They are random until trained weights are loaded.
     """
 
     def __init__(self, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
-        """`dtype` is that of the convolutions; features are compared in float32."""
+        """`dtype` is the dtype of the convolutions; features are compared in float32."""
         inputs = 3
         for stage, widths in enumerate(STAGES, 1):
             for i, width in enumerate(widths, 1):
@@ -52,35 +52,35 @@ class Lpips(nnx.Module):
         return found
 
     def distance(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Distance of each frame of x from that of y.
+        """Distance between each frame of x and the same frame of y.
 
         Args:
           x, y: [B, H, W, 3] float32 in [0, 1], H and W at least 16.
 
         Returns:
-          [B] float32, 0 for equal frames: squared difference of features, weighted over channels, mean over positions,
-          summed over stages.
+          [B] float32, 0 for equal frames: the weighted sum over channels of the squared differences of features,
+          averaged over positions and summed over stages.
 
         Raises:
-          InputError: the shapes differ, or are not those of such frames.
+          InputError: the shapes differ, are not [B, H, W, 3], or H or W is too small.
         """
         if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < SMALLEST:
             raise InputError(
-                f"LPIPS compares two [B, H, W, 3] of the same shape, H and W at least {SMALLEST}; got {list(x.shape)}"
-                f" and {list(y.shape)}"
+                f"LPIPS needs two arrays [B, H, W, 3] of the same shape, H and W at least {SMALLEST}; got"
+                f" {list(x.shape)} and {list(y.shape)}"
             )
         total = jnp.zeros(len(x))
-        # apart and not as one batch, so that no gradient is computed for the one that needs none
+        # separately and not as one batch, so that no gradient is computed for an input that needs none
         for stage, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True), 1):
             total += jnp.square(a - b).mean((1, 2)) @ getattr(self, f"head{stage}")[...]
         return total
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """Maximum of windows of 2 x 2; an odd row or column at the end is left out.
+    """Maximum over windows of 2 x 2; an odd row or column at the end is dropped.
 
-    The gradient goes to the first of equal values, as in PyTorch. By comparisons, because XLA's CPU backend is slow at
-    the backward pass of windows.
+    On ties the gradient goes to the first value, as in PyTorch. Uses comparisons, because the backward pass of
+    `reduce_window` is slow on XLA's CPU backend.
     """
     height, width = (n // 2 * 2 for n in x.shape[1:3])
     left, right = x[:, :height, :width:2], x[:, :height, 1:width:2]
@@ -90,7 +90,7 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 def _normalize(x: jax.Array) -> jax.Array:
-    """x [..., C] divided by its length + 1e-10; where it is all zero, so is the gradient (and not NaN)."""
+    """x [..., C] divided by its length + 1e-10; the gradient at x = 0 is 0 (not NaN)."""
     square = jnp.square(x).sum(-1, keepdims=True)
     length = jnp.where(square > 0.0, jnp.sqrt(jnp.where(square > 0.0, square, 1.0)), 0.0)
     return x / (length + 1e-10)

@@ -1,4 +1,4 @@
-"""Names of parameters: the keys on the way to them, joined by slashes."""
+"""Names of parameters: the keys of their path, joined by slashes."""
 
 
 def path_name(path: tuple) -> str:

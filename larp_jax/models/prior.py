@@ -1,4 +1,7 @@
-"""The autoregressive prior: a small GPT on continuous latents, used in training only (arXiv 2410.21264)."""
+"""The autoregressive prior: a small GPT on continuous latents, used only in training.
+
+See LARP, arXiv 2410.21264, section 3.3.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,17 @@ from larp_jax.models.quantizer import normalize
 
 
 class Prior(nnx.Module):
-    """Predicts the next latent's direction from those before it.
+    """Predicts the direction of the next latent from the latents before it.
 
-    Linear layers start Xavier-uniform: the released code initializes the prior as a part of the tokenizer.
+    Linear layers are initialized Xavier-uniform: the released code initializes the prior as part of the tokenizer.
 
     Args:
       config: size, dropout.
-      num_tokens: N, rows of the position table unless the configuration gives another number.
-      code_dim: d.
+      num_tokens: N; also the number of rows of the position table, unless `config.positions` is above 0.
+      code_dim: d, width of the latents.
       rngs: `params` stream for the initial weights.
       remat: see `larp_jax.models.layers.run_stack`.
-      dtype: of the computation; the output is float32.
+      dtype: dtype of the computation; the output is float32.
     """
 
     def __init__(

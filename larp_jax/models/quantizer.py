@@ -1,5 +1,7 @@
-"""The bottleneck (arXiv 2410.21264, section 3): stochastic vector quantization (SVQ), plain VQ, or a KL-regularized
-Gaussian."""
+"""The bottleneck of the tokenizer: stochastic vector quantization (SVQ), plain VQ, or a KL-regularized Gaussian.
+
+See LARP, arXiv 2410.21264, section 3.2.
+"""
 
 import dataclasses
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax.config import QuantizerConfig
-from larp_jax.models.categorical import draw, largest
+from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.chunks import map_token_chunks
 from larp_jax.models.layers import LayerNorm, Linear
 
@@ -18,15 +20,15 @@ KMEANS_ROUNDS = 10
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What the bottleneck gives. Everything is float32 but the indices.
+    """Output of the bottleneck. All arrays are float32 except the indices.
 
     Attributes:
-      z: [B, N, d], the latents before quantization: unit vectors (the means for the KL bottleneck; as they come from
-        in_linear where `l2_normalized` is false).
-      z_q: [B, N, d], the latents handed on, straight-through: their values are code vectors, their gradient goes to z.
+      z: [B, N, d], the latents before quantization: unit vectors, or the outputs of `project` if `l2_normalized` is
+        false; the means for the KL bottleneck.
+      z_q: [B, N, d], input of the decoder, straight-through: the values are code vectors, the gradient goes to z.
       indices: [B, N] int32 codes; None for the KL bottleneck.
       loss: scalar, the weighted bottleneck loss (`loss_q` of the released code).
-      terms: its parts by name, unweighted scalars.
+      terms: the unweighted terms of the loss by name, scalars.
     """
 
     z: jax.Array
@@ -48,13 +50,13 @@ def similarities(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 class Quantizer(nnx.Module):
-    """in_linear -> norm -> latents -> codes -> out_linear. Float32, whatever the rest of the model computes in.
+    """in_linear -> norm -> latents -> codes -> out_linear, always in float32.
 
     Args:
       config: kind and options.
-      encoder_width: of what comes in.
-      decoder_width: of what goes out.
-      num_tokens: N, which only `norm="ln_nd"` asks for.
+      encoder_width: width of the inputs.
+      decoder_width: width of the outputs.
+      num_tokens: N, needed only for `norm="ln_nd"`.
       rngs: `params` stream for the initial weights.
     """
 
@@ -83,11 +85,11 @@ class Quantizer(nnx.Module):
 
     @property
     def codebook(self) -> jax.Array:
-        """The code vectors as they are used, see `code_vectors`."""
+        """The code vectors [K, d], see `code_vectors`."""
         return code_vectors(self.config, self.embedding[...])
 
     def project(self, h: jax.Array) -> jax.Array:
-        """Encoder outputs [B, N, D] -> what in_linear and the norm after it give, [B, N, d] (2 d for KL)."""
+        """Encoder outputs [B, N, D] -> outputs of in_linear and the norm after it, [B, N, d] (2 d for KL)."""
         h = h.astype(jnp.float32)
         projected = self.in_linear(h if self.in_norm is None else self.in_norm(h))
         if self.config.norm == "none":
@@ -106,10 +108,10 @@ class Quantizer(nnx.Module):
         """Quantizes [B, N, d].
 
         Args:
-          projected: what `project` returned.
-          key: for the stochastic draw (`svq`, `kl`); None for deterministic codes (evaluation).
-          temperature: tau of the draw; the configuration's by default.
-          share: of the codes in `z_q`, from 0 (the latents themselves) to 1; without effect for `kl`.
+          projected: from `project`.
+          key: random key of sampling (`svq`, `kl`); None for deterministic codes (evaluation).
+          temperature: sampling temperature tau; that of the configuration by default.
+          share: weight of the codes in `z_q`, from 0 (only the latents) to 1 (only the codes); no effect for `kl`.
         """
         if self.config.kind == "kl":
             return self._gaussian(projected, key)
@@ -150,18 +152,18 @@ class Quantizer(nnx.Module):
 
 
 def code_vectors(config: QuantizerConfig, embedding: jax.Array) -> jax.Array:
-    """The codebook of a table [K, d]: its rows at unit length, or as they are where `l2_normalized` is false."""
+    """The codebook of a table [K, d]: its rows scaled to unit length, or unchanged if `l2_normalized` is false."""
     return normalize(embedding) if config.l2_normalized else embedding
 
 
 def kmeans_codebook(config: QuantizerConfig, latents: jax.Array, key: jax.Array) -> jax.Array:
-    """A codebook [K, d] of the centers of latents [B, N, d], by Lloyd's algorithm from random latents.
+    """A codebook [K, d] by k-means of latents [B, N, d]: Lloyd's algorithm, initialized with random latents.
 
-    Centers have unit length if the configuration normalizes latents. A center that no latent is near stays.
+    Centers have unit length if the configuration normalizes latents. A center that is nearest to no latent is kept.
     """
     size, flat = config.codebook_size, latents.reshape(-1, latents.shape[-1])
     start = jax.random.choice(key, flat, (size,), replace=size > len(flat))
-    # noise separates latents that were chosen twice
+    # noise separates latents that were selected twice
     start = code_vectors(config, start + 1e-3 * jax.random.normal(key, start.shape))
 
     def improve(_, codes):
@@ -174,12 +176,15 @@ def kmeans_codebook(config: QuantizerConfig, latents: jax.Array, key: jax.Array)
 
 
 def mean_and_log_variance(projected: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The Gaussian in [B, N, 2 d]: mean [B, N, d] in the even columns, log-variance in the odd ones, in [-30, 20]."""
+    """Parameters of a Gaussian in [B, N, 2 d]: the mean [B, N, d] and the log-variance [B, N, d], clipped to [-30, 20].
+
+    They are in the even and in the odd columns.
+    """
     return projected[..., ::2], jnp.clip(projected[..., 1::2], -30.0, 20.0)
 
 
 def reparameterize(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """A draw of that Gaussian from one of the standard normal distribution, all of one shape."""
+    """A sample of the Gaussian from standard normal noise; all arrays have the same shape."""
     return mean + jnp.exp(0.5 * log_variance) * noise
 
 
@@ -191,15 +196,15 @@ def nearest_codes(
     temperature: jax.Array | float = 1.0,
     l2_normalized: bool = True,
 ) -> jax.Array:
-    """The nearest code of each latent or, with a key, a draw from softmax(z . E^T / temperature).
+    """The nearest code of each latent or, with a key, a code sampled from softmax(z . E^T / temperature).
 
     Args:
-      z: [B, N, d] unit vectors.
-      codebook: [K, d] unit vectors.
-      key: for the draw.
-      temperature: tau.
-      l2_normalized: whether they are unit vectors, whose nearest is that of the largest cosine; without a key, they
-        need not be.
+      z: [B, N, d] latents.
+      codebook: [K, d] code vectors.
+      key: random key of sampling, for unit vectors only.
+      temperature: sampling temperature tau.
+      l2_normalized: whether latents and code vectors are unit vectors; the nearest code is then the one with the
+        largest cosine.
 
     Returns:
       [B, N] int32.
@@ -208,19 +213,19 @@ def nearest_codes(
 
     def pick(i, z):
         if not l2_normalized:
-            return largest(affinities(z, codebook))
+            return argmax(affinities(z, codebook))
         logits = similarities(z, codebook)
         if key is not None:
-            return draw(jax.random.fold_in(key, i), logits / temperature)
-        return largest(logits)
+            return sample(jax.random.fold_in(key, i), logits / temperature)
+        return argmax(logits)
 
     return map_token_chunks(pick, z)
 
 
 def affinities(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Minus the squared distances [B, N, K] of latents [B, N, d] and codes [K, d], but for |z|^2.
+    """Negative squared distances [B, N, K] between latents [B, N, d] and codes [K, d], without the term |z|^2.
 
-    What |z|^2 adds is the same for all codes: neither the nearest nor a softmax over them depends on it.
+    That term is the same for all codes, so neither the nearest code nor a softmax over codes depends on it.
     """
     return 2.0 * similarities(z, codebook) - jnp.sum(jnp.square(codebook), axis=-1)
 
@@ -228,9 +233,9 @@ def affinities(z: jax.Array, codebook: jax.Array) -> jax.Array:
 def entropy_loss(z: jax.Array, codebook: jax.Array, temperature: float) -> jax.Array:
     """Mean entropy of each token's softmax(-D / temperature) minus the entropy of their mean, as in the released code.
 
-    D are the squared distances of latents [B, N, d] and codes [K, d]; of unit vectors they are twice the cosines but
-    for a constant. The loss is small when tokens are certain of their code and all codes are used: between -log K and
-    log K.
+    D are the squared distances between latents [B, N, d] and codes [K, d]; for unit vectors, -D is twice the cosine up
+    to a constant. The loss is in [-log K, log K], and small if each token is assigned to one code with certainty and
+    all codes are used equally.
     """
 
     def entropies(_, z):

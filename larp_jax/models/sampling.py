@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax.errors import InputError
-from larp_jax.models.categorical import draw, largest
+from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator, lengthen
 from larp_jax.models.layers import Dtype
@@ -157,10 +157,10 @@ def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:
 def draw_codes(logits: jax.Array, keys: jax.Array, scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
     """One code a row: logits [B, K] float32 and a key for each row -> [B] int32."""
     if plan.greedy:
-        return largest(logits)
+        return argmax(logits)
     logits = logits / scalars["temperature"]
     logits = filter_logits(logits, scalars["top_k"] if plan.top_k else None, scalars["top_p"] if plan.top_p else None)
-    return jax.vmap(draw)(keys, logits)
+    return jax.vmap(sample)(keys, logits)
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The LARP tokenizer: holistic-query encoder, quantizer, decoder (LARP, section 3.2)."""
+"""The LARP tokenizer: encoder with holistic queries, quantizer and decoder (LARP, arXiv 2410.21264, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from larp_jax.models.quantizer import Quantized, Quantizer
 
 
 class Encoder(nnx.Module):
-    """[patches; queries] through a transformer; the outputs at the queries are kept."""
+    """A transformer over [patches; queries]; the outputs at the queries are returned."""
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
         c = config
@@ -44,7 +44,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """[latents; patch queries] through a transformer; the outputs at the patch queries become pixels."""
+    """A transformer over [latents; patch queries]; the outputs at the patch queries are converted to pixels."""
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
         c = config
@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
         return unpatchify(patches, self.grid, self.patch)
 
     def features(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, D] -> what the head reads, [B, patches, D]."""
+        """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
         latents = latents + self.latent_positions()
         queries = self.patch_queries()
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
@@ -88,13 +88,13 @@ class Decoder(nnx.Module):
 
 
 class Tokenizer(nnx.Module):
-    """Video to N discrete codes and back.
+    """Encodes videos to N discrete codes, and decodes them.
 
     Args:
       config: sizes and options.
       rngs: `params` stream for the initial weights.
       remat: what the backward pass recomputes, see `larp_jax.models.layers.run_stack`.
-      dtype: of the computation; parameters, quantizer and output are float32.
+      dtype: dtype of the computation; parameters, quantizer and output are float32.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class Tokenizer(nnx.Module):
 
         Args:
           video: [B, T, H, W, C] float in [0, 1].
-          key: of the stochastic draw of codes; None for deterministic codes.
-          temperature: of the draw; the configuration's by default.
-          share: of codes against latents in what the decoder gets, see `Quantizer`.
+          key: random key of sampling codes; None for deterministic codes.
+          temperature: sampling temperature; that of the configuration by default.
+          share: weight of the codes, against the latents, in the input of the decoder; see `Quantizer`.
 
         Returns:
-          The reconstruction [B, T, H, W, C] float32 (not clamped) and what the quantizer gave.
+          The reconstruction [B, T, H, W, C] float32 (not clamped) and the output of the quantizer.
         """
         quantized = self.quantize(video, key=key, temperature=temperature, share=share)
         return self.decode_latents(quantized.z_q), quantized
