@@ -1,30 +1,30 @@
-"""The error that stands for a mistake in what the user gave, and how any error is put into words."""
+"""The error for wrong user input, and the one-line reason of any other error."""
 
 import errno
 import os
 import re
 
-# What the system says of disks and permissions. Libraries wrap it in text of their own.
+# System errors about disks and permissions, whose texts libraries wrap in their own.
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# Control characters, what turns the direction of text around, and bytes of a name that are no text.
+# Control characters, characters that change the direction of text, and bytes of a name that cannot be decoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
     """Something the user gave (an argument, a config, a file) is wrong.
 
-    The message is one line: what is wrong, where, and how to mend it. The command line prints it without a traceback
+    The message is one line: what is wrong, where, and how to fix it. The command line prints it without a traceback
     and exits with code 2.
     """
 
 
 def reason(error: BaseException, length: int = 200) -> str:
-    """Why something failed, in one line of at most `length` characters.
+    """Why something failed, in one line.
 
-    That is what the operating system says if it is in there somewhere, else the first line of the message, else the
-    name of the error.
+    This is the text of the operating system if the error contains one, otherwise the first `length` characters of the
+    first line of its message, or its class name if the message is empty.
     """
-    said = getattr(error, "strerror", None)  # those of FFmpeg have it without being OSErrors
+    said = getattr(error, "strerror", None)  # errors of FFmpeg have it, but are not OSErrors
     if isinstance(said, str) and said:
         return said
     text = str(error).strip()
@@ -35,8 +35,9 @@ def reason(error: BaseException, length: int = 200) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text without anything that a terminal would obey: names of files may hold any character, escapes too.
+    """A text that is safe to print on a terminal. File names can contain any characters, also escape sequences.
 
-    Control characters and the like become `\\x1b`, `\\u202e`; those of `keep` stay.
+    Control characters and characters that change the direction of text are replaced by escapes such as `\\x1b` and
+    `\\u202e`, except those in `keep`.
     """
     return _UNPRINTABLE.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)

@@ -1,7 +1,7 @@
-"""Every file that larp_jax writes: whole or not at all, and never in place of something that is not ours.
+"""Writing of files: complete or not at all, and never in place of a file of someone else.
 
-A file is written under a temporary name beside its target and renamed when it is complete. Temporary files are locked
-while their writer lives, so that what a killed process left behind can be told from work in progress and removed.
+A file is written under a temporary name next to its target and renamed when it is complete. Temporary files are locked
+while their process runs, so that those of killed processes can be recognized and removed.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
-DEEPEST = 64  # levels of JSON
-# Names of temporary files: a digest of the target's name, then a random part. Any target's name fits, however long.
-# The others are of earlier versions, which ended them in the number of their process.
+DEEPEST = 64  # nested levels of JSON
+# Names of temporary files: a hash of the target's name, which can be long, then a random part. The other patterns match
+# those of earlier versions, which end with the process id.
 _TEMPORARY = re.compile(
     r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp"
     r"|\.(?:(?:settings|manifest|psnr)\.json|codes-\d{5}(?:-of-\d{5}\.npz)?)\.\d+|\..+\.(?:mp4|png)\.\d+\.tmp"
 )
-# The beginning of a URL, which pathlib makes one slash of, and a URL within another text.
+# A URL at the beginning of a text, with one slash if it was a pathlib path, and a URL within a text.
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -43,7 +43,7 @@ def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
       what: the option it came from, for the message.
 
     Raises:
-      InputError: it is a URL such as `gs://bucket/run`, or names no file at all.
+      InputError: it is a URL such as `gs://bucket/run`, is empty or contains a null character.
     """
     text = os.fspath(path)
     refuse_url(text, what)
@@ -56,10 +56,10 @@ def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
 
 
 def refuse_url(text: str, what: str) -> None:
-    """`InputError` where a path is a URL, or a text such as `folder:gs://bucket/videos` holds one.
+    """`InputError` if a path is a URL, or a text such as `folder:gs://bucket/videos` contains one.
 
     Args:
-      text: a path, or a text that names one.
+      text: a path, or a text that contains one.
       what: the option it came from, for the message.
     """
     for scheme in (found[1] or found[2] for found in _URL.finditer(text)):
@@ -72,13 +72,13 @@ def refuse_url(text: str, what: str) -> None:
             )
 
 
-_NO_SCHEMES = ("folder", "tokens", "tfds")  # of data sets, whose path may be absolute
+_NO_SCHEMES = ("folder", "tokens", "tfds")  # kinds of data sets, which can be followed by an absolute path
 
 
 def check_output(
     path: str | os.PathLike, what: str = "--output", *, ours: Callable[[pathlib.Path], bool] = lambda path: False
 ) -> pathlib.Path:
-    """Checks before any work that an output file can be written at the end.
+    """Checks that an output file can be written, before the work of a command starts.
 
     Args:
       path: the file.
@@ -89,7 +89,7 @@ def check_output(
       The path, with `~` expanded.
 
     Raises:
-      InputError: it exists and is not ours, or its folder cannot be made or written.
+      InputError: it exists and may not be replaced, or its folder cannot be created or written.
     """
     path = local_path(path, what)
     if path.is_dir():
@@ -102,13 +102,13 @@ def check_output(
 
 
 def check_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
-    """Checks before any work that an output folder is there and can be written, or can be made; makes nothing.
+    """Checks that an output folder can be written or created, before the work of a command starts. Creates nothing.
 
     Raises:
-      InputError: neither.
+      InputError: the folder can be neither written nor created.
     """
     path = local_path(path, what)
-    _check_parents(path.absolute(), f"{what} {path} cannot be made")
+    _check_parents(path.absolute(), f"{what} {path} cannot be created")
     return path
 
 
@@ -123,7 +123,7 @@ def _check_parents(folder: pathlib.Path, complaint: str) -> None:
 
 
 def _is_folder(path: pathlib.Path) -> bool:
-    """Whether there is a folder, False if nothing is; `OSError` where something else is, or nothing can be."""
+    """True for a folder, False if the path does not exist; `OSError` if it is something else or invalid."""
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -136,26 +136,26 @@ def _is_folder(path: pathlib.Path) -> bool:
 
 
 def check_new_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Path:
-    """Checks before any work that a folder can be made that is not there yet, or empty; makes nothing.
+    """Checks that a new folder can be created, before the work of a command starts. Creates nothing.
 
     Raises:
-      InputError: it holds something, or cannot be made.
+      InputError: the folder exists and is not empty, or cannot be created.
     """
     path = check_folder(path, what)
     if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{what} {path} exists already and is not empty; name another, or remove it")
+        raise InputError(f"{what} {path} already exists and is not empty; name another, or remove it")
     return path
 
 
 def _recognized(path: pathlib.Path, ours: Callable[[pathlib.Path], bool]) -> bool:
     try:
         return ours(path)
-    except Exception:  # a file of any other kind may provoke anything in its reader
+    except Exception:  # a reader may raise any error for a file of another kind
         return False
 
 
 def _check_replaceable(path: pathlib.Path, what: str) -> None:
-    """`InputError` where a path exists and is no regular file: renaming onto a device or a pipe would remove it."""
+    """`InputError` if a path exists and is not a regular file: renaming onto a device or a pipe would remove it."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -167,30 +167,30 @@ def _check_replaceable(path: pathlib.Path, what: str) -> None:
 
 
 def make_folder(path: str | os.PathLike, what: str = "output folder") -> pathlib.Path:
-    """Makes a folder for output, and those above it, unless it is there.
+    """Creates a folder for output and its parents, if missing.
 
     Raises:
-      InputError: it cannot be made.
+      InputError: it cannot be created.
     """
     path = local_path(path, what)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{what} {path} cannot be made ({reason(error)}); name another") from error
+        raise InputError(f"{what} {path} cannot be created ({reason(error)}); name another") from error
     return path
 
 
-_swept: set[pathlib.Path] = set()  # folders that this process has looked for leftovers in: they may be long
+_swept: set[pathlib.Path] = set()  # folders already searched for leftovers: once only, because they can be large
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A block that writes a file under a temporary path; it becomes `path` if the block ends well, else it is removed.
+    """Context manager for writing a file at a temporary path: it is renamed to `path`, or removed after an error.
 
-    What killed processes left in its folder is removed the first time. A link is followed.
+    The first call for a folder removes the temporary files of killed processes. Symbolic links are followed.
 
     Raises:
-      InputError: the target is a folder, a device, a pipe or the like.
+      InputError: the target exists and is not a regular file.
       OSError: the folder cannot be written.
     """
     target = pathlib.Path(path)
@@ -212,23 +212,23 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """`replacing`, with the temporary file open for writing bytes."""
+    """Like `replacing`, but returns the temporary file, open for writing bytes."""
     with replacing(path) as temporary, temporary.open("w+b") as file:
         yield file
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a whole file; see `replacing`."""
+    """Writes a file; see `replacing`."""
     with writing(path) as file:
         file.write(data)
 
 
 def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    """Writes strict JSON, and makes the folder if missing; see `replacing`.
+    """Writes strict JSON and creates the folder if missing; see `replacing`.
 
     Raises:
       ValueError: a value is NaN or infinite.
-      InputError: the folder cannot be made, or the path is no regular file.
+      InputError: the folder cannot be created, or the path exists and is not a regular file.
       OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
@@ -238,20 +238,20 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: in
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds; see `parse_json`.
+    """Reads a JSON file; see `parse_json`.
 
     Raises:
-      OSError: the file cannot be read, or is no regular one.
-      ValueError: it is no JSON.
+      OSError: the file cannot be read, or is not a regular file.
+      ValueError: it is not valid JSON.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")  # a pipe would be waited for
+        raise OSError(f"{path} is not a regular file")  # reading a pipe would wait for its writer
     return parse_json(path.read_bytes())
 
 
 def json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds; empty if it is missing, damaged or holds something else."""
+    """The object in a JSON file; empty if the file is missing, damaged or contains something else."""
     try:
         values = read_json(path)
     except (OSError, ValueError):
@@ -260,11 +260,11 @@ def json_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds; NaN and infinities are none of it.
+    """Parses strict JSON, without NaN and infinities.
 
     Raises:
-      ValueError: it is no JSON, or its values lie within each other more than `DEEPEST` times, which functions that
-        call themselves could not follow.
+      ValueError: it is not valid JSON, or is nested more than `DEEPEST` levels, which could exceed the recursion limit
+        of functions that process it.
     """
 
     def refuse(constant):
@@ -285,10 +285,10 @@ def parse_json(text: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
-    """A folder to fill that becomes `path` if the block ends well, and is removed otherwise.
+    """Context manager for a temporary folder: it is renamed to `path`, or removed after an error.
 
     Raises:
-      InputError: the path exists and is not an empty folder, or cannot be made.
+      InputError: the path exists and is not an empty folder, or cannot be created.
     """
     target = check_new_folder(path, what).absolute()
     if target.is_symlink():
@@ -299,15 +299,15 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
         try:
             os.replace(temporary, target)
         except OSError:
-            check_new_folder(target, what)  # another process may have made it meanwhile
+            check_new_folder(target, what)  # another process may have created it in the meantime
             raise
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
-    """A folder for work in progress, in an existing one, that is gone after the block.
+    """Context manager for a temporary folder in an existing one, which is removed afterward.
 
-    Those that killed processes left for the same name are removed too.
+    Also removes the temporary folders that killed processes left for the same name.
     """
     parent = pathlib.Path(parent)
     prefix = _prefix(parent / name)
@@ -337,17 +337,17 @@ def _create(parent: pathlib.Path, prefix: str, folder: bool = False) -> tuple[pa
         except FileExistsError:
             continue
         except FileNotFoundError:
-            if folder and parent.is_dir():  # another process took it for a leftover before it was opened
+            if folder and parent.is_dir():  # another process removed it before it was opened
                 continue
             raise
         _lock(descriptor)
-        if path.exists():  # else another process took it for a leftover in the moment before the lock
+        if path.exists():  # otherwise another process removed it before it was locked
             return path, descriptor
         os.close(descriptor)
 
 
 def remove_leftovers(folder: str | os.PathLike, prefix: str = ".") -> None:
-    """Removes the temporary files and folders of killed processes from a folder, not from those below it."""
+    """Removes the temporary files and folders of killed processes from a folder, but not from its subfolders."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(prefix) and _TEMPORARY.fullmatch(name)]
     except OSError:
@@ -363,7 +363,7 @@ def remove_leftovers(folder: str | os.PathLike, prefix: str = ".") -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Locks an open file until it is closed; False if another process has it, None if it cannot be locked here."""
+    """Locks an open file until it is closed. False if another process has locked it, None if locks are unsupported."""
     try:
         import fcntl
 
@@ -377,13 +377,13 @@ def _lock(descriptor: int) -> bool | None:
 
 @contextlib.contextmanager
 def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
-    """A block in which this process alone writes to a folder, which is made if missing.
+    """Context manager that locks a folder, so that no other process writes to it. The folder is created if missing.
 
-    The system lets go of the lock when the process ends, however that happens. What killed processes left half written
-    in the folder is removed.
+    The operating system releases the lock when the process ends for any reason. Temporary files of killed processes in
+    the folder are removed.
 
     Raises:
-      InputError: another process has it, or it cannot be written.
+      InputError: another process has locked the folder, or it cannot be written.
     """
     folder = make_folder(folder, what)
     path = folder / LOCK
@@ -397,14 +397,14 @@ def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib
             os.close(descriptor)
             raise InputError(f"another process is writing {what} {folder}; wait for it, or name another")
         if locked is None:
-            logger.warning("%s cannot be locked; see to it that no other process writes there", folder)
+            logger.warning("%s cannot be locked; make sure that no other process writes there", folder)
         try:
             current = os.path.samestat(os.fstat(descriptor), os.stat(path))
         except FileNotFoundError:
             current = False
         if current:
             break
-        os.close(descriptor)  # its owner removed it between our opening and locking it
+        os.close(descriptor)  # its owner removed it before it was locked here
     try:
         remove_leftovers(folder)
         yield folder
@@ -424,20 +424,20 @@ def outputs(
     inputs: Collection[pathlib.Path] = (),
     but: str = "",
 ) -> Iterator[pathlib.Path]:
-    """A block in which this process alone writes these files of a folder; see `claim`.
+    """Context manager for writing files to a folder that no other process writes to; see `claim`.
 
-    Until it ends well, `unfinished.json` lists them, so that after being killed the same call may replace them.
+    Until they are complete, `unfinished.json` lists them, so that the same call can replace them after it was killed.
 
     Args:
-      folder: made if missing.
-      names: paths within it, with forward slashes.
-      what: the option that it came from, for messages.
-      ours: those that may be replaced, because an earlier call of the same kind wrote them.
-      inputs: files that are not replaced in any case.
-      but: why a file that exists is not replaced, for the message.
+      folder: created if missing.
+      names: paths of the files within the folder, with forward slashes.
+      what: the option that the folder came from, for messages.
+      ours: names that may be replaced, because an earlier call of the same kind wrote them.
+      inputs: files that are never replaced.
+      but: why an existing file is not replaced, for the message.
 
     Raises:
-      InputError: one of the files exists and is not ours, or as for `claim`.
+      InputError: one of the files exists and may not be replaced, or as for `claim`.
     """
     with claim(folder, what) as folder:
         journal = folder / UNFINISHED
@@ -457,11 +457,11 @@ def outputs(
 
 
 def is_empty(folder: pathlib.Path) -> bool:
-    """Whether a folder holds nothing but our lock."""
+    """Whether a folder contains nothing except the lock file."""
     return all(path.name == LOCK for path in folder.iterdir())
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

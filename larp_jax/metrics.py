@@ -1,8 +1,8 @@
-"""Reconstruction metrics and codebook statistics, as values a clip and sums that merge.
+"""Reconstruction metrics and codebook statistics, as values per clip and mergeable sums.
 
-An average over a data set is a sum and a count, merged batch by batch and process by process, and divided once at the
-end: a mean of batch means would be wrong on a last batch that is padded. The per-clip functions are pure and run
-under `jax.jit` in float32; the accumulators live on the host, in float64 and int64.
+An average over a data set is accumulated as a sum and a count, merged over batches and processes, and divided at the
+end, because a mean of batch means would be wrong if the last batch is padded. The per-clip functions are pure and run
+under `jax.jit` in float32; accumulators are on the host, in float64 and int64.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1 = 0.01**2  # (K1 * data range)^2; range 1
 SSIM_C2 = 0.03**2  # (K2 * data range)^2
-SMALLEST_MSE = 1e-10  # identical clips get 100 dB, not an infinity that would swallow every average
+SMALLEST_MSE = 1e-10  # identical clips get 100 dB, because infinity would make every average infinite
 
 Array = jax.Array | np.ndarray
 
@@ -28,7 +28,7 @@ def psnr(x: Array, y: Array) -> jax.Array:
 
     Args:
       x: [B, ...] in [0, 1].
-      y: as x. Clamp reconstructions to [0, 1] first, as published numbers do.
+      y: as x. Clamp reconstructions to [0, 1] first, as is done for published numbers.
 
     Returns:
       [B] float32 in dB; 100 for identical clips.
@@ -40,10 +40,10 @@ def psnr(x: Array, y: Array) -> jax.Array:
 
 
 def ssim(x: Array, y: Array) -> jax.Array:
-    """Structural similarity (Wang et al. 2004) of each clip: frame by frame, then the mean over its frames.
+    """Structural similarity (Wang et al. 2004) of each clip: the mean over its frames.
 
-    The Gaussian window is 11 wide with sigma 1.5; only windows wholly inside the frame count; covariances are those of
-    the population; the mean is over positions and color channels.
+    The Gaussian window has 11 x 11 pixels and sigma 1.5. Only windows that are completely inside the frame are used,
+    covariances are population covariances, and the mean is over positions and color channels.
 
     Args:
       x: [B, T, H, W, C] in [0, 1], H and W at least 11.
@@ -59,13 +59,13 @@ def ssim(x: Array, y: Array) -> jax.Array:
     height, width = x.shape[2:4]
     if min(height, width) < SSIM_WINDOW:
         raise InputError(
-            f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW}, these are {height}x{width}: leave it out of "
-            "the metrics, or evaluate at a larger size"
+            f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {height}x{width}; leave it out of the "
+            "metrics, or evaluate at a larger size"
         )
     rows, columns = _filter_matrix(height).T, _filter_matrix(width)
 
     def smooth(planes):
-        # The separable filter as two matrix products: over ten times faster on CPU than a convolution of one channel.
+        # The separable filter as two matrix products: over ten times faster on CPUs than a convolution of one channel.
         planes = jnp.matmul(planes, columns, precision=jax.lax.Precision.HIGHEST)
         return jnp.einsum("ih,...hw->...iw", rows, planes, precision=jax.lax.Precision.HIGHEST)
 
@@ -78,13 +78,13 @@ def ssim(x: Array, y: Array) -> jax.Array:
         structure = (2.0 * (mean_xy - product) + SSIM_C2) / (mean_xx + mean_yy - squares + SSIM_C2)
         return jnp.mean(luminance * structure, axis=(1, 2, 3))
 
-    # One frame of every clip at a time: memory stays that of a frame, and the batch axis may stay sharded.
+    # One frame of every clip at a time, to save memory. The batch axis can stay sharded.
     per_frame = jax.lax.map(frame_ssim, (jnp.moveaxis(x, 1, 0), jnp.moveaxis(y, 1, 0)))  # [T, B]
     return jnp.mean(per_frame, axis=0)
 
 
 def _filter_matrix(size: int) -> np.ndarray:
-    """[size, size - 10] float32: a product with it smooths an axis by the Gaussian window, full windows only."""
+    """[size, size - 10] float32: multiplication by it applies the Gaussian window to an axis, full windows only."""
     offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = np.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     window /= window.sum()
@@ -94,12 +94,12 @@ def _filter_matrix(size: int) -> np.ndarray:
 
 
 def code_counts(indices: jax.Array, codebook_size: int, mask: jax.Array | None = None) -> jax.Array:
-    """How often each code occurs along the last axis.
+    """Counts each code along the last axis.
 
     Args:
       indices: [..., N] int codes in [0, codebook_size).
       codebook_size: K.
-      mask: broadcastable to indices, 1 to count and 0 to leave out.
+      mask: broadcastable to indices; 1 counts a code, 0 leaves it out.
 
     Returns:
       [..., K] int32.
@@ -112,12 +112,12 @@ def code_counts(indices: jax.Array, codebook_size: int, mask: jax.Array | None =
 
 
 def codebook_usage(counts: Array) -> Array:
-    """Share of the codebook that occurs at all: [..., K] counts -> [...] in [0, 1]."""
+    """Fraction of codes that occur at least once: [..., K] counts -> [...] in [0, 1]."""
     return (counts > 0).mean(axis=-1)
 
 
 def entropy(counts: Array) -> Array:
-    """Entropy of the histogram: [..., K] counts -> [...] in nats, in [0, log K]. Empty histograms give 0.
+    """Entropy of the histogram: [..., K] counts -> [...] in nats, from 0 to log K; 0 for an empty histogram.
 
     NumPy counts are computed in float64, JAX counts in float32.
     """
@@ -128,24 +128,24 @@ def entropy(counts: Array) -> Array:
 
 
 def perplexity(counts: Array) -> Array:
-    """Exponential of the entropy, the effective number of codes in use: [..., K] counts -> [...] in [1, K]."""
+    """Exponential of the entropy, the effective number of used codes: [..., K] counts -> [...] in [1, K]."""
     h = entropy(counts)
     return np.exp(h) if isinstance(counts, np.ndarray) else jnp.exp(h)
 
 
 def kl_from_uniform(counts: Array) -> Array:
-    """Kullback-Leibler divergence of the histogram from the uniform one: [..., K] counts -> [...] nats, 0 at best."""
+    """Kullback-Leibler divergence of the histogram from the uniform one: [..., K] counts -> [...] in nats."""
     return np.log(counts.shape[-1]) - entropy(counts)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A weighted average still in two parts; a pytree, so jitted steps may return it.
+    """A mean as a sum and a count; a pytree, so that jitted functions can return it.
 
     Attributes:
-      total: sum of the values that count.
-      count: how many they are.
+      total: sum of the values.
+      count: number of values.
     """
 
     total: Array | float
@@ -153,23 +153,23 @@ class Mean:
 
     @classmethod
     def empty(cls) -> Self:
-        """Of nothing yet."""
+        """The mean of no values."""
         return cls(np.float64(0), np.float64(0))
 
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array | None = None) -> Self:
-        """Of values [B]; mask [B] is 1 for what is real and 0 for padding, whose values (NaN even) are not read."""
+        """The mean of values [B]. `mask` [B] is 1 for real values and 0 for padding, which is ignored even if NaN."""
         if mask is None:
             mask = jnp.ones(values.shape, jnp.bool)
         return cls(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
     def merge(self, other: Self) -> Self:
-        """Of both, on the host in float64: float32 would round away clips of a long evaluation."""
+        """The mean of the values of both, on the host in float64: float32 would lose precision in long evaluations."""
         total, count = np.float64(self.total), np.float64(self.count)
         return type(self)(total + np.float64(other.total), count + np.float64(other.count))
 
     def compute(self) -> float:
-        """The average; NaN of nothing."""
+        """The mean; NaN if there are no values."""
         return float(self.total) / float(self.count) if self.count else float("nan")
 
 
@@ -185,12 +185,12 @@ class CodeStatistics:
 
     @classmethod
     def empty(cls, num_tokens: int, codebook_size: int) -> Self:
-        """Of nothing yet."""
+        """Statistics of no codes."""
         return cls(np.zeros((num_tokens, codebook_size), np.int64))
 
     @classmethod
     def of(cls, indices: np.ndarray, codebook_size: int, mask: np.ndarray | None = None) -> Self:
-        """Of codes [B, N] in [0, codebook_size); mask [B] is 1 for real clips and 0 for padding."""
+        """Statistics of codes [B, N] in [0, codebook_size). `mask` [B] is 1 for real clips and 0 for padding."""
         indices = np.asarray(indices)
         if mask is not None:
             indices = indices[np.asarray(mask, bool)]
@@ -200,14 +200,14 @@ class CodeStatistics:
         return cls(counts.reshape(num_tokens, codebook_size))
 
     def merge(self, other: Self) -> Self:
-        """Of both."""
+        """Statistics of the codes of both."""
         return type(self)(self.counts + other.counts)
 
     def compute(self) -> dict[str, float]:
-        """`usage`, `perplexity` and `kl_from_uniform` over all positions, and the `position_entropy` in nats.
+        """`usage`, `perplexity` and `kl_from_uniform` over all positions, and the mean `position_entropy` in nats.
 
-        `position_entropy` is the mean over positions of the entropy of the codes seen at one; where it is far below
-        the entropy over all positions, positions have codes of their own.
+        If the mean entropy of the codes at one position is far below the entropy over all positions, different
+        positions use different codes.
         """
         overall = self.counts.sum(axis=0)
         return {
@@ -218,10 +218,10 @@ class CodeStatistics:
         }
 
     def position_entropy(self) -> np.ndarray:
-        """Entropy in nats of the codes seen at each position, [N]."""
+        """Entropy of the codes at each position in nats, [N]."""
         return np.asarray(entropy(self.counts))
 
 
 def _check_same_shape(name: str, x: Array, y: Array) -> None:
     if x.shape != y.shape:
-        raise InputError(f"{name} compares clips of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise InputError(f"{name} compares clips of the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")

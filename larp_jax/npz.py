@@ -1,4 +1,4 @@
-"""Arrays out of npz files: what a file claims is held to what belongs there before any memory is taken for it."""
+"""Reading of npz files that may be damaged: headers are checked before memory is allocated for the arrays."""
 
 import math
 import os
@@ -14,11 +14,11 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 
 class Array(NamedTuple):
-    """What an array is.
+    """Dtype and shape of an array.
 
     Attributes:
-      dtype: anything that `np.dtype` takes.
-      shape: its sides; where one is expected, None stands for any length.
+      dtype: anything that `np.dtype` accepts.
+      shape: lengths of the axes; in an expected shape, None matches any length.
     """
 
     dtype: Any
@@ -28,15 +28,15 @@ class Array(NamedTuple):
         return f"{np.dtype(self.dtype)} [{', '.join('n' if side is None else str(side) for side in self.shape)}]"
 
 
-def headers(path: str | os.PathLike, mend: str) -> dict[str, Array]:
-    """What each array of a file claims to be, by name.
+def headers(path: str | os.PathLike, fix: str) -> dict[str, Array]:
+    """Dtype and shape of each array of a file, by name, as given in its header.
 
     Args:
       path: the file.
-      mend: ends the message of an error: what to do about it.
+      fix: end of error messages: how to fix the problem.
 
     Raises:
-      InputError: the file is missing, or no sound npz file.
+      InputError: the file is missing or is not a valid npz file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -45,22 +45,22 @@ def headers(path: str | os.PathLike, mend: str) -> dict[str, Array]:
                 with archive.open(name) as member:
                     found[name.removesuffix(".npy")] = _header(member)
             return found
-    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-        raise _refusal(path, error, mend) from None
+    except Exception as error:  # any error from zipfile, zlib or NumPy on a broken archive
+        raise _refusal(path, error, fix) from None
 
 
-def read(path: str | os.PathLike, expected: Mapping[str, Array], mend: str) -> dict[str, np.ndarray]:
-    """Arrays of a file by name, exactly as expected; others in it are not looked at.
+def read(path: str | os.PathLike, expected: Mapping[str, Array], fix: str) -> dict[str, np.ndarray]:
+    """Reads the expected arrays of a file; other arrays in it are ignored.
 
-    An array with a side of any length must lie there uncompressed, so that it takes no more memory than the file.
+    An array with an axis of any length must be stored uncompressed, so that it needs no more memory than the file.
 
     Args:
       path: the file.
       expected: dtypes and shapes by name.
-      mend: ends the message of an error: what to do about it.
+      fix: end of error messages: how to fix the problem.
 
     Raises:
-      InputError: the file is missing, no sound npz file, or holds something else.
+      InputError: the file is missing, is not a valid npz file, or has other dtypes or shapes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -70,19 +70,19 @@ def read(path: str | os.PathLike, expected: Mapping[str, Array], mend: str) -> d
                 with archive.open(stored) as member:
                     found = _header(member)
                 if not _fits(found, wanted):
-                    raise InputError(f"{path} holds {found} where {wanted} belongs; {mend}")
+                    raise InputError(f"{path} contains {found} instead of {wanted}; {fix}")
                 size = math.prod(found.shape) * found.dtype.itemsize
                 if None in wanted.shape and size > stored.compress_size:
-                    raise ValueError(f"{name} claims {size} bytes, and has {stored.compress_size}")
+                    raise ValueError(f"{name} has {stored.compress_size} bytes, but {size} according to its header")
                 with archive.open(stored) as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
                     if member.read(1):
-                        raise ValueError(f"{name} is longer than its header says")
+                        raise ValueError(f"{name} is longer than its header states")
             return arrays
     except InputError:
         raise
-    except Exception as error:  # whatever a broken archive provokes in zipfile, zlib and NumPy
-        raise _refusal(path, error, mend) from None
+    except Exception as error:  # any error from zipfile, zlib or NumPy on a broken archive
+        raise _refusal(path, error, fix) from None
 
 
 def _header(member: BinaryIO) -> Array:
@@ -96,7 +96,7 @@ def _fits(found: Array, wanted: Array) -> bool:
     return all(side is None or side == other for side, other in zip(wanted.shape, found.shape, strict=True))
 
 
-def _refusal(path: str | os.PathLike, error: Exception, mend: str) -> InputError:
+def _refusal(path: str | os.PathLike, error: Exception, fix: str) -> InputError:
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing; {mend}")
-    return InputError(f"{path} is damaged ({reason(error)}); {mend}")
+        return InputError(f"{path} is missing; {fix}")
+    return InputError(f"{path} is damaged ({reason(error)}); {fix}")

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state of training."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes; plain nested dictionaries of arrays, so it can be sharded and saved as it is.
+    """Everything that a training step updates: nested dictionaries of arrays, which can be sharded and saved directly.
 
     Attributes:
-      step: int32 scalar, optimizer steps done.
+      step: int32 scalar, the number of finished optimizer steps.
       params: parameters by module (`tokenizer`, `prior`, ...), float32.
-      opt_state: what the optimizers carry, by name.
-      ema: moving average of the modules in `params` that outlive training; empty where none is kept.
+      opt_state: states of the optimizers, by name.
+      ema: exponential moving average of the modules in `params` that are used after training; empty if turned off.
     """
 
     step: jax.Array

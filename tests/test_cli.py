@@ -338,8 +338,8 @@ def test_to_hugging_face_and_back(trained, tokenizer, tmp_path, capsys):
     assert imported.fingerprint == tokenizer.fingerprint
     codes = np.arange(16).reshape(2, 8)
     np.testing.assert_allclose(imported.decode(codes), tokenizer.decode(codes), atol=1e-6)
-    assert "exists already and is not empty" in _fails_last(["import", f"--source={there}", f"--output={back}"], capsys)
-    assert "exists already" in _fails_last(
+    assert "already exists and is not empty" in _fails_last(["import", f"--source={there}", f"--output={back}"], capsys)
+    assert "already exists" in _fails_last(
         ["export", "--checkpoint", str(trained), "--format=huggingface", f"--output={there}"], capsys
     )
 

@@ -70,10 +70,10 @@ def test_recipe_and_step(path):
         ("tokenizer", "model.decoder_patch_size", -1, "must not be negative"),
         ("tokenizer", "model.latent_position_base", 0.0, "must be positive"),
         ("tokenizer", "model.quantizer.entropy_temperature", 0.0, "must be positive"),
-        ("tokenizer", "model.quantizer.temperature_ramp", 2.0, r"must lie in \[0, 1\], got 2.0"),
+        ("tokenizer", "model.quantizer.temperature_ramp", 2.0, r"must be in \[0, 1\], got 2.0"),
         ("tokenizer", "model.quantizer.kl_weight", -1.0, "must not be negative"),
-        ("tokenizer", "model.resolution", 8, "needs clips of 16 pixels, model.resolution=8; set it to 'none'"),
-        ("tokenizer", "prior.positions", 7, "prior.positions=7 are fewer than model.num_tokens=1024; set it to 0"),
+        ("tokenizer", "model.resolution", 8, "needs a model.resolution of at least 16, got 8; set it to 'none'"),
+        ("tokenizer", "prior.positions", 7, "prior.positions=7 is less than model.num_tokens=1024; set it to 0"),
         ("tokenizer", "prior.temperature", 0.0, "must be positive"),
         ("tokenizer", "loss.prior_weight", -1.0, "must not be negative"),
         ("tokenizer", "loss.prior_weight", math.nan, "must be a finite number, got nan"),
@@ -82,7 +82,7 @@ def test_recipe_and_step(path):
         ("tokenizer", "data.eval_clips", -1, "must not be negative"),
         ("tokenizer", "optim.learning_rate", math.inf, "must be a finite number, got inf"),
         ("tokenizer", "optim.warmup_steps", -1, "must not be negative"),
-        ("generator", "optim.b1", 1.0, r"must lie in \[0, 1\), got 1.0"),
+        ("generator", "optim.b1", 1.0, r"must be in \[0, 1\), got 1.0"),
         ("generator", "model.init_std", -1.0, "must not be negative"),
     ],
 )
@@ -188,12 +188,12 @@ def test_a_size_without_effect_is_warned_of(caplog):
     all_numbers = [f"--config.model.{name}={n}" for name, n in (("width", 128), ("depth", 1), ("heads", 2))]
     found = on_command_line("generator_s", "--config.model.size=B", *all_numbers)
     assert numbers(found.model) == (128, 1, 2)
-    assert "config.model.size='B' changes nothing: width, depth and heads of model are given, too" in caplog.text
+    assert "config.model.size='B' has no effect, because width, depth and heads of model are given" in caplog.text
     caplog.clear()
     recipe = default_recipe()
     recipe.prior.size, recipe.prior.width, recipe.prior.depth, recipe.prior.heads = "XS", 64, 1, 2
     take_sizes(recipe, ())
-    assert "config.prior.size='XS' changes nothing" in caplog.text
+    assert "config.prior.size='XS' has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

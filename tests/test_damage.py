@@ -173,7 +173,7 @@ def test_a_mean_clip_of_another_shape(workdir):
     path = workdir / checkpoint.MEAN_CLIP
     assert checkpoint.load(workdir).mean_clip.shape == (8, 32, 32, 3)
     write_zeros(path, mean_clip=((MUCH // 12, 1, 1, 3), np.float32))
-    wrong = r"mean_clip.npz holds float32 \[11184810, 1, 1, 3\] where float32 \[8, 32, 32, 3\] belongs; remove it"
+    wrong = r"mean_clip.npz contains float32 \[11184810, 1, 1, 3\] instead of float32 \[8, 32, 32, 3\]; remove it"
     refused(wrong, checkpoint.read_mean_clip, path, (8, 32, 32, 3))
     with pytest.raises(InputError, match=wrong):
         checkpoint.load(workdir)
@@ -269,7 +269,8 @@ def test_feature_statistics_that_claim_too_much(tmp_path):
     path, side = tmp_path / "i3d.npz", int((MUCH // 8) ** 0.5)
     others = {"count": ((), np.int64), "mean": ((side,), np.float64), "metadata": ((2,), np.uint8)}
     write_zeros(path, scatter=((side, side), np.float64), **others)
-    refused(r"is damaged \(mean claims 32768 bytes, and has \d+\); delete it", FeatureStatistics.load, path)
+    wrong = r"is damaged \(mean has \d+ bytes, but 32768 according to its header\); delete it"
+    refused(wrong, FeatureStatistics.load, path)
 
 
 @pytest.mark.parametrize("kind", ["lpips", "i3d"])
@@ -293,18 +294,18 @@ def test_arrays_of_npz_files(tmp_path):
     found = npz.read(path, {"x": npz.Array("f8", (2, None)), "n": npz.Array("i8", ())}, "")
     assert np.array_equal(found["x"], [[0, 1, 2], [3, 4, 5]]) and found["n"] == 7
     for name, dtype, shape, message in (
-        ("x", "f4", (2, 3), r"holds float64 \[2, 3\] where float32 \[2, 3\] belongs; mend it"),
+        ("x", "f4", (2, 3), r"contains float64 \[2, 3\] instead of float32 \[2, 3\]; fix it"),
         ("x", "f8", (3, None), r"where float64 \[3, n\] belongs"),
         ("x", "f8", (6,), r"where float64 \[6\] belongs"),
-        ("y", "f8", (6,), "is damaged .*y.npy.*; mend it"),
+        ("y", "f8", (6,), "is damaged .*y.npy.*; fix it"),
     ):
         with pytest.raises(InputError, match=message):
-            npz.read(path, {name: npz.Array(dtype, shape)}, "mend it")
-    with pytest.raises(InputError, match="is missing; mend it"):
-        npz.read(tmp_path / "b.npz", {}, "mend it")
+            npz.read(path, {name: npz.Array(dtype, shape)}, "fix it")
+    with pytest.raises(InputError, match="is missing; fix it"):
+        npz.read(tmp_path / "b.npz", {}, "fix it")
     path.write_bytes(path.read_bytes().replace(np.float64(5).tobytes(), np.float64(6).tobytes()))
     with pytest.raises(InputError, match="is damaged .Bad CRC"):
-        npz.read(path, {"x": npz.Array("f8", (2, 3)), "n": npz.Array("i8", ())}, "mend it")
+        npz.read(path, {"x": npz.Array("f8", (2, 3)), "n": npz.Array("i8", ())}, "fix it")
 
 
 def test_a_video_that_claims_more_frames_than_bytes(tmp_path):

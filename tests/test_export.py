@@ -152,7 +152,7 @@ def test_nothing_is_overwritten(tmp_path, reference_dir):
     _, config, params = import_huggingface(reference_dir / "ar_class")
     (tmp_path / "out").mkdir()
     export.export_huggingface(tmp_path / "out", config, params)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         export.export_huggingface(tmp_path / "out", config, params)
 
 

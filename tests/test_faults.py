@@ -62,7 +62,7 @@ def test_the_lock_does_not_outlive_a_killed_process(tmp_path):
 
 def test_a_workdir_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert "cannot be made (Not a directory)" in fails(2, capsys, tmp_path / "file" / "run")
+    assert "cannot be created (Not a directory)" in fails(2, capsys, tmp_path / "file" / "run")
 
     def read_only(path, flags, *arguments, **options):
         if flags & os.O_CREAT:

@@ -117,7 +117,7 @@ def test_leftovers_of_killed_processes_are_removed_but_not_those_of_running_ones
 def test_new_folder_refuses_what_exists(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(InputError, match="exists already"), files.new_folder(tmp_path / "full"):
+    with pytest.raises(InputError, match="already exists"), files.new_folder(tmp_path / "full"):
         pass
 
 
@@ -262,9 +262,9 @@ def test_checks_create_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for check in (files.check_folder, files.check_new_folder):
-        with pytest.raises(InputError, match=r"cannot be made \(Not a directory\)"):
+        with pytest.raises(InputError, match=r"cannot be created \(Not a directory\)"):
             check(tmp_path / "file" / "x")
-        with pytest.raises(InputError, match=r"cannot be made \(File name too long\)"):
+        with pytest.raises(InputError, match=r"cannot be created \(File name too long\)"):
             check(tmp_path / ("x" * 256))
 
 
@@ -308,7 +308,7 @@ def test_leftovers_of_earlier_versions(tmp_path):
 
 
 def test_two_new_folders_of_one_name(tmp_path):
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         with files.new_folder(tmp_path / "x") as first:
             (first / "a").touch()
             with files.new_folder(tmp_path / "x") as second:

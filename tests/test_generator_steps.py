@@ -233,5 +233,5 @@ def test_nearly_all_bytes_are_sharded(options):
 
 
 def test_sizes_must_be_known():
-    with pytest.raises(InputError, match="model.num_classes=0 leaves it open"):
+    with pytest.raises(InputError, match="model.num_classes must be positive, got 0; give a number"):
         GeneratorStage(dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, num_classes=0)))

@@ -71,7 +71,7 @@ def test_nothing_of_the_users_is_overwritten(tokenizer, folder, tmp_path):
         reconstruct(tokenizer, str(folder), folder)
     assert (folder / "a" / "x.mp4").read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         reconstruct(tokenizer, str(folder), tmp_path / "file")
 
 

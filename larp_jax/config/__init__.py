@@ -1,8 +1,8 @@
-"""Every setting there is: frozen dataclasses, the tables of sizes, and the way from a recipe to them.
+"""All settings, as frozen dataclasses, the tables of sizes, and the parsing of recipes.
 
-A recipe (a file in `configs/`) is an `ml_collections.ConfigDict` made by `default_recipe` and changed; `parse_recipe`
-turns it into the frozen dataclasses that the code uses and refuses what does not fit, in one line.
-The defaults are the published recipe (LARP-L-Long).
+A recipe (a file in `configs/`) changes the `ml_collections.ConfigDict` returned by `default_recipe`. `parse_recipe`
+converts it to the frozen dataclasses that the code uses, and rejects invalid settings with a one-line message. The
+defaults are the published recipe (LARP-L-Long; LARP, arXiv 2410.21264).
 """
 
 from larp_jax.config.checks import (

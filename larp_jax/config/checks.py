@@ -1,12 +1,12 @@
-"""What settings are checked for: one line that names the setting and says what is wrong."""
+"""Checks of settings. Each error is one line with the name of the setting and the problem."""
 
 import numbers
 import typing
 
 from larp_jax.errors import InputError
 
-# More than any network attends over, patches and tokens together. A clip's size is a claim that no stored array bears
-# out, and position tables are made of it.
+# Limit on patches plus tokens, far above that of any real network. Fixed position tables are computed from the clip
+# size in a configuration, so a damaged file could otherwise exhaust the memory.
 MOST_POSITIONS = 2**20
 
 
@@ -26,7 +26,7 @@ def within(name: str, config: typing.Any, *fields: str) -> None:
     """`InputError` unless these settings of a section are in [0, 1]."""
     for field in fields:
         value = getattr(config, field)
-        require(0 <= value <= 1, f"{name}.{field} must lie in [0, 1], got {value}")
+        require(0 <= value <= 1, f"{name}.{field} must be in [0, 1], got {value}")
 
 
 def check_positions(count: int, what: str) -> None:
@@ -38,7 +38,7 @@ def check_positions(count: int, what: str) -> None:
 
 
 def one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
-    """`InputError` unless the value of a setting is one of those allowed."""
+    """`InputError` unless the value of a setting is one of the allowed ones."""
     require(
         isinstance(value, str) and value in allowed,
         f"{name}={value!r} is not known; choose one of {', '.join(allowed)}",

@@ -1,4 +1,4 @@
-"""Settings of the networks, and the tables of their sizes. The defaults are the published model (LARP-L-Long)."""
+"""Settings of the networks and the tables of their sizes. The defaults are the published model (LARP-L-Long)."""
 
 import dataclasses
 import math
@@ -7,7 +7,8 @@ from larp_jax.config.checks import at_least_0, check_positions, one_of, require,
 
 NUMBERS = ("width", "depth", "heads")
 
-# The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters at 1024 tokens and 8,192 codes.
+# The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters with 1024 tokens and
+# 8,192 codes.
 TOKENIZER_SIZES = {
     "larp_s": (384, 12, 6),
     "larp_b": (768, 6, 12),
@@ -21,7 +22,7 @@ PRIOR_SIZES = {
     "XS": (384, 6, 6),
     "XXS": (256, 6, 4),
 }
-# `LP` is the published 632 M generator.
+# `LP` is the published generator of 632 M parameters.
 GENERATOR_SIZES = {
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -34,7 +35,7 @@ GENERATOR_SIZES = {
 
 
 def from_size(name: str, size: str, table: dict, width: int, depth: int, heads: int) -> tuple[int, int, int]:
-    """The size's numbers, each replaced where one is given (not 0); where all are, the size is a label: any will do."""
+    """Width, depth and heads: each as given, or if 0 from the table. If all are given, the size may be any text."""
     if width and depth and heads:
         return width, depth, heads
     one_of(name, size, table)
@@ -44,14 +45,14 @@ def from_size(name: str, size: str, table: dict, width: int, depth: int, heads: 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Size of a stack; 0 takes the number of the model's `size`."""
+    """Width, depth and heads of a transformer. 0 means the number that belongs to the `size` of the model."""
 
     width: int = 0
     depth: int = 0
     heads: int = 0
 
     def check(self, name: str) -> None:
-        """`InputError`, naming the setting as below `name`, where the numbers do not fit each other."""
+        """`InputError` if a number is not positive or the width is not divisible as required; `name` is the section."""
         for field in NUMBERS:
             require(getattr(self, field) > 0, f"{name}.{field} must be positive, got {getattr(self, field)}")
         heads = f"{name}.heads={self.heads}"
@@ -61,14 +62,19 @@ class TransformerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """The bottleneck (arXiv 2410.21264, section 3).
+    """The quantizer (LARP, arXiv 2410.21264, section 3.2).
 
-    `kind`: `svq` (stochastic draw in training), `vq` (always the nearest code), `kl` (continuous Gaussian latents, the
-    released code's `skl`). `temperature_start` above 0 anneals the draw's temperature linearly from it to `temperature`
-    over the first `temperature_ramp` of training. `input_norm`: `none` or `layer`, a layer norm before in_linear.
-    `norm`: `none`, or a layer norm after in_linear under its released name, over d (`ln_d`) or over tokens and d
-    together (`ln_nd`). `l2_normalized` makes unit vectors of latents and codes, which `svq` needs.
-    The entropy term is that of softmax(-D / `entropy_temperature`), D the squared distances of latents and codes.
+    `kind` is `svq` (stochastic: samples codes in training), `vq` (always the nearest code) or `kl` (continuous Gaussian
+    latents, `skl` in the released code). `temperature` is the sampling temperature of `svq`. If `temperature_start` is
+    above 0, the temperature changes linearly from it to `temperature` over the first part of training, a fraction
+    `temperature_ramp` of all steps.
+
+    `input_norm` is `none`, or `layer` for a layer norm before the input projection of the quantizer. `norm` is `none`,
+    or a layer norm after that projection under the name in the released code: `ln_d` (over d, the dimension of codes)
+    or `ln_nd` (over tokens and d together). `l2_normalized` scales latents and codes to unit length; `svq` needs it.
+
+    The entropy loss is computed from softmax(-D / `entropy_temperature`), where D are the squared distances between
+    latents and codes.
     """
 
     kind: str = "svq"
@@ -92,7 +98,7 @@ class QuantizerConfig:
         one_of("quantizer.norm", self.norm, ("none", "ln_d", "ln_nd"))
         require(
             self.l2_normalized or self.kind != "svq",
-            "quantizer.l2_normalized=False leaves no cosines to draw codes by; set quantizer.kind='vq'",
+            "quantizer.kind='svq' needs quantizer.l2_normalized=True; set it, or set quantizer.kind='vq'",
         )
         require(self.codebook_size > 1, f"quantizer.codebook_size must be above 1, got {self.codebook_size}")
         require(self.code_dim > 0, f"quantizer.code_dim must be positive, got {self.code_dim}")
@@ -104,19 +110,23 @@ class QuantizerConfig:
 
     @property
     def has_codes(self) -> bool:
-        """Whether latents are rounded to codes; `kl` has continuous latents instead, and no codebook."""
+        """Whether latents are quantized to codes; `kl` has continuous latents and no codebook."""
         return self.kind != "kl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer. `size` names width, depth and heads; `encoder` and `decoder` may override them one by one.
+    """The tokenizer (LARP, arXiv 2410.21264, section 3.2).
 
-    On the command line, a size sets these numbers whatever the recipe sets (see `take_sizes`).
+    `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
+    command line replaces these numbers of the recipe.
 
-    `decoder_patch_frames` and `decoder_patch_size` of 0 take the encoder's patch. Each of the four embedding tables
-    may be learned instead of fixed sine-cosine (`learned_*`) and carry a learned vector on every row (`use_*`), under
-    the names of the released configuration. Learned queries start Gaussian with `query_init_std`, or sine-cosine.
+    If `decoder_patch_frames` or `decoder_patch_size` is 0, the decoder uses the number of the encoder. Each of the four
+    position or query tables can be learned instead of fixed sine-cosine (`learned_*`), and can have a learned
+    token-type vector that is added to all rows (`use_*`); the names are those of the released configuration. Learned
+    encoder queries are initialized from a normal distribution with standard deviation `query_init_std`, or as a
+    sine-cosine table if `encoder_query_gaussian_init` is false. `latent_position_base` is the base of the frequencies
+    of fixed tables for queries and latents.
     """
 
     size: str = "larp_l"
@@ -186,12 +196,12 @@ class TokenizerConfig:
 
     @property
     def encoder_grid(self) -> tuple[int, int, int]:
-        """Patches along time, height, width in the encoder."""
+        """Number of patches (time, height, width) in the encoder."""
         return self._grid(self.encoder_patch)
 
     @property
     def decoder_grid(self) -> tuple[int, int, int]:
-        """Patches along time, height, width in the decoder."""
+        """Number of patches (time, height, width) in the decoder."""
         return self._grid(self.decoder_patch)
 
     def _grid(self, patch):
@@ -200,12 +210,12 @@ class TokenizerConfig:
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
-        """[T, H, W, C] of a clip."""
+        """Shape [T, H, W, C] of a clip."""
         return self.frames, self.resolution, self.resolution, self.channels
 
 
-# Settings of TokenizerConfig that only say how training starts and runs: tokenizers that differ in nothing else compute
-# the same codes and videos from the same weights.
+# Settings of TokenizerConfig that affect only initialization and training: tokenizers that differ in no other setting
+# compute the same codes and videos from the same weights.
 TRAINING_FIELDS = frozenset(
     {
         "query_init_std",
@@ -224,9 +234,15 @@ TRAINING_FIELDS = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """The AR prior (LARP, section 3.3). Scheduled sampling rises to `mix_max` over the first `mix_ramp` of training.
+    """The autoregressive prior that is trained together with the tokenizer (LARP, arXiv 2410.21264, section 3.3).
 
-    `positions` are the rows of the position table, as many as tokens where 0 (released priors keep 1024 for fewer).
+    `size` selects width, depth and heads; each can be overridden. `rounds` is the number of passes of scheduled
+    sampling; from the second on, inputs are replaced at random by codes sampled in the pass before. Their share rises
+    linearly from 0 to `mix_max` over the first part of training, a fraction `mix_ramp` of all steps. `temperature`
+    divides the cosines between predicted and actual codes.
+
+    `positions` is the number of rows of the position table; 0 means the number of tokens. (Released priors have 1024
+    rows even if the tokenizer has fewer tokens.)
     """
 
     size: str = "S"
@@ -246,7 +262,7 @@ class PriorConfig:
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
         require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
-        require(0 <= self.dropout < 1, f"prior.dropout must lie in [0, 1), got {self.dropout}")
+        require(0 <= self.dropout < 1, f"prior.dropout must be in [0, 1), got {self.dropout}")
         require(self.temperature > 0, f"prior.temperature must be positive, got {self.temperature}")
         at_least_0("prior", self, "positions")
         within("prior", self, "mix_max", "mix_ramp")
@@ -254,13 +270,18 @@ class PriorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """The stage-2 generator (LARP, section 4.1). `size` names width, depth and heads; each may be overridden.
+    """The generator of stage 2 (LARP, arXiv 2410.21264, section 4.1).
 
-    `kv_heads` of 0 means as many key/value heads as query heads; `mlp_multiplier` of 0 keeps the hidden width.
-    `condition` is what the generator is given: `class`, `frames` (the codes of the first frames and a separator),
-    `class+frames` or `none`. Empty, it is `frames` with `frame_prediction` and `class` without; these two are the
-    published forms. `class_dropout` of 0 leaves out the null class, and with it guidance. Before training,
-    `codebook_size`, `num_tokens` and `num_classes` of 0 are taken from the tokenizer and the data.
+    `size` selects width, depth and heads; each can be overridden. If `kv_heads` is 0, there are as many key/value heads
+    as query heads. The hidden width of the MLP is 8/3 of the width, times `mlp_multiplier` if that is not 0, rounded up
+    to a multiple of `mlp_multiple`.
+
+    `condition` is what the generator is given: `class`, `frames` (the codes of the given frames followed by a
+    separator), `class+frames` or `none`. If it is empty, `frame_prediction` decides between `frames` and `class`, the
+    two published forms. `class_dropout` is the probability that the null class replaces the class in training; without
+    it (0), there is no null class and no classifier-free guidance. `path_dropout` is the rate of stochastic depth in
+    the last block. If `codebook_size`, `num_tokens` or `num_classes` is 0, training sets it to the number of the
+    tokenizer or the data.
     """
 
     size: str = "LP"
@@ -310,12 +331,12 @@ class GeneratorConfig:
         at_least_0("model", self, "mlp_multiplier", "init_std")
         for part in ("class", "token", "attention", "residual", "mlp", "path"):
             rate = getattr(self, f"{part}_dropout")
-            require(0 <= rate < 1, f"model.{part}_dropout must lie in [0, 1), got {rate}")
+            require(0 <= rate < 1, f"model.{part}_dropout must be in [0, 1), got {rate}")
 
     def check_complete(self) -> None:
-        """`InputError` where a size is left open, which only training from a tokenizer and data fills in."""
+        """`InputError` if a size is 0, which only training from a tokenizer and data fills in."""
         for name in ("codebook_size", "num_tokens", "num_classes"):
-            require(getattr(self, name) > 0, f"model.{name}=0 leaves it open; give a number")
+            require(getattr(self, name) > 0, f"model.{name} must be positive, got 0; give a number")
 
     @property
     def given(self) -> str:
@@ -346,12 +367,12 @@ class GeneratorConfig:
 
     @property
     def condition_tokens(self) -> int:
-        """Positions before the first token: the class, then the codes of the given frames and the separator."""
+        """Number of positions before the first token: one for the class, and the given codes plus one."""
         return (self.class_rows > 0) + (self.num_tokens + 1 if self.has_frames else 0)
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the SwiGLU (LARP, section 4.1)."""
+        """Hidden width of the SwiGLU MLP (LARP, section 4.1)."""
         hidden = int(2 * 4 * self.width / 3)
         if self.mlp_multiplier:
             hidden = int(self.mlp_multiplier * hidden)
@@ -360,7 +381,7 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(TransformerConfig):
-    """The transformer that judges whole clips (LARP, section 3.3), the published size by default."""
+    """The discriminator: a transformer over whole clips; the published size by default."""
 
     width: int = 512
     depth: int = 12

@@ -1,4 +1,4 @@
-"""From a recipe, an `ml_collections.ConfigDict` or JSON, to frozen dataclasses and back."""
+"""Conversion of recipes (`ml_collections.ConfigDict` or JSON) to frozen dataclasses and back."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from larp_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# What a size fills: by stage and section its table, and the parts whose width, depth and heads are left at 0.
+# By stage and section with a `size`: the table of sizes, and the sections whose width, depth and heads it sets.
 SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
     "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
     "generator": {"model": (GENERATOR_SIZES, ("model",))},
@@ -23,9 +23,9 @@ STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
 
 
 def default_recipe(stage: str = "tokenizer"):
-    """The published recipe of a stage as a locked, typed `ConfigDict` to change in a configuration file.
+    """The published recipe of a stage, as a locked, typed `ConfigDict` to be changed in a configuration file.
 
-    Sizes left at 0 (widths, depths, heads, decoder patch) are filled from `size` when the recipe is parsed.
+    Widths, depths and heads of 0 are set from `size` when the recipe is parsed.
     """
     from ml_collections import ConfigDict
 
@@ -34,14 +34,14 @@ def default_recipe(stage: str = "tokenizer"):
 
 
 def take_sizes(recipe, given: typing.Collection[str]) -> None:
-    """Makes a size count that was given on top of a recipe, as `--config.model.size=larp_l` on the command line.
+    """Applies a size that overrides a recipe, such as `--config.model.size=larp_l` on the command line.
 
-    What it names (width, depth, heads) is its own then, whatever the recipe sets, but for the numbers that were given
-    beside it. A warning tells of a size that changes nothing, since all of its numbers are set.
+    Its width, depth and heads replace those of the recipe, except for the numbers that were also overridden. Warns
+    about a size without effect, because width, depth and heads are all given.
 
     Args:
       recipe: a `ConfigDict`, changed in place.
-      given: dotted names of the settings that were given on top of it.
+      given: dotted names of the settings that were overridden.
     """
     stage = str(recipe.get("stage", "tokenizer"))
     for section, (table, names) in SIZED.get(stage, {}).items():
@@ -54,20 +54,20 @@ def take_sizes(recipe, given: typing.Collection[str]) -> None:
         numbers = {tuple(part.get(number, 0) for number in NUMBERS) for part in parts.values()}
         if chosen and size in table and all(map(all, numbers)) and numbers != {table[size]}:
             logger.warning(
-                f"config.{setting}={size!r} changes nothing: width, depth and heads of {' and '.join(names)} are given,"
-                " too"
+                f"config.{setting}={size!r} has no effect, because width, depth and heads of"
+                f" {' and '.join(names)} are given"
             )
 
 
 def _at(recipe, name: str):
-    """The section of a recipe of that dotted name; an empty one where there is none."""
+    """The section of a recipe with that dotted name; empty if it does not exist."""
     for key in name.split("."):
         recipe = recipe.get(key, {}) if hasattr(recipe, "get") else {}
     return recipe if hasattr(recipe, "get") else {}
 
 
 def _defaults(cls) -> dict:
-    """Field defaults as declared, before `__post_init__` fills sizes."""
+    """Field defaults as declared, before `__post_init__` sets sizes."""
     return {
         field.name: _defaults(field.type)
         if dataclasses.is_dataclass(field.type)
@@ -79,24 +79,25 @@ def _defaults(cls) -> dict:
 
 
 def parse_recipe(values: typing.Mapping):
-    """A recipe (ConfigDict, or what `config.json` holds) as its stage's frozen dataclass; `InputError` if wrong."""
-    require(isinstance(values, typing.Mapping) or hasattr(values, "to_dict"), f"config holds settings, got {values!r}")
+    """Converts a recipe (ConfigDict, or contents of `config.json`) to its dataclass; `InputError` if it is invalid."""
+    is_mapping = isinstance(values, typing.Mapping) or hasattr(values, "to_dict")
+    require(is_mapping, f"config must be a mapping of settings, got {values!r}")
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     stage = values.get("stage", "tokenizer")
     one_of("config.stage", stage, STAGES)
     if stage == "tokenizer":
-        values.pop("data_init_clips", None)  # of earlier versions; decided only how a run started
+        values.pop("data_init_clips", None)  # a setting of earlier versions that only affected the initialization
     recipe = from_dict(STAGES[stage], values, "config")
     require(
         stage != "tokenizer" or recipe.model.quantizer.has_codes or "norm" in values["model"]["quantizer"],
-        "config.model.quantizer.kind='kl' without a norm is of an earlier version, which kept means and log-variances"
+        "config.model.quantizer.kind='kl' without norm is from an earlier version, which stored means and log-variances"
         " in other columns; train that tokenizer again",
     )
     return recipe
 
 
 def from_dict(cls, values: typing.Mapping, name: str):
-    """Builds a configuration dataclass from a mapping, checking every key and type."""
+    """Creates a configuration dataclass from a mapping; checks every key and type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
@@ -107,17 +108,17 @@ def from_dict(cls, values: typing.Mapping, name: str):
 
 
 def unknown_key(path: str, key: str, known: typing.Iterable[str]) -> str:
-    """The message for a key that does not exist, naming the nearest that does."""
+    """The message for a key that does not exist, with the most similar known key."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
     return f"{path} is not a setting; did you mean {path.rpartition('.')[0]}.{near[0]}?"
 
 
 def _checked(kind, value, name: str):
     if dataclasses.is_dataclass(kind):
-        require(isinstance(value, typing.Mapping), f"{name} holds settings of its own, got {value!r}")
+        require(isinstance(value, typing.Mapping), f"{name} must be a mapping of settings, got {value!r}")
         return from_dict(kind, value, name)
     if kind is dict:
-        require(isinstance(value, typing.Mapping), f"{name} holds numbers by name, got {value!r}")
+        require(isinstance(value, typing.Mapping), f"{name} must be a mapping of names to numbers, got {value!r}")
         return {key: _checked(float, number, f"{name}.{key}") for key, number in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         require(math.isfinite(value), f"{name} must be a finite number, got {value}")
@@ -128,7 +129,7 @@ def _checked(kind, value, name: str):
 
 
 def named_numbers(stage: str) -> list[str]:
-    """Settings of a stage, by their dotted names, that hold numbers under names of the user's: `optim.multipliers`."""
+    """Dotted names of the settings of a stage that map user-chosen names to numbers, such as `optim.multipliers`."""
 
     def find(cls, prefix):
         for field in dataclasses.fields(cls):
@@ -141,7 +142,7 @@ def named_numbers(stage: str) -> list[str]:
 
 
 def differences(a: typing.Mapping, b: typing.Mapping, prefix: str = "") -> dict[str, tuple]:
-    """The values of the settings in which two configurations differ, by their dotted names; None for none."""
+    """Settings in which two configurations differ: {dotted name: (value in a, value in b)}; None for a missing one."""
     found: dict[str, tuple] = {}
     for key in a.keys() | b.keys():
         one, other = a.get(key), b.get(key)

@@ -9,13 +9,19 @@ from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorCo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the objective (LARP, sections 3.2 and 3.3). `prior_weight` 0 trains without a prior.
+    """The training objective of a tokenizer (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
-    `adversarial_weight` 0 trains without a discriminator. Otherwise `adversarial` names the losses of both sides, from
-    step `adversarial_start` on the tokenizer hears the discriminator, and on every multiple of `discriminator_every`
-    from there the discriminator learns. `lecam_weight` acts squared, as in the released code.
-    `perceptual` is `none`, `lpips` for the weights where `larp-jax doctor` looks for them, or the path of that file;
-    `perceptual_frames` above 0 compares so many frames a step, drawn anew, instead of all.
+    `reconstruction` is `l1` or `l2`. If `prior_weight` is 0, no prior is trained.
+
+    If `adversarial_weight` is 0, there is no discriminator. Otherwise `adversarial` selects the losses of the tokenizer
+    and the discriminator: `ns` (non-saturating), `ns_smooth` (non-saturating, with smoothed targets) or `hinge`. From
+    step `adversarial_start` on, the adversarial loss is part of the tokenizer's objective, and the discriminator is
+    updated on every step that is a multiple of `discriminator_every`. The LeCam regularization is multiplied by the
+    square of `lecam_weight`, as in the released code.
+
+    `perceptual` is `none`, `lpips`, or the path of a file of LPIPS weights; `lpips` uses the file that `larp-jax
+    doctor` names. If `perceptual_frames` is above 0, that many random frames of each clip are compared per step instead
+    of all.
     """
 
     reconstruction: str = "l1"
@@ -34,17 +40,18 @@ class LossConfig:
     def __post_init__(self):
         one_of("loss.reconstruction", self.reconstruction, ("l1", "l2"))
         one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
-        require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got nothing")
+        require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got ''")
         require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
         at_least_0("loss", self, *(name for name, value in vars(self).items() if isinstance(value, int | float)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """Adam with linear warm-up and cosine decay per step (LARP, sections 3.3 and 4.1; constants of the released code).
+    """Adam with linear warmup and cosine decay of the learning rate; the constants are those of the released code.
 
-    The rate starts at `floor` times itself, reaches its full value after `warmup_steps` and ends at `floor` times it.
-    `clip_norm` 0 leaves gradients alone; `ema_decay` 0 keeps no average.
+    The learning rate rises from `floor` times `learning_rate` to `learning_rate` over `warmup_steps` steps, and decays
+    to `floor` times `learning_rate` at the last step. `clip_norm` is the largest norm of the gradients; 0 turns
+    clipping off. `ema_decay` is the decay of the EMA of the weights; 0 turns it off.
     """
 
     learning_rate: float = 1e-4
@@ -58,18 +65,19 @@ class AdamConfig:
     def __post_init__(self):
         require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
         for name in ("b1", "b2", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
         at_least_0("optim", self, "warmup_steps", "clip_norm")
         within("optim", self, "floor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamConfig):
-    """Of a tokenizer.
+    """Optimizer settings of a tokenizer.
 
-    `multipliers` scale the rate of the parameters below a path (`prior`, `tokenizer/encoder`): the longest that
-    matches counts; 0 freezes. The paper names 50 for the prior; the released trainer overwrites it with 1 before each
-    step. The discriminator has an Adam of its own that differs in nothing but the rate.
+    `multipliers` scale the learning rate of all parameters below a path, such as `prior` or `tokenizer/encoder`. If
+    several paths match, the longest counts; 0 freezes the parameters. The paper gives 50 for the prior, but the
+    released code overwrites it with 1 before each step. The discriminator has its own optimizer, which differs only in
+    the learning rate.
     """
 
     discriminator_learning_rate: float = 3e-5
@@ -83,7 +91,7 @@ class OptimConfig(AdamConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorOptimConfig(AdamConfig):
-    """Of a generator: AdamW. `weight_decay` is for the kernels of linear layers only."""
+    """Optimizer settings of a generator: AdamW. `weight_decay` applies only to the kernels of linear layers."""
 
     learning_rate: float = 6e-4
     b1: float = 0.9
@@ -97,10 +105,11 @@ class GeneratorOptimConfig(AdamConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where clips come from. `batch_size` counts clips over all hosts; `workers` 0 reads in threads.
+    """The training data and the evaluation data, each given as a SPEC such as `folder:PATH` or `tfds:NAME`.
 
-    `flip` mirrors half of the training clips, drawn at random. The released configuration asks for it, but the released
-    data set never does it.
+    `batch_size` is the number of clips per step, over all hosts. `workers` is the number of processes that read clips;
+    0 reads them in threads. `eval_clips` is the number of clips per evaluation; 0 means all. `flip` mirrors a random
+    half of the training clips. The released configuration turns it on, but the released data set ignores it.
     """
 
     train: str = ""
@@ -117,7 +126,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one -1 takes all that are left."""
+    """Number of devices along each axis of the mesh; one of them can be -1, for all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -129,25 +138,28 @@ class MeshConfig:
         require(all(n > 0 or n == -1 for n in sizes), f"mesh={sizes}: sizes must be positive, or -1 for the rest")
 
     def shape(self, devices: int) -> tuple[int, int, int]:
-        """The mesh's (data, fsdp, model) over a number of devices."""
+        """Sizes (data, fsdp, model) of the mesh for this number of devices; `InputError` if they do not match."""
         rest = devices // max(1, -math.prod((self.data, self.fsdp, self.model)))
         data, fsdp, model = (rest if size == -1 else size for size in (self.data, self.fsdp, self.model))
         require(
             data * fsdp * model == devices,
-            f"mesh data={self.data} fsdp={self.fsdp} model={self.model} does not fill {devices} device(s)",
+            f"mesh data={self.data} fsdp={self.fsdp} model={self.model} does not match {devices} device(s)",
         )
         return data, fsdp, model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run of any stage.
+    """Settings of a training run.
 
-    `precision` is that of the computation; parameters, quantizer and losses are float32. `remat` is what the backward
-    pass recomputes (`none`, every `block`, all but matrix products: `dots`). `accumulate` above 1 takes a batch in so
-    many parts, one after the other, which needs so much less memory. Checkpoints: every `save_every` steps, the newest
-    `keep` stay, and the one with the best `best_metric` of an evaluation. `init_from` is a path of weights to start
-    from, what `larp_jax.load_tokenizer` takes; resuming does not read it again.
+    `precision` is the dtype of the computation; parameters, quantizer and losses are always float32. `remat` is what
+    the backward pass recomputes to save memory: `none`, every `block`, or all but the matrix products (`dots`).
+    `accumulate` splits each batch into that many parts, which are processed one after the other to save memory.
+
+    Metrics are logged every `log_every` steps, and evaluated every `eval_every` steps. Checkpoints are saved every
+    `save_every` steps; the newest `keep` are kept, and the one with the best `best_metric`. `init_from` is a path of
+    weights to initialize from, of any form that `larp_jax.load_tokenizer` accepts. It is not read again when a run
+    resumes.
     """
 
     seed: int = 0
@@ -177,12 +189,13 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """How a small tokenizer starts to learn. All off in the published recipe, and without effect with `init_from`.
+    """Initialization and first steps of small tokenizers. Off in the published recipe; ignored with `init_from`.
 
-    `anchored` initializes by places, see `larp_jax.models.anchored_init`. For the first `continuous_steps` the decoder
-    gets the latents themselves; then the codebook is set to the k-means of the latents of `kmeans_clips` training
-    clips, and over `ramp_steps` codes replace the latents, z + a (code - z) with a from 0 to 1. The losses of quantizer
-    and prior have the weight a.
+    `anchored` initializes attention by position in the clip, see `larp_jax.models.anchored_init`. In the first
+    `continuous_steps` steps the decoder receives the latents z without quantization. Then k-means of the latents of
+    `kmeans_clips` training clips gives the codebook. Over the next `ramp_steps` steps codes gradually replace the
+    latents: the decoder receives z + a (code - z), where a rises from 0 to 1. The losses of the quantizer and the prior
+    are also multiplied by a.
     """
 
     anchored: bool = False
@@ -197,7 +210,7 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe(Recipe):
-    """A stage-1 run."""
+    """Settings of a training run of stage 1, which trains a tokenizer."""
 
     stage: str = "tokenizer"
     start: StartConfig = StartConfig()
@@ -212,11 +225,11 @@ class TokenizerRecipe(Recipe):
         super().__post_init__()
         require(
             self.loss.perceptual_frames <= self.model.frames,
-            f"loss.perceptual_frames={self.loss.perceptual_frames} is more than the {self.model.frames} of a clip",
+            f"loss.perceptual_frames={self.loss.perceptual_frames} is more than model.frames={self.model.frames}",
         )
         require(
             self.loss.perceptual == "none" or self.model.resolution >= 16,
-            f"loss.perceptual needs clips of 16 pixels, model.resolution={self.model.resolution}; set it to 'none'",
+            f"loss.perceptual needs a model.resolution of at least 16, got {self.model.resolution}; set it to 'none'",
         )
         start = self.start
         require(
@@ -226,25 +239,26 @@ class TokenizerRecipe(Recipe):
         )
         require(
             not start.continuous_steps or self.model.quantizer.has_codes,
-            "start.continuous_steps is for codes, which model.quantizer.kind='kl' has none of; set it to 0",
+            "start.continuous_steps needs codes, and model.quantizer.kind='kl' has none; set it to 0",
         )
         rows, tokens = self.prior.positions, self.model.num_tokens
         require(
-            not rows or rows >= tokens, f"prior.positions={rows} are fewer than model.num_tokens={tokens}; set it to 0"
+            not rows or rows >= tokens, f"prior.positions={rows} is less than model.num_tokens={tokens}; set it to 0"
         )
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
-            "loss.prior_weight needs codes, which model.quantizer.kind='kl' has none of; set it to 0",
+            "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorRecipe(Recipe):
-    """A stage-2 run: a generator of the codes of `tokenizer`, a path of its checkpoint.
+    """Settings of a training run of stage 2, which trains a generator on the codes of a tokenizer.
 
-    The codes are those of clips of `data.train`, made within the step, or with `tokens:DIR` those that
-    `larp-jax tokenize` wrote. `tokenizer_fingerprint` is filled in when training starts; given, it is checked.
-    A generator that predicts frames is given the first `cond_frames` of a clip.
+    `tokenizer` is the path of the tokenizer's checkpoint. Each training step encodes clips of `data.train` to codes, or
+    reads codes written by `larp-jax tokenize` if `data.train` is `tokens:DIR`. `tokenizer_fingerprint` is set when
+    training starts; if given, it is checked. A generator for frame prediction receives the first `cond_frames` frames
+    of a clip.
     """
 
     stage: str = "generator"

@@ -186,7 +186,7 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: 
     shard = manifest["shards"][number]
     path = pathlib.Path(directory) / shard["file"]
     expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"]))}
-    codes = npz.read(path, expected, mend="tokenize again")[name]
+    codes = npz.read(path, expected, fix="tokenize again")[name]
     if codes.min() < 0 or codes.max() >= manifest["K"]:
         raise InputError(
             f"{path} contains codes from {codes.min()} to {codes.max()}, outside [0, {manifest['K']}); tokenize again"
