@@ -295,8 +295,8 @@ def test_arrays_of_npz_files(tmp_path):
     assert np.array_equal(found["x"], [[0, 1, 2], [3, 4, 5]]) and found["n"] == 7
     for name, dtype, shape, message in (
         ("x", "f4", (2, 3), r"contains float64 \[2, 3\] instead of float32 \[2, 3\]; fix it"),
-        ("x", "f8", (3, None), r"where float64 \[3, n\] belongs"),
-        ("x", "f8", (6,), r"where float64 \[6\] belongs"),
+        ("x", "f8", (3, None), r"instead of float64 \[3, n\]"),
+        ("x", "f8", (6,), r"instead of float64 \[6\]"),
         ("y", "f8", (6,), "is damaged .*y.npy.*; fix it"),
     ):
         with pytest.raises(InputError, match=message):
