@@ -191,7 +191,7 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     for kind, metric in (("lpips", "lpips"), ("i3d", "rfvd")):
         message = fails([*evaluate, f"--metrics={metric}", f"--{kind}", absent], capsys)
         assert f"no weights of {kind} at {absent}" in message and f"larp-jax import --kind {kind}" in message
-    assert "defined for clips of 16x128x128, these are 8x32x32" in fails([*evaluate, "--protocol=larp_ucf101"], capsys)
+    assert "defined for clips of 16x128x128, not 8x32x32" in fails([*evaluate, "--protocol=larp_ucf101"], capsys)
     assert "is for --protocol held_out" in fails([*evaluate, "--training-data=moving_shapes"], capsys)
     same = [*evaluate[:-1], "moving_shapes:train", "--protocol=held_out"]
     assert "is also in the training data moving_shapes" in fails(same, capsys)
