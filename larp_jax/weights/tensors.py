@@ -3,11 +3,12 @@
 import collections
 import os
 import pathlib
+import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -113,6 +114,58 @@ def read_pickled(path: pathlib.Path, otherwise: str) -> Any:
             f"{path} is not a PyTorch file that can be read safely ({one_line(error)}); download it again, or"
             f" {otherwise}"
         ) from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits NumPy's reconstruction of arrays, and nothing else that could be called."""
+
+    ADMITTED = {
+        (module, name): value
+        for core in ("numpy.core", "numpy._core")
+        for module, name, value in (
+            (f"{core}.multiarray", "_reconstruct", np._core.multiarray._reconstruct),
+            ("numpy", "ndarray", np.ndarray),
+            ("numpy", "dtype", np.dtype),
+        )
+    }
+
+    def find_class(self, module, name):
+        """The admitted object of that name; `UnpicklingError` for any other."""
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
+        return self.ADMITTED[module, name]
+
+
+def read_pickled_arrays(file: IO[bytes], path: pathlib.Path) -> dict[str, Any]:
+    """Reads a pickle of NumPy arrays of floats in nested dictionaries. Nothing in it is executed.
+
+    Args:
+      file: the pickle, open.
+      path: its file, for messages.
+
+    Raises:
+      InputError: it is not a pickle, or contains anything else.
+    """
+
+    def check(value):
+        if isinstance(value, dict):
+            for name, child in value.items():
+                if not isinstance(name, str):
+                    raise pickle.UnpicklingError(f"it has the key {name!r}, which is not a name")
+                check(child)
+        elif not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            raise pickle.UnpicklingError(f"it contains a {type(value).__name__} that is not an array of floats")
+
+    try:
+        found = _ArrayUnpickler(file).load()
+        check(found)
+        if not isinstance(found, dict):
+            raise pickle.UnpicklingError("it contains no names")
+    except OSError:
+        raise
+    except Exception as error:  # any error of the unpickler or of NumPy on a malicious or broken file
+        raise InputError(f"{path} is not a file of arrays that can be read safely ({one_line(error)})") from None
+    return found
 
 
 def float_arrays(tensors: Mapping, path: pathlib.Path, unread: str = NOTHING) -> dict[str, np.ndarray]:
