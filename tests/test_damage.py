@@ -182,7 +182,7 @@ def test_a_mean_clip_of_another_shape(workdir):
     task.recipe = recipe
     refused(wrong, task.open_evaluation, workdir)
     np.savez(path, mean_clip=np.zeros((8, 32, 32, 3)))
-    refused(r"holds float64 \[8, 32, 32, 3\]", checkpoint.read_mean_clip, path, (8, 32, 32, 3))
+    refused(r"contains float64 \[8, 32, 32, 3\]", checkpoint.read_mean_clip, path, (8, 32, 32, 3))
 
 
 def sizes(path, value):
@@ -254,7 +254,11 @@ def test_codes_of_another_tokenizer_are_not_read(tmp_path):
     refused("model.num_tokens=1024, but data", GeneratorTask, parse_recipe(config), mesh)
     manifest = codes_on_disk.read_manifest(folder)
     refused(
-        r"holds int32 \[64, 524288\] where int32 \[64, 8\]", codes_on_disk.read_shard, folder, manifest | {"N": 8}, 0
+        r"contains int32 \[64, 524288\] instead of int32 \[64, 8\]",
+        codes_on_disk.read_shard,
+        folder,
+        manifest | {"N": 8},
+        0,
     )
 
 
@@ -341,7 +345,7 @@ def test_a_prepared_data_set_that_claims_more_frames_than_it_has(tmp_path):
 
 
 def test_a_tfds_data_set_that_claims_more_frames_than_it_has(trained, tmp_path):
-    (features,) = pathlib.Path(os.environ["TFDS_DATA_DIR"]).rglob("features.json")
+    (features,) = pathlib.Path(os.environ["TFDS_DATA_DIR"]).glob("moving_shapes/32/*/features.json")
     folder = shutil.copytree(features.parent, tmp_path / "data_set")
     text = (folder / "features.json").read_text()
     values = json.loads(text)
@@ -430,7 +434,7 @@ def test_failing_to_read_shows_no_tracebacks_of_threads(workdir, monkeypatch):
     """Threads of TensorStore, which continue to read after Orbax has failed and closed its event loop."""
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
-    monkeypatch.setattr(checkpoint, "damage", lambda *arguments: "")
+    monkeypatch.setattr(checkpoint, "find_damage", lambda *arguments: "")
     files = (workdir / "checkpoints" / "6" / "ema" / "ocdbt.process_0" / "d").iterdir()
     max(files, key=lambda path: path.stat().st_size).unlink()  # of an array; small files may never be read
     for _ in range(5):

@@ -196,7 +196,7 @@ def test_writing_failures_leave_nothing_behind(tmp_path):
     for frames in ([], moving_frames(2).astype(float), [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 6, 3), np.uint8)]):
         with pytest.raises(ValueError, match="write_video needs"):
             video.write_video(tmp_path / "v.mp4", frames, 10)
-    with pytest.raises(ValueError, match="write_png takes"):
+    with pytest.raises(ValueError, match="write_png needs"):
         video.write_png(tmp_path / "v.png", np.zeros((4, 4), np.uint8))
     assert not list(tmp_path.iterdir())
 

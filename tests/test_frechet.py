@@ -74,8 +74,8 @@ def test_features_that_are_not_finite():
 
 def test_other_mistakes():
     a, b = of(draw(3, 6), draw(3, 5))
-    assert "dimension 6 and 5" in refusal(frechet_distance, a, b)
-    assert "dimension 6 and 5" in refusal(a.merge, b)
+    assert "features of dimensions 6 and 5" in refusal(frechet_distance, a, b)
+    assert "features of dimensions 6 and 5" in refusal(a.merge, b)
     assert "population or sample" in refusal(frechet_distance, a, a, covariance="unbiased")
 
 

@@ -276,7 +276,7 @@ def test_labels_of_clips_are_matched_by_name(trained, tokenizer, real, tmp_path)
         )
     assert scores[0]["metrics"]["cross_entropy"] != scores[1]["metrics"]["cross_entropy"]
     few = load_generator(write_generator(tmp_path / "few", {"class_names": ["walk", "fly"]}))
-    with pytest.raises(InputError, match="a clip has the class 'run', the generator has not"):
+    with pytest.raises(InputError, match="a clip has the class 'run', which the generator lacks"):
         generated.classes_for(few, clips_of(real))
 
 
@@ -458,7 +458,7 @@ def test_classes_of_the_clips(trained, real, tmp_path):
     unknown = load_generator(write_generator(tmp_path / "unknown", {}))
     assert generated.classes_for(unknown, clips_of(real)).tolist() == [0, 0, 0, 1, 1, 1]
     few = load_generator(write_generator(tmp_path / "few", {}, num_classes=1))
-    with pytest.raises(generate.InputError, match="has the class 1, the generator has 0 to 0"):
+    with pytest.raises(generate.InputError, match="has the class 1, but the generator has 0 to 0"):
         generated.classes_for(few, clips_of(real))
     none = load_generator(write_generator(tmp_path / "none", {"class_counts": [0, 0, 0]}))
     assert generated.classes_for(none, clips_of(real)).tolist() == [-1] * 6

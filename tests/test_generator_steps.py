@@ -207,7 +207,8 @@ def test_generators_train_with_both_conditions_and_with_none(condition):
     logs, state = run(recipe, from_codes=True)
     assert logs[1]["loss"] < logs[0]["loss"]
     rows = state.params["generator"]["class_embedding"].shape[0]
-    assert rows == (STILL.model.num_classes + 1 if condition == "class+frames" else 1)
+    with_null = STILL.model.num_classes + (STILL.model.class_dropout > 0)
+    assert rows == (with_null if condition == "class+frames" else 1)
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,8 @@ def test_classes_without_videos_are_warned_of_and_not_sampled(mixed, trained, tm
     put = jax.device_put
 
     def watch(x, *rest, **options):
-        if isinstance(x, dict) and x.keys() == {"condition"}:
-            seen.append(x["condition"].tolist())
+        if isinstance(x, dict) and x.keys() == {"label"}:
+            seen.append(x["label"].tolist())
         return put(x, *rest, **options)
 
     monkeypatch.setattr(jax, "device_put", watch)

@@ -63,7 +63,7 @@ def test_identical_clips_are_finite():
 def test_shapes_that_cannot_be_compared_are_refused():
     with pytest.raises(InputError, match="11x11.*10x32"):
         metrics.ssim(np.zeros((1, 1, 10, 32, 3)), np.zeros((1, 1, 10, 32, 3)))
-    with pytest.raises(InputError, match="one shape"):
+    with pytest.raises(InputError, match="of the same shape"):
         metrics.psnr(np.zeros((1, 2, 8, 8, 3)), np.zeros((1, 1, 8, 8, 3)))  # would broadcast
 
 

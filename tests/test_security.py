@@ -94,7 +94,7 @@ def test_pickles_in_the_place_of_arrays(tmp_path):
     name = "codes-00000-of-00001.npz"
     manifest = {"N": 1, "K": 2, "shards": [{"file": name, "rows": 1}], "rows": rows}
     np.savez(tmp_path / name, codes=np.array([[Trap(sprung)]], object))
-    with pytest.raises(InputError, match="holds object"):
+    with pytest.raises(InputError, match="contains object"):
         codes_on_disk.read_shard(tmp_path, manifest, 0)
     with pytest.raises(InputError, match=r"not object \(codes\)"):
         tensors.read_npz(tmp_path / name, check=lambda shapes: None)
@@ -109,7 +109,7 @@ def test_arrays_that_claim_more_than_there_is_memory(tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("codes.npy", header.getvalue())
     manifest = {"N": shape[1], "K": 2, "shards": [{"file": name, "rows": shape[0]}], "rows": [{}]}
-    with pytest.raises(InputError, match=r"holds int32 \[1099511627776, 8\] where int32 \[1, 2147483647\]"):
+    with pytest.raises(InputError, match=r"contains int32 \[1099511627776, 8\] instead of int32 \[1, 2147483647\]"):
         codes_on_disk.read_shard(tmp_path, manifest, 0)
 
 
