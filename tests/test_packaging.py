@@ -61,7 +61,7 @@ def test_every_folder_of_modules_is_packaged(arguments):
 
 def test_extras_are_those_promised(arguments):
     extras = arguments["extras_require"]
-    assert set(extras) == {"cuda", "tpu", "tensorboard", "docs", "dev"}
+    assert set(extras) == {"cuda", "tpu", "tensorboard", "lpips", "docs", "dev"}
     for requirements in extras.values():
         assert all(map(Requirement, requirements))
 

