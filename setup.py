@@ -33,7 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["larp_jax", "larp_jax.*"]), "larp_jax.configs"],
+    packages=[*find_packages(include=["larp_jax", "larp_jax.*"]), "larp_jax.configs", "larp_jax.configs.experiments"],
     package_dir={"larp_jax.configs": "configs"},  # so that --config configs/X.py works without the repository
     include_package_data=True,  # what MANIFEST.in names inside the package
     python_requires=">=3.11,<3.14",

@@ -278,12 +278,12 @@ class LoadedGenerator:
         self.class_names = tuple(class_names)
         self._mesh, dtype = mesh, jnp.dtype(precision)
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
+        self._graphdef = nnx.graphdef(module)
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
-        graphdef = nnx.graphdef(module)
 
         def sample(params, condition, indices, key, scalars, plan):
-            return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
+            return sample_codes(self.module(params), condition, indices, key, scalars, plan)
 
         # with AVX-512, LLVM would use vectors of half its width
         options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
@@ -304,6 +304,15 @@ class LoadedGenerator:
             class_counts=found.class_counts,
             class_names=found.class_names,
         )
+
+    @property
+    def params(self) -> dict:
+        """The parameters: nested dictionaries of arrays of the compute precision."""
+        return self._params
+
+    def module(self, params: Mapping) -> Generator:
+        """The network with these parameters, for use in your own functions."""
+        return nnx.merge(self._graphdef, params)
 
     @property
     def batch_multiple(self) -> int:

@@ -31,6 +31,7 @@ COMMANDS = (
     weights.add_export,
     weights.add_import,
     data.add_prepare,
+    tools.add_experiment,
     tools.add_plan,
     tools.add_benchmark,
     tools.add_report,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from larp_jax.errors import InputError, reason
 
+EXPERIMENTS = os.path.join("configs", "experiments")
+
 
 def load_recipe(arguments: argparse.Namespace):
     """The recipe in the file of `--config`, with the settings of `overrides` applied.
@@ -23,25 +25,10 @@ def load_recipe(arguments: argparse.Namespace):
 
     from larp_jax.config import parse_recipe, take_sizes
 
-    path, _, variant = arguments.config.partition(":")
-    path = os.path.expanduser(path)
-    path = path if os.path.isfile(path) else _shipped(path)
-    if not os.path.isfile(path):
-        raise InputError(f"--config {path} is not a file; give a recipe such as configs/quickstart.py")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise InputError("it does not define get_config(), which returns the recipe")
-        config = get_config(variant) if variant else get_config()
-    except InputError as error:
-        raise InputError(f"--config {arguments.config}: {error}") from error
-    except Exception as error:  # the file is Python code and may raise anything
-        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"line {frames[-1]}: " if frames else ""
-        text = " ".join(str(error).split())
-        raise InputError(f"--config {arguments.config} fails: {where}{type(error).__name__}: {text}") from error
+    config = _from_file(arguments.config, "--config", "a recipe such as configs/quickstart.py")
     if not isinstance(config, ConfigDict):
-        raise InputError(f"--config {path}: get_config() must return a ConfigDict, not a {type(config).__name__}")
+        given = f"--config {arguments.config}"
+        raise InputError(f"{given}: get_config() must return a ConfigDict, not a {type(config).__name__}")
 
     overrides = _set_by_name(config, arguments.overrides)
     for text in overrides:
@@ -62,10 +49,58 @@ def load_recipe(arguments: argparse.Namespace):
     return parse_recipe(values.config)
 
 
+def load_experiment(text: str):
+    """The experiment NAME[:VARIANT] of configs/experiments, or of a file FILE.py[:VARIANT].
+
+    Raises:
+      InputError: there is no such experiment, or its file is wrong.
+    """
+    from larp_jax.config import Experiment
+
+    name, colon, variant = text.partition(":")
+    path = name if name.endswith(".py") else os.path.join(EXPERIMENTS, f"{name}.py")
+    experiment = _from_file(path + colon + variant, "experiment", f"one of {', '.join(_experiment_names())}")
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"experiment {text}: get_config() must return an Experiment, not {type(experiment).__name__}")
+    return experiment
+
+
+def _experiment_names() -> list[str]:
+    """The experiments in configs/experiments of this folder or of the installed package."""
+    folder = os.path.dirname(_shipped(os.path.join(EXPERIMENTS, "prior.py")))
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return sorted(name.removesuffix(".py") for name in names if name.endswith(".py") and not name.startswith("_"))
+
+
+def _from_file(text: str, option: str, example: str):
+    """What `get_config` of the Python file FILE[:VARIANT] returns; `option` and `example` are for messages."""
+    path, _, variant = text.partition(":")
+    path = os.path.expanduser(path)
+    path = path if os.path.isfile(path) else _shipped(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{option} {path} is not a file; give {example}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise InputError("it does not define get_config(), which returns the recipe")
+        return get_config(variant) if variant else get_config()
+    except InputError as error:
+        raise InputError(f"{option} {text}: {error}") from error
+    except Exception as error:  # the file is Python code and may raise anything
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"line {frames[-1]}: " if frames else ""
+        said = " ".join(str(error).split())
+        raise InputError(f"{option} {text} fails: {where}{type(error).__name__}: {said}") from error
+
+
 def _shipped(path: str) -> str:
-    """The file of a recipe configs/NAME.py in the installed package; any other path is returned unchanged."""
+    """The file of configs/ in the installed package that a path names; any other path is returned unchanged."""
     folder, name = os.path.split(path)
-    found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
+    package = {"configs": "larp_jax.configs", EXPERIMENTS: "larp_jax.configs.experiments"}.get(folder)
+    try:
+        found = importlib.util.find_spec(package) if package else None
+    except ModuleNotFoundError:  # the parent package is not installed
+        found = None
     places = found.submodule_search_locations if found and found.submodule_search_locations else ()
     return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
 

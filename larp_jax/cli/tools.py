@@ -1,11 +1,48 @@
-"""The commands plan, benchmark, report and doctor."""
+"""The commands experiment, plan, benchmark, report and doctor."""
 
 from typing import Any
 
 from larp_jax import files
 from larp_jax.cli.arguments import add_batch_size, add_command, add_config, add_guidance, add_precision, positive
-from larp_jax.cli.recipe import load_recipe
+from larp_jax.cli.recipe import load_experiment, load_recipe
 from larp_jax.errors import InputError
+
+
+def add_experiment(commands) -> None:
+    """Adds the command experiment."""
+    sub = add_command(
+        commands,
+        "experiment",
+        _experiment,
+        "compare tokenizers: train, sample and measure several arms with several seeds",
+        "prior --workdir runs/prior",
+    )
+    sub.add_argument(
+        "name", metavar="NAME[:VARIANT]",
+        help="patchwise, prior, prior_size, quantizer, scheduled_sampling or tokens, or the Python file of an"
+        " experiment; the variants gpu64 and gpu128 are for one GPU",
+    )  # fmt: skip
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the experiment, new or to be continued")
+    sub.add_argument(
+        "--seeds", type=positive, metavar="N", help="number of seeds (default: that of the experiment, usually 3)"
+    )
+    sub.add_argument(
+        "--jobs", type=positive, default=1, metavar="N",
+        help="processes side by side, each with its own GPU or its share of the CPU cores (default: 1)",
+    )  # fmt: skip
+
+
+def _experiment(arguments):
+    import dataclasses
+
+    from larp_jax.tools import experiment_results
+    from larp_jax.tools.experiment import run_experiment
+
+    experiment = load_experiment(arguments.name)
+    if arguments.seeds:
+        experiment = dataclasses.replace(experiment, seeds=arguments.seeds)
+    results = run_experiment(experiment, arguments.workdir, name=arguments.name, jobs=arguments.jobs)
+    print(experiment_results.table(results))
 
 
 def add_plan(commands) -> None:

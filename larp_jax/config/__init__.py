@@ -9,6 +9,7 @@ from larp_jax.config.checks import (
     MOST_POSITIONS,
     check_seed,
 )
+from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -51,6 +52,7 @@ __all__ = [
     "AdamConfig",
     "DataConfig",
     "DiscriminatorConfig",
+    "Experiment",
     "GENERATOR_SIZES",
     "GeneratorConfig",
     "GeneratorOptimConfig",
@@ -75,7 +77,10 @@ __all__ = [
     "check_seed",
     "default_recipe",
     "differences",
+    "experiment_options",
+    "experiment_recipes",
     "from_dict",
+    "make_experiment",
     "named_numbers",
     "parse_recipe",
     "take_sizes",

@@ -118,6 +118,9 @@ class QuantizerConfig:
 class TokenizerConfig:
     """The tokenizer (LARP, arXiv 2410.21264, section 3.2).
 
+    `layout` is `holistic`: queries collect what the codes encode (LARP); or `patchwise`: each patch has its own code,
+    as in earlier tokenizers, and `num_tokens` is the number of patches.
+
     `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
     command line replaces these numbers of the recipe.
 
@@ -130,6 +133,7 @@ class TokenizerConfig:
     """
 
     size: str = "larp_l"
+    layout: str = "holistic"
     frames: int = 16
     resolution: int = 128
     channels: int = 3
@@ -181,8 +185,18 @@ class TokenizerConfig:
                 size % patch == 0,
                 f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
             )
+        one_of("model.layout", self.layout, ("holistic", "patchwise"))
         for grid in (self.encoder_grid, self.decoder_grid):
             check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
+            require(
+                not self.is_patchwise or math.prod(grid) == self.num_tokens,
+                f"model.layout='patchwise' needs one code per patch; set model.num_tokens={math.prod(grid)}",
+            )
+
+    @property
+    def is_patchwise(self) -> bool:
+        """Whether each code belongs to a patch, instead of to the whole clip."""
+        return self.layout == "patchwise"
 
     @property
     def encoder_patch(self) -> tuple[int, int, int]:
@@ -241,6 +255,10 @@ class PriorConfig:
     linearly from 0 to `mix_max` over the first part of training, a fraction `mix_ramp` of all steps. `temperature`
     divides the cosines between predicted and actual codes.
 
+    `objective` is `code`, the published cross-entropy of the next code; or `latent`, the mean squared error of the next
+    latent before quantization, without scheduled sampling (arXiv 2412.16326). If `detached`, no gradient of the
+    objective reaches the tokenizer: the prior learns, but does not shape the codes.
+
     `positions` is the number of rows of the position table; 0 means the number of tokens. (Released priors have 1024
     rows even if the tokenizer has fewer tokens.)
     """
@@ -255,12 +273,15 @@ class PriorConfig:
     rounds: int = 2
     mix_max: float = 0.5
     mix_ramp: float = 0.3
+    objective: str = "code"
+    detached: bool = False
 
     def __post_init__(self):
         numbers = from_size("prior.size", self.size, PRIOR_SIZES, self.width, self.depth, self.heads)
         for name, value in zip(NUMBERS, numbers, strict=True):
             object.__setattr__(self, name, value)
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("prior")
+        one_of("prior.objective", self.objective, ("code", "latent"))
         require(self.rounds >= 1, f"prior.rounds must be at least 1, got {self.rounds}")
         require(0 <= self.dropout < 1, f"prior.dropout must be in [0, 1), got {self.dropout}")
         require(self.temperature > 0, f"prior.temperature must be positive, got {self.temperature}")

@@ -11,7 +11,10 @@ from larp_jax.models.quantizer import Quantized, Quantizer
 
 
 class Encoder(nnx.Module):
-    """A transformer over [patches; queries]; the outputs at the queries are returned."""
+    """A transformer over [patches; queries]; the outputs at the queries are returned.
+
+    Without queries in the patchwise layout, where the outputs at the patches are returned.
+    """
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
         c = config
@@ -23,20 +26,25 @@ class Encoder(nnx.Module):
             learned=c.learned_encoder_patch_pe,
             token_type=c.use_encoder_patch_token_type_embed,
         )
-        self.queries = Positions1d(
-            c.num_tokens,
-            c.encoder.width,
-            rngs=rngs,
-            learned=c.learned_encoder_latent_query_embed,
-            token_type=c.use_encoder_latent_query_token_type_embed,
-            base=c.latent_position_base,
-            init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
-        )
+        queries = None
+        if not c.is_patchwise:
+            queries = Positions1d(
+                c.num_tokens,
+                c.encoder.width,
+                rngs=rngs,
+                learned=c.learned_encoder_latent_query_embed,
+                token_type=c.use_encoder_latent_query_token_type_embed,
+                base=c.latent_position_base,
+                init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
+            )
+        self.queries = queries
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32."""
         patches = self.patch_embed(video) + self.patch_positions()
+        if self.queries is None:
+            return self.transformer(patches)
         queries = self.queries()
         queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
         x = self.transformer(jnp.concatenate([patches, queries], axis=1))
@@ -44,20 +52,26 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A transformer over [latents; patch queries]; the outputs at the patch queries are converted to pixels."""
+    """A transformer over [latents; patch queries]; the outputs at the patch queries are converted to pixels.
+
+    In the patchwise layout, the latents are added to the patch queries instead.
+    """
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
         c = config
         width = c.decoder.width
-        self.latent_positions = Positions1d(
-            c.num_tokens,
-            width,
-            rngs=rngs,
-            learned=c.learned_decoder_latent_pe,
-            token_type=c.use_decoder_latent_token_type_embed,
-            base=c.latent_position_base,
-            init_std=0.02,
-        )
+        latent_positions = None
+        if not c.is_patchwise:
+            latent_positions = Positions1d(
+                c.num_tokens,
+                width,
+                rngs=rngs,
+                learned=c.learned_decoder_latent_pe,
+                token_type=c.use_decoder_latent_token_type_embed,
+                base=c.latent_position_base,
+                init_std=0.02,
+            )
+        self.latent_positions = latent_positions
         self.patch_queries = Positions3d(
             c.decoder_grid,
             width,
@@ -80,6 +94,8 @@ class Decoder(nnx.Module):
 
     def features(self, latents: jax.Array) -> jax.Array:
         """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
+        if self.latent_positions is None:
+            return self.norm(self.transformer(latents + self.patch_queries()))
         latents = latents + self.latent_positions()
         queries = self.patch_queries()
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))

@@ -62,6 +62,17 @@ def prior_loss(
     return sum(losses) / len(losses), metrics
 
 
+def next_latent_loss(prior: Callable, z: jax.Array, *, key: jax.Array | None) -> jax.Array:
+    """Mean squared error between predicted and actual next latents, a scalar (arXiv 2412.16326, section 3).
+
+    Args:
+      prior: as for `prior_loss`.
+      z: [B, N, d] latents before quantization; inputs and targets, both with their gradients.
+      key: random key of dropout; None for none.
+    """
+    return jnp.mean(jnp.square(prior(z[:, :-1], key=key) - z[:, 1:]))
+
+
 def mix_sampled(
     latents: jax.Array, sampled: jax.Array, codebook: jax.Array, *, key: jax.Array, ratio: jax.Array | float
 ) -> jax.Array:

@@ -30,7 +30,7 @@ from larp_jax.models.lpips import Lpips
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
-from larp_jax.models.quantizer import kmeans_codebook
+from larp_jax.models.quantizer import Quantized, kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
@@ -267,17 +267,9 @@ class TokenizerStage:
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * share * quantized.loss
         if "prior" in model:
-            logs["loss_prior"], accuracy = losses.prior_loss(
-                self.module("prior", model),
-                recipe.prior,
-                quantized.z_q,
-                quantized.indices,
-                tokenizer.quantizer.codebook,
-                key=prior_key,
-                mix_ratio=self.mix_ratio(step),
-            )
-            loss += recipe.loss.prior_weight * share * logs["loss_prior"]
-            logs |= accuracy
+            terms = self._prior_losses(model, quantized, tokenizer.quantizer.codebook, step, prior_key)
+            loss += recipe.loss.prior_weight * share * terms["loss_prior"]
+            logs |= terms
         codes = None
         if quantized.indices is not None:
             codes = metrics.code_counts(quantized.indices, recipe.model.quantizer.codebook_size)
@@ -285,6 +277,18 @@ class TokenizerStage:
             codes = codes.sum(axis=0).astype(jnp.float32)
         logs["loss"] = loss
         return (reconstruction, loss), (codes, logs)
+
+    def _prior_losses(self, model: dict, quantized: Quantized, codebook, step, key) -> dict[str, jax.Array]:
+        """`loss_prior`, unweighted, and the accuracy of the prior if it predicts codes."""
+        prior, config = self.module("prior", model), self.recipe.prior
+        passed = jax.lax.stop_gradient if config.detached else lambda x: x
+        if config.objective == "latent":
+            return {"loss_prior": losses.next_latent_loss(prior, passed(quantized.z), key=key)}
+        mix_ratio = self.mix_ratio(step)
+        loss, accuracy = losses.prior_loss(
+            prior, config, passed(quantized.z_q), quantized.indices, codebook, key=key, mix_ratio=mix_ratio
+        )
+        return {"loss_prior": loss, **accuracy}
 
     def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
         """The losses of the reconstruction: their weighted sum, and each unweighted by name."""

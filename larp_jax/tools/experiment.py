@@ -1,0 +1,364 @@
+"""Experiments: trains tokenizers, and generators on their codes, over arms and seeds, and compares them.
+
+A cell is one arm with one seed. Its folder holds a tokenizer, its codes, and two generators: one trained on the codes
+in their order, and one on the same codes under one fixed permutation of the positions. What is complete is kept and
+training resumes, so an interrupted experiment continues where it was and gives the same numbers.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from larp_jax import api, data, files, metrics
+from larp_jax.config import Experiment, GeneratorRecipe, to_dict
+from larp_jax.data.codes import (
+    MANIFEST,
+    new_manifest,
+    read_manifest,
+    read_shard,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+from larp_jax.errors import InputError
+from larp_jax.evaluation.probe import ClipProbe, probe_distance, train_probe
+from larp_jax.inference.tokenize import tokenize
+from larp_jax.models.generator_codes import score_batch
+from larp_jax.models.pixels import to_uint8
+from larp_jax.runtime import rng
+from larp_jax.tools import analysis
+from larp_jax.tools.experiment_results import Cell, write_results
+from larp_jax.training.train import train
+from larp_jax.training.writers import read_metrics
+from larp_jax.weights import networks
+from larp_jax.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, CELL, PROBE, PROBE_SCORES = "experiment.json", "cell.json", "probe.npz", "probe.json"
+FORMAT = "larp_jax.experiment"
+BATCH = 16
+LPIPS_CLIPS, LPIPS_FRAMES = 64, 2  # clips, and frames of each, that LPIPS compares: it costs more than the rest
+PERMUTATION_SEED = 0
+ORDERED, PERMUTED = "codes", "permuted"
+
+
+def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: str = "", jobs: int = 1) -> dict:
+    """Runs all cells that are not complete, and writes `results.json`, `results.md` and `results.svg`.
+
+    Several processes may work on one folder: each takes cells that no other process has taken.
+
+    Args:
+      experiment: what to run.
+      workdir: folder of the experiment, created if missing.
+      name: name of the experiment, for `jobs` above 1: what the command line calls it.
+      jobs: number of processes that work side by side, each with its own GPU, or its share of the CPU cores.
+
+    Returns:
+      The contents of `results.json`, see `larp_jax.tools.experiment_results`.
+
+    Raises:
+      InputError: the folder belongs to another experiment, or a recipe does not fit the data or the devices.
+      RuntimeError: a process of `jobs` failed.
+    """
+    workdir = files.make_folder(files.local_path(workdir, "--workdir"), "--workdir")
+    _check_settings(experiment, workdir)
+    _share_compilations(workdir)
+    if jobs > 1:
+        _run_jobs(name, experiment, workdir, jobs)
+    else:
+        _run_cells(experiment, workdir)
+    return write_results(experiment, _complete_cells(experiment, workdir), _probe_scores(workdir), workdir)
+
+
+def _check_settings(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Writes the settings of the experiment, or checks that those in the folder are the same."""
+    settings = {"format": FORMAT, **json.loads(json.dumps(to_dict(experiment)))}
+    path = workdir / SETTINGS
+    if path.exists():
+        before = files.json_object(path)
+        # more seeds continue an experiment; anything else would mix different ones
+        if {**before, "seeds": 0} != {**settings, "seeds": 0}:
+            raise InputError(f"{workdir} holds an experiment with other settings ({SETTINGS}); name another --workdir")
+    elif any(entry.name not in (".larp_jax.lock",) for entry in workdir.iterdir()):
+        raise InputError(f"--workdir {workdir} is not empty and holds no experiment; name another")
+    files.write_json(path, settings)
+
+
+def _share_compilations(workdir: pathlib.Path) -> None:
+    """Keeps compiled programs in the folder, because seeds and most arms run the same ones."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
+
+
+def _names(experiment: Experiment) -> list[tuple[str, int]]:
+    """(arm, seed) of all cells, seed by seed, so that an unfinished experiment already compares all arms."""
+    return [(arm, seed) for seed in range(experiment.seeds) for arm in experiment.arms]
+
+
+def _folder(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+    return workdir / arm / f"seed-{seed}"
+
+
+def _complete_cells(experiment: Experiment, workdir: pathlib.Path) -> dict[tuple[str, int], Cell]:
+    found = {}
+    for arm, seed in _names(experiment):
+        path = _folder(workdir, arm, seed) / CELL
+        if path.exists():
+            found[arm, seed] = Cell.from_json(files.read_json(path))
+    return found
+
+
+def _run_jobs(name: str, experiment: Experiment, workdir: pathlib.Path, jobs: int) -> None:
+    """Runs the command in `jobs` processes, each with one GPU or its share of the CPU cores."""
+    _make_probe(experiment, workdir)  # once, before all processes would
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    command = [sys.executable, "-m", "larp_jax", "experiment", name, "--workdir", os.fspath(workdir)]
+    command += ["--seeds", str(experiment.seeds)]
+    running = []
+    with contextlib.ExitStack() as stack:
+        for job in range(jobs):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)] if gpus else str(job)}
+            log = stack.enter_context(open(workdir / f"job-{job}.log", "ab"))
+            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            stack.callback(running[-1].kill)
+            if len(cores) >= jobs:
+                os.sched_setaffinity(running[-1].pid, cores[job::jobs])
+        logger.info("%d processes are running; their output is in %s", jobs, workdir / "job-*.log")
+        codes = [process.wait() for process in running]
+    if failed := [job for job, code in enumerate(codes) if code]:
+        raise RuntimeError(f"job {failed[0]} failed; see {workdir / f'job-{failed[0]}.log'}")
+
+
+def _run_cells(experiment: Experiment, workdir: pathlib.Path) -> None:
+    probe = _make_probe(experiment, workdir)
+    names = _names(experiment)
+    for number, (arm, seed) in enumerate(names, 1):
+        folder = _folder(workdir, arm, seed)
+        if (folder / CELL).exists():
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.claim(folder, "cell"))
+            except InputError:
+                logger.info("another process works on %s", folder)
+                continue
+            if not (folder / CELL).exists():
+                logger.info("cell %d of %d: %s, seed %d", number, len(names), arm, seed)
+                cell = _run_cell(experiment, arm, seed, folder, probe)
+                files.write_json(folder / CELL, cell.to_json())
+
+
+def _clip(experiment: Experiment) -> data.ClipSpec:
+    model = next(iter(experiment.arms.values())).model
+    return data.ClipSpec(frames=model.frames, resolution=model.resolution)
+
+
+def _make_probe(experiment: Experiment, workdir: pathlib.Path) -> ClipProbe:
+    """The classifier of real clips, trained once, and its accuracy on held-out ones."""
+    arm, clip = next(iter(experiment.arms.values())), _clip(experiment)
+    classes = len(data.open_source(arm.data.train, clip).label_names)
+    if classes < 2:
+        raise InputError(f"data.train={arm.data.train} has no classes, which an experiment needs")
+    path = workdir / PROBE
+    if path.exists() and (workdir / PROBE_SCORES).exists():
+        return ClipProbe.load(path, clip.shape, classes)
+    logger.info("training the classifier of real clips")
+    probe = train_probe(arm.data.train, clip, classes, steps=experiment.probe_steps)
+    clips, labels = _held_out(experiment)
+    _, predicted = probe.measure(clips)
+    scores = {"classes": classes, "accuracy_on_held_out_clips": float(np.mean(predicted == labels))}
+    logger.info("the classifier recognizes %.1f%% of the held-out clips", 100 * scores["accuracy_on_held_out_clips"])
+    probe.save(path)
+    files.write_json(workdir / PROBE_SCORES, scores)
+    return probe
+
+
+def _probe_scores(workdir: pathlib.Path) -> dict[str, Any]:
+    return files.json_object(workdir / PROBE_SCORES)
+
+
+def _held_out(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+    """One clip of each held-out video, uint8 [M, T, H, W, 3], and their classes [M]."""
+    arm, clip = next(iter(experiment.arms.values())), _clip(experiment)
+    source = data.open_source(arm.data.eval, clip, default_split="test")
+    videos, labels = [], []
+    with data.eval_batches(source, clip, batch_size=BATCH, max_clips=len(source)) as batches:
+        for batch in batches:
+            real = batch["mask"] > 0
+            videos.append(batch["video"][real])
+            labels.append(batch["label"][real])
+    return np.concatenate(videos), np.concatenate(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- one cell
+
+
+@rng.pinned()
+def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path, probe: ClipProbe) -> Cell:
+    """Trains and measures one arm with one seed; what the folder already holds is not computed again."""
+    recipe = dataclasses.replace(experiment.arms[arm], seed=seed)
+    train(recipe, folder / "tokenizer")
+    found = api.load_checkpoint(folder / "tokenizer")
+    tokenizer = api.load_tokenizer(folder / "tokenizer")
+    clips, labels = _held_out(experiment)
+    _write_codes(experiment, tokenizer, recipe.data.train, recipe.data.eval, folder)
+    ordered = _train_generator(experiment.generator, seed, folder / ORDERED, folder / "generator")
+    permuted = _train_generator(experiment.generator, seed, folder / PERMUTED, folder / "generator_permuted")
+    test = _rows(folder / ORDERED / "test")
+    generator = api.load_generator(ordered)
+    samples, sampled_classes = _sample(generator, tokenizer, experiment.samples, seed)
+    reconstructions = _reconstruct(tokenizer, clips)
+    real_features, _ = probe.measure(clips)
+    _, recognized = probe.measure(reconstructions)
+    features, predicted = probe.measure(samples)
+    values = {
+        "psnr": np.asarray(metrics.psnr(clips / np.float32(255), reconstructions)),
+        "recognized": recognized == labels,
+        "unigram": _unigram(_rows(folder / ORDERED / "train")["codes"], test["codes"], tokenizer),
+        "cross_entropy": _cross_entropy(generator, test),
+        "cross_entropy_permuted": _cross_entropy(api.load_generator(permuted), _rows(folder / PERMUTED / "test")),
+        "sample_accuracy": predicted == sampled_classes,
+        "sample_distance": np.array([probe_distance(features, real_features)]),
+        **_lpips(clips, reconstructions),
+        **_reach(found, recipe.data.eval, folder),
+    }
+    np.save(folder / "samples.npy", to_uint8(samples[:16]))
+    np.save(folder / "reconstructions.npy", np.stack([clips[:8], to_uint8(reconstructions[:8])]))
+    return Cell({name: np.asarray(value, np.float64) for name, value in values.items()})
+
+
+def _reconstruct(tokenizer: api.LoadedTokenizer, clips: np.ndarray) -> np.ndarray:
+    """Reconstructions from deterministic codes, float32 like the clips [M, T, H, W, C]."""
+    parts = (clips[start : start + BATCH] for start in range(0, len(clips), BATCH))
+    return np.concatenate(
+        [np.asarray(tokenizer.reconstruct(np.resize(x, (BATCH, *x.shape[1:]))))[: len(x)] for x in parts]
+    )
+
+
+def _write_codes(
+    experiment: Experiment, tokenizer: api.LoadedTokenizer, train_spec: str, eval_spec: str, folder: pathlib.Path
+) -> None:
+    """Writes deterministic codes of training clips and, in two halves, of held-out ones, in order and permuted.
+
+    The first half of the held-out videos, `validation`, chooses the step of a generator, the second, `test`, scores it.
+    """
+    written = {}
+    for name, spec, windows in (("train", train_spec, experiment.windows), ("held_out", eval_spec, 1)):
+        written[name] = folder / "encoded" / name
+        if not (written[name] / MANIFEST).exists():
+            tokenize(tokenizer, spec, written[name], windows=windows, batch_size=BATCH)
+    count = len(read_manifest(written["held_out"])["rows"])
+    parts = {
+        "train": (written["train"], slice(None)),
+        "validation": (written["held_out"], slice(0, count // 2)),
+        "test": (written["held_out"], slice(count // 2, None)),
+    }
+    permutation = np.random.default_rng(PERMUTATION_SEED).permutation(tokenizer.config.num_tokens)
+    for order, positions in ((ORDERED, np.arange(len(permutation))), (PERMUTED, permutation)):
+        for name, (source, rows) in parts.items():
+            _copy_codes(source, folder / order / name, rows, positions)
+
+
+def _copy_codes(source: pathlib.Path, target: pathlib.Path, rows: slice, positions: np.ndarray) -> None:
+    """Copies some rows of a folder of codes, with their positions in another order."""
+    if (target / MANIFEST).exists():
+        return
+    manifest = read_manifest(source)
+    codes = np.concatenate([read_shard(source, manifest, i) for i in range(len(manifest["shards"]))])
+    codes = codes[rows][:, positions]
+    kept = ("fingerprint", "step", "K", "N", "clip", "label_names", "input", "skipped", "cond_frames")
+    details = {name: manifest[name] for name in kept if name in manifest}
+    files.make_folder(target)
+    write_shard(target / shard_name(0, 1), {"codes": codes})
+    write_manifest(target, new_manifest(sizes=[len(codes)], rows=manifest["rows"][rows], **details))
+
+
+def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains a generator on codes; returns its checkpoint with the lowest cross-entropy of the validation codes."""
+    recipe = dataclasses.replace(
+        recipe,
+        seed=seed,
+        tokenizer="",
+        data=dataclasses.replace(recipe.data, train=f"tokens:{codes / 'train'}", eval=f"tokens:{codes / 'validation'}"),
+        save_every=recipe.eval_every,
+        keep=recipe.steps,
+    )
+    train(recipe, workdir)
+    scores = {row["step"]: row["eval/cross_entropy"] for row in read_metrics(workdir) if "eval/cross_entropy" in row}
+    return workdir / "checkpoints" / str(min(scores, key=lambda step: (scores[step], step)))
+
+
+def _rows(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All codes [M, N] int32 and labels [M] int32 of a folder."""
+    manifest = read_manifest(folder)
+    codes = [read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))]
+    return {"codes": np.concatenate(codes), "label": np.array([row["label"] for row in manifest["rows"]], np.int32)}
+
+
+def _cross_entropy(generator: api.LoadedGenerator, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Nats per code of each clip [M], given its class and the codes before."""
+    score = jax.jit(lambda params, batch: score_batch(generator.module(params), batch).cross_entropy.mean(axis=1))
+    found = []
+    for start in range(0, len(rows["codes"]), BATCH):
+        part = {name: x[start : start + BATCH] for name, x in rows.items()}
+        padded = {name: np.resize(x, (BATCH, *x.shape[1:])) for name, x in part.items()}
+        found.append(np.asarray(score(generator.params, padded))[: len(part["codes"])])
+    return np.concatenate(found)
+
+
+def _unigram(train_codes: np.ndarray, codes: np.ndarray, tokenizer: api.LoadedTokenizer) -> np.ndarray:
+    """Nats per code of each clip [M], if every code had its frequency in the training codes, whatever the position."""
+    counts = np.bincount(train_codes.ravel(), minlength=tokenizer.config.quantizer.codebook_size) + 1.0
+    return -np.log(counts / counts.sum())[codes].mean(axis=1)
+
+
+def _sample(
+    generator: api.LoadedGenerator, tokenizer: api.LoadedTokenizer, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of all classes in turn, without guidance, float32 [M, T, H, W, C], and their classes [M]."""
+    classes = np.arange(count) % generator.config.num_classes
+    videos = []
+    for start in range(0, count, BATCH):
+        numbers = np.arange(start, min(start + BATCH, count))
+        padded = np.resize(numbers, BATCH)
+        codes = generator.sample(classes[padded], indices=padded, key=rng.key(seed))
+        videos.append(np.asarray(tokenizer.decode(codes))[: len(numbers)])
+    return np.concatenate(videos), classes
+
+
+def _lpips(clips: np.ndarray, reconstructions: np.ndarray) -> dict[str, np.ndarray]:
+    """LPIPS of a few frames of each clip, if its weights are installed and frames are large enough."""
+    if clips.shape[2] < 16 or not networks.locate("lpips")[0].exists():
+        return {}
+    lpips = networks.load_lpips()
+    graphdef, state = nnx.split(lpips)
+    distance = jax.jit(lambda state, x, y: nnx.merge(graphdef, state).distance(x, y))
+    chosen = np.linspace(0, len(clips) - 1, min(LPIPS_CLIPS, len(clips))).round().astype(int)
+    frames = np.linspace(0, clips.shape[1] - 1, LPIPS_FRAMES).round().astype(int)
+    pairs = [x[chosen][:, frames].reshape(-1, *x.shape[2:]) for x in (clips / np.float32(255), reconstructions)]
+    found = [distance(state, *(x[start : start + BATCH] for x in pairs)) for start in range(0, len(pairs[0]), BATCH)]
+    return {"lpips": np.concatenate(found).reshape(len(chosen), LPIPS_FRAMES).mean(axis=1)}
+
+
+def _reach(found: Checkpoint, spec: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Codes in use, and how much of the clip a code changes."""
+    output = folder / "analysis"
+    if not analysis.is_analysis(output / analysis.NUMBERS):
+        analysis.analyze(found, spec, output, max_clips=0)
+    summary = files.json_object(output / analysis.NUMBERS)["summary"]
+    return {
+        "usage": np.array([summary["usage"]]),
+        "reach": np.array([summary["space"] * summary["time"]]),
+    }
