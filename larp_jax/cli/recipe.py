@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from larp_jax.errors import InputError, reason
 
-EXPERIMENTS = os.path.join("configs", "experiments")
+EXPERIMENTS = "configs/experiments"
 
 
 def load_recipe(arguments: argparse.Namespace):
@@ -58,7 +58,7 @@ def load_experiment(text: str):
     from larp_jax.config import Experiment
 
     name, colon, variant = text.partition(":")
-    path = name if name.endswith(".py") else os.path.join(EXPERIMENTS, f"{name}.py")
+    path = name if name.endswith(".py") else f"{EXPERIMENTS}/{name}.py"
     experiment = _from_file(path + colon + variant, "experiment", f"one of {', '.join(_experiment_names())}")
     if not isinstance(experiment, Experiment):
         raise InputError(f"experiment {text}: get_config() must return an Experiment, not {type(experiment).__name__}")
@@ -67,7 +67,7 @@ def load_experiment(text: str):
 
 def _experiment_names() -> list[str]:
     """The experiments in configs/experiments of this folder or of the installed package."""
-    folder = os.path.dirname(_shipped(os.path.join(EXPERIMENTS, "prior.py")))
+    folder = os.path.dirname(_shipped(f"{EXPERIMENTS}/prior.py"))
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     return sorted(name.removesuffix(".py") for name in names if name.endswith(".py") and not name.startswith("_"))
 
@@ -94,13 +94,9 @@ def _from_file(text: str, option: str, example: str):
 
 
 def _shipped(path: str) -> str:
-    """The file of configs/ in the installed package that a path names; any other path is returned unchanged."""
-    folder, name = os.path.split(path)
-    package = {"configs": "larp_jax.configs", EXPERIMENTS: "larp_jax.configs.experiments"}.get(folder)
-    try:
-        found = importlib.util.find_spec(package) if package else None
-    except ModuleNotFoundError:  # the parent package is not installed
-        found = None
+    """The file configs/... in the installed package; any other path is returned unchanged."""
+    folder, _, name = path.replace(os.sep, "/").partition("/")
+    found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
     places = found.submodule_search_locations if found and found.submodule_search_locations else ()
     return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
 
