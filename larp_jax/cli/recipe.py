@@ -2,9 +2,9 @@
 
 import argparse
 import functools
-import importlib.util
 import math
 import os
+import pathlib
 import runpy
 import traceback
 from collections.abc import Sequence
@@ -94,11 +94,13 @@ def _from_file(text: str, option: str, example: str):
 
 
 def _shipped(path: str) -> str:
-    """The file configs/... in the installed package; any other path is returned unchanged."""
+    """The file configs/... of the installed package or of its source tree; any other path is returned unchanged."""
     folder, _, name = path.replace(os.sep, "/").partition("/")
-    found = importlib.util.find_spec("larp_jax.configs") if folder == "configs" else None
-    places = found.submodule_search_locations if found and found.submodule_search_locations else ()
-    return next((file for place in places if os.path.isfile(file := os.path.join(place, name))), path)
+    if folder != "configs":
+        return path
+    package = pathlib.Path(__file__).parents[1]
+    places = (package / "configs", package.parent / "configs")  # a wheel; a source tree
+    return next((os.fspath(file) for place in places if (file := place / name).is_file()), path)
 
 
 def _set_by_name(config, overrides: Sequence[str]) -> list[str]:
