@@ -391,6 +391,43 @@ def test_reconstruction_loss_reaches_queries_and_encoder_through_the_codes():
     assert norm(grads["quantizer"]["embedding"]) == 0  # straight-through: the code vectors learn from loss_q alone
 
 
+def test_a_patchwise_code_reads_and_writes_by_attention_alone():
+    """Without attention, each code is a function of its own patch, and changes its own patch."""
+    config = dataclasses.replace(SMALL, layout="patchwise", num_tokens=math.prod(SMALL.encoder_grid))
+    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    assert tokenizer.encoder.queries is None and tokenizer.decoder.latent_positions is None
+    kernel = tokenizer.decoder.head.kernel
+    kernel[...] = jax.random.normal(jax.random.key(0), kernel.shape)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        out = part.transformer.blocks.attention.out.kernel
+        out[...] = jnp.zeros_like(out[...])
+    video = clip(config)
+    codes = tokenizer.quantize(video).z
+    assert codes.shape[1] == config.num_tokens
+    pt, ph, pw = config.encoder_patch
+    changed = tokenizer.quantize(video.at[:, :pt, :ph, :pw].set(0.5)).z
+    assert not np.allclose(codes[:, 0], changed[:, 0], atol=1e-3)
+    np.testing.assert_allclose(codes[:, 1:], changed[:, 1:], atol=1e-5)
+    difference = jnp.abs(tokenizer.decode_latents(changed) - tokenizer.decode_latents(codes))
+    assert difference[:, :pt, :ph, :pw].max() > 1e-3
+    assert difference.at[:, :pt, :ph, :pw].set(0.0).max() < 1e-5
+
+
+def test_patchwise_needs_one_code_per_patch():
+    with pytest.raises(InputError, match=f"set model.num_tokens={math.prod(SMALL.encoder_grid)}"):
+        dataclasses.replace(SMALL, layout="patchwise", num_tokens=5)
+    config = dataclasses.replace(SMALL, layout="patchwise", num_tokens=math.prod(SMALL.encoder_grid))
+    with pytest.raises(InputError, match="start.anchored places queries"):
+        anchored_init(Tokenizer(config, rngs=nnx.Rngs(0)))
+
+
+def test_next_latent_loss_is_the_squared_error_of_the_next_position():
+    z = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    shifted = losses.next_latent_loss(lambda x, key: x + 2.0, z, key=None)
+    np.testing.assert_allclose(shifted, np.mean((np.asarray(z)[:, :-1] + 2.0 - np.asarray(z)[:, 1:]) ** 2), rtol=1e-6)
+    assert losses.next_latent_loss(lambda x, key: z[:, 1:], z, key=None) == 0.0
+
+
 def test_prior_is_causal():
     config = PriorConfig(size="XXS", width=16, depth=2, heads=2)
     prior = Prior(config, 6, 4, rngs=nnx.Rngs(0))

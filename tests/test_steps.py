@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -301,3 +302,25 @@ def test_prior_loss_averages_rounds_over_all_predicted_positions():
     log_sum = np.log(np.e + 3)
     np.testing.assert_allclose(scored.cross_entropy, np.where(targets == 1, log_sum - 1, log_sum), rtol=1e-6)
     np.testing.assert_array_equal(scored.rank == 0, targets == 1)
+
+
+@pytest.mark.parametrize(("objective", "detached"), [("code", True), ("latent", False), ("latent", True)])
+def test_a_detached_prior_learns_but_does_not_shape_the_codes(objective, detached):
+    prior = dataclasses.replace(RECIPE.prior, objective=objective, detached=detached)
+    recipe = dataclasses.replace(RECIPE, prior=prior)
+    stage = TokenizerStage(dataclasses.replace(recipe, loss=LossConfig(perceptual="none", adversarial_weight=0.0)))
+    params = stage.init(jax.random.key(0)).params
+
+    @jax.jit
+    def gradient(params):
+        def prior_loss(params):
+            tokenizer = stage.module("tokenizer", params)
+            quantized = tokenizer.quantize(jnp.asarray(video(0), jnp.float32) / 255, key=jax.random.key(1))
+            terms = stage._prior_losses(params, quantized, tokenizer.quantizer.codebook, 5, jax.random.key(2))
+            return terms["loss_prior"]
+
+        return jax.grad(prior_loss)(params)
+
+    norms = {name: float(optax.tree.norm(tree)) for name, tree in gradient(params).items()}
+    assert norms["prior"] > 0
+    assert (norms["tokenizer"] == 0) == detached

@@ -1,0 +1,152 @@
+"""Experiments: the same arms give the same numbers, interrupted or not, and the measures are what they say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from larp_jax import cli
+from larp_jax.cli.recipe import load_experiment
+from larp_jax.config import Experiment, experiment_recipes, make_experiment
+from larp_jax.errors import InputError
+from larp_jax.tools import experiment as experiments
+from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
+
+SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "tokens")
+
+
+@pytest.mark.parametrize("variant", ["", "tiny", "gpu64", "gpu128"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_experiments_are_valid(name, variant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # they are found from any folder
+    experiment = load_experiment(f"{name}:{variant}")
+    assert len(experiment.arms) >= 2 and experiment.question.endswith("?")
+    bits = {arm.model.num_tokens * np.log2(arm.model.quantizer.codebook_size) for arm in experiment.arms.values()}
+    assert len(bits) == 1 or name == "tokens"
+
+
+def tiny(**changes):
+    recipe, generator = experiment_recipes("tiny")
+    options = {"seeds": 1, "windows": 1, "samples": 16, "probe_steps": 2} | changes
+    return make_experiment("Is it the same?", {"first": recipe, "same": recipe}, generator, **options)
+
+
+@pytest.mark.slow
+def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeypatch):
+    whole = experiments.run_experiment(tiny(), tmp_path / "whole")
+    assert whole["complete"] == whole["cells"] == 2
+    for name, row in whole["arms"]["same"].items():
+        assert row["difference"]["mean"] == row["difference"]["low"] == 0.0, name
+    assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= whole["arms"]["first"].keys()
+
+    class Killed(BaseException):
+        pass
+
+    real, calls = experiments.train, []
+
+    def killed(recipe, workdir):
+        calls.append(workdir)
+        if len(calls) == 2:
+            real(dataclasses.replace(recipe, steps=recipe.steps // 2), workdir)
+            raise Killed
+        return real(recipe, workdir)
+
+    monkeypatch.setattr(experiments, "train", killed)
+    with pytest.raises(Killed):
+        experiments.run_experiment(tiny(), tmp_path / "parts")
+    monkeypatch.setattr(experiments, "train", real)
+    assert not list((tmp_path / "parts").glob("*/*/cell.json"))
+    experiments.run_experiment(tiny(), tmp_path / "parts")
+    for name in ("results.json", "results.md", "results.svg"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    with pytest.raises(InputError, match="holds an experiment with other settings"):
+        experiments.run_experiment(tiny(windows=2), tmp_path / "whole")
+
+
+def cells(psnr, ordered=0.0, permuted=0.0):
+    values = {"psnr": psnr, "cross_entropy": np.full(4, ordered), "cross_entropy_permuted": np.full(4, permuted)}
+    return Cell({name: np.asarray(value, np.float64) for name, value in values.items()})
+
+
+def test_differences_are_paired_by_seed_and_clip():
+    noise = np.random.default_rng(0).normal(size=(2, 50))
+    found = {("first", seed): cells(20 + 5 * noise[seed]) for seed in range(2)}
+    found |= {("same", seed): cells(21 + 5 * noise[seed]) for seed in range(2)}
+    summary = summarize(tiny(seeds=2), found)
+    assert summary["same"]["psnr"]["difference"] == pytest.approx({"mean": 1.0, "low": 1.0, "high": 1.0})
+    assert summary["same"]["psnr"]["high"] - summary["same"]["psnr"]["low"] > 1.0
+
+
+def test_order_gap_is_the_loss_by_permuting():
+    summary = summarize(tiny(), {("first", 0): cells(np.zeros(4), ordered=2.0, permuted=2.5)})
+    assert summary["first"]["order_gap"]["mean"] == pytest.approx(0.5)
+    assert "gain" not in summary["first"]  # the unigram was not measured
+
+
+def test_bootstrap_covers_the_mean_of_new_seeds():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):
+        seeds = rng.normal(size=8)  # the true mean is 0
+        mean, low, high = bootstrap([seed + rng.normal(size=20) for seed in seeds])
+        assert low < mean < high
+        inside += low <= 0.0 <= high
+    assert 48 <= inside <= 60
+
+
+def test_table_names_arms_measures_and_what_is_missing():
+    experiment = tiny(seeds=2)
+    found = summarize(experiment, {("first", 0): cells([20.0, 22.0, 21.0, 21.0])})
+    text = table({"question": "Q?", "complete": 1, "cells": 4, "arms": found, "classifier": {}})
+    assert text.startswith("Q? 1 of 4 runs complete.")
+    row = next(line for line in text.splitlines() if line.startswith("| PSNR (dB)"))
+    assert "21.0 [" in row and row.endswith("| – |")
+    assert all(measure.definition for measure in MEASURES.values())
+
+
+def test_codes_are_copied_with_their_positions_permuted(tmp_path):
+    from larp_jax.data.codes import new_manifest, read_manifest, read_shard, write_manifest, write_shard
+
+    codes = np.arange(12, dtype=np.int32).reshape(4, 3)
+    (tmp_path / "from").mkdir()
+    write_shard(tmp_path / "from" / "codes-00000-of-00001.npz", {"codes": codes})
+    rows = [{"source": f"{i}", "start": 0, "frames": 8, "fps": 0, "label": i} for i in range(4)]
+    manifest = new_manifest(fingerprint="f", step=1, K=12, N=3, clip=(8, 32, 32, 3), sizes=[4], rows=rows)
+    write_manifest(tmp_path / "from", manifest)
+    experiments._copy_codes(tmp_path / "from", tmp_path / "to", slice(2, None), np.array([2, 0, 1]))
+    copied = read_manifest(tmp_path / "to")
+    np.testing.assert_array_equal(read_shard(tmp_path / "to", copied, 0), codes[2:][:, [2, 0, 1]])
+    assert [row["label"] for row in copied["rows"]] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {}}, "at least one arm"),
+        ({"seeds": 0}, "seeds must be positive"),
+        ({"arms": {"a b": 0}}, "may contain only letters"),
+        ({"arms": {"long": {"frames": 16}}}, "other clips or data"),
+    ],
+)
+def test_wrong_experiments_are_refused(change, message):
+    good = tiny()
+    if "arms" in change:
+        first = good.arms["first"]
+        arms = {}
+        for name, changes in change["arms"].items():
+            model = dataclasses.replace(first.model, **changes) if changes else first.model
+            arms |= {"first": first, name: dataclasses.replace(first, model=model)}
+        change = {"arms": arms}
+    with pytest.raises(InputError, match=message):
+        Experiment(**{field.name: getattr(good, field.name) for field in dataclasses.fields(good)} | change)
+
+
+def test_unknown_names_list_the_experiments(tmp_path, capsys):
+    assert cli.main(["experiment", "nothing", "--workdir", str(tmp_path / "x")]) == 2
+    assert "patchwise, prior, prior_size" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    assert cli.main(["experiment", "prior:tiny", "--workdir", str(tmp_path / "full")]) == 2
+    assert "is not empty and holds no experiment" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["note.txt"]
