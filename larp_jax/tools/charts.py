@@ -1,5 +1,6 @@
 """Line charts as SVG, for self-contained pages and as files."""
 
+import base64
 import dataclasses
 import functools
 import math
@@ -126,6 +127,11 @@ def geometry(chart: Chart) -> dict[str, Any]:
             "series": [[series.name, points] for series, points in zip(chart.series, known, strict=True)],
         },
     }
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """The contents of a file as a URI, for self-contained pages; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def is_number(value: Any) -> bool:

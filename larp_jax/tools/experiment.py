@@ -30,6 +30,7 @@ from larp_jax.data.codes import (
     write_manifest,
     write_shard,
 )
+from larp_jax.data.video import frame_grid, write_png
 from larp_jax.errors import InputError
 from larp_jax.evaluation.probe import ClipProbe, probe_distance, train_probe
 from larp_jax.inference.tokenize import tokenize
@@ -50,6 +51,7 @@ FORMAT = "larp_jax.experiment"
 BATCH = 16
 LPIPS_CLIPS, LPIPS_FRAMES = 64, 2  # clips, and frames of each, that LPIPS compares: it costs more than the rest
 PERMUTATION_SEED = 0
+PICTURED = 8  # clips
 ORDERED, PERMUTED = "codes", "permuted"
 
 
@@ -234,8 +236,9 @@ def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path,
         **_lpips(clips, reconstructions),
         **_reach(found, recipe.data.eval, folder),
     }
-    np.save(folder / "samples.npy", to_uint8(samples[:16]))
-    np.save(folder / "reconstructions.npy", np.stack([clips[:8], to_uint8(reconstructions[:8])]))
+    pairs = np.stack([clips, to_uint8(reconstructions)], axis=1)[:PICTURED]
+    write_png(folder / "reconstructions.png", frame_grid(list(pairs.reshape(-1, *clips.shape[1:]))))
+    write_png(folder / "samples.png", frame_grid(list(to_uint8(samples[: 2 * PICTURED]))))
     return Cell({name: np.asarray(value, np.float64) for name, value in values.items()})
 
 

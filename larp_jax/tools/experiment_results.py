@@ -11,10 +11,16 @@ import numpy as np
 from larp_jax import files
 from larp_jax.config import Experiment
 from larp_jax.tools import charts
+from larp_jax.version import __version__
 
 FORMAT, VERSION = "larp_jax.experiment_results", 1
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "results.svg"
 ROUNDS, LEVEL = 4000, 0.95
+# Files of a cell, and their captions.
+PICTURES = {
+    "reconstructions.png": "held-out clips, each above its reconstruction",
+    "samples.png": "samples of the first classes in turn",
+}
 
 
 class Measure(NamedTuple):
@@ -172,6 +178,36 @@ def write_results(
     files.write_bytes(workdir / TABLE, table(results).encode())
     files.write_bytes(workdir / FIGURE, figure(results).encode())
     return results
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The results in the folder of an experiment; None if it has none."""
+    results = files.json_object(workdir / RESULTS)
+    return results if results.get("format") == FORMAT else None
+
+
+def page(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
+    """The results, and pictures of the first seed of each arm, as a self-contained HTML page."""
+    measures = []
+    for name in present_measures(results):
+        texts = [_text(rows.get(name)) for rows in results["arms"].values()]
+        measures.append(MEASURES[name]._asdict() | {"cells": texts})
+    pictures = []
+    for arm in results["arms"]:
+        for name, caption in PICTURES.items():
+            path = workdir / arm / "seed-0" / name
+            if path.is_file():
+                uri = charts.data_uri("image/png", path.read_bytes())
+                pictures.append({"arm": arm, "seed": 0, "uri": uri, "caption": caption})
+    template = charts.environment().get_template("experiment.html")
+    return template.render(
+        name=workdir.absolute().name,
+        version=__version__,
+        results=results,
+        measures=measures,
+        figure=figure(results),
+        pictures=pictures,
+    )
 
 
 def present_measures(results: Mapping[str, Any]) -> list[str]:

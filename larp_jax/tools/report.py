@@ -1,6 +1,5 @@
 """Shows a run on one self-contained HTML page: no network and no other files needed."""
 
-import base64
 import datetime
 import logging
 import os
@@ -16,7 +15,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.evaluation.registry import every_metric
 from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
-from larp_jax.tools import analysis, charts
+from larp_jax.tools import analysis, charts, experiment_results
 from larp_jax.tools.charts import Chart, Series, is_number
 from larp_jax.training.writers import read_metrics
 from larp_jax.version import __version__
@@ -67,10 +66,11 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     """Writes the page of a run: curves, videos, codebook usage, evaluations, analyses and settings.
 
     Evaluations (`larp-jax evaluate --output`) and analyses (`larp-jax analyze`) are searched for in the workdir and the
-    folders in it. Sections without data show why they are empty.
+    folders in it. Sections without data show why they are empty. For the folder of an experiment, the page has its
+    table, figure and pictures instead.
 
     Args:
-      workdir: folder of a run of any stage, finished or not; only the page is written there.
+      workdir: folder of a run of any stage, or of an experiment, finished or not; only the page is written there.
       output: file to write; `report.html` in the workdir by default.
 
     Returns:
@@ -81,6 +81,9 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     """
     workdir = files.local_path(workdir, "--workdir")
     output = workdir / "report.html" if output is None else output
+    if (results := experiment_results.read(workdir)) is not None:
+        output = files.check_output(output, ours=_is_report)
+        return _write(experiment_results.page(results, workdir), output)
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
     if config is None and not rows:
         raise InputError(f"{workdir} contains no run (neither config.json nor metrics.jsonl); give a --workdir of one")
@@ -99,6 +102,10 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         settings=_settings(config),
         notes=notes,
     )
+    return _write(page, output)
+
+
+def _write(page: str, output: pathlib.Path) -> pathlib.Path:
     page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may not be valid UTF-8
     files.make_folder(output.parent)
     try:
@@ -199,7 +206,7 @@ def _videos(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
         videos = []
         for path in paths:
             try:
-                videos.append({"step": _step(path), "uri": _data_uri("video/mp4", path.read_bytes())})
+                videos.append({"step": _step(path), "uri": charts.data_uri("video/mp4", path.read_bytes())})
             except OSError as error:
                 notes.append(f"{path.relative_to(workdir).as_posix()} cannot be read ({reason(error)})")
         if videos:
@@ -292,7 +299,7 @@ def _analysis(path: pathlib.Path, name: str, held: Mapping) -> dict[str, Any]:
     return {
         "name": name,
         "summary": list(held["summary"].items()),
-        "maps": _data_uri("image/png", maps.read_bytes()) if maps.is_file() else None,
+        "maps": charts.data_uri("image/png", maps.read_bytes()) if maps.is_file() else None,
         "shown": min(positions, analysis.TILES),
         "positions": positions,
         "charts": figures,
@@ -322,10 +329,6 @@ def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
         for pair in (_flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)])
         if pair[1] is not None
     ]
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _time(seconds: float) -> str:
