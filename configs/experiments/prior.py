@@ -24,6 +24,6 @@ def get_config(variant=""):
     return make_experiment("Does a prior make the codes easier to predict, and give them an order?", arms, generator)
 
 
-# The published weights are relative to L1 and LPIPS, which are about twenty times as large as the squared error here:
-# 4 for the squared error of latents becomes 0.2, as 0.06 for the cross-entropy becomes the weight of the base recipe.
-LATENT_WEIGHT = 0.2
+# 4 for the squared error of latents, and 0.06 for the cross-entropy, are relative to L1 and LPIPS. The base recipe has a
+# weight of 0.001 for the cross-entropy, because squared errors of pixels are small; 4 is lowered by the same factor.
+LATENT_WEIGHT = 4 * 0.001 / 0.06

@@ -105,7 +105,7 @@ def experiment_recipes(size: str = "") -> tuple[typing.Any, typing.Any]:
     optim.warmup_steps = tokenizer.steps // 10
     optim.multipliers = {"prior": 1.0, "tokenizer/decoder/head": 10.0}  # the head starts at zero
     tokenizer.loss.reconstruction = "l2"
-    tokenizer.loss.prior_weight = 0.003  # squared errors are small: the published 0.06 would dominate them
+    tokenizer.loss.prior_weight = 0.001  # squared errors are small: the published 0.06 would dominate them
     tokenizer.loss.perceptual, tokenizer.loss.adversarial_weight = "none", 0.0
 
     generator.model.size = "custom"
