@@ -2,6 +2,7 @@
 
     larp-jax train --config configs/quickstart.py --workdir runs/quickstart
     larp-jax train --config configs/quickstart.py:adversarial --workdir runs/adversarial  # with a discriminator
+    larp-jax train --config configs/quickstart.py:perceptual --workdir runs/perceptual  # with LPIPS
 
 For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH. The settings differ from the
 published recipe because a small model and few steps need another start: see "Small runs" in the README.
@@ -11,9 +12,9 @@ from larp_jax.config import default_recipe
 
 
 def get_config(variant=""):
-    """The recipe; the variant `adversarial` adds a small discriminator."""
-    if variant not in ("", "adversarial"):
-        raise ValueError(f"variant {variant!r} is not known, only 'adversarial' is")
+    """The recipe; the variant `adversarial` adds a small discriminator, `perceptual` LPIPS of one frame per clip."""
+    if variant not in ("", "adversarial", "perceptual"):
+        raise ValueError(f"variant {variant!r} is not known, only 'adversarial' and 'perceptual' are")
     config = default_recipe("tokenizer")
     config.steps = 1000
 
@@ -54,6 +55,11 @@ def get_config(variant=""):
     config.eval_every = 100
     config.save_every = 250
 
+    if variant == "perceptual":
+        # see docs/training.md for what it costs; the weights come from larp-jax import --kind lpips
+        config.loss.perceptual = "lpips"
+        config.loss.perceptual_frames = 1
+        config.loss.perceptual_weight = 0.02  # LPIPS is about thirty times as large as the squared error
     if variant == "adversarial":
         config.loss.reconstruction = "l1"
         config.loss.prior_weight = 0.003

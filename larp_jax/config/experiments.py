@@ -98,11 +98,11 @@ def experiment_recipes(size: str = "") -> tuple[typing.Any, typing.Any]:
         part.width, part.depth, part.heads = width, depth, heads
     prior.width, prior.depth, prior.heads = width, depth, heads
     model.learned_encoder_patch_pe = model.learned_decoder_latent_pe = model.learned_decoder_patch_query_embed = True
-    tokenizer.steps = {"": 1200, "tiny": 12}.get(size, 20_000)
-    start.continuous_steps, start.ramp_steps = tokenizer.steps // 3, tokenizer.steps // 8
+    tokenizer.steps = {"": 1500, "tiny": 12}.get(size, 20_000)
+    start.continuous_steps, start.ramp_steps = tokenizer.steps * 2 // 5, tokenizer.steps // 10
     optim.learning_rate = 3e-4 if size.startswith("gpu") else 2e-3
     optim.b1, optim.b2 = 0.9, 0.95
-    optim.warmup_steps = tokenizer.steps // 10
+    optim.warmup_steps = tokenizer.steps // 8
     optim.multipliers = {"prior": 1.0, "tokenizer/decoder/head": 10.0}  # the head starts at zero
     tokenizer.loss.reconstruction = "l2"
     tokenizer.loss.prior_weight = 0.001  # squared errors are small: the published 0.06 would dominate them
