@@ -98,7 +98,8 @@ def experiment_recipes(size: str = "") -> tuple[typing.Any, typing.Any]:
         part.width, part.depth, part.heads = width, depth, heads
     prior.width, prior.depth, prior.heads = width, depth, heads
     model.learned_encoder_patch_pe = model.learned_decoder_latent_pe = model.learned_decoder_patch_query_embed = True
-    tokenizer.steps = {"": 1500, "tiny": 12}.get(size, 20_000)
+    tokenizer.steps = {"": 1200, "tiny": 12}.get(size, 20_000)
+    start.anchored = True
     start.continuous_steps, start.ramp_steps = tokenizer.steps * 2 // 5, tokenizer.steps // 10
     optim.learning_rate = 3e-4 if size.startswith("gpu") else 2e-3
     optim.b1, optim.b2 = 0.9, 0.95
