@@ -167,7 +167,7 @@ def _logging() -> Iterator[None]:
     sys.excepthook = lambda *error: logger.debug("in a thread: %s", error)
     for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("absl", "asyncio"):  # Orbax logs tracebacks there for errors that it also raises
+    for name in ("absl", "asyncio", "gcsfs"):  # tracebacks of errors that are also raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

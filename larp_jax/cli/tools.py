@@ -139,7 +139,7 @@ def _report(arguments):
     from larp_jax.tools import report
 
     path = report.report(arguments.workdir, arguments.output)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
+    print(f"{path}: {files.size(path) / 1e6:.1f} MB, opens in any browser")
 
 
 def add_doctor(commands) -> None:

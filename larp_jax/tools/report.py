@@ -79,7 +79,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     Raises:
       InputError: the workdir contains no run, or the page cannot be written.
     """
-    workdir = files.local_path(workdir, "--workdir")
+    workdir = files.any_path(workdir, "--workdir")
     output = workdir / "report.html" if output is None else output
     config, rows = checkpoint.read_config(workdir), read_metrics(workdir)
     if config is None and not rows:
@@ -88,7 +88,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     notes: list[str] = []
     template = charts.environment().get_template("report.html")
     page = template.render(
-        name=workdir.absolute().name,
+        name=files.absolute(workdir).name,
         version=__version__,
         created=_time(datetime.datetime.now().timestamp()),
         **_run(config, rows),

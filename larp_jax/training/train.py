@@ -10,9 +10,11 @@ import logging
 import math
 import os
 import pathlib
+import time
 
 import jax
 
+from larp_jax import files, storage
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime import distributed, rng, sharding
@@ -34,6 +36,9 @@ MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "s
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
+
+# Pauses in seconds before the last checkpoint of a run in a bucket is tried again.
+RETRIES = (10, 30, 60, 120)
 
 # Message after a second Ctrl-C.
 HURRIED = "without waiting for the last save; the same command continues from the newest checkpoint"
@@ -64,13 +69,14 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
       Stopped: after SIGINT or SIGTERM, with everything saved.
       Interrupted: after SIGINT or SIGTERM before the first step, or after a second SIGINT.
     """
-    _check_workdir(pathlib.Path(workdir))
+    workdir = files.any_path(workdir, "--workdir")
+    _check_workdir(workdir)
     distributed.check_devices()
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     stop = StopRequest("before the first step; nothing new was saved")
     with jax.set_mesh(mesh), stop, contextlib.ExitStack() as resources:
-        return Run(recipe, pathlib.Path(workdir), mesh, stop, resources).loop()
+        return Run(recipe, workdir, mesh, stop, resources).loop()
 
 
 class Run:
@@ -86,7 +92,7 @@ class Run:
         placement = self._placement = sharding.state_shardings(shapes, mesh)
         sharding.check_sharded(shapes, placement, mesh)
         start = None
-        if recipe.init_from and not _steps(workdir):  # also read before anything is written
+        if recipe.init_from and not checkpoint.steps(workdir):  # also read before anything is written
             start = warm_start.read(self.recipe, shapes.params)
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
@@ -103,6 +109,7 @@ class Run:
             logger.info("continuing %s from step %d", workdir, self.state.step)
         self.first_step = self.step = int(self.state.step)
         self.writer = MetricWriter(workdir, restored_step=self.first_step)
+        self.manager.before_commit = self.writer.flush  # a run that resumes finds the lines up to its checkpoint
         self.task.open_evaluation(workdir)
 
     def loop(self) -> dict[str, float]:
@@ -126,7 +133,7 @@ class Run:
                     if done or (new and not stopping and self.step % recipe.eval_every == 0):
                         scores = self.task.evaluate(self.state, self.step, self.writer)
                     if new and save:
-                        self._save(scores)
+                        self._save(scores, last=done or stopping)
                         if stopping:
                             break
                     if done or stopping:
@@ -163,7 +170,7 @@ class Run:
             resources.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
             changed = {} if before is None else differences(_complete(before), recipe)
-            if changed and not _steps(self.workdir):
+            if changed and not checkpoint.steps(self.workdir):
                 logger.info("%s contains no checkpoint; the new recipe replaces the old one", self.workdir)
                 if jax.process_index() == 0:
                     (self.workdir / checkpoint.MEAN_CLIP).unlink(missing_ok=True)
@@ -213,22 +220,22 @@ class Run:
                 "no update was made before, so learning rates are not the cause. Check the clips of config.data.train,"
                 f"{start} and config.precision"
             )
-        kept = _steps(self.workdir)
+        kept = checkpoint.steps(self.workdir)
         left = f"the newest checkpoint is that of step {max(kept)}" if kept else "there is no checkpoint yet"
         return (
             f"{left}. Lower config.optim.learning_rate, set config.optim.clip_norm=1 or config.precision=float32; the"
             " same command with that change continues"
         )
 
-    def _save(self, scores: dict[str, float]) -> None:
+    def _save(self, scores: dict[str, float], *, last: bool) -> None:
+        """Starts to save. The last state of a run is tried again and again, if the network may be the cause."""
         metadata = {"config": to_dict(self.recipe), "step": self.step, **self.task.metadata()}
         self.manager.save(self.state, metadata, scores)
-
-
-def _steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints in a workdir, intact or damaged."""
-    folder = pathlib.Path(workdir) / checkpoint.CHECKPOINTS
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+        for pause in RETRIES if last and storage.is_remote(self.workdir) else ():
+            if self.manager.wait():
+                break
+            time.sleep(pause)
+            self.manager.save(self.state, metadata, scores)
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
