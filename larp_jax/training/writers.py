@@ -188,8 +188,9 @@ class _RemoteLines:
     """The lines of an object, which is always written as a whole: objects cannot grow."""
 
     def __init__(self, path: pathlib.Path, lines: list[bytes]):
-        self._path, self._lines, self._written = path, lines, 0.0
+        self._path, self._lines = path, lines
         self._lock = threading.Lock()
+        self.flush()
 
     def put(self, line: bytes, *, replace: bool) -> None:
         """Adds a line, or replaces the last one."""
