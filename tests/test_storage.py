@@ -77,12 +77,6 @@ def test_a_folder_whose_upload_was_killed_is_written_again(bucket, monkeypatch):
         write()
 
 
-def test_without_gcsfs_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--workdir gs://b/x: gs:// needs gcsfs: pip install 'larp_jax\[gcs\]'"):
-        files.any_path("gs://b/x", "--workdir")
-
-
 # --------------------------------------------------------------------------------------------------------------- locks
 
 HOLD = """
