@@ -23,7 +23,7 @@ MD5 = "md5:"
 logger = logging.getLogger(__name__)
 
 
-def _digests(
+def digests(
     directory: pathlib.Path, items: Collection[str] = (), like: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Digests by path of the files of these items of a checkpoint; of all items if none are given.
@@ -33,13 +33,13 @@ def _digests(
       items: names of items.
       like: digests to compare with, which decide the kind; the natural one of the place without.
     """
-    digests = {}
+    found = {}
     for name, entry in files.listing(directory).items():
         item, slash, _ = name.partition("/")
         if slash and (not items or item in items):
             md5 = storage.is_remote(directory) if like is None else str(like.get(name, "")).startswith(MD5)
-            digests[name] = _digest(directory / name, entry.get("md5Hash"), md5)
-    return digests
+            found[name] = _digest(directory / name, entry.get("md5Hash"), md5)
+    return found
 
 
 def _digest(path: pathlib.Path, known: str | None, md5: bool) -> str:
@@ -51,7 +51,7 @@ def _digest(path: pathlib.Path, known: str | None, md5: bool) -> str:
 
 def write_digests(directory: pathlib.Path) -> None:
     """Writes the checksums of a complete checkpoint."""
-    files.write_json(directory / CHECKSUMS, _digests(directory))
+    files.write_json(directory / CHECKSUMS, digests(directory))
 
 
 def find_damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
@@ -65,7 +65,7 @@ def find_damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
     """
     try:
         expected = checksums(directory)
-        found = {} if expected is None else _digests(directory, items, expected)
+        found = {} if expected is None else digests(directory, items, expected)
     except (OSError, ValueError) as error:
         return f"its files cannot be read: {reason(error)}"
     for name, digest in (expected or {}).items():
