@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import http.server
 import importlib.util
-import os
 import pathlib
 import random
 import socket

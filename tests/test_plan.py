@@ -10,7 +10,7 @@ import pytest
 from larp_jax import cli
 from larp_jax.config import default_recipe, parse_recipe
 from larp_jax.errors import InputError
-from larp_jax.runtime.sharding import make_mesh
+from larp_jax.runtime.sharding import AXES, make_mesh
 from larp_jax.tools import flops, plan
 from larp_jax.tools.benchmark import _Step
 
@@ -76,7 +76,7 @@ def test_what_to_change():
     one = parse_recipe(larp_l(remat="block"))
     found = plan.plan(one, gpus="H200:1")
     assert found["memory_mb"]["total"] < plan.plan(parse_recipe(larp_l()), gpus="H200:1")["memory_mb"]["total"]
-    mesh = jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "model"))
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), AXES)
     chip = plan.CHIPS["v5e"]
     assert plan.change(one, mesh, 1e9, chip) == "--config.accumulate=2"
     assert plan.change(one, mesh, 8e9, chip) == "--config.mesh.data=1 --config.mesh.fsdp=8"

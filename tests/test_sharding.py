@@ -17,7 +17,7 @@ from larp_jax.training.tokenizer import TokenizerStage
 
 
 def mesh_of(data, fsdp, model):
-    return AbstractMesh((data, fsdp, model), sharding.AXES)
+    return AbstractMesh((1, data, fsdp, model), sharding.AXES)
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,4 @@ def test_a_mesh_axis_may_be_part_of_an_axis_of_the_slice(shape):
         for i, at in enumerate(itertools.product(range(4), repeat=3))
     ]
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), chips)
-    assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(chips)
+    assert mesh.devices.shape == (1, *shape) and set(mesh.devices.flat) == set(chips)

@@ -18,9 +18,11 @@ from larp_jax import files, storage
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime import distributed, rng, sharding
+from larp_jax.runtime.clock import Clock
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.training import warm_start
+from larp_jax.training.profile import Profile
 from larp_jax.training.stages import TASKS
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint, importing
@@ -53,12 +55,15 @@ class Diverged(RuntimeError):
 
 
 @rng.pinned()
-def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike) -> dict[str, float]:
+def train(
+    recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike, *, profile: int = 0
+) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:
       recipe: from `larp_jax.config.parse_recipe`.
-      workdir: folder of the run; created if missing.
+      workdir: folder of the run, also in a bucket; created if missing.
+      profile: number of steps to record a trace of; 0 for none.
 
     Returns:
       The scalars of the last evaluation.
@@ -69,6 +74,7 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
       Stopped: after SIGINT or SIGTERM, with everything saved.
       Interrupted: after SIGINT or SIGTERM before the first step, or after a second SIGINT.
     """
+    clock = Clock()
     workdir = files.any_path(workdir, "--workdir")
     _check_workdir(workdir)
     distributed.check_devices()
@@ -76,14 +82,18 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     stop = StopRequest("before the first step; nothing new was saved")
     with jax.set_mesh(mesh), stop, contextlib.ExitStack() as resources:
-        return Run(recipe, workdir, mesh, stop, resources).loop()
+        with clock.measure("start"):
+            run = Run(recipe, workdir, mesh, stop, resources, clock)
+        return run.loop(profile)
 
 
 class Run:
     """A run: task, state, checkpoints, writers. Closing `resources` releases the workdir."""
 
-    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, resources: contextlib.ExitStack):
-        self.workdir, self.mesh, self.stop = workdir, mesh, stop
+    def __init__(
+        self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, resources: contextlib.ExitStack, clock: Clock
+    ):
+        self.workdir, self.mesh, self.stop, self.clock = workdir, mesh, stop, clock
         self.key = rng.key(recipe.seed)
         # data is opened before anything is written, so that a wrong path leaves no workdir behind
         self.task = TASKS[recipe.stage](recipe, mesh)
@@ -112,9 +122,10 @@ class Run:
         self.manager.before_commit = self.writer.flush  # a run that resumes finds the lines up to its checkpoint
         self.task.open_evaluation(workdir)
 
-    def loop(self) -> dict[str, float]:
+    def loop(self, profile: int = 0) -> dict[str, float]:
         """Runs to the last step. A checkpoint that is being saved is completed after any error."""
         recipe = self.recipe
+        trace = Profile(self.workdir, profile, self.first_step)
         pending = None  # the step and logs of the last update, which the device may still be computing
         batches = self.task.batches(self.first_step)
         stopping = False
@@ -131,22 +142,27 @@ class Run:
                     if new and (save or self.step % recipe.eval_every == 0):
                         pending = self._write(pending, progress)  # only a state with finite logs is saved
                     if done or (new and not stopping and self.step % recipe.eval_every == 0):
-                        scores = self.task.evaluate(self.state, self.step, self.writer)
+                        with self.clock.measure("evaluation"):
+                            scores = self.task.evaluate(self.state, self.step, self.writer)
                     if new and save:
                         self._save(scores, last=done or stopping)
                         if stopping:
                             break
                     if done or stopping:
                         break
-                    batch = next(batches)
+                    with self.clock.measure("input"):
+                        batch = next(batches)
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
-                    self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
+                    with contextlib.nullcontext() if new else self.clock.measure("start"):  # it compiles
+                        self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
                     self.state = self.task.after_step(self.state, self.step, self._placement, self.key)
                     self.stop.defer(HURRIED)  # from now on there is something to save
                     self._write(pending, progress)
                     pending = (self.step, logs)
+                    trace.at(self.step, self.state)
             finally:
+                trace.close()
                 self.manager.close()
         self.manager.check_saved()
         if stopping and self.step < recipe.steps:
@@ -208,7 +224,8 @@ class Run:
             raise Diverged(f"{', '.join(bad)} became {logs[bad[0]]} in step {step}; {self._cure(step)}")
         progress.update(**{name.removeprefix("loss_"): logs[name] for name in self.task.shown if name in logs})
         if logged:
-            self.writer.write_scalars(step, {f"train/{name}": value for name, value in logs.items()})
+            scalars = {f"train/{name}": value for name, value in logs.items()}
+            self.writer.write_scalars(step, scalars | self.clock.read(step))
             self.task.watch(step, logs)
         return None
 
@@ -230,7 +247,8 @@ class Run:
     def _save(self, scores: dict[str, float], *, last: bool) -> None:
         """Starts to save. The last state of a run is tried again and again, if the network may be the cause."""
         metadata = {"config": to_dict(self.recipe), "step": self.step, **self.task.metadata()}
-        self.manager.save(self.state, metadata, scores)
+        with self.clock.measure("checkpoint"):
+            self.manager.save(self.state, metadata, scores)
         for pause in RETRIES if last and storage.is_remote(self.workdir) else ():
             if self.manager.wait():
                 break
