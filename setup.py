@@ -41,7 +41,9 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=requirements(),
     extras_require={
-        "cuda": ["jax[cuda12]"],
+        "cuda": ["jax[cuda12]"],  # NVIDIA drivers from 525 on; jax[cuda13] needs 580
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "gcs": GCS,  # gs:// paths
         "tensorboard": [

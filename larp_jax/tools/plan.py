@@ -33,7 +33,8 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture" (a v4 or v5p chip has two cores that
-# work as one device); the network per chip is that of a pod over its chips. H200: NVIDIA's data sheet of the H200 SXM, without sparsity; NVLink in one direction.
+# work as one device; the network of a chip is that of a pod, divided by its chips). H200: NVIDIA's data sheet of the
+# H200 SXM, without sparsity; NVLink in one direction.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9),

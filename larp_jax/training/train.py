@@ -21,6 +21,7 @@ from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.runtime.clock import Clock
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
+from larp_jax.runtime.watchdog import COMPUTE, EVALUATE, READ, SAVE, Watchdog
 from larp_jax.training import warm_start
 from larp_jax.training.profile import Profile
 from larp_jax.training.stages import TASKS
@@ -131,7 +132,7 @@ class Run:
         stopping = False
         if jax.process_count() > 1:
             self.stop.defer(HURRIED)  # all processes stop after the same step
-        with batches, self.writer, self._progress() as progress:
+        with batches, self.writer, self._progress() as progress, Watchdog() as watchdog:
             try:
                 while True:
                     scores = {}
@@ -142,17 +143,21 @@ class Run:
                     if new and (save or self.step % recipe.eval_every == 0):
                         pending = self._write(pending, progress)  # only a state with finite logs is saved
                     if done or (new and not stopping and self.step % recipe.eval_every == 0):
+                        watchdog.at(self.step, EVALUATE, slow=True)
                         with self.clock.measure("evaluation"):
                             scores = self.task.evaluate(self.state, self.step, self.writer)
                     if new and save:
+                        watchdog.at(self.step, SAVE, slow=True)
                         self._save(scores, last=done or stopping)
                         if stopping:
                             break
                     if done or stopping:
                         break
+                    watchdog.at(self.step, READ, slow=not new)
                     with self.clock.measure("input"):
                         batch = next(batches)
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
+                    watchdog.at(self.step, COMPUTE, slow=not new)
                     with contextlib.nullcontext() if new else self.clock.measure("start"):  # it compiles
                         self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
