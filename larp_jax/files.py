@@ -576,8 +576,10 @@ def digest(path: str | os.PathLike, method: str = "sha256") -> str:
 
 
 def move(source: pathlib.Path, target) -> None:
-    """Moves a file from a folder of `temporary_folder` to its parent."""
-    if storage.is_remote(target):
+    """Moves a file within a disk or a bucket, or from a folder of `temporary_folder` to its parent."""
+    if storage.is_remote(source):
+        source.replace(target)
+    elif storage.is_remote(target):
         storage.upload(source, target)
     else:
         os.replace(source, target)

@@ -103,6 +103,18 @@ def test_commands_there_and_back(trained, tokenizer, bucket, tmp_path):
     run(f"export --checkpoint={trained} --format=codebook-npz --output={bucket}/codebook.npz")  # replaces its own
 
 
+def test_prepare_writes_to_a_bucket(bucket, tmp_path):
+    chaos.make_videos(tmp_path / "videos")
+    for place in (bucket, tmp_path):
+        command = f"prepare --input={tmp_path}/videos --output={place}/prepared --size=32 --workers=1"
+        assert cli.main(command.split()) == 0
+    ours, theirs = (files.listing(place / "prepared") for place in (bucket, tmp_path))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert (bucket / "prepared" / name).read_bytes() == (tmp_path / "prepared" / name).read_bytes(), name
+    assert cli.main([*command.replace(str(tmp_path / "prepared"), str(bucket / "prepared")).split()]) == 0  # complete
+
+
 def test_samples_in_a_bucket(trained, tokenizer, bucket, tmp_path):
     generator = write_generator(tmp_path / "g", {"tokenizer_fingerprint": tokenizer.fingerprint})
     for name in files.listing(generator):
