@@ -153,8 +153,8 @@ def prepare(
             progress(text)
             if needed > free:
                 raise InputError(
-                    f"--output {output} has {readable(int(free))} free, the data set needs about {readable(needed)}; give a "
-                    "folder on a larger disk, a smaller --size, or --storage jpeg"
+                    f"--output {output} has {readable(int(free))} free, the data set needs about {readable(needed)};"
+                    " give a folder on a larger disk, a smaller --size, or --storage jpeg"
                 )
             plan["needed"] = needed
             files.write_json(work / "plan.json", plan, indent=None)

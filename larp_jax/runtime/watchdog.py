@@ -1,8 +1,8 @@
 """Ends a run of several processes in which one of them hangs, and says which.
 
-A process that dies is noticed by the coordination service of JAX. One whose threads live on, but which waits forever for
-a disk, a worker process or a device, is not: the others wait for it in their next sum over all devices, without a limit.
-So every process tells the others which step it is in, and what it does there.
+A process that dies is noticed by the coordination service of JAX. One whose threads live on, but which waits forever
+for a disk, a worker process or a device, is not: the others wait for it in their next sum over all devices, without a
+limit. So every process tells the others which step it is in, and what it does there.
 """
 
 import logging
@@ -81,8 +81,8 @@ class Watchdog:
         seconds = time.monotonic() - self._since
         sys.stdout.flush()
         print(
-            f"larp-jax: error: no progress for {seconds:.0f} seconds; {who}. Look at that host, then start all processes"
-            " again with the same commands: the run continues from its newest checkpoint",
+            f"larp-jax: error: no progress for {seconds:.0f} seconds; {who}. Look at that host, then start all"
+            " processes again with the same commands: the run continues from its newest checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         if jax.process_index() == 0:
