@@ -72,6 +72,7 @@ def train(
     Raises:
       InputError: the recipe does not match the data, the devices, `init_from` or the run in the workdir.
       Diverged: a value became NaN or infinite.
+      LockLost: another process has taken over the workdir, which is in a bucket.
       Stopped: after SIGINT or SIGTERM, with everything saved.
       Interrupted: after SIGINT or SIGTERM before the first step, or after a second SIGINT.
     """
@@ -229,6 +230,7 @@ class Run:
             raise Diverged(f"{', '.join(bad)} became {logs[bad[0]]} in step {step}; {self._cure(step)}")
         progress.update(**{name.removeprefix("loss_"): logs[name] for name in self.task.shown if name in logs})
         if logged:
+            storage.check_locks()
             scalars = {f"train/{name}": value for name, value in logs.items()}
             self.writer.write_scalars(step, scalars | self.clock.read(step))
             self.task.watch(step, logs)
