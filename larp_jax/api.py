@@ -27,9 +27,7 @@ from larp_jax.weights.fingerprint import digest, fingerprint
 from larp_jax.weights.tensors import compare_shapes
 
 
-def load_tokenizer(
-    path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None
-) -> "LoadedTokenizer":
+def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
     """Loads a trained tokenizer.
 
     Args:
@@ -73,13 +71,13 @@ def load_checkpoint(
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
     distributed.check_devices()
-    path = files.local_path(path, "checkpoint")
+    path = files.any_path(path, "checkpoint")
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:
         _, imported, params = importing.import_huggingface(path)
         recipe = GeneratorRecipe(model=imported) if isinstance(imported, GeneratorConfig) else imported
-        found = checkpoint.Checkpoint(path.absolute(), recipe, params, step=0, code_counts=None, mean_clip=None)
+        found = checkpoint.Checkpoint(files.absolute(path), recipe, params, step=0, code_counts=None, mean_clip=None)
     if kind not in (None, found.recipe.stage):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
     return found

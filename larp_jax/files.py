@@ -2,6 +2,9 @@
 
 A file is written under a temporary name next to its target and renamed when it is complete. Temporary files are locked
 while their process runs, so that those of killed processes can be recognized and removed.
+
+Paths are on this machine or in a bucket (`gs://BUCKET/NAME`), where the temporary file is on this machine and is
+uploaded when it is complete; `larp_jax.storage` says what holds there.
 """
 
 import contextlib
@@ -15,14 +18,16 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
+from larp_jax import storage
 from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK = storage.LOCK
 UNFINISHED = "unfinished.json"
 DEEPEST = 64  # nested levels of JSON
 # Names of temporary files: a hash of the target's name, which can be long, then a random part. The other patterns match
@@ -35,17 +40,27 @@ _TEMPORARY = re.compile(
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
-    """A path on this machine, with `~` expanded.
+def any_path(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
+    """A path on this machine or in a bucket, with `~` expanded.
 
     Args:
-      path: as the user gave it.
+      text: as the user gave it, or a path that this function returned.
       what: the option it came from, for the message.
 
+    Returns:
+      A `pathlib.Path`, or for `gs://` an `etils.epath.Path`, which has the same methods.
+
     Raises:
-      InputError: it is a URL such as `gs://bucket/run`, is empty or contains a null character.
+      InputError: it is another URL, is empty or contains a null character; or gcsfs is missing.
     """
-    text = os.fspath(path)
+    if storage.is_remote(text):
+        return storage.open_path(os.fspath(text), what)
+    return local_path(text, what)
+
+
+def local_path(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
+    """Like `any_path`, for files that are read from this machine only."""
+    text = os.fspath(text)
     refuse_url(text, what)
     if not text or "\0" in text:
         raise InputError(f"{what} {text!r} is not a path; give one on this machine")
@@ -55,20 +70,29 @@ def local_path(path: str | os.PathLike, what: str = "path") -> pathlib.Path:
         raise InputError(f"{what} {text}: {error}; give the path in full") from None
 
 
-def refuse_url(text: str, what: str) -> None:
-    """`InputError` if a path is a URL, or a text such as `folder:gs://bucket/videos` contains one.
+def refuse_url(text: str, what: str, *, buckets: bool = False) -> None:
+    """`InputError` if a path is a URL, or a text such as `folder:s3://bucket/videos` contains one.
 
     Args:
       text: a path, or a text that contains one.
       what: the option it came from, for the message.
+      buckets: whether gs:// is allowed.
     """
-    for scheme in (found[1] or found[2] for found in _URL.finditer(text)):
+    for found in _URL.finditer(text):
+        scheme = found[1] or found[2]
         if scheme.lower() == "file":
             raise InputError(f"{what} {text}: file:// is not supported; give the path alone")
+        if buckets and text.startswith(storage.SCHEME, found.start()):
+            continue
+        if scheme.lower() == "gs":
+            raise InputError(
+                f"{what} {text}: this is read from a disk, not from gs://; mount the bucket (gcsfuse BUCKET DIR, or"
+                " launch/tpu_pod.sh --bucket) or copy it, and give the folder"
+            )
         if scheme.lower() not in _NO_SCHEMES:
             raise InputError(
-                f"{what} {text}: {scheme}:// is not supported yet (no object storage, no web); give a path on this"
-                " machine, such as a mount of the bucket"
+                f"{what} {text}: {scheme}:// is not supported; give a path on this machine, such as a mount of the"
+                " bucket, or gs:// for what this program writes"
             )
 
 
@@ -91,13 +115,16 @@ def check_output(
     Raises:
       InputError: it exists and may not be replaced, or its folder cannot be created or written.
     """
-    path = local_path(path, what)
+    path = any_path(path, what)
+    if storage.is_remote(path):
+        storage.check_writable(path, what)
     if path.is_dir():
         raise InputError(f"{what} {path} cannot be written (it is a folder); name a file in it")
     _check_replaceable(path, what)
-    if path.exists() and path.stat().st_size and not _recognized(path, ours):
+    if path.exists() and size(path) and not _recognized(path, ours):
         raise InputError(f"{what} {path} exists and was not written by this command; name another file, or remove it")
-    _check_parents(path.absolute().parent, f"{what} {path} cannot be written")
+    if not storage.is_remote(path):
+        _check_parents(path.absolute().parent, f"{what} {path} cannot be written")
     return path
 
 
@@ -107,8 +134,13 @@ def check_folder(path: str | os.PathLike, what: str = "--output") -> pathlib.Pat
     Raises:
       InputError: the folder can be neither written nor created.
     """
-    path = local_path(path, what)
-    _check_parents(path.absolute(), f"{what} {path} cannot be created")
+    path = any_path(path, what)
+    if storage.is_remote(path):
+        storage.check_writable(path, what)
+        if path.is_file():
+            raise InputError(f"{what} {path} cannot be created (it is a file); name another")
+    else:
+        _check_parents(path.absolute(), f"{what} {path} cannot be created")
     return path
 
 
@@ -142,20 +174,29 @@ def check_new_folder(path: str | os.PathLike, what: str = "--output") -> pathlib
       InputError: the folder exists and is not empty, or cannot be created.
     """
     path = check_folder(path, what)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not _only_unfinished(path):
         raise InputError(f"{what} {path} already exists and is not empty; name another, or remove it")
     return path
 
 
+def _only_unfinished(folder) -> bool:
+    """Whether a folder in a bucket contains nothing but files of a killed upload; see `outputs`."""
+    begun = json_object(folder / UNFINISHED).get("files", ()) if storage.is_remote(folder) else ()
+    return bool(begun) and storage.listing(folder).keys() <= {*begun, UNFINISHED, LOCK}
+
+
 def _recognized(path: pathlib.Path, ours: Callable[[pathlib.Path], bool]) -> bool:
     try:
-        return ours(path)
+        with fetched(path) as file:
+            return ours(file)
     except Exception:  # a reader may raise any error for a file of another kind
         return False
 
 
 def _check_replaceable(path: pathlib.Path, what: str) -> None:
     """`InputError` if a path exists and is not a regular file: renaming onto a device or a pipe would remove it."""
+    if storage.is_remote(path):
+        return
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -172,7 +213,9 @@ def make_folder(path: str | os.PathLike, what: str = "output folder") -> pathlib
     Raises:
       InputError: it cannot be created.
     """
-    path = local_path(path, what)
+    path = any_path(path, what)
+    if storage.is_remote(path):
+        return path  # it exists as soon as there is a file in it
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -193,7 +236,13 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       InputError: the target exists and is not a regular file.
       OSError: the folder cannot be written.
     """
-    target = pathlib.Path(path)
+    target = any_path(path, "output")
+    if storage.is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="larp-") as folder:
+            temporary = pathlib.Path(folder, target.name)
+            yield temporary
+            storage.upload(temporary, target)
+        return
     _check_replaceable(target, "output")
     if target.is_symlink():
         target = target.resolve()
@@ -219,6 +268,9 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes a file; see `replacing`."""
+    if storage.is_remote(path):
+        storage.write_bytes(any_path(path), data)
+        return
     with writing(path) as file:
         file.write(data)
 
@@ -231,7 +283,7 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any], *, indent: in
       InputError: the folder cannot be created, or the path exists and is not a regular file.
       OSError: the file cannot be written.
     """
-    path = pathlib.Path(path)
+    path = any_path(path)
     data = (json.dumps(values, indent=indent, allow_nan=False) + "\n").encode()
     make_folder(path.parent)
     write_bytes(path, data)
@@ -244,8 +296,8 @@ def read_json(path: str | os.PathLike) -> Any:
       OSError: the file cannot be read, or is not a regular file.
       ValueError: it is not valid JSON.
     """
-    path = pathlib.Path(path)
-    if path.exists() and not path.is_file():
+    path = any_path(path)
+    if not storage.is_remote(path) and path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")  # reading a pipe would wait for its writer
     return parse_json(path.read_bytes())
 
@@ -290,7 +342,13 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
     Raises:
       InputError: the path exists and is not an empty folder, or cannot be created.
     """
-    target = check_new_folder(path, what).absolute()
+    target = check_new_folder(path, what)
+    if storage.is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="larp-") as temporary:
+            yield pathlib.Path(temporary)
+            _upload_folder(pathlib.Path(temporary), target, what)
+        return
+    target = target.absolute()
     if target.is_symlink():
         target = target.resolve()
     make_folder(target.parent, what)
@@ -303,12 +361,24 @@ def new_folder(path: str | os.PathLike, what: str = "--output") -> Iterator[path
             raise
 
 
+def _upload_folder(folder: pathlib.Path, target, what: str) -> None:
+    names = listing(folder)
+    with outputs(target, names, what):
+        for name in names:
+            storage.upload(folder / name, target / name)
+
+
 @contextlib.contextmanager
 def temporary_folder(parent: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
     """Context manager for a temporary folder in an existing one, which is removed afterward.
 
-    Also removes the temporary folders that killed processes left for the same name.
+    Also removes the temporary folders that killed processes left for the same name. If the parent is in a bucket, the
+    folder is among the temporary files of this machine.
     """
+    if storage.is_remote(parent):
+        with tempfile.TemporaryDirectory(prefix="larp-") as temporary:
+            yield pathlib.Path(temporary)
+        return
     parent = pathlib.Path(parent)
     prefix = _prefix(parent / name)
     remove_leftovers(parent, prefix)
@@ -379,13 +449,17 @@ def _lock(descriptor: int) -> bool | None:
 def claim(folder: str | os.PathLike, what: str = "--output") -> Iterator[pathlib.Path]:
     """Context manager that locks a folder, so that no other process writes to it. The folder is created if missing.
 
-    The operating system releases the lock when the process ends for any reason. Temporary files of killed processes in
-    the folder are removed.
+    The operating system releases the lock when the process ends for any reason; in a bucket it expires, see
+    `larp_jax.storage`. Temporary files of killed processes in the folder are removed.
 
     Raises:
       InputError: another process has locked the folder, or it cannot be written.
     """
     folder = make_folder(folder, what)
+    if storage.is_remote(folder):
+        with storage.Lock(folder, what):
+            yield folder
+        return
     path = folder / LOCK
     while True:
         try:
@@ -443,9 +517,13 @@ def outputs(
         journal = folder / UNFINISHED
         begun = set(json_object(journal).get("files", ()))
         mine, read = begun.union(ours), {path.resolve() for path in inputs}
-        for path, name in ((folder / name, name) for name in names):
-            if os.path.lexists(path) and (name not in mine or not path.is_file() or path.resolve() in read):
-                raise InputError(f"{path} exists{but}; name another {what}")
+        if storage.is_remote(folder):
+            taken = storage.listing(folder).keys() - mine
+        else:
+            there = [name for name in names if os.path.lexists(folder / name)]
+            taken = {x for x in there if x not in mine or not (path := folder / x).is_file() or path.resolve() in read}
+        if existing := [name for name in names if name in taken]:
+            raise InputError(f"{folder / existing[0]} exists{but}; name another {what}")
         write_json(journal, {"files": sorted(begun.union(names))})
         whole = False
         try:
@@ -461,7 +539,60 @@ def is_empty(folder: pathlib.Path) -> bool:
     return all(path.name == LOCK for path in folder.iterdir())
 
 
-def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """A path that does not depend on the working directory."""
+    return path if storage.is_remote(path) else path.absolute()
+
+
+def relative(path: str | os.PathLike) -> str:
+    """A path as seen from the working directory; those in a bucket are unchanged."""
+    return os.fspath(path) if storage.is_remote(path) else os.path.relpath(path)
+
+
+def listing(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """All files below a folder by path within it, with forward slashes, and what a bucket knows of each."""
+    if storage.is_remote(folder):
+        return {name: entry for name, entry in storage.listing(folder).items() if not name.endswith("/")}
+    return {path.relative_to(folder).as_posix(): {} for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def remove_tree(folder: pathlib.Path) -> None:
+    """Removes a folder as far as possible."""
+    if storage.is_remote(folder):
+        folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def size(path) -> int:
+    """Bytes of a file."""
+    return path.stat().length if storage.is_remote(path) else path.stat().st_size
+
+
+def digest(path: str | os.PathLike, method: str = "sha256") -> str:
+    """SHA-256 of a file on this machine, in hexadecimal; or another digest that hashlib knows."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, method).hexdigest()
+
+
+def move(source: pathlib.Path, target) -> None:
+    """Moves a file within a disk or a bucket, or from a folder of `temporary_folder` to its parent."""
+    if storage.is_remote(source):
+        source.replace(target)
+    elif storage.is_remote(target):
+        storage.upload(source, target)
+    else:
+        os.replace(source, target)
+
+
+@contextlib.contextmanager
+def fetched(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Context manager for reading a file as one of this machine: the file itself, or a temporary copy of an object."""
+    path = any_path(path)
+    if not storage.is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="larp-") as folder:
+        copy = pathlib.Path(folder, path.name)
+        storage.download(path, copy)
+        yield copy

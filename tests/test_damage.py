@@ -29,7 +29,7 @@ from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training import writers
 from larp_jax.training.generator import GeneratorTask
 from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
-from larp_jax.weights import checkpoint
+from larp_jax.weights import checkpoint, checksums
 from larp_jax.weights.i3d import import_i3d
 from larp_jax.weights.lpips import import_lpips
 
@@ -86,7 +86,7 @@ def change_metadata(directory, change):
     sums = directory / checkpoint.CHECKSUMS
     if sums.exists():
         known = json.loads(sums.read_text())
-        known["metadata/metadata"] = checkpoint._digests(directory, ["metadata"])["metadata/metadata"]
+        known["metadata/metadata"] = checksums.digests(directory, ["metadata"])["metadata/metadata"]
         sums.write_text(json.dumps(known))
 
 

@@ -47,6 +47,24 @@ RECIPES = {f"configs/{path.name}": runpy.run_path(str(path))["__doc__"] for path
 COMMANDS = {page: shell_lines(text) for page, text in (PAGES | RECIPES).items()}
 
 
+def test_every_command_of_the_guide_to_pods_is_one(monkeypatch):
+    """The launch script prints what it would do, train accepts its command; of gcloud, only the group is checked."""
+    monkeypatch.chdir(ROOT)
+    text = "".join(block for _, block in blocks(PAGES["docs/pods.md"], "bash"))
+    lines = [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line]
+    kinds = {line.split()[0] for line in lines}
+    assert kinds == {"gcloud", "pip", "larp-jax", "bash"}
+    groups = {("config", "set"), ("services", "enable"), ("storage", "buckets")}
+    for words in map(shlex.split, lines):
+        if words[0] == "gcloud":
+            assert tuple(words[1:3]) in groups, words
+        elif words[0] == "bash":
+            result = subprocess.run([*words[:2], "--dry-run", *words[2:]], capture_output=True, text=True, check=False)
+            assert result.returncode == 0 and "gcloud compute tpus" in result.stdout, result.stderr
+            if "train" in words:
+                accept(["larp-jax", *words[words.index("train") :]])
+
+
 def test_commands_are_found():
     assert len(COMMANDS["README.md"]) > 15
     assert all(COMMANDS[page] for page in (*RECIPES, "docs/training.md", "docs/evaluation.md", "docs/data.md"))

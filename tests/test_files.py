@@ -16,7 +16,7 @@ import av
 import pytest
 
 import larp_jax
-from larp_jax import cli, files
+from larp_jax import cli, files, storage
 from larp_jax.cli import app, evaluation, tools
 from larp_jax.cli.arguments import check_paths
 from larp_jax.data import parse_spec, tfds
@@ -26,10 +26,17 @@ from larp_jax.weights import networks
 from larp_jax.weights.importing import import_huggingface
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/x", "hdfs:///x", "file:///x", "gs:/bucket/run"])
+@pytest.mark.parametrize("path", ["s3://bucket/x", "hdfs:///x", "file:///x", "https://x.org/y", "az:/container/x"])
 def test_urls_are_not_paths(path):
-    with pytest.raises(InputError, match="is not supported"):
-        files.local_path(path, "--workdir")
+    for locate in (files.any_path, files.local_path):
+        with pytest.raises(InputError, match="--workdir .* is not supported"):
+            locate(path, "--workdir")
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "gs:/bucket/run", "GS://bucket/run"])
+def test_what_is_read_from_a_disk_is_not_in_a_bucket(path):
+    with pytest.raises(InputError, match="--input .*: this is read from a disk, not from gs://; mount the bucket"):
+        files.local_path(path, "--input")
 
 
 def test_home(monkeypatch, tmp_path):
@@ -145,7 +152,8 @@ def test_reasons(error, said):
     assert reason(error) == said
 
 
-URLS = "gs://bucket/x", "s3://bucket/x", "file:///x", "folder:gs://bucket/x", "0.5*folder:/a+0.5*tfds:gs://bucket/x:train"
+URLS = "s3://bucket/x", "file:///x", "folder:az://bucket/x", "0.5*folder:/a+0.5*tfds:hf://bucket/x:train"
+REMOTE = {"workdir", "checkpoint", "tokenizer", "output", "samples", "source"}  # options that may be in a bucket
 COMMANDS = (
     "train evaluate analyze reconstruct tokenize detokenize sample predict export import prepare plan benchmark report"
 ).split()
@@ -164,17 +172,40 @@ def test_no_option_takes_urls(command, capsys):
             arguments = argparse.Namespace(command=command, **{option.replace("-", "_"): values})
             with pytest.raises(InputError, match=f"--{option} .* is not supported"):
                 check_paths(arguments)
+        if option in REMOTE or (command, option) == ("detokenize", "input"):
+            continue
+        for url in ("gs://bucket/x", "folder:gs://bucket/x"):
+            values = [url] if option == "input" and command == "prepare" else url
+            arguments = argparse.Namespace(command=command, **{option.replace("-", "_"): values})
+            with pytest.raises(InputError, match=f"--{option} .*: this is read from a disk, not from gs://"):
+                check_paths(arguments)
 
 
 def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["report", "--workdir=gs://bucket/run"]) == 2
+    assert cli.main(["report", "--workdir=s3://bucket/run"]) == 2
     message = capsys.readouterr().err
-    assert "--workdir gs://bucket/run: gs:// is not supported yet" in message and "on this machine" in message
-    for setting in ("tokenizer=gs://bucket/x", "data.train=folder:gs://bucket/x"):
+    assert "--workdir s3://bucket/run: s3:// is not supported" in message and "on this machine" in message
+    for setting in ("tokenizer=s3://bucket/x", "data.train=folder:s3://bucket/x"):
         assert cli.main(["train", "--config=x.py", "--workdir=run", f"--config.{setting}"]) == 2
-        assert f"--config.{setting}: gs:// is not supported" in capsys.readouterr().err
+        assert f"--config.{setting}: s3:// is not supported" in capsys.readouterr().err
+    assert cli.main(["train", "--config=x.py", "--workdir=run", "--config.data.train=folder:gs://bucket/x"]) == 2
+    assert "not from gs://; mount the bucket (gcsfuse" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_without_gcsfs_a_bucket_is_refused_before_anything_else(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    for command in ("train --config=x.py --workdir=gs://b/x", "report --workdir=gs://b/x"):
+        assert cli.main(command.split()) == 2
+        assert "--workdir gs://b/x: gs:// needs gcsfs: pip install 'larp_jax[gcs]'" in capsys.readouterr().err
+    with pytest.raises(InputError, match="init_from gs://b/x: gs:// needs gcsfs"):
+        files.any_path("gs://b/x", "init_from")
+    assert not list(tmp_path.iterdir())
+
+
+def test_variables_are_paths_of_this_machine(monkeypatch):
 
     for variable, use in (
         ("LARP_LPIPS", lambda: networks.locate("lpips")),
@@ -183,23 +214,24 @@ def test_settings_and_variables_take_no_urls_either(monkeypatch, tmp_path, capsy
         ("TFDS_DATA_DIR", tfds.tfds_root),
     ):
         monkeypatch.setenv(variable, "gs://bucket/x")
-        with pytest.raises(InputError, match=f"{variable} .* is not supported"):
+        with pytest.raises(InputError, match=f"{variable} .*not from gs://"):
             use()
         monkeypatch.setenv(variable, "~/x")
         assert "~" not in str(use())
 
 
-@pytest.mark.parametrize("text", ["folder:gs://b/x", "tokens:gs://b/x", "tfds:gs://b/x:train", "gs://b/x", URLS[-1]])
-def test_data_sets_are_on_this_machine(text):
-    with pytest.raises(InputError, match="gs:// is not supported"):
+@pytest.mark.parametrize("text", ["folder:gs://b/x", "tfds:gs://b/x:train", "gs://b/x", "0.5*folder:/a+tfds:gs://b"])
+def test_videos_are_on_this_machine(text):
+    with pytest.raises(InputError, match="this is read from a disk, not from gs://; mount the bucket"):
         parse_spec(text)
+    assert parse_spec("tokens:gs://b/x").name == "gs://b/x"
 
 
 def test_python_takes_no_urls_and_expands_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for load in (larp_jax.load_tokenizer, larp_jax.load_generator, import_huggingface):
-        with pytest.raises(InputError, match="gs:// is not supported"):
-            load("gs://bucket/run")
+        with pytest.raises(InputError, match="s3:// is not supported"):
+            load("s3://bucket/run")
         with pytest.raises(InputError, match=re.escape(str(tmp_path / "run"))):
             load("~/run")
     assert parse_spec("folder:/a").name == "/a" and parse_spec("tokens:~/a").name == str(tmp_path / "a")

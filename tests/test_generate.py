@@ -38,7 +38,7 @@ def write_generator(folder, metadata, **options):
     checkpoint.write_imported(folder, to_dict(GeneratorRecipe(model=config)), {"generator": params})
     path = folder / "metadata" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | metadata))
-    checkpoint._write_digests(folder)
+    checkpoint.write_digests(folder)
     return folder
 
 

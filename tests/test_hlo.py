@@ -88,3 +88,26 @@ def test_the_text_of_tpu_programs():
     assert found["all-reduce"] == hlo.Collective("all-reduce", 1, 16, 8 * 128 * 2)
     # each iteration reads and writes a slice; arrays in S(1) are not in main memory
     assert program.traffic() == 12 * 2 * 8 * 128 * 2 + 2 * 8 * 128 * 2
+
+
+SLICES = """HloModule jit_f, num_partitions=8
+
+ENTRY %main (p: f32[128,1024]) -> f32[128,1024] {
+  %p = f32[128,1024]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[128,1024]{1,0}, u32[], token[]) send(%p, %after-all), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1:3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[128,1024]{1,0}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1:3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = f32[128,1024]{1,0} get-tuple-element(%recv), index=0
+}
+"""
+
+
+def test_transfers_between_slices():
+    (found,) = hlo.Program(SLICES).transfers()
+    assert (found.kind, found.count, found.group, found.bytes) == ("all-reduce", 1, 3, 128 * 1024 * 4)
+    assert found.wire_bytes == pytest.approx(2 * 2 / 3 * 128 * 1024 * 4)
+    assert not hlo.Program(SLICES).collectives()
+    assert hlo._count("1,2") == 2 and hlo._count("0:3,7") == 5

@@ -24,16 +24,18 @@ LAYERS = (
     {"runtime"},
     {"models"},
     {"config"},
-    {"metrics", "state", "files", "npz"},
+    {"metrics", "state", "npz"},
+    {"files"},
+    {"storage"},
     {"errors", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Modules, and subpackages with all their modules, that can be imported without the packages in NOT_CORE.
-CORE = {"api", "config", "errors", "files", "metrics", "models", "npz", "state", "tools.flops", "training.losses"}
-CORE |= {"training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint", "weights.importing"}
-CORE |= {"weights.i3d", "weights.lpips", "weights.networks", "weights.released", "weights.released_config"}
-CORE |= {"weights.tensors", "runtime.rng"}
+CORE = {"api", "config", "errors", "files", "metrics", "models", "npz", "state", "storage", "tools.flops"}
+CORE |= {"training.losses", "training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint"}
+CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released"}
+CORE |= {"weights.released_config", "weights.tensors", "runtime.rng"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

@@ -61,7 +61,7 @@ def test_every_folder_of_modules_is_packaged(arguments):
 
 def test_extras_are_those_promised(arguments):
     extras = arguments["extras_require"]
-    assert set(extras) == {"cuda", "tpu", "tensorboard", "lpips", "docs", "dev"}
+    assert set(extras) == {"cuda", "cuda12", "cuda13", "tpu", "gcs", "tensorboard", "lpips", "docs", "dev"}
     for requirements in extras.values():
         assert all(map(Requirement, requirements))
 
@@ -116,8 +116,9 @@ def test_slurm_script():
 
 def test_tpu_script():
     where = ["--name", "larp", "--zone", "us-west4-a", "--project", "p"]
-    describe, create, pack, copy, setup, install, train, logs = dry_run(
-        "tpu_pod.sh", *where, "--type", "v5litepod-256", "--spot", "--setup", "mount it", "--dry-run", *TRAIN
+    options = [*where, "--type", "v5litepod-256", "--spot", "--setup", "mount it", "--bucket", "gs://b/data"]
+    describe, create, pack, copy, setup, mount, install, train, logs = dry_run(
+        "tpu_pod.sh", *options, "--dry-run", *TRAIN
     )
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
     at = ["larp", "--zone=us-west4-a", "--project=p"]
@@ -127,13 +128,56 @@ def test_tpu_script():
     ]  # fmt: skip
     assert pack[0] == "tar" and copy[:5] == [*gcloud, "scp"] and pack[4] == copy[5]
     assert setup == [*gcloud, "ssh", *at, "--worker=all", "--command=mount it"]
-    assert "--worker=all" in install and "install_into_venv" in install[-1]
+    assert mount[:9] == setup[:9] and "gcsfuse --implicit-dirs --only-dir=data b /mnt/bucket" in mount[9]
+    assert " ".join(mount[10:]) == "gs://b/data is at /mnt/bucket on every host"
+    assert "--worker=all" in install and 'install_into_venv ".[tpu,gcs]"' in install[-1]
     assert "--worker=all" in train and "larp-jax train --config configs/larp_l_long.py" in train[-1]
     assert "--worker=0" in logs and "tail" in logs[-1]
     for command, words in (("logs", logs), ("stop", [*gcloud, "ssh", *at, "--worker=all"])):
         (found,) = dry_run("tpu_pod.sh", *where, "--dry-run", command)
         assert found[: len(words)] == words
     assert dry_run("tpu_pod.sh", *where, "--dry-run", "delete") == [[*gcloud, "delete", *at, "--quiet"]]
+
+
+def test_tpu_script_of_several_slices():
+    where = ["--name", "larp", "--zone", "z", "--slices", "2"]
+    found = dry_run("tpu_pod.sh", *where, "--type", "v5litepod-16", "--dry-run", *TRAIN)
+    create = next(words for words in found if "queued-resources" in words)
+    assert create[4:6] == ["create", "larp"] and {"--node-count=2", "--node-prefix=larp"} <= set(create)
+    for node in ("larp-0", "larp-1"):
+        assert any(words[4:6] == ["ssh", node] and "larp-jax train" in words[-1] for words in found)
+    assert [words[5] for words in found if "tail" in words[-1]] == ["larp-0"]
+    assert dry_run("tpu_pod.sh", *where, "--dry-run", "delete")[0][3:6] == ["queued-resources", "delete", "larp"]
+
+
+GCLOUD = """#!/bin/bash
+# a cloud whose slice is preempted once: notes each command, and answers by the number of slices created so far
+echo "$*" >>"$NOTES"
+made=$(grep -c "tpu-vm create" "$NOTES")
+deleted=$(grep -c "tpu-vm delete" "$NOTES")
+case "$*" in
+  *describe*) [ "$made" -gt "$deleted" ] || exit 1; [ "$made" -gt 1 ] && echo READY || echo PREEMPTED ;;
+  *cat*run.exit*) [ "$made" -gt 1 ] || exit 255; echo "$LAST" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("last", "code"), [("0", 0), ("2", 2), ("stopped", 0)])
+def test_tpu_script_keeps_a_run_alive(tmp_path, last, code):
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n", "tar": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    notes = tmp_path / "notes"
+    notes.touch()
+    command = ["bash", str(ROOT / "launch" / "tpu_pod.sh"), "--name", "larp", "--zone", "z", "--type", "v5litepod-16"]
+    result = subprocess.run(
+        [*command, "--spot", "--keep-alive", *TRAIN],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/nowhere", "NOTES": str(notes), "LAST": last},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == code, result.stdout + result.stderr
+    assert re.findall("tpu-vm (create|delete)", notes.read_text()) == ["create", "delete", "create"]
+    assert "the run ended early (exit code unknown, slice PREEMPTED): starting again" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -143,6 +187,8 @@ def test_tpu_script():
         (["--name", "n", "--zone", "z", "train"], "--type is needed"),
         (["--name", "n", "--zone", "z", "--tpye", "t"], "--tpye is no option"),
         (["--name", "n", "--zone", "z"], "say what to run"),
+        (["--name", "n", "--zone", "z", "--bucket", "b", "train"], "--bucket b must be gs://BUCKET"),
+        (["--name", "n", "--zone", "z", "--slices", "two", "train"], "--slices two must be a number"),
     ],
 )
 def test_tpu_script_says_what_is_missing(arguments, message):

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from larp_jax import cli
 from larp_jax.config import default_recipe, parse_recipe
 from larp_jax.errors import InputError
-from larp_jax.runtime.sharding import make_mesh
+from larp_jax.runtime.sharding import AXES, make_mesh
 from larp_jax.tools import flops, plan
 from larp_jax.tools.benchmark import _Step
 
@@ -76,7 +78,7 @@ def test_what_to_change():
     one = parse_recipe(larp_l(remat="block"))
     found = plan.plan(one, gpus="H200:1")
     assert found["memory_mb"]["total"] < plan.plan(parse_recipe(larp_l()), gpus="H200:1")["memory_mb"]["total"]
-    mesh = jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "model"))
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), AXES)
     chip = plan.CHIPS["v5e"]
     assert plan.change(one, mesh, 1e9, chip) == "--config.accumulate=2"
     assert plan.change(one, mesh, 8e9, chip) == "--config.mesh.data=1 --config.mesh.fsdp=8"
@@ -123,3 +125,32 @@ def test_without_libtpu(monkeypatch):
 )
 def test_out_of_memory_errors_of_the_compiler(message, gigabytes):
     assert plan._needed(message) == gigabytes * 2**30
+
+
+def test_names_of_slices():
+    assert plan._slices("v5e:16x16") == (1, "v5e:16x16") and plan._slices("2xv5e:16x16") == (2, "v5e:16x16")
+    assert plan._chip("4xv5p:4x4x4") == plan.CHIPS["v5p"]
+    with pytest.raises(InputError, match="--topology 2x9:4x4 is not known"):
+        plan._chip("2x9:4x4")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[tpu]'")
+def test_a_plan_for_two_slices_lists_the_traffic_between_them(tmp_path):
+    """In a process of its own, because libtpu cannot be unloaded."""
+    output = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "larp_jax", "plan", "--config", TINY, "--topology", "2xv5e:2x4"]
+    result = subprocess.run(
+        [*command, "--config.data.batch_size=32", f"--output={output}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "between slices: all-reduce" in result.stdout
+    found = json.loads(output.read_text())
+    assert found["mesh"] == {"dcn": 2, "data": 8, "fsdp": 1, "model": 1}
+    assert {c["chips"] for c in found["network"]} == {2} and {c["chips"] for c in found["collectives"]} == {8}
+    # each chip sends its eighth of the gradients; small arrays are sent whole
+    gradients = found["memory_mb"]["params"]
+    sent = sum(c["count"] * c["mb_each"] for c in found["network"])
+    assert gradients / 8 < sent < gradients
+    assert found["ms_network"] == pytest.approx(1e9 * sum(c["wire_mb"] for c in found["network"]) / 3.125e9)

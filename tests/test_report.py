@@ -236,7 +236,7 @@ def test_odd_results(workdir, tmp_path):
     directory = odd / "checkpoints" / "6"
     metadata = json.loads((directory / "metadata" / "metadata").read_text())
     (directory / "metadata" / "metadata").write_text(json.dumps(metadata | {"code_counts": [10**30, -1]}))
-    checkpoint._write_digests(directory)
+    checkpoint.write_digests(directory)
     notes = page_of(odd).texts["notes"]
     for text in (
         "deep.json cannot be read (it is nested too deeply)",

@@ -17,7 +17,7 @@ from larp_jax.training.tokenizer import TokenizerStage
 
 
 def mesh_of(data, fsdp, model):
-    return AbstractMesh((data, fsdp, model), sharding.AXES)
+    return AbstractMesh((1, data, fsdp, model), sharding.AXES)
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,34 @@ def test_a_mesh_axis_may_be_part_of_an_axis_of_the_slice(shape):
         for i, at in enumerate(itertools.product(range(4), repeat=3))
     ]
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), chips)
-    assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(chips)
+    assert mesh.devices.shape == (1, *shape) and set(mesh.devices.flat) == set(chips)
+
+
+def chips_of(slices):
+    """Devices of slices of 2x2 chips."""
+    return [
+        type("Chip", (), dict(id=100 * s + i, coords=(*at, 0), core_on_chip=0, platform="tpu", device_kind="TPU v5e",
+                              slice_index=s, process_index=s))()
+        for i, at in enumerate(itertools.product(range(2), repeat=2)) for s in slices
+    ]  # fmt: skip
+
+
+def test_slices_split_the_batch_and_nothing_else():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), chips_of([1, 0]))
+    assert dict(mesh.shape) == {"dcn": 2, "data": 2, "fsdp": 2, "model": 1}
+    for number in (0, 1):
+        assert {chip.slice_index for chip in mesh.devices[number].flat} == {number}
+    assert sharding.batch_parts(mesh) == 8
+    with pytest.raises(InputError, match="does not split over dcn x data x fsdp = 8 devices"):
+        sharding.check_batch(12, mesh)
+    for shape in ((64, 128), (128, 64)):
+        assert "dcn" not in str(sharding.param_spec("blocks/mlp/up/kernel", shape, mesh))
+    with pytest.raises(InputError, match="does not match 4 device"):  # the mesh of one slice
+        sharding.make_mesh(MeshConfig(data=8), chips_of([0, 1]))
+
+
+def test_hosts_of_gpus_are_not_slices():
+    chips = chips_of([0, 1])
+    for chip in chips:
+        chip.platform = "gpu"
+    assert dict(sharding.make_mesh(MeshConfig(fsdp=8), chips).shape)["fsdp"] == 8

@@ -99,6 +99,8 @@ def _reason(error: Exception) -> str:
     """One line for an error of any type; errors of this package and of the operating system have a clear message."""
     if type(error).__module__.startswith("larp_jax") or isinstance(error, OSError):
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests"):
+        return f"the bucket does not answer ({type(error).__name__}: {reason(error)}); the same command continues later"
     return f"{type(error).__name__}: {reason(error)} (--debug shows where)"
 
 
@@ -168,7 +170,7 @@ def _logging() -> Iterator[None]:
     sys.excepthook = lambda *error: logger.debug("in a thread: %s", error)
     for name in ("jax", "orbax", "grain", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("absl", "asyncio"):  # Orbax logs tracebacks there for errors that it also raises
+    for name in ("absl", "asyncio", "gcsfs"):  # tracebacks of errors that are also raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -141,20 +141,31 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples", "lpips", "i3d", "heads", "root")
+PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples")  # may be in a bucket
+LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
 FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
 
 
+def _may_be_remote(name: str, text: str) -> bool:
+    """Whether a text may contain gs://: weights and codes, which this program wrote, but not videos."""
+    if name == "source" or "tokens:gs://" in text:
+        return True
+    return name == "overrides" and not text.startswith("--config.data.")
+
+
 def check_paths(arguments: argparse.Namespace) -> None:
     """Expands `~` in every path and rejects URLs and unusable output folders, before any work starts."""
+    written = PATHS + (("input",) if arguments.command == "detokenize" else ())
     for name, value in vars(arguments).items():
         option = f"--{name.replace('_', '-')}"
-        if name in PATHS and value is not None:
+        if name in written and value is not None:
+            setattr(arguments, name, str(files.any_path(value, option)))
+        elif name in LOCAL_PATHS and value is not None:
             setattr(arguments, name, str(files.local_path(value, option)))
         elif name in TEXTS and value is not None:
             for text in [value] if isinstance(value, str) else value:
-                files.refuse_url(text, "setting" if name == "overrides" else option)
+                files.refuse_url(text, "setting" if name == "overrides" else option, buckets=_may_be_remote(name, text))
     for name in ("workdir", "samples"):
         if getattr(arguments, name, None) and arguments.command != "report":
             files.check_folder(getattr(arguments, name), f"--{name}")

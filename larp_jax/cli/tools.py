@@ -58,7 +58,7 @@ def add_plan(commands) -> None:
     hardware = sub.add_mutually_exclusive_group(required=True)
     hardware.add_argument(
         "--topology", metavar="T",
-        help="TPU slice, for example v5e:4x4 or v5p:4x4x4; the step is compiled for it with libtpu",
+        help="TPU slice, for example v5e:4x4 or v5p:4x4x4, or several, 2xv5e:16x16; the step is compiled with libtpu",
     )  # fmt: skip
     hardware.add_argument(
         "--devices", type=positive, metavar="N", help="number of emulated CPU devices; the step is compiled for them"
@@ -176,7 +176,7 @@ def _report(arguments):
     from larp_jax.tools import report
 
     path = report.report(arguments.workdir, arguments.output)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
+    print(f"{path}: {files.size(path) / 1e6:.1f} MB, opens in any browser")
 
 
 def add_doctor(commands) -> None:

@@ -126,7 +126,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Number of devices along each axis of the mesh; one of them can be -1, for all remaining devices."""
+    """Number of devices along each axis of the mesh; one of them can be -1, for all remaining devices.
+
+    On several TPU slices, this is the mesh of each slice, and the batch is also split over the slices.
+    """
 
     data: int = -1
     fsdp: int = 1

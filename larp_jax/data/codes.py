@@ -101,7 +101,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: it is missing or damaged, has a later version or another layout, or names files outside its folder.
     """
-    path = files.local_path(directory, "folder of codes") / MANIFEST
+    path = files.any_path(directory, "folder of codes") / MANIFEST
     try:
         manifest = read_json(path)
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: 
       InputError: the shard is missing, damaged, or does not match the manifest.
     """
     shard = manifest["shards"][number]
-    path = pathlib.Path(directory) / shard["file"]
+    path = files.any_path(directory) / shard["file"]
     expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"]))}
     codes = npz.read(path, expected, fix="tokenize again")[name]
     if codes.min() < 0 or codes.max() >= manifest["K"]:
@@ -212,7 +212,7 @@ class CodeSet:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.path = pathlib.Path(directory)
+        self.path = files.any_path(directory)
         if not (self.path / MANIFEST).exists() and (found := advice(self.path)):
             raise InputError(f"{directory} contains no codes written by larp-jax tokenize; {found}")
         self.manifest = read_manifest(directory)

@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pathlib
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from larp_jax import files
+from larp_jax import files, storage
 from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
 from larp_jax.data.folders import cores, open_all
@@ -108,7 +109,8 @@ def prepare(
 
     Args:
       inputs: as for `larp_jax.data.listing.list_videos`.
-      output: folder of the data set, whose SPEC is then `tfds:OUTPUT`.
+      output: folder of the data set, whose SPEC is then `tfds:OUTPUT`; or a folder in a bucket, for which each worker
+        writes a shard to its temporary files and uploads it.
       settings: size and storage.
       root: the folder that paths in lists are relative to.
       workers: number of processes; 0 for one per core, 1 for this process only.
@@ -147,12 +149,12 @@ def prepare(
         if plan is None:
             plan = {"fingerprint": fingerprint, **_plan(listing)}
             text, needed = _estimate(plan, settings, output)
-            free = shutil.disk_usage(work).free
+            free = _free(work)
             progress(text)
             if needed > free:
                 raise InputError(
-                    f"--output {output} has {readable(free)} free, the data set needs about {readable(needed)}; give a "
-                    "folder on a larger disk, a smaller --size, or --storage jpeg"
+                    f"--output {output} has {readable(int(free))} free, the data set needs about {readable(needed)};"
+                    " give a folder on a larger disk, a smaller --size, or --storage jpeg"
                 )
             plan["needed"] = needed
             files.write_json(work / "plan.json", plan, indent=None)
@@ -246,12 +248,20 @@ def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path)
         per_frame = stored / max(1, count)
     needed = int(total * per_frame) + MIN_SHARDS * 2**17
     originals = sum(_file_size(item[2]) for item, _ in videos)
-    place = next(path for path in [output.absolute(), *output.absolute().parents] if path.exists())
-    free = readable(shutil.disk_usage(place).free)
+    free = _free(output)
     return (
         f"estimate: {len(videos):,} videos, {total:,} frames at {settings.size}x{settings.size} as {settings.storage}"
-        f" need {readable(needed)} (original files: {readable(originals)}); {free} are free"
+        f" need {readable(needed)} (original files: {readable(originals)})"
+        + ("" if free == math.inf else f"; {readable(int(free))} are free")
     ), needed
+
+
+def _free(folder: pathlib.Path) -> float:
+    """Free bytes on the disk of a folder, which may not exist yet; infinite in a bucket."""
+    if storage.is_remote(folder):
+        return math.inf
+    place = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    return shutil.disk_usage(place).free
 
 
 def _cut(plan: Mapping[str, Any]) -> list[Shard]:
@@ -282,6 +292,9 @@ def _fingerprint(listing: Listing, settings: Settings) -> str:
 
 def _file_size(path: str | os.PathLike) -> int:
     """Bytes of a file; 0 if it does not exist, which the report will show."""
+    if storage.is_remote(path):
+        path = files.any_path(path)
+        return files.size(path) if path.is_file() else 0
     return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
@@ -300,7 +313,7 @@ def _finished(output: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     if report.get("fingerprint") != fingerprint:
         raise InputError(f"--output {output} contains a data set of other videos or settings; name another folder")
-    shutil.rmtree(output / WORK, ignore_errors=True)  # left if the earlier call was killed just before its end
+    files.remove_tree(output / WORK)  # left if the earlier call was killed just before its end
     return report
 
 
@@ -386,7 +399,7 @@ def write_shard(job: tuple[str, Settings, Shard]) -> None:
     """Writes the shard of a job (work folder, settings, shard): its file, then its note. Can be repeated."""
     from array_record.python import array_record_data_source, array_record_module
 
-    work, settings, shard = pathlib.Path(job[0]), *job[1:]
+    work, settings, shard = files.any_path(job[0]), *job[1:]
     path = _shard_path(work, shard)
     stored, skipped, records = [], [], 0
     try:
@@ -411,7 +424,7 @@ def write_shard(job: tuple[str, Settings, Shard]) -> None:
                 raise RuntimeError(f"{temporary} contains fewer records than were written")
     except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(f"{path} cannot be written ({error}); the same command continues") from error
-    note = {"videos": stored, "skipped": skipped, "records": records, "bytes": path.stat().st_size}
+    note = {"videos": stored, "skipped": skipped, "records": records, "bytes": files.size(path)}
     files.write_json(_note_path(work, shard), note, indent=None)
 
 
@@ -505,7 +518,7 @@ def _finish(
             continue
         written, path, note = _shard_path(work, shard), named[key], notes[key]
         if written.exists():
-            os.replace(written, path)
+            files.move(written, path)
         if _file_size(path) != note["bytes"]:
             raise InputError(f"{path} is missing or damaged; run the same command to write it again")
         split = splits.setdefault(shard.split, {"shards": [], "videos": []})
@@ -522,7 +535,7 @@ def _finish(
     report = {"fingerprint": plan["fingerprint"], **described, "encoding": _ENCODING[settings.storage], **report}
     report["files"] = sizes
     files.write_json(output / REPORT, report)
-    shutil.rmtree(work)
+    files.remove_tree(work)
     return report
 
 

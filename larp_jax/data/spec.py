@@ -88,7 +88,7 @@ def parse_spec(text: str) -> DataSpec:
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
     if kind in ("folder", "tokens", "tfds"):
-        files.refuse_url(rest, "data")
+        files.refuse_url(rest, "data", buckets=kind == "tokens")
     elif "://" in text:
         files.refuse_url(text, "data")
     if kind in ("folder", "tokens") and rest:

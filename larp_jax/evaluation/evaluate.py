@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from larp_jax import api
+from larp_jax import api, files
 from larp_jax.config import MeshConfig, TokenizerConfig
 from larp_jax.data import ClipSpec
 from larp_jax.errors import InputError
@@ -125,7 +125,7 @@ def evaluate(
     definitions = {"clips": CLIPS} | registry.definitions()
     described |= {
         "definitions": {name: text for name, text in definitions.items() if name in scores or name == "clips"},
-        "checkpoint": os.path.relpath(found.path),
+        "checkpoint": files.relative(found.path),
         "weights": weights,
         "step": found.step,
         "device": jax.devices()[0].device_kind,
@@ -226,7 +226,7 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     described |= {
         "generator_fingerprint": generator.fingerprint,
         "fingerprint": tokenizer.fingerprint,
-        "tokenizer": os.path.relpath(request.tokenizer),
+        "tokenizer": files.relative(request.tokenizer),
         "tokenizer_step": tokenizer.step,
     }
     return scores, described, {}

@@ -6,7 +6,6 @@ Everything is computed on the host in float64, because sums of squares in float3
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -78,9 +77,7 @@ class FeatureStatistics:
             return self if self.count else other
         difference = other.mean - self.mean
         between = np.outer(difference, difference) * (self.count * other.count / count)
-        return type(self)(
-            count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between
-        )
+        return type(self)(count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between)
 
     def covariance(self, kind: str = "population") -> np.ndarray:
         """[D, D] float64.
@@ -110,7 +107,7 @@ class FeatureStatistics:
           InputError: the folder cannot be created.
           OSError: the file cannot be written.
         """
-        path = pathlib.Path(path)
+        path = files.any_path(path)
         files.make_folder(path.parent)
         text = np.frombuffer(json.dumps(dict(metadata or {}), sort_keys=True).encode(), np.uint8)
         with files.writing(path) as file:

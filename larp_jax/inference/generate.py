@@ -340,9 +340,7 @@ def predict(
             " LoadedGenerator.sample"
         )
     config = tokenizer.config
-    sampler = Sampler(
-        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames
-    )
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames)
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
     names = output_names([video.name for video in inputs.videos])
@@ -430,7 +428,7 @@ class SampleFolder:
 
     def is_whole(self, number: int, names: Iterable[str], count: int | None = None) -> bool:
         """Whether the codes of a batch and its files `names` exist; other arguments as for `kept`."""
-        found = all((self.path / name).is_file() and (self.path / name).stat().st_size for name in names)
+        found = all((self.path / name).is_file() and files.size(self.path / name) for name in names)
         return self.kept(number, count) is not None and found
 
     def kept(self, number: int, count: int | None = None) -> np.ndarray | None:

@@ -94,7 +94,7 @@ def tokenize(
             if SHARD_NAME.fullmatch(path.name):
                 path.unlink()
         for number, shard in enumerate(manifest["shards"]):
-            os.replace(folder / str(number), output / shard["file"])
+            files.move(folder / str(number), output / shard["file"])
         write_manifest(output, manifest)
     return manifest
 
@@ -192,7 +192,7 @@ def detokenize(
         Progress(len(rows), description="detokenize", unit="clip") as progress,
     ):
         paths = [folder / name for name in names]
-        videos = _decoded(tokenizer, files.local_path(source), manifest, batch_size, progress)
+        videos = _decoded(tokenizer, files.any_path(source), manifest, batch_size, progress)
         done = 0
         for path, (_, count) in zip(paths, runs, strict=True):
             files.make_folder(path.parent)

@@ -1,1 +1,1 @@
-"""Devices, processes, memory, random keys, signals and progress bars."""
+"""Devices, processes, memory, random keys, signals, progress bars and clocks."""

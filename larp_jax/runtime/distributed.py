@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import sys
 import time
 
@@ -148,8 +149,10 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     signs = ("Gloo", "NCCL", "closed", "reset by peer", "heartbeat", "coordination service")
     if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs):
+        ended = sorted({int(number) for number in re.findall(r"/task:(\d+)", text)} - {jax.process_index()})
+        who = f"process {', '.join(map(str, ended))}" if ended else "another process"
         return (
-            "another process of this run has ended or cannot be reached (see its messages); start all processes again"
+            f"{who} of this run has ended or cannot be reached (see its messages); start all processes again"
             " with the same commands, and the run continues"
         )
     return None

@@ -1,9 +1,11 @@
 """Shardings of arrays on a mesh: rules by parameter path, kept outside the models.
 
-The mesh has three axes. `data` splits the batch, `fsdp` splits the batch and the parameters, `model` splits the
-parameters of single layers (tensor parallelism).
+The mesh has four axes. `data` splits the batch, `fsdp` splits the batch and the parameters, `model` splits the
+parameters of single layers (tensor parallelism). `dcn` splits the batch over TPU slices, which a data center network
+connects; the other axes lie within a slice, so only sums of gradients cross that network, once a step.
 """
 
+import collections
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,10 +22,10 @@ from larp_jax.state import TrainState
 
 Tree = TypeVar("Tree")
 
-AXES = ("data", "fsdp", "model")
+AXES = ("dcn", "data", "fsdp", "model")
 MIN_SHARDED = 0.98
 NEGLIGIBLE_BYTES = 64e6  # in small models biases and norms are more than 2% of the bytes, which does not matter
-BATCH = P(("data", "fsdp"))
+BATCH = P(("dcn", "data", "fsdp"))
 
 # The first match applies. A spec is for the last axes; stacked layers have one more in front, which is never split.
 RULES = (
@@ -40,11 +42,19 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of a configuration over the given (default: all) devices.
 
     Neighbors in the mesh are close to each other in a TPU slice. An axis may split a physical axis: 8 chips of 4x4x4.
+    The configuration is that of one slice; `dcn` is the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    slices = collections.defaultdict(list)
+    for device in devices:
+        # JAX also numbers the hosts of GPUs as slices, but their axes may span hosts
+        slices[device.slice_index if device.platform == "tpu" else 0].append(device)
+    shape = config.shape(len(devices) // len(slices))
+    grids = [
+        mesh_utils.create_device_mesh(shape, slices[number], allow_split_physical_axes=True)
+        for number in sorted(slices)
+    ]
+    return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -120,7 +130,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh) -> int:
     """Number of devices that a batch is split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["dcn"] * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
@@ -128,7 +138,8 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     devices = batch_parts(mesh)
     if batch_size % (devices * accumulate):
         into = f" into accumulate={accumulate} parts" if accumulate > 1 else ""
-        raise InputError(f"data.batch_size={batch_size} does not split{into} over data x fsdp = {devices} devices")
+        over = "dcn x data x fsdp" if mesh.shape["dcn"] > 1 else "data x fsdp"
+        raise InputError(f"data.batch_size={batch_size} does not split{into} over {over} = {devices} devices")
 
 
 def to_mesh(batch: dict, mesh: Mesh) -> dict:

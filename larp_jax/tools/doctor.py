@@ -53,6 +53,7 @@ OPTIONAL_PACKAGES = (
     ("tensorflow", "TensorBoard summaries; TFDS data sets that only TensorFlow can read", "tensorflow-cpu tensorboard"),
     ("tensorboard", "TensorBoard summaries", "tensorflow-cpu tensorboard"),
     ("huggingface_hub", "importing released weights by repository id", "huggingface_hub"),
+    ("gcsfs", "gs:// for workdirs, checkpoints, codes and outputs", "gcsfs"),
     ("torch", "comparisons with PyTorch in the tests; not used otherwise", "torch"),
     ("libtpu", "TPUs; larp-jax plan --topology on any machine", "'jax[tpu]'"),
 )

@@ -99,6 +99,23 @@ class Program:
         listed = [Collective(kind, count, group, size) for (kind, group, size), count in found.items()]
         return sorted(listed, key=lambda c: -c.count * c.bytes)
 
+    def transfers(self) -> list[Collective]:
+        """What is exchanged between slices over the data center network, largest total first.
+
+        libtpu compiles collectives over several slices into collectives within each slice and transfers of each chip to
+        the chips of the same place in the other slices. `group` is the number of slices.
+        """
+        found = collections.Counter()
+        for name, times in self.runs.items():
+            for line in self._computations.get(name, ()):
+                kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
+                if line.opcode == "send" and kind:
+                    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line.attributes)
+                    size = _size(self._shapes[name].get(line.operands[0], ""))
+                    found[kind[1].lower().replace("_", "-"), _count(target[1]) if target else 2, size] += times
+        listed = [Collective(kind, count, group, size) for (kind, group, size), count in found.items()]
+        return sorted(listed, key=lambda c: -c.count * c.bytes)
+
     def traffic(self) -> int:
         """Bytes read from and written to the main memory of the device in a step: operands and results of instructions.
 
@@ -224,6 +241,12 @@ def _size(shape: str, *, main: bool = False) -> int:
         bits = BITS[kind] if kind in BITS else int(digits[0]) if digits else 0
         total += math.prod(dimensions) * bits // 8
     return total
+
+
+def _count(numbers: str) -> int:
+    """How many numbers are in a list such as `1,2` or `0:3,7`, in which a range includes its end."""
+    ranges = [part.split(":") for part in numbers.split(",")]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _group(attributes: str) -> int:

@@ -20,21 +20,26 @@ from larp_jax.training.stages import TASKS
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published limits of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s of memory and of links to other chips."""
+    """Published limits of a chip: bfloat16 FLOP/s, bytes of memory, bytes/s of memory and of links to other chips.
+
+    `network` is its share of the data center network between slices, in bytes/s; 0 if that is not published.
+    """
 
     flops: float
     memory: float
     bandwidth: float
     links: float
+    network: float = 0.0
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture" (a v4 or v5p chip has two cores that
-# work as one device). H200: NVIDIA's data sheet of the H200 SXM, without sparsity; NVLink in one direction.
+# work as one device; the network of a chip is that of a pod, divided by its chips). H200: NVIDIA's data sheet of the
+# H200 SXM, without sparsity; NVLink in one direction.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9),
     "H200": Chip(989e12, 141e9, 4.8e12, 450e9),
 }
 GPUS = ("H200",)
@@ -50,7 +55,8 @@ def plan(
 
     Args:
       recipe: recipe of any stage; its mesh must use all of the hardware.
-      topology: TPU slice by its name in libtpu, such as v5e:16x16; the step is compiled for it.
+      topology: TPU slice by its name in libtpu, such as v5e:16x16, or several, such as 2xv5e:16x16; the step is
+        compiled for them. The recipe's mesh is that of one slice.
       devices: number of emulated CPU devices; the step is compiled for them.
       gpus: KIND:N, such as H200:8; estimated without compiling.
 
@@ -58,9 +64,9 @@ def plan(
       Results by name, ready for JSON. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
       of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
       `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
-      `traffic_gb` and `collectives` are read from the compiled program, with all branches counted. `step_ms` is
-      predicted from the published limits of the chip: the longer of compute and memory traffic, plus the collectives,
-      without overlap.
+      `traffic_gb`, `collectives` and, for several slices, `network` (transfers between slices) are read from the
+      compiled program, with all branches counted. `step_ms` is predicted from the published limits of the chip: the
+      longer of compute and memory traffic, plus collectives and transfers, without overlap.
 
     Raises:
       InputError: the hardware is unknown, the step cannot be compiled for it here, or the recipe does not fit it.
@@ -130,6 +136,9 @@ def _on_chip(recipe, result: dict[str, Any], mesh, chip: Chip, needed: float, es
         found["ms_products"], found["ms_memory"] = 1e3 * seconds, 1e3 * result["traffic_gb"] * 1e9 / chip.bandwidth
         found["ms_collectives"] = 1e3 * wire / chip.links
         seconds = (max(found["ms_products"], found["ms_memory"]) + found["ms_collectives"]) / 1e3
+        if result.get("network") and chip.network:
+            found["ms_network"] = sum(c["wire_mb"] for c in result["network"]) * 1e9 / chip.network
+            seconds += found["ms_network"] / 1e3
     memory = result["memory_mb"]
     found["memory_chip_mb"] = chip.memory / 1e6
     found["fits"] = memory["total"] <= found["memory_chip_mb"] and not needed
@@ -147,13 +156,13 @@ def _on_chip(recipe, result: dict[str, Any], mesh, chip: Chip, needed: float, es
 
 def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
     """The setting to change if a step does not fit into memory: the one that costs least time first."""
-    devices = mesh.size
+    devices = mesh.size // mesh.shape["dcn"]
     if state > chip.memory / 4 and mesh.shape["fsdp"] < devices:
         return f"--config.mesh.data=1 --config.mesh.fsdp={devices // mesh.shape['model']}"
     if recipe.remat != "block":
         return "--config.remat=block"
     parts = recipe.accumulate * 2
-    if recipe.data.batch_size % (parts * mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+    if recipe.data.batch_size % (parts * sharding.batch_parts(mesh)) == 0:
         return f"--config.accumulate={parts}"
     if mesh.shape["fsdp"] < devices:
         return f"--config.mesh.data=1 --config.mesh.fsdp={devices // mesh.shape['model']}"
@@ -188,7 +197,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     are recomputed, 4 bytes of the stream are kept per block, and one block in full. LPIPS keeps every feature map of
     VGG16.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * recipe.accumulate
+    parts = sharding.batch_parts(mesh) * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
     c = recipe.model
     if recipe.stage == "generator":
@@ -240,22 +249,19 @@ def _compile(stage, shapes, placement, batch, frozen, mesh) -> tuple[dict[str, A
             return {}, 0.0, _needed(str(error))
     memory = program.memory_analysis()
     text = hlo.Program(program.as_text())
-    collectives = [
-        {
-            "kind": c.kind,
-            "count": c.count,
-            "chips": c.group,
-            "mb_each": c.bytes / 1e6,
-            "wire_mb": c.wire_bytes / 1e6,
-        }
-        for c in text.collectives()
-    ]
     found = {
         "flops_compiler": program.cost_analysis()["flops"],
         "traffic_gb": text.traffic() / 1e9,
-        "collectives": collectives,
+        "collectives": [_listed(c) for c in text.collectives()],
     }
+    if mesh.shape["dcn"] > 1:
+        found["network"] = [_listed(c) for c in text.transfers()]
     return found, memory.temp_size_in_bytes, 0.0
+
+
+def _listed(c: hlo.Collective) -> dict[str, Any]:
+    sizes = {"mb_each": c.bytes / 1e6, "wire_mb": c.wire_bytes / 1e6}
+    return {"kind": c.kind, "count": c.count, "chips": c.group, **sizes}
 
 
 def _needed(message: str) -> float:
@@ -275,7 +281,7 @@ def _hardware(recipe, topology: str | None, devices: int | None, gpus: str | Non
     """Name, published numbers (None for CPUs) and mesh of the hardware to plan for."""
     if gpus is not None:
         kind, count = _parse_gpus(gpus)
-        return kind, CHIPS[kind], AbstractMesh(recipe.mesh.shape(count), sharding.AXES)
+        return kind, CHIPS[kind], AbstractMesh((1, *recipe.mesh.shape(count)), sharding.AXES)
     if topology is not None:
         chip = _chip(topology)
         return topology, chip, sharding.make_mesh(recipe.mesh, _topology_devices(topology))
@@ -290,11 +296,17 @@ def _parse_gpus(text: str) -> tuple[str, int]:
 
 
 def _chip(topology: str) -> Chip:
-    kind = topology.partition(":")[0]
+    kind = _slices(topology)[1].partition(":")[0]
     if kind not in CHIPS or kind in GPUS:
         tpus = ", ".join(name for name in CHIPS if name not in GPUS)
         raise InputError(f"--topology {topology} is not known; give KIND:SHAPE, such as v5e:4x4 ({tpus})")
     return CHIPS[kind]
+
+
+def _slices(topology: str) -> tuple[int, str]:
+    """Number and name of the slices: (2, "v5e:16x16") for 2xv5e:16x16."""
+    found = re.fullmatch(r"(\d{1,4})x(v.*)", topology)
+    return (max(int(found[1]), 1), found[2]) if found else (1, topology)
 
 
 def _topology_devices(topology: str) -> list:
@@ -308,7 +320,9 @@ def _topology_devices(topology: str) -> list:
     with contextlib.suppress(RuntimeError):  # JAX is already initialized
         jax.config.update("jax_platforms", "cpu")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        count, name = _slices(topology)
+        more = {"num_slices": count} if count > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(f"--topology {topology}: libtpu does not support this slice ({reason(error)})") from error
 
@@ -329,12 +343,13 @@ def format_table(result: dict[str, Any]) -> str:
     for name, value in result.items():
         if name == "memory_mb":
             rows += [(f"MB of {kind}", f"{size:,.1f}") for kind, size in value.items()]
-        elif name == "collectives":
+        elif name in ("collectives", "network"):
+            over, prefix = ("slices", "between slices: ") if name == "network" else ("chips", "")
             for c in value:
-                text = f"{c['count']} x {c['mb_each']:,.3f} MB over {c['chips']} chips, {c['wire_mb']:,.1f} MB sent"
-                rows.append((c["kind"], text))
+                text = f"{c['count']} x {c['mb_each']:,.3f} MB over {c['chips']} {over}, {c['wire_mb']:,.1f} MB sent"
+                rows.append((prefix + c["kind"], text))
             if not value:
-                rows.append(("collectives", "none"))
+                rows.append((name, "none"))
         elif isinstance(value, float):
             rows.append((name.replace("_", " "), f"{value:.4g}" if abs(value) >= 1e6 else f"{value:,.3f}"))
         else:

@@ -1,6 +1,7 @@
 """Shows a run on one self-contained HTML page: no network and no other files needed."""
 
 import datetime
+import itertools
 import logging
 import os
 import pathlib
@@ -58,6 +59,13 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Logits of the discriminator", "", {"train/logits_real": "real", "train/logits_fake": "reconstruction"}),
     ("Learning rate", "", {"train/learning_rate": ""}),
     ("Norm of the gradient", "", {"train/grad_norm": ""}),
+    ("Time per step", "s", {"time/step": "step", "time/input": "waiting for clips"}),
+    ("Goodput", "share of the time in steps", {"time/goodput": ""}),
+    (
+        "Time outside of steps",
+        "s",
+        {"time/start": "start", "time/evaluation": "evaluation", "time/checkpoint": "checkpoint"},
+    ),
 )
 FORMATS = {name: f"{{:{spec}}}" for name, spec in {"psnr": ".2f", "ssim": ".3f", "usage": ".1%", "top1": ".1%"}.items()}
 
@@ -79,7 +87,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     Raises:
       InputError: the workdir contains no run, or the page cannot be written.
     """
-    workdir = files.local_path(workdir, "--workdir")
+    workdir = files.any_path(workdir, "--workdir")
     output = workdir / "report.html" if output is None else output
     if (results := experiment_results.read(workdir)) is not None:
         output = files.check_output(output, ours=_is_report)
@@ -91,7 +99,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
     notes: list[str] = []
     template = charts.environment().get_template("report.html")
     page = template.render(
-        name=workdir.absolute().name,
+        name=files.absolute(workdir).name,
         version=__version__,
         created=_time(datetime.datetime.now().timestamp()),
         **_run(config, rows),
@@ -142,6 +150,8 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
     speed = [y for _, y in _throughput(config, rows) if y is not None]
     if speed:
         facts.append(("clips per second (median)", f"{float(np.median(speed)):.3g}"))
+    if (share := _goodput(rows)) is not None:
+        facts.append(("goodput, with pauses and restarts", f"{share:.1%}"))
     return {
         "stage": (config or {}).get("stage", "run"),
         "finished": is_number(steps) and done >= steps,
@@ -194,6 +204,16 @@ def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, flo
         clips = float(size) * (row["step"] - before["step"])
         points.append((row["step"], clips / seconds if seconds > 0 else None))
     return points
+
+
+def _goodput(rows: list[dict]) -> float | None:
+    """Share of the wall time between the first and the last row that was spent in steps; None if unknown."""
+    timed = [row for row in rows if is_number(row.get("time/step")) and is_number(row.get("wall_time"))]
+    wall = timed[-1]["wall_time"] - timed[0]["wall_time"] if timed else 0.0
+    if wall <= 0:
+        return None
+    seconds = (row["time/step"] * (row["step"] - before["step"]) for before, row in itertools.pairwise(timed))
+    return min(float(sum(seconds)) / wall, 1.0)
 
 
 def _videos(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:

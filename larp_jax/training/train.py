@@ -10,15 +10,20 @@ import logging
 import math
 import os
 import pathlib
+import time
 
 import jax
 
+from larp_jax import files, storage
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime import distributed, rng, sharding
+from larp_jax.runtime.clock import Clock
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
+from larp_jax.runtime.watchdog import COMPUTE, EVALUATE, READ, SAVE, Watchdog
 from larp_jax.training import warm_start
+from larp_jax.training.profile import Profile
 from larp_jax.training.stages import TASKS
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint, importing
@@ -35,6 +40,9 @@ MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "s
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
 
+# Pauses in seconds before the last checkpoint of a run in a bucket is tried again.
+RETRIES = (10, 30, 60, 120)
+
 # Message after a second Ctrl-C.
 HURRIED = "without waiting for the last save; the same command continues from the newest checkpoint"
 
@@ -48,12 +56,15 @@ class Diverged(RuntimeError):
 
 
 @rng.pinned()
-def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike) -> dict[str, float]:
+def train(
+    recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike, *, profile: int = 0
+) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:
       recipe: from `larp_jax.config.parse_recipe`.
-      workdir: folder of the run; created if missing.
+      workdir: folder of the run, also in a bucket; created if missing.
+      profile: number of steps to record a trace of; 0 for none.
 
     Returns:
       The scalars of the last evaluation.
@@ -61,23 +72,30 @@ def train(recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike)
     Raises:
       InputError: the recipe does not match the data, the devices, `init_from` or the run in the workdir.
       Diverged: a value became NaN or infinite.
+      LockLost: another process has taken over the workdir, which is in a bucket.
       Stopped: after SIGINT or SIGTERM, with everything saved.
       Interrupted: after SIGINT or SIGTERM before the first step, or after a second SIGINT.
     """
-    _check_workdir(pathlib.Path(workdir))
+    clock = Clock()
+    workdir = files.any_path(workdir, "--workdir")
+    _check_workdir(workdir)
     distributed.check_devices()
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     stop = StopRequest("before the first step; nothing new was saved")
     with jax.set_mesh(mesh), stop, contextlib.ExitStack() as resources:
-        return Run(recipe, pathlib.Path(workdir), mesh, stop, resources).loop()
+        with clock.measure("start"):
+            run = Run(recipe, workdir, mesh, stop, resources, clock)
+        return run.loop(profile)
 
 
 class Run:
     """A run: task, state, checkpoints, writers. Closing `resources` releases the workdir."""
 
-    def __init__(self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, resources: contextlib.ExitStack):
-        self.workdir, self.mesh, self.stop = workdir, mesh, stop
+    def __init__(
+        self, recipe, workdir: pathlib.Path, mesh, stop: StopRequest, resources: contextlib.ExitStack, clock: Clock
+    ):
+        self.workdir, self.mesh, self.stop, self.clock = workdir, mesh, stop, clock
         self.key = rng.key(recipe.seed)
         # data is opened before anything is written, so that a wrong path leaves no workdir behind
         self.task = TASKS[recipe.stage](recipe, mesh)
@@ -86,7 +104,7 @@ class Run:
         placement = self._placement = sharding.state_shardings(shapes, mesh)
         sharding.check_sharded(shapes, placement, mesh)
         start = None
-        if recipe.init_from and not _steps(workdir):  # also read before anything is written
+        if recipe.init_from and not checkpoint.steps(workdir):  # also read before anything is written
             start = warm_start.read(self.recipe, shapes.params)
         self.train_step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
@@ -103,17 +121,19 @@ class Run:
             logger.info("continuing %s from step %d", workdir, self.state.step)
         self.first_step = self.step = int(self.state.step)
         self.writer = MetricWriter(workdir, restored_step=self.first_step)
+        self.manager.before_commit = self.writer.flush  # a run that resumes finds the lines up to its checkpoint
         self.task.open_evaluation(workdir)
 
-    def loop(self) -> dict[str, float]:
+    def loop(self, profile: int = 0) -> dict[str, float]:
         """Runs to the last step. A checkpoint that is being saved is completed after any error."""
         recipe = self.recipe
+        trace = Profile(self.workdir, profile, self.first_step)
         pending = None  # the step and logs of the last update, which the device may still be computing
         batches = self.task.batches(self.first_step)
         stopping = False
         if jax.process_count() > 1:
             self.stop.defer(HURRIED)  # all processes stop after the same step
-        with batches, self.writer, self._progress() as progress:
+        with batches, self.writer, self._progress() as progress, Watchdog() as watchdog:
             try:
                 while True:
                     scores = {}
@@ -124,22 +144,31 @@ class Run:
                     if new and (save or self.step % recipe.eval_every == 0):
                         pending = self._write(pending, progress)  # only a state with finite logs is saved
                     if done or (new and not stopping and self.step % recipe.eval_every == 0):
-                        scores = self.task.evaluate(self.state, self.step, self.writer)
+                        watchdog.at(self.step, EVALUATE, slow=True)
+                        with self.clock.measure("evaluation"):
+                            scores = self.task.evaluate(self.state, self.step, self.writer)
                     if new and save:
-                        self._save(scores)
+                        watchdog.at(self.step, SAVE, slow=True)
+                        self._save(scores, last=done or stopping)
                         if stopping:
                             break
                     if done or stopping:
                         break
-                    batch = next(batches)
+                    watchdog.at(self.step, READ, slow=not new)
+                    with self.clock.measure("input"):
+                        batch = next(batches)
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
-                    self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
+                    watchdog.at(self.step, COMPUTE, slow=not new)
+                    with contextlib.nullcontext() if new else self.clock.measure("start"):  # it compiles
+                        self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
                     self.state = self.task.after_step(self.state, self.step, self._placement, self.key)
                     self.stop.defer(HURRIED)  # from now on there is something to save
                     self._write(pending, progress)
                     pending = (self.step, logs)
+                    trace.at(self.step, self.state)
             finally:
+                trace.close()
                 self.manager.close()
         self.manager.check_saved()
         if stopping and self.step < recipe.steps:
@@ -163,7 +192,7 @@ class Run:
             resources.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
             changed = {} if before is None else differences(_complete(before), recipe)
-            if changed and not _steps(self.workdir):
+            if changed and not checkpoint.steps(self.workdir):
                 logger.info("%s contains no checkpoint; the new recipe replaces the old one", self.workdir)
                 if jax.process_index() == 0:
                     (self.workdir / checkpoint.MEAN_CLIP).unlink(missing_ok=True)
@@ -201,7 +230,9 @@ class Run:
             raise Diverged(f"{', '.join(bad)} became {logs[bad[0]]} in step {step}; {self._cure(step)}")
         progress.update(**{name.removeprefix("loss_"): logs[name] for name in self.task.shown if name in logs})
         if logged:
-            self.writer.write_scalars(step, {f"train/{name}": value for name, value in logs.items()})
+            storage.check_locks()
+            scalars = {f"train/{name}": value for name, value in logs.items()}
+            self.writer.write_scalars(step, scalars | self.clock.read(step))
             self.task.watch(step, logs)
         return None
 
@@ -213,22 +244,23 @@ class Run:
                 "no update was made before, so learning rates are not the cause. Check the clips of config.data.train,"
                 f"{start} and config.precision"
             )
-        kept = _steps(self.workdir)
+        kept = checkpoint.steps(self.workdir)
         left = f"the newest checkpoint is that of step {max(kept)}" if kept else "there is no checkpoint yet"
         return (
             f"{left}. Lower config.optim.learning_rate, set config.optim.clip_norm=1 or config.precision=float32; the"
             " same command with that change continues"
         )
 
-    def _save(self, scores: dict[str, float]) -> None:
+    def _save(self, scores: dict[str, float], *, last: bool) -> None:
+        """Starts to save. The last state of a run is tried again and again, if the network may be the cause."""
         metadata = {"config": to_dict(self.recipe), "step": self.step, **self.task.metadata()}
-        self.manager.save(self.state, metadata, scores)
-
-
-def _steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints in a workdir, intact or damaged."""
-    folder = pathlib.Path(workdir) / checkpoint.CHECKPOINTS
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+        with self.clock.measure("checkpoint"):
+            self.manager.save(self.state, metadata, scores)
+        for pause in RETRIES if last and storage.is_remote(self.workdir) else ():
+            if self.manager.wait():
+                break
+            time.sleep(pause)
+            self.manager.save(self.state, metadata, scores)
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:

@@ -5,7 +5,8 @@ A workdir contains `config.json` and `checkpoints/STEP/`. A checkpoint has the i
 checkpoint without an optimizer.
 
 A checkpoint gets its name after everything in it is written, including `checksums.json`, so a killed run leaves only
-complete checkpoints. Later damage is found when a checkpoint is read. The metadata lists the items, so a missing item
+complete checkpoints. In a bucket, which has no renaming, `commit_success.txt` is written last, and folders without it
+do not count. Later damage is found when a checkpoint is read. The metadata lists the items, so a missing item
 or missing checksums count as damage, not as a checkpoint that never had them.
 
 A run may delete a checkpoint while another process reads it; that process then reads the newest checkpoint.
@@ -20,28 +21,28 @@ import math
 import operator
 import os
 import pathlib
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from larp_jax import files, npz
+from larp_jax import files, npz, storage
 from larp_jax.config import TokenizerRecipe, parse_recipe
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
 from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
 from larp_jax.weights import released
+from larp_jax.weights.checksums import CHECKSUMS, checksums, find_damage, items_of, read_json_item, write_digests
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-CHECKSUMS = "checksums.json"
+COMMITTED = "commit_success.txt"  # in a bucket, what Orbax writes last into a checkpoint
 TRIES = 100  # attempts to read the newest checkpoint of a workdir while a run replaces it
 
 logger = logging.getLogger(__name__)
@@ -56,23 +57,31 @@ class SaveFailed(RuntimeError):
 class CheckpointManager:
     """Saves and restores a run's `TrainState`.
 
-    A checkpoint that cannot be written (full disk) does not stop the run: the error is logged, and later saves are
-    still tried.
+    A checkpoint that cannot be written (full disk, no network) does not stop the run: the error is logged, and later
+    saves are still tried.
 
     Args:
       workdir: folder of the run.
       keep: number of newest checkpoints to keep.
       best_metric: name of an evaluation metric; the checkpoint with its highest value is kept too.
+
+    Attributes:
+      before_commit: called on the first process when a checkpoint is written, but does not count yet.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int, best_metric: str):
-        self._root = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self.before_commit: Callable[[], None] = lambda: None
+        self._root = files.absolute(files.any_path(workdir)) / CHECKPOINTS
+        self._remote = storage.is_remote(self._root)
         self._keep, self._best_metric = keep, best_metric
         self._saving: int | None = None  # the step being written
         self._unsaved = ""  # why the last save failed; empty if it did not
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        if self._remote and jax.process_index() == 0:
+            _settle(self._root)
+        _everywhere("")  # all processes wait for the first
         keeping = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keeping.AnyPreservationPolicy(
@@ -85,20 +94,27 @@ class CheckpointManager:
                     ),
                 ]
             ),
-            cleanup_tmp_directories=True,  # incomplete checkpoints of a killed run
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            cleanup_tmp_directories=not self._remote,  # incomplete checkpoints of a killed run
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )
         return ocp.CheckpointManager(self._root, options=options)
 
-    def _write_checksums(self) -> None:
-        """Adds the checksums to a checkpoint that is completely written but not yet renamed."""
+    def _finish(self) -> None:
+        """Adds the checksums to a checkpoint that is completely written but not yet renamed or marked as complete."""
         if jax.process_index() == 0:
-            for directory in self._root.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                _write_digests(directory)
+            for directory in self._root.glob(f"{self._saving}" if self._remote else f"{self._saving}{_TEMPORARY}"):
+                write_digests(directory)
+            storage.check_locks()
+            self.before_commit()
 
     def save(self, state: TrainState, metadata: Mapping, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving: returns after the arrays are copied; they are written in the background."""
+        """Starts saving: returns after the arrays are copied; they are written in the background.
+
+        Raises:
+          LockLost: another process has taken over the workdir.
+        """
         self.wait()
+        storage.check_locks()
         self._saving = int(state.step)
         with self._may_fail():
             self._save(state, metadata, metrics)
@@ -175,13 +191,14 @@ class CheckpointManager:
             optimizer["step"], restored["params"], optimizer["state"], restored["ema"] if target.ema else {}
         )
 
-    def wait(self) -> None:
-        """Returns when the save in progress has ended; a failure is logged."""
+    def wait(self) -> bool:
+        """Returns when the save in progress has ended, and whether the last save succeeded; a failure is logged."""
         with self._may_fail():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if self._saving is not None:
                 self._saving, self._unsaved = None, ""
+        return not self._unsaved
 
     @contextlib.contextmanager
     def _may_fail(self) -> Iterator[None]:
@@ -201,11 +218,13 @@ class CheckpointManager:
 
     def _remove_partial(self) -> None:
         """Removes the files of a failed save, whose threads may keep writing for a moment."""
+        if self._remote:
+            return  # by `_settle`
         for _ in range(20):
-            for directory in self._root.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(directory, ignore_errors=True)
+            for directory in self._root.glob(f"*{_TEMPORARY}"):
+                files.remove_tree(directory)
             time.sleep(0.1)
-            if not any(self._root.glob("*.orbax-checkpoint-tmp*")):
+            if not any(self._root.glob(f"*{_TEMPORARY}")):
                 break
 
     def close(self) -> None:
@@ -218,7 +237,25 @@ class CheckpointManager:
         if self._unsaved:
             newest = self._manager.latest_step()
             kept = "there is no earlier one" if newest is None else f"the newest is {newest}"
-            raise SaveFailed(f"{self._unsaved}; {kept}. Free some space, and the same command continues")
+            cure = "Check the bucket" if self._remote else "Free some space"
+            raise SaveFailed(f"{self._unsaved}; {kept}. {cure}, and the same command continues")
+
+
+_TEMPORARY = ".orbax-checkpoint-tmp*"  # pattern of the names of incomplete checkpoints on a disk
+
+
+def _settle(root: pathlib.Path) -> None:
+    """Removes incomplete checkpoints of killed runs and failed saves from a bucket.
+
+    Intact ones that only lack the mark, because they were copied from a disk, get it.
+    """
+    for directory in root.glob("*"):
+        if not _is_step(directory) or (directory / COMMITTED).exists():
+            continue
+        if (directory / CHECKSUMS).exists() and not find_damage(directory):
+            files.write_bytes(directory / COMMITTED, b"found complete")
+        else:
+            files.remove_tree(directory)
 
 
 def _everywhere(text: str) -> str:
@@ -241,80 +278,6 @@ def _free_name(folder: pathlib.Path, name: str) -> str:
 def _metadata_of(metadata: Mapping, items: Collection[str]) -> ocp.args.JsonSave:
     """The item `metadata`, which lists itself and the other items: all of them must have checksums."""
     return ocp.args.JsonSave({**metadata, "items": sorted([*items, "metadata"])})
-
-
-def _digests(directory: pathlib.Path, items: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 by path of the files of these items of a checkpoint; of all items if none are given."""
-    digests = {}
-    for path in sorted(directory.glob("*/**/*")):
-        if path.is_file() and (not items or path.relative_to(directory).parts[0] in items):
-            digests[path.relative_to(directory).as_posix()] = files.digest(path)
-    return digests
-
-
-def _write_digests(directory: pathlib.Path) -> None:
-    files.write_json(directory / CHECKSUMS, _digests(directory))
-
-
-def find_damage(directory: pathlib.Path, items: Collection[str] = ()) -> str:
-    """Compares items of a checkpoint (by default all) with their checksums.
-
-    All items that the metadata lists must have checksums. Checkpoints of earlier versions list no items; the earliest
-    have no checksums and are not checked, with a warning.
-
-    Returns:
-      A description of the first damage found; empty if there is none.
-    """
-    try:
-        expected = _checksums(directory)
-        found = {} if expected is None else _digests(directory, items)
-    except (OSError, ValueError) as error:
-        return f"its files cannot be read: {reason(error)}"
-    for name, digest in (expected or {}).items():
-        if items and name.partition("/")[0] not in items:
-            continue
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} differs from its checksum"
-    try:
-        named = set(map(str, _read_json_item(directory).get("items", ())))
-    except Exception as error:  # damage causes many kinds of errors
-        return f"its metadata cannot be read: {reason(error)}"
-    if expected is None:
-        if named:
-            return f"{CHECKSUMS} is missing"
-        logger.warning("checkpoint %s was written without checksums: damage would not be noticed", directory)
-        return ""
-    unlisted = named - _items_of(expected)
-    return f"{CHECKSUMS} lists no files of {min(unlisted)}" if unlisted else ""
-
-
-def _checksums(directory: pathlib.Path) -> dict[str, Any] | None:
-    """The checksums stored with a checkpoint: SHA-256 by path; None if there are none."""
-    try:
-        expected = read_json(directory / CHECKSUMS)
-    except FileNotFoundError:
-        return None
-    if not isinstance(expected, dict):
-        raise ValueError(f"{CHECKSUMS} is not a JSON object")
-    return expected
-
-
-def _items_of(names: Iterable[str]) -> set[str]:
-    """The items of a checkpoint that these paths are in."""
-    return {name.partition("/")[0] for name in names}
-
-
-def _read_json_item(directory: pathlib.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint. Raises various errors if it is damaged.
-
-    Uses the handler directly: a `Checkpointer` would wait for all processes, but the first process reads this alone.
-    """
-    metadata = ocp.JsonCheckpointHandler().restore(directory / "metadata")
-    if not isinstance(metadata, dict):
-        raise ValueError(f"its metadata is a {type(metadata).__name__}")
-    return metadata
 
 
 @contextlib.contextmanager
@@ -368,13 +331,23 @@ def newest(path: str | os.PathLike) -> pathlib.Path | None:
 
     It may be damaged, and a run may delete it before it is read.
     """
-    path = files.local_path(path, "checkpoint")
+    path = files.any_path(path, "checkpoint")
     if is_checkpoint(path):
         return path
-    if path.absolute().parent.name == CHECKPOINTS and _is_step(path) and path.is_dir():
+    if files.absolute(path).parent.name == CHECKPOINTS and _is_step(path) and path.is_dir():
         return path
-    steps = [step for step in (path / CHECKPOINTS).glob("*") if _is_step(step) and step.is_dir()]
-    return max(steps, key=lambda step: int(step.name), default=None)
+    return max(_of_run(path), key=lambda step: int(step.name), default=None)
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a workdir, intact or damaged."""
+    return [int(path.name) for path in _of_run(files.any_path(workdir))]
+
+
+def _of_run(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The complete checkpoints in a workdir, intact or damaged."""
+    found = [path for path in (workdir / CHECKPOINTS).glob("*") if _is_step(path) and path.is_dir()]
+    return [path for path in found if (path / COMMITTED).exists()] if storage.is_remote(workdir) else found
 
 
 def _is_step(path: pathlib.Path) -> bool:
@@ -405,7 +378,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any] | None:
 
     def read(directory):
         _refuse_damaged(directory, ("metadata",))
-        return _read_json_item(directory)
+        return read_json_item(directory)
 
     return None if newest(path) is None else _of_newest(path, read)
 
@@ -416,7 +389,7 @@ def _of_newest(path: str | os.PathLike, read: Callable[[pathlib.Path], Any]) -> 
     directory = newest(path)
     for number in itertools.count(1):
         try:
-            return read(directory.absolute())
+            return read(files.absolute(directory))
         except Exception as error:
             newer = newest(path)
             if newer not in (None, directory) and number < TRIES:
@@ -450,11 +423,11 @@ def _refuse_damaged(directory: pathlib.Path, items: Collection[str]) -> None:
 
 
 def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
-    expected = _checksums(directory)
-    items = {path.name for path in directory.iterdir()} if expected is None else _items_of(expected)
+    expected = checksums(directory)
+    items = {path.name for path in directory.iterdir()} if expected is None else items_of(expected)
     item = "ema" if weights == "ema" and "ema" in items else "params"
     _refuse_damaged(directory, ("metadata", item))
-    metadata = _read_json_item(directory)
+    metadata = read_json_item(directory)
     if "config" not in metadata:
         raise ValueError("its metadata contains no config")
     try:
@@ -522,7 +495,7 @@ def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) 
         for path in (folder / "0").iterdir():
             path.rename(folder / path.name)
         (folder / "0").rmdir()
-        _write_digests(folder)
+        write_digests(folder)
 
 
 MEAN_CLIP = "mean_clip.npz"
@@ -530,7 +503,7 @@ MEAN_CLIP = "mean_clip.npz"
 
 def write_mean_clip(workdir: str | os.PathLike, clip: np.ndarray) -> None:
     """Writes the mean training clip, float [T, H, W, C]: the output of a collapsed tokenizer, as a baseline."""
-    path = pathlib.Path(workdir) / MEAN_CLIP
+    path = files.any_path(workdir) / MEAN_CLIP
     with files.writing(path) as file:  # another process may read it at the same time
         np.savez_compressed(file, mean_clip=clip.astype(np.float32))
 
@@ -547,7 +520,7 @@ def read_mean_clip(path: str | os.PathLike, shape: tuple[int, ...]) -> np.ndarra
 
 def write_config(workdir: str | os.PathLike, recipe: Mapping) -> None:
     """Writes `config.json` atomically."""
-    files.write_json(pathlib.Path(workdir) / CONFIG, recipe, indent=2)
+    files.write_json(files.any_path(workdir) / CONFIG, recipe, indent=2)
 
 
 def read_config(workdir: str | os.PathLike) -> dict | None:
@@ -556,7 +529,7 @@ def read_config(workdir: str | os.PathLike) -> dict | None:
     Raises:
       InputError: it cannot be read, or is not a recipe.
     """
-    path = pathlib.Path(workdir) / CONFIG
+    path = files.any_path(workdir) / CONFIG
     try:
         try:
             values = read_json(path)
@@ -571,6 +544,4 @@ def read_config(workdir: str | os.PathLike) -> dict | None:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a recipe ({reason(error)}); restore it or choose another --workdir"
-        ) from error
+        raise InputError(f"{path} is not a recipe ({reason(error)}); restore it or choose another --workdir") from error

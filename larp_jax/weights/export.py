@@ -51,7 +51,7 @@ def check_output(path: str | os.PathLike, kind: str) -> pathlib.Path:
     """
     if kind not in SUFFIXES:
         return files.check_new_folder(path)
-    path = files.local_path(path, "--output")
+    path = files.any_path(path, "--output")
     if path.suffix != SUFFIXES[kind]:
         raise InputError(f"--output {path} must end in {SUFFIXES[kind]} for {kind}; its manifest will end in .json")
     files.check_output(path, ours=_is_codebook)

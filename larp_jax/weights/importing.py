@@ -51,9 +51,10 @@ def import_huggingface(
     Raises:
       InputError: a setting or tensor is missing, unexpected, of the wrong shape or not supported.
     """
-    path = files.local_path(source, "--source")
+    path = files.any_path(source, "--source")
     if path.is_file():
-        values, tensors, where = _read_checkpoint(path, ema)
+        with files.fetched(path) as file:
+            values, tensors, where = _read_checkpoint(file, ema)
         prior_sizes = None
     else:
         if not path.is_dir():
@@ -64,7 +65,8 @@ def import_huggingface(
         values = _read_json(path / CONFIG)
         if not (path / WEIGHTS).exists():
             raise InputError(f"{path / WEIGHTS} is missing; {LAYOUT}")
-        tensors = read_safetensors(path / WEIGHTS, UNREAD)
+        with files.fetched(path / WEIGHTS) as file:
+            tensors = read_safetensors(file, UNREAD)
         prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
             raise InputError(f'{path / PRIOR_SIZES} must contain {{"prior": {{...}}}}')
