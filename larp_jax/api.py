@@ -347,7 +347,7 @@ class LoadedGenerator:
         chosen = SamplingOptions(**options)
         arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
-            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
+            return self._sample(*arguments, chosen.plan(self.config.num_tokens))[0]
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:

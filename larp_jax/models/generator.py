@@ -27,6 +27,13 @@ def lengthen(cache: Cache, positions: int) -> Cache:
     return jnp.pad(keys, ((0, 0), (0, 0), *more)), jnp.pad(values, ((0, 0), *more, (0, 0)))
 
 
+def write_at(cache: jax.Array, new: jax.Array, position: jax.Array, *, axis: int) -> jax.Array:
+    """The cache [B, ...] with `new` from `position` on along an axis: an int scalar, or [B] with one for each row."""
+    if position.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis)
+    return jax.vmap(lambda c, n, p: jax.lax.dynamic_update_slice_in_dim(c, n, p, axis - 1))(cache, new, position)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the compute dtype."""
 
@@ -70,16 +77,20 @@ class GroupedAttention(nnx.Module):
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        """One position: x [B, D] -> [B, D], and the cache with its keys and values written at `position`."""
-        q, k, v = self.project(x[:, None])
-        keys, values = cache
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b 1 h d -> b h d 1"), position, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b 1 h d -> b h 1 d"), position, axis=2)
-        q = rearrange(q, "b 1 (h group) d -> b h group d", h=self.kv_heads) * q.shape[-1] ** -0.5
-        scores = jnp.einsum("bhgd,bhdn->bhgn", q, keys).astype(jnp.float32)
-        scores = jnp.where(jnp.arange(keys.shape[3]) <= position, scores, -jnp.inf)
-        y = jnp.einsum("bhgn,bhnd->bhgd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
-        return self.out(rearrange(y, "b h g d -> b (h g d)")), (keys, values)
+        """A window of W positions: x [B, W, D] -> [B, W, D], and the cache with their keys and values written.
+
+        `position` of the first is an int scalar, or [B] with one for each row.
+        """
+        q, k, v = self.project(x)
+        keys = write_at(cache[0], rearrange(k, "b w h d -> b h d w"), position, axis=3)
+        values = write_at(cache[1], rearrange(v, "b w h d -> b h w d"), position, axis=2)
+        window = x.shape[1]
+        q = rearrange(q, "b w (h group) d -> b h (group w) d", h=self.kv_heads) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bhqd,bhdn->bhqn", q, keys).astype(jnp.float32)
+        last = jnp.expand_dims(position, -1) + jnp.arange(q.shape[2]) % window  # [q] or [B, q]: what a query may read
+        scores = jnp.where(jnp.arange(keys.shape[3]) <= last[..., None, :, None], scores, -jnp.inf)
+        y = jnp.einsum("bhqn,bhnd->bhqd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+        return self.out(rearrange(y, "b h (group w) d -> b w (h group d)", w=window)), (keys, values)
 
 
 class SwiGLU(nnx.Module):
@@ -127,7 +138,7 @@ class GeneratorBlock(nnx.Module):
         return x + drop_path(y, path_dropout, path_keys[1]), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        """`__call__` for one position, see `GroupedAttention.decode_step`."""
+        """`__call__` for a window of positions, see `GroupedAttention.decode_step`."""
         y, cache = self.attention.decode_step(self.norm1(x), cache, position)
         x = x + y
         return x + self.mlp(x, norm=self.norm2), cache
@@ -223,15 +234,16 @@ class Generator(nnx.Module):
     def decode_step(
         self, blocks: list[GeneratorBlock], tokens: jax.Array, caches: list[Cache], position: jax.Array
     ) -> tuple[jax.Array, list[Cache]]:
-        """Logits of the code after `tokens`, [B, K] float32, and the caches with their keys and values.
+        """Logits of the code after each of W tokens, [B, W, K] float32, and the caches with their keys and values.
 
         Args:
           blocks: what `unstacked` returned.
-          tokens: [B] int, the last code of each sample.
-          caches: by block; positions from `position` on are overwritten or not read.
-          position: int scalar, the position of `tokens`, counted from the condition's first.
+          tokens: [B, W] int, consecutive codes of each sample.
+          caches: by block, with room for W positions from `position` on; those are written, later ones not read.
+          position: the position of the first token, counted from the condition's first: an int scalar, or [B].
         """
-        x = self.embed_tokens(tokens) + self.position_table()[position]
+        positions = jnp.expand_dims(position, -1) + jnp.arange(tokens.shape[1])
+        x = self.embed_tokens(tokens) + self.position_table()[positions]
         written = []
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.decode_step(x, cache, position)

@@ -1,6 +1,7 @@
 """Sampling from a generator: one compiled program from the condition to the codes (LARP, section 4.1)."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Generator, lengthen
+from larp_jax.models.generator import Cache, Generator, lengthen, write_at
 from larp_jax.models.layers import Dtype
 from larp_jax.models.paths import path_name
 
@@ -18,6 +19,9 @@ from larp_jax.models.paths import path_name
 # eight 9/16 for twice the time to compile. Parts shorter than this many positions save nothing.
 CACHE_PARTS = 4
 SHORTEST_PART = 64
+
+# (codes [B, W], number of the first code to draw, caches) -> (codes drawn after them [B, W], caches)
+Predict = Callable[[jax.Array, jax.Array, list[Cache]], tuple[jax.Array, list[Cache]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class SamplingOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    window: int = 1
 
     def __post_init__(self):
         for name, holds, expected in (
@@ -47,6 +52,7 @@ class SamplingOptions:
             ("cfg_interval", self.cfg_interval >= -1, "-1 for guidance throughout, or at least 0"),
             ("temperature", 0.0 < self.temperature < float("inf"), "above 0; for greedy sampling use top_k 1"),
             ("top_k", self.top_k >= 0, "at least 1, or 0 for all codes"),
+            ("window", self.window >= 1, "at least 1, which draws one code after the other"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1, which keeps all codes"),
         ):
             if not holds:
@@ -60,6 +66,7 @@ class SamplingOptions:
             greedy=self.top_k == 1,
             top_k=self.top_k > 1,
             top_p=self.top_p < 1.0 and self.top_k != 1,
+            window=min(self.window, num_tokens),
         )
 
     def scalars(self) -> dict[str, float]:
@@ -69,12 +76,13 @@ class SamplingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The parts that a sampling program has: how many codes are guided, and how they are drawn."""
+    """The parts that a sampling program has: how many codes are guided, how they are drawn, and how many in a pass."""
 
     guided: int
     greedy: bool
     top_k: bool
     top_p: bool
+    window: int
 
 
 def sample_codes(
@@ -84,10 +92,11 @@ def sample_codes(
     key: jax.Array,
     scalars: Mapping[str, jax.Array],
     plan: Plan,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Samples sequences of codes; to be jitted, with `plan` static.
 
-    Row i depends on `key`, `indices[i]` and its condition, not on the rows beside it.
+    Row i depends on `key`, `indices[i]` and its condition, not on the rows beside it. The random numbers of a code
+    depend on its number in the sequence, so the codes are the same for every `plan.window`, except for rounding.
 
     Args:
       generator: the network; parameters best in its dtype already, see `cast_params`.
@@ -98,45 +107,89 @@ def sample_codes(
       plan: of `SamplingOptions.plan`.
 
     Returns:
-      [B, N] int32.
+      Codes [B, N] int32, and the number of forward passes that each row needed after that of the condition, [B] int32.
     """
     c = generator.config
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
-    def next_codes(logits, number, guided):
+    def predict(codes, known, caches, guided):
+        """Draws codes number `known` up to `known + W`, each after those before it, from W `codes` and the caches."""
+        tokens = paired(codes, codes) if guided else codes
+        position = c.condition_tokens + known - 1
+        if guided and position.ndim:
+            position = paired(position, position)
+        logits, caches = generator.decode_step(blocks, tokens, caches, position)
+        return draw(logits, known, guided), caches
+
+    def draw(logits, number, guided):
+        """Codes [B, W] number `number` (an int scalar, or [B]) up to `number + W`, from logits [B or 2 B, W, K]."""
         if guided:
             conditional, unconditional = logits[0::2], logits[1::2]
             logits = unconditional + scalars["cfg_scale"] * (conditional - unconditional)
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, number))(row_keys)
-        return draw_codes(logits, keys, scalars, plan)
-
-    def decode(start, stop, guided, codes, caches):
-        """Codes number `start` up to `stop`, [B, stop - start], with caches as long as the last of them needs."""
-        caches = [lengthen(cache, c.condition_tokens + stop - 1) for cache in caches]
-
-        def step(carry, number):
-            codes, caches = carry
-            tokens = paired(codes, codes) if guided else codes
-            logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
-            codes = next_codes(logits, number, guided)
-            return (codes, caches), codes
-
-        (codes, caches), drawn = jax.lax.scan(step, (codes, caches), jnp.arange(start, stop))
-        return codes, caches, drawn.T
+        numbers = jnp.expand_dims(number, -1) + jnp.arange(logits.shape[1])
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
+            row_keys, jnp.broadcast_to(numbers, logits.shape[:2])
+        )
+        return draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
 
     guided = plan.guided > 0
     if guided:
         condition = jax.tree.map(paired, condition, condition.without_class())
     logits, caches = generator.prefill(blocks, condition)
-    codes = next_codes(logits, 0, guided)
-    done = [codes[:, None]]
+    codes = draw(logits[:, None], jnp.int32(0), guided)
+    codes = jnp.pad(codes, ((0, 0), (0, c.num_tokens + plan.window - 2)))
+    passes = jnp.zeros(len(codes), jnp.int32)
     for start, stop in cache_parts(c.num_tokens, plan.guided):
         if guided and start >= plan.guided:
             guided, caches = False, jax.tree.map(lambda x: x[0::2], caches)
-        codes, caches, drawn = decode(start, stop, guided, codes, caches)
-        done.append(drawn)
-    return jnp.concatenate(done, axis=1)
+        caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
+        step = functools.partial(predict, guided=guided)
+        if plan.window > 1:
+            codes, caches, used = _decode_in_windows(step, codes, caches, start, stop, plan.window)
+        else:
+            codes, caches, used = _decode_in_turn(step, codes, caches, start, stop)
+        passes += used
+    return codes[:, : c.num_tokens], passes
+
+
+def _decode_in_turn(predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int) -> tuple:
+    """Codes number `start` up to `stop` one after the other: (codes [B, N], caches, passes)."""
+
+    def step(carry, number):
+        last, caches = carry
+        drawn, caches = predict(last, number, caches)
+        return (drawn, caches), drawn[:, 0]
+
+    (_, caches), drawn = jax.lax.scan(step, (codes[:, start - 1 : start], caches), jnp.arange(start, stop))
+    return codes.at[:, start:stop].set(drawn.T), caches, stop - start
+
+
+def _decode_in_windows(
+    predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int, window: int
+) -> tuple:
+    """What `_decode_in_turn` returns, in fewer passes: Jacobi decoding with fixed random numbers (arXiv 2510.24211).
+
+    A pass draws a window of codes, each after the drafts before it. Drafts that are drawn again are exact as long as
+    all drafts before them are, and so is the code after them. What was drawn after it is the next draft. Rows accept
+    different numbers of codes; those that are done wait for the others.
+    """
+
+    def unfinished(carry):
+        return jnp.any(carry[0] < stop)
+
+    def step(carry):
+        known, codes, caches, passes = carry
+        first = jnp.minimum(known, stop - 1)  # rows that are done draw their last window again
+        drafts = jax.vmap(lambda c, k: jax.lax.dynamic_slice_in_dim(c, k - 1, window))(codes, first)
+        drawn, caches = predict(drafts, first, caches)
+        exact = jnp.cumprod(drawn[:, :-1] == drafts[:, 1:], axis=1, dtype=jnp.int32).sum(axis=1) + 1
+        codes = write_at(codes, drawn, first, axis=1)
+        return jnp.minimum(first + exact, stop), codes, caches, passes + (known < stop)
+
+    known = jnp.full(len(codes), start, jnp.int32)
+    _, codes, caches, passes = jax.lax.while_loop(unfinished, step, (known, codes, caches, jnp.zeros_like(known)))
+    return codes, caches, passes
 
 
 def paired(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:

@@ -293,7 +293,7 @@ class GeneratorTask:
             condition = Condition.of_batch(model, given)
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
             key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
-            sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            sampled, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
             return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
 
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
