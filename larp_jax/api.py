@@ -16,6 +16,7 @@ from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
+from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
@@ -25,6 +26,8 @@ from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
 from larp_jax.weights.fingerprint import digest, fingerprint
 from larp_jax.weights.tensors import compare_shapes
+
+PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
 def load_tokenizer(
@@ -53,7 +56,7 @@ def load_generator(
     Args:
       path: as for `load_tokenizer`.
       weights: as for `load_tokenizer`.
-      precision: precision of computation and cache: `float32` or `bfloat16`.
+      precision: as for `LoadedGenerator`.
       mesh: devices for the parameters and for splitting batches; the default device without.
 
     Raises:
@@ -230,14 +233,16 @@ class LoadedTokenizer:
 class LoadedGenerator:
     """A generator with its weights.
 
-    A sampling program is compiled for each batch size and each `cfg_interval`, and with or without guidance, top-k and
-    top-p. Their values, and the temperature, can change without another compilation.
+    A sampling program is compiled for each batch size, `cfg_interval` and `window`, and with or without guidance, top-k
+    and top-p. Their values, and the temperature, can change without another compilation.
 
     Args:
       config: configuration of the generator.
       params: its parameters (`TrainState.params["generator"]`).
       step: training step of the parameters; 0 if unknown.
-      precision: precision of computation and cache: `float32`, including matrix products on all devices, or `bfloat16`.
+      precision: `float32`, including matrix products on all devices; `bfloat16` for computation and cache; or `int8`,
+        in which the weights of linear layers are int8 and the rest is float32, with matrix products in the precision
+        that is fast on the device.
       mesh: devices for the parameters and for splitting batches (`data` x `fsdp`); the default device without.
       tokenizer_fingerprint: fingerprint of the tokenizer whose codes it was trained on; None if unknown.
       class_counts: [classes] int, number of training clips of each class; None if unknown.
@@ -265,8 +270,8 @@ class LoadedGenerator:
         class_counts: np.ndarray | None = None,
         class_names: Sequence[str] = (),
     ):
-        if precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision!r} is not known; choose {', '.join(PRECISIONS)}")
         if class_counts is not None and not (config.has_classes and len(class_counts) == config.num_classes):
             raise InputError(f"class_counts of {len(class_counts)} classes do not match the generator")
         if len(class_names) > config.num_classes:
@@ -276,9 +281,12 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self.class_names = tuple(class_names)
-        self._mesh, dtype = mesh, jnp.dtype(precision)
+        self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
+        if precision == "int8":
+            quantize_layers(module)
+            cast = quantize_kernels(cast)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
         graphdef = nnx.graphdef(module)
 
@@ -336,7 +344,7 @@ class LoadedGenerator:
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
             if the generator is given neither classes nor frames.
           **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k,
-            top_p.
+            top_p, window.
 
         Returns:
           [B, N] int32 in [0, K).
@@ -344,10 +352,25 @@ class LoadedGenerator:
         Raises:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
+        return self.sample_counted(classes, key=key, condition=condition, indices=indices, **options)[0]
+
+    def sample_counted(
+        self,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        key: jax.Array,
+        condition: jax.Array | np.ndarray | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The codes of `sample`, and how many passes through the network each row needed after that of the condition.
+
+        Without a `window` these are N - 1, one for each code after the first. Returns [B, N] and [B] int32.
+        """
         chosen = SamplingOptions(**options)
         arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
-            return self._sample(*arguments, chosen.plan(self.config.num_tokens))[0]
+            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:

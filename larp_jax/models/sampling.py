@@ -34,6 +34,8 @@ class SamplingOptions:
       temperature: logits are divided by it, before everything below.
       top_k: draws among the k likeliest codes, and whatever ties with the last of them; 0 for all. 1 is greedy.
       top_p: draws among the smallest set of likeliest codes whose probability exceeds p; 1 for all.
+      window: how many codes a pass through the network may find, see `_decode_in_windows`; 1 draws one after the other.
+        The codes are the same, except for rounding.
 
     Raises:
       InputError: a number is out of its range.
