@@ -30,9 +30,7 @@ from larp_jax.weights.tensors import compare_shapes
 PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
-def load_tokenizer(
-    path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None
-) -> "LoadedTokenizer":
+def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
     """Loads a trained tokenizer.
 
     Args:
@@ -252,6 +250,8 @@ class LoadedGenerator:
       config: as given.
       step: as given.
       precision: as given.
+      dtype: of the computation, except norms and softmaxes.
+      parameters: their number.
       tokenizer_fingerprint: as given.
       class_counts: as given.
       class_names: as given.
@@ -282,6 +282,7 @@ class LoadedGenerator:
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self.class_names = tuple(class_names)
         self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
+        self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
         if precision == "int8":
@@ -293,6 +294,10 @@ class LoadedGenerator:
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(nnx.merge(graphdef, params), condition, indices, key, scalars, plan)
 
+        def logits(params, condition, codes):
+            return nnx.merge(graphdef, params)(condition, codes[:, :-1])
+
+        self._logits = jax.jit(logits)
         # with AVX-512, LLVM would use vectors of half its width
         options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
         self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
@@ -363,14 +368,32 @@ class LoadedGenerator:
         indices: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        """The codes of `sample`, and how many passes through the network each row needed after that of the condition.
+        """The codes of `sample` [B, N], and the number of passes after that of the condition, an int32 scalar.
 
-        Without a `window` these are N - 1, one for each code after the first. Returns [B, N] and [B] int32.
+        Without a `window` there are N - 1 passes through the network, one for each code after the first.
         """
         chosen = SamplingOptions(**options)
         arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.num_tokens))
+
+    def logits(
+        self,
+        codes: jax.Array | np.ndarray,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        condition: jax.Array | np.ndarray | None = None,
+    ) -> jax.Array:
+        """Logits of each of `codes` [B, N] given those before it, [B, N, K] float32; other arguments as for `sample`.
+
+        Raises:
+          ValueError: an argument is not as described.
+        """
+        codes = _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
+        numbers = np.arange(len(codes))
+        params, condition, *_ = self._arguments(classes, condition, numbers, rng.key(0), SamplingOptions())
+        with self._precisely():
+            return self._logits(params, condition, codes)
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:

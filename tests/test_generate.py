@@ -496,7 +496,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
 
 
 @pytest.mark.slow
-def test_benchmark(tmp_path, capsys):
+def test_benchmark(by_class, trained, tmp_path, capsys):
     config = f"--config={app.__file__.replace('larp_jax/cli/app.py', 'configs/generator_s.py')}"
     small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]
     output = tmp_path / "sample.json"
@@ -511,3 +511,26 @@ def test_benchmark(tmp_path, capsys):
     assert "tokens per second" in capsys.readouterr().out
     assert cli.main(["benchmark", "data", config]) == 2
     assert "needs the config of a tokenizer, not of a generator" in capsys.readouterr().err
+    assert cli.main(["benchmark", "sample", config, *small, "--window=2"]) == 2
+    assert "--window depends on what the generator has learned" in capsys.readouterr().err
+    assert cli.main(["benchmark", "decode", f"--checkpoint={by_class}"]) == 2
+    assert "benchmark decode needs --config" in capsys.readouterr().err
+
+    arguments = ["benchmark", "sample", f"--checkpoint={by_class}", f"--tokenizer={trained}", "--batch-size=2"]
+    assert cli.main([*arguments, "--seconds=1", "--window=3", "--precision=int8", f"--output={output}"]) == 0
+    result = json.loads(output.read_text())
+    assert 0 < result["single_video_seconds"] <= result["single_video_p95_seconds"]
+    assert 0 < result["first_clip_seconds"] <= result["first_clip_p95_seconds"]
+    assert [result[f"window_{w}_codes_per_pass"] for w in (1, 2, 3)][0] == 1.0 <= result["window_3_codes_per_pass"] <= 3
+    assert result["fastest_window"] in (1, 2, 3)
+    assert 0 < result["logits_deviation"] < 0.1 and 0 < result["equal_greedy_codes"] <= 1
+
+
+def test_a_window_changes_only_the_speed(by_class, trained, samples, tmp_path, sampled, capsys):
+    """The folder of the same samples goes on with another window."""
+    folder = tmp_path / "samples"
+    shutil.copytree(samples, folder)
+    (folder / "codes-00001-of-00002.npz").unlink()
+    assert run("sample", by_class, trained, folder, *FIVE, "--window=4") == 0
+    assert sampled == [4] and "codes per pass" in capsys.readouterr().err
+    np.testing.assert_array_equal(all_codes(folder), all_codes(samples))

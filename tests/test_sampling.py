@@ -14,6 +14,8 @@ from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
+from larp_jax.models.int8 import quantize_kernels, quantize_layers
+from larp_jax.models.layers import Linear
 from larp_jax.models.pixels import hold_last_frame
 from larp_jax.models.sampling import SamplingOptions, cache_parts, filter_logits
 from larp_jax.runtime.sharding import make_mesh
@@ -163,6 +165,41 @@ def test_sampling_is_one_program_on_the_device(generator, eight):
     assert not re.findall(rf"= {cache}\S* copy\(", text)
 
 
+WINDOWS = [
+    ({}, 4, dict(cfg_scale=1.5, cfg_interval=3, temperature=0.8, top_k=9), 100, 10),
+    ({"condition": "frames", "kv_heads": 2}, 3, dict(top_p=0.9), 4, 4),
+    ({"condition": "class+frames"}, 100, dict(cfg_scale=2.0), 4, 4),
+]
+
+
+@pytest.mark.parametrize("options, window, drawn, rows, seeds", WINDOWS, ids=lambda x: str(x) if x else "")
+def test_codes_of_windows_are_those_of_sampling_in_turn(monkeypatch, options, window, drawn, rows, seeds):
+    monkeypatch.setattr("larp_jax.models.sampling.SHORTEST_PART", 5)
+    generator = make(**{"num_tokens": 12} | options)
+    given = {"indices": np.arange(rows)}
+    if generator.config.has_classes:
+        given["classes"] = np.arange(rows) % 3
+    if generator.config.has_frames:
+        given["condition"] = np.random.default_rng(0).integers(0, 16, (rows, 12))
+    passes = []
+    for seed in range(seeds):
+        codes, turns = generator.sample_counted(**given, key=jax.random.key(seed), **drawn)
+        found, used = generator.sample_counted(**given, key=jax.random.key(seed), window=window, **drawn)
+        np.testing.assert_array_equal(found, codes)
+        assert turns == 11
+        passes.append(int(used))
+    assert max(passes) <= 11
+
+
+def test_windows_need_few_passes_where_codes_do_not_depend_on_each_other():
+    generator = make(num_tokens=12)
+    params = jax.tree.map(np.zeros_like, generator._params)  # all codes are equally likely
+    generator = LoadedGenerator(generator.config, params)
+    codes, passes = generator.sample_counted([0, 1, 2], key=KEY, window=11)
+    assert passes == 2  # one draws the drafts, one finds them exact
+    np.testing.assert_array_equal(codes, generator.sample([0, 1, 2], key=KEY))
+
+
 def test_top_k_and_top_p_filter_the_distribution():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
     kept = lambda k, p: np.isfinite(filter_logits(logits, k, p))[0].tolist()  # noqa: E731
@@ -211,6 +248,38 @@ def test_bfloat16(reference_dir, eight):
     assert "bf16[16,4,12,12]" in generator.compile(8, **GUIDED).as_text()
 
 
+def test_int8():
+    """Close to float32, from a quarter of the bytes; the first code by the logits of the rounded weights."""
+    exact = make(width=64, num_tokens=12)
+    rounded = LoadedGenerator(exact.config, exact._params, precision="int8")
+    size, whole = (sum(x.nbytes for x in jax.tree.leaves(g._params["blocks"])) for g in (rounded, exact))
+    assert size < 0.3 * whole
+    classes = np.arange(6) % 3
+    codes = rounded.sample(classes, key=KEY, top_k=1)
+    logits, changed = (np.asarray(g.logits(codes, classes)) for g in (exact, rounded))
+    assert 1e-4 < np.std(changed - logits) / np.std(logits) < 0.05
+    np.testing.assert_array_equal(codes, changed.argmax(axis=-1))
+    np.testing.assert_array_equal(rounded.sample(classes, key=KEY, top_k=1, window=4), codes)
+    assert exact.fingerprint != rounded.fingerprint
+
+
+@pytest.mark.parametrize("inputs", [8, 300, 521])
+def test_a_layer_in_int8(inputs):
+    """521 is prime: its rows are converted one by one."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0, 1, (inputs, 7)).astype(np.float32)
+    kernel[:, 2] = 0.0
+    layer = nnx.eval_shape(lambda: Linear(inputs, 7, rngs=nnx.Rngs(0)))
+    quantize_layers(layer)
+    params = quantize_kernels({"kernel": kernel, "bias": np.arange(7, dtype=np.float32)})
+    assert params["kernel"].dtype == np.int8 and np.abs(params["kernel"]).max() == 127
+    restored = params["kernel"] * params["scale"]
+    assert np.all(np.abs(restored - kernel) <= params["scale"] / 2 + 1e-6)
+    layer = nnx.merge(nnx.graphdef(layer), params)
+    x = rng.normal(0, 1, (3, 2, inputs)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), x @ restored + params["bias"], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -229,6 +298,7 @@ def test_bfloat16(reference_dir, eight):
         (dict(classes=[0], top_k=-1), "top_k must be"),
         (dict(classes=[0], top_p=0.0), "top_p must be above 0"),
         (dict(classes=[0], top_p=1.1), "top_p must be"),
+        (dict(classes=[0], window=0), "window must be at least 1"),
     ],
 )
 def test_arguments_that_are_wrong(generator, arguments, message):
@@ -290,3 +360,4 @@ def test_plans():
     assert SamplingOptions(cfg_scale=1.25, cfg_interval=40).plan(12).guided == 12
     assert SamplingOptions(cfg_interval=4).plan(12).guided == 0
     assert not SamplingOptions(top_k=1, top_p=0.5).plan(12).top_p
+    assert SamplingOptions(window=40).plan(12).window == 11  # all codes after the first

@@ -107,7 +107,7 @@ class Sampler:
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self.given_frames = generator, options, cond_frames
-        self._seed, self._key = seed, rng.key(seed)
+        self._seed, self._key, self._passes = seed, rng.key(seed), []
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 
@@ -120,6 +120,7 @@ class Sampler:
             "seed": self._seed,
             **vars(self._options),
         }
+        del described["window"]  # which changes only the speed
         return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
     def codes(
@@ -142,8 +143,16 @@ class Sampler:
         if self._generator.config.has_frames:
             condition["condition"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
         indices = np.asarray(numbers)[rows]
-        codes = self._generator.sample(**condition, indices=indices, key=self._key, **vars(self._options))
+        codes, passes = self._generator.sample_counted(
+            **condition, indices=indices, key=self._key, **vars(self._options)
+        )
+        self._passes.append(int(passes))
         return np.asarray(codes)[: len(numbers)]
+
+    @property
+    def codes_per_pass(self) -> float:
+        """Codes found per pass through the network so far, on average; 1 without a window."""
+        return (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1) if self._passes else 1.0
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
@@ -340,9 +349,7 @@ def predict(
             " LoadedGenerator.sample"
         )
     config = tokenizer.config
-    sampler = Sampler(
-        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames
-    )
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames)
     inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
     names = output_names([video.name for video in inputs.videos])
@@ -460,6 +467,8 @@ class SampleFolder:
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
         manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
+        if (found := self._sampler.codes_per_pass) > 1:
+            logger.info("the generator found %.2f codes per pass", found)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
         if jax.process_index() == 0:

@@ -27,13 +27,6 @@ def lengthen(cache: Cache, positions: int) -> Cache:
     return jnp.pad(keys, ((0, 0), (0, 0), *more)), jnp.pad(values, ((0, 0), *more, (0, 0)))
 
 
-def write_at(cache: jax.Array, new: jax.Array, position: jax.Array, *, axis: int) -> jax.Array:
-    """The cache [B, ...] with `new` from `position` on along an axis: an int scalar, or [B] with one for each row."""
-    if position.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, position, axis)
-    return jax.vmap(lambda c, n, p: jax.lax.dynamic_update_slice_in_dim(c, n, p, axis - 1))(cache, new, position)
-
-
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the compute dtype."""
 
@@ -77,18 +70,16 @@ class GroupedAttention(nnx.Module):
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        """A window of W positions: x [B, W, D] -> [B, W, D], and the cache with their keys and values written.
-
-        `position` of the first is an int scalar, or [B] with one for each row.
-        """
+        """W positions from `position` on: x [B, W, D] -> [B, W, D], and the cache with them written."""
         q, k, v = self.project(x)
-        keys = write_at(cache[0], rearrange(k, "b w h d -> b h d w"), position, axis=3)
-        values = write_at(cache[1], rearrange(v, "b w h d -> b h w d"), position, axis=2)
+        keys, values = cache
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b w h d -> b h d w"), position, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b w h d -> b h w d"), position, axis=2)
         window = x.shape[1]
         q = rearrange(q, "b w (h group) d -> b h (group w) d", h=self.kv_heads) * q.shape[-1] ** -0.5
         scores = jnp.einsum("bhqd,bhdn->bhqn", q, keys).astype(jnp.float32)
-        last = jnp.expand_dims(position, -1) + jnp.arange(q.shape[2]) % window  # [q] or [B, q]: what a query may read
-        scores = jnp.where(jnp.arange(keys.shape[3]) <= last[..., None, :, None], scores, -jnp.inf)
+        last = position + jnp.arange(q.shape[2]) % window  # the last position that each query reads
+        scores = jnp.where(jnp.arange(keys.shape[3]) <= last[:, None], scores, -jnp.inf)
         y = jnp.einsum("bhqn,bhnd->bhqd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
         return self.out(rearrange(y, "b h (group w) d -> b w (h group d)", w=window)), (keys, values)
 
@@ -240,10 +231,9 @@ class Generator(nnx.Module):
           blocks: what `unstacked` returned.
           tokens: [B, W] int, consecutive codes of each sample.
           caches: by block, with room for W positions from `position` on; those are written, later ones not read.
-          position: the position of the first token, counted from the condition's first: an int scalar, or [B].
+          position: int scalar, the position of the first token, counted from the condition's first.
         """
-        positions = jnp.expand_dims(position, -1) + jnp.arange(tokens.shape[1])
-        x = self.embed_tokens(tokens) + self.position_table()[positions]
+        x = self.embed_tokens(tokens) + self.position_table()[position + jnp.arange(tokens.shape[1])]
         written = []
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.decode_step(x, cache, position)

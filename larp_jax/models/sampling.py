@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Cache, Generator, lengthen, write_at
+from larp_jax.models.generator import Cache, Generator, lengthen
 from larp_jax.models.layers import Dtype
 from larp_jax.models.paths import path_name
 
@@ -68,7 +68,7 @@ class SamplingOptions:
             greedy=self.top_k == 1,
             top_k=self.top_k > 1,
             top_p=self.top_p < 1.0 and self.top_k != 1,
-            window=min(self.window, num_tokens),
+            window=max(1, min(self.window, num_tokens - 1)),
         )
 
     def scalars(self) -> dict[str, float]:
@@ -109,54 +109,45 @@ def sample_codes(
       plan: of `SamplingOptions.plan`.
 
     Returns:
-      Codes [B, N] int32, and the number of forward passes that each row needed after that of the condition, [B] int32.
+      Codes [B, N] int32, and the number of passes through the network after that of the condition, int32.
     """
     c = generator.config
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
-    def predict(codes, known, caches, guided):
-        """Draws codes number `known` up to `known + W`, each after those before it, from W `codes` and the caches."""
-        tokens = paired(codes, codes) if guided else codes
-        position = c.condition_tokens + known - 1
-        if guided and position.ndim:
-            position = paired(position, position)
-        logits, caches = generator.decode_step(blocks, tokens, caches, position)
-        return draw(logits, known, guided), caches
-
     def draw(logits, number, guided):
-        """Codes [B, W] number `number` (an int scalar, or [B]) up to `number + W`, from logits [B or 2 B, W, K]."""
+        """Codes [B, W] from `number` on, from logits [B or 2 B, W, K]."""
         if guided:
             conditional, unconditional = logits[0::2], logits[1::2]
             logits = unconditional + scalars["cfg_scale"] * (conditional - unconditional)
-        numbers = jnp.expand_dims(number, -1) + jnp.arange(logits.shape[1])
-        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-            row_keys, jnp.broadcast_to(numbers, logits.shape[:2])
-        )
+        numbers = number + jnp.arange(logits.shape[1])
+        keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(row_keys)
         return draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
+
+    def predict(codes, number, caches, guided):
+        tokens = paired(codes, codes) if guided else codes
+        logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
+        return draw(logits, number, guided), caches
 
     guided = plan.guided > 0
     if guided:
         condition = jax.tree.map(paired, condition, condition.without_class())
     logits, caches = generator.prefill(blocks, condition)
-    codes = draw(logits[:, None], jnp.int32(0), guided)
-    codes = jnp.pad(codes, ((0, 0), (0, c.num_tokens + plan.window - 2)))
-    passes = jnp.zeros(len(codes), jnp.int32)
+    codes = draw(logits[:, None], 0, guided)
+    codes, passes = jnp.pad(codes, ((0, 0), (0, c.num_tokens + plan.window - 2))), jnp.int32(0)
     for start, stop in cache_parts(c.num_tokens, plan.guided):
         if guided and start >= plan.guided:
             guided, caches = False, jax.tree.map(lambda x: x[0::2], caches)
+        # the last window begins with the last code of the part
         caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
-        step = functools.partial(predict, guided=guided)
-        if plan.window > 1:
-            codes, caches, used = _decode_in_windows(step, codes, caches, start, stop, plan.window)
-        else:
-            codes, caches, used = _decode_in_turn(step, codes, caches, start, stop)
+        decode = _decode_in_turn if plan.window == 1 else functools.partial(_decode_in_windows, window=plan.window)
+        codes, caches, used = decode(functools.partial(predict, guided=guided), codes, caches, start, stop)
         passes += used
     return codes[:, : c.num_tokens], passes
 
 
 def _decode_in_turn(predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int) -> tuple:
-    """Codes number `start` up to `stop` one after the other: (codes [B, N], caches, passes)."""
+    """Codes from number `start` up to `stop`, one after the other: (codes [B, N], caches, number of passes)."""
 
     def step(carry, number):
         last, caches = carry
@@ -168,29 +159,25 @@ def _decode_in_turn(predict: Predict, codes: jax.Array, caches: list[Cache], sta
 
 
 def _decode_in_windows(
-    predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int, window: int
+    predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int, *, window: int
 ) -> tuple:
     """What `_decode_in_turn` returns, in fewer passes: Jacobi decoding with fixed random numbers (arXiv 2510.24211).
 
-    A pass draws a window of codes, each after the drafts before it. Drafts that are drawn again are exact as long as
-    all drafts before them are, and so is the code after them. What was drawn after it is the next draft. Rows accept
-    different numbers of codes; those that are done wait for the others.
+    A pass draws a window of codes, each after the drafts before it. A draft that is drawn again is exact if all drafts
+    before it are, and so is the code drawn after it. Codes that are not exact yet are the next drafts. All rows move on
+    by what the slowest has found: the others keep their exact drafts, and so lose little.
     """
 
-    def unfinished(carry):
-        return jnp.any(carry[0] < stop)
-
     def step(carry):
-        known, codes, caches, passes = carry
-        first = jnp.minimum(known, stop - 1)  # rows that are done draw their last window again
-        drafts = jax.vmap(lambda c, k: jax.lax.dynamic_slice_in_dim(c, k - 1, window))(codes, first)
-        drawn, caches = predict(drafts, first, caches)
-        exact = jnp.cumprod(drawn[:, :-1] == drafts[:, 1:], axis=1, dtype=jnp.int32).sum(axis=1) + 1
-        codes = write_at(codes, drawn, first, axis=1)
-        return jnp.minimum(first + exact, stop), codes, caches, passes + (known < stop)
+        number, codes, caches, passes = carry
+        drafts = jax.lax.dynamic_slice_in_dim(codes, number - 1, window, axis=1)
+        drawn, caches = predict(drafts, number, caches)
+        exact = 1 + jnp.cumprod(drawn[:, :-1] == drafts[:, 1:], axis=1, dtype=jnp.int32).sum(axis=1)
+        codes = jax.lax.dynamic_update_slice_in_dim(codes, drawn, number, axis=1)
+        return jnp.minimum(number + exact.min(), stop), codes, caches, passes + 1
 
-    known = jnp.full(len(codes), start, jnp.int32)
-    _, codes, caches, passes = jax.lax.while_loop(unfinished, step, (known, codes, caches, jnp.zeros_like(known)))
+    begin = jnp.int32(start), codes, caches, jnp.int32(0)
+    _, codes, caches, passes = jax.lax.while_loop(lambda carry: carry[0] < stop, step, begin)
     return codes, caches, passes
 
 
