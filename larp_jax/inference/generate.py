@@ -149,10 +149,11 @@ class Sampler:
         self._passes.append(int(passes))
         return np.asarray(codes)[: len(numbers)]
 
-    @property
-    def codes_per_pass(self) -> float:
-        """Codes found per pass through the network so far, on average; 1 without a window."""
-        return (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1) if self._passes else 1.0
+    def report_passes(self) -> None:
+        """With a window, logs how many codes a pass through the generator found on average."""
+        if self._options.window > 1 and self._passes:
+            found = (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1)
+            logger.info("the generator found %.2f codes per pass", found)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
@@ -467,8 +468,7 @@ class SampleFolder:
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
         manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
-        if (found := self._sampler.codes_per_pass) > 1:
-            logger.info("the generator found %.2f codes per pass", found)
+        self._sampler.report_passes()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
         if jax.process_index() == 0:
