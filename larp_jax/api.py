@@ -165,6 +165,25 @@ class LoadedTokenizer:
         with rng.pinned(), jax.default_matmul_precision("float32"):
             return self._encode(self._params, self._split(video), key)
 
+    def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
+        """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.
+
+        Args:
+          frames: [B, F, H, W, C] uint8, or floats in [0, 1], with F of at least 1 and below the clip's T; F = 1 are
+            pictures.
+
+        Returns:
+          [B, N] int32 in [0, K).
+
+        Raises:
+          ValueError: the frames have another rank, size, dtype or range.
+        """
+        total = self.config.frames
+        if np.ndim(frames) != 5 or not 0 < np.shape(frames)[1] < total:
+            shape = list(np.shape(frames))
+            raise ValueError(f"frames must be [B, F, H, W, C] with F from 1 to {total - 1}, got shape {shape}")
+        return self.encode(np.asarray(frames)[:, np.minimum(np.arange(total), np.shape(frames)[1] - 1)])
+
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
         """Decodes codes to videos.
 
@@ -333,7 +352,7 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        condition: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -342,14 +361,15 @@ class LoadedGenerator:
         Args:
           classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
           key: random key, `jax.random.key(seed)`.
-          condition: [B, N] integers in [0, K), codes of clips with the last given frame repeated after it (see
-            `larp_jax.models.pixels.hold_last_frame`); if the generator is given frames.
+          frames: [B, N] integers in [0, K), codes of the given frames from `LoadedTokenizer.encode_frames`; if the
+            generator is given frames. Of a generator that is given both, either can be left out if training left it
+            out sometimes (`class_dropout`, `frames_dropout`).
           indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
             if the generator is given neither classes nor frames.
-          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k,
-            top_p, window.
+          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, frames_scale, cfg_interval,
+            temperature, top_k, top_p, window.
 
         Returns:
           [B, N] int32 in [0, K).
@@ -357,14 +377,14 @@ class LoadedGenerator:
         Raises:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
-        return self.sample_counted(classes, key=key, condition=condition, indices=indices, **options)[0]
+        return self.sample_counted(classes, key=key, frames=frames, indices=indices, **options)[0]
 
     def sample_counted(
         self,
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        condition: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> tuple[jax.Array, jax.Array]:
@@ -373,7 +393,7 @@ class LoadedGenerator:
         Without a `window` there are N - 1 passes through the network, one for each code after the first.
         """
         chosen = SamplingOptions(**options)
-        arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
+        arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.num_tokens))
 
@@ -382,7 +402,7 @@ class LoadedGenerator:
         codes: jax.Array | np.ndarray,
         classes: Sequence[int] | np.ndarray | None = None,
         *,
-        condition: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | None = None,
     ) -> jax.Array:
         """Logits of each of `codes` [B, N] given those before it, [B, N, K] float32; other arguments as for `sample`.
 
@@ -391,7 +411,7 @@ class LoadedGenerator:
         """
         codes = _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
         numbers = np.arange(len(codes))
-        params, condition, *_ = self._arguments(classes, condition, numbers, rng.key(0), SamplingOptions())
+        params, condition, *_ = self._arguments(classes, frames, numbers, rng.key(0), SamplingOptions())
         with self._precisely():
             return self._logits(params, condition, codes)
 
@@ -423,25 +443,33 @@ class LoadedGenerator:
     def _precisely(self):
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
-    def _arguments(self, classes, condition, indices, key, options: SamplingOptions) -> tuple:
+    def _arguments(self, classes, frames, indices, key, options: SamplingOptions) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
         c = self.config
-        for name, given, wanted in (("classes", classes, c.has_classes), ("condition", condition, c.has_frames)):
-            if (given is not None) != wanted:
+        both = c.has_classes and c.has_frames
+        for name, given, wanted, optional in (
+            ("classes", classes, c.has_classes, both and c.has_null_class and frames is not None),
+            ("frames", frames, c.has_frames, both and c.has_null_frames and classes is not None),
+        ):
+            if (given is not None) != wanted and not (given is None and optional):
                 raise ValueError(
                     f"this generator has the condition {c.given!r}: {'give' if wanted else 'leave out'} {name}"
                 )
-        if options.cfg_scale > 1.0 and not c.has_null_class:
-            raise ValueError(
-                f"cfg_scale must be 1 for a generator trained without a null class; got {options.cfg_scale:g}"
-            )
+        for name, null, missing in (
+            ("cfg_scale", c.has_null_class, "a null class"),
+            ("frames_scale", c.has_null_frames, "frames_dropout"),
+        ):
+            if getattr(options, name) > 1.0 and not null:
+                raise ValueError(
+                    f"{name} must be 1 for a generator trained without {missing}; got {getattr(options, name):g}"
+                )
         if classes is not None:
             classes = _checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
-        if condition is not None:
-            condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
+        if frames is not None:
+            frames = _checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
         if indices is not None:
             indices = _checked_integers("indices", indices, (), 0, 2**31)
-        found = {"classes": classes, "condition": condition, "indices": indices}
+        found = {"classes": classes, "frames": frames, "indices": indices}
         rows = {name: len(values) for name, values in found.items() if values is not None}
         if len(set(rows.values())) != 1:
             said = ", ".join(f"[{count}] {name}" for name, count in rows.items()) or "none; give indices"
@@ -449,9 +477,11 @@ class LoadedGenerator:
         count = max(rows.values())
         if indices is None:
             indices = np.arange(count, dtype=np.int32)
-        if c.given == "none":
+        if classes is None and c.given != "frames":
             classes = np.full(count, -1, np.int32)
-        condition = Condition(classes, condition)
+        if frames is None and c.has_frames:
+            frames = np.full((count, c.num_tokens), -1, np.int32)
+        condition = Condition(classes, frames)
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
             condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))

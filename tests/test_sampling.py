@@ -64,7 +64,7 @@ def test_cached_sampling_agrees_with_uncached_decoding(folder):
     for i in range(config.num_tokens):
         codes.append(np.argmax(forward(tokens)[:, i], axis=-1))
         tokens[:, i : i + 1] = codes[-1][:, None]
-    cached = load_generator(folder).sample(condition.classes, condition=condition.frames, key=KEY, top_k=1)
+    cached = load_generator(folder).sample(condition.classes, frames=condition.frames, key=KEY, top_k=1)
     np.testing.assert_array_equal(cached, np.stack(codes, axis=1))
 
 
@@ -180,7 +180,7 @@ def test_codes_of_windows_are_those_of_sampling_in_turn(monkeypatch, options, wi
     if generator.config.has_classes:
         given["classes"] = np.arange(rows) % 3
     if generator.config.has_frames:
-        given["condition"] = np.random.default_rng(0).integers(0, 16, (rows, 12))
+        given["frames"] = np.random.default_rng(0).integers(0, 16, (rows, 12))
     passes = []
     for seed in range(seeds):
         codes, turns = generator.sample_counted(**given, key=jax.random.key(seed), **drawn)
@@ -288,7 +288,7 @@ def test_a_layer_in_int8(inputs):
         (dict(classes=[]), r"got shape \[0\]"),
         (dict(classes=[0.5]), "got float64"),
         (dict(classes=None), "has the condition 'class': give classes"),
-        (dict(classes=[0], condition=np.zeros((1, 12), int)), "leave out condition"),
+        (dict(classes=[0], frames=np.zeros((1, 12), int)), "leave out frames"),
         (dict(classes=[0], indices=[1, 2]), r"one row of each argument; got \[1\] classes, \[2\] indices"),
         (dict(classes=[0], indices=[-1]), "got values from -1"),
         (dict(classes=[0], cfg_scale=0.5), "cfg_scale must be at least 1"),
@@ -311,9 +311,9 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
     codes = np.zeros((2, 12), np.int32)
     for arguments, message in (
         (dict(classes=[0]), "has the condition 'frames': leave out classes"),
-        (dict(condition=codes[:, :-1]), r"condition must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
-        (dict(condition=codes + 64), "got values from 64 to 64"),
-        (dict(condition=codes, cfg_scale=2.0), "cfg_scale must be 1 for .* without a null class; got 2"),
+        (dict(frames=codes[:, :-1]), r"frames must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
+        (dict(frames=codes + 64), "got values from 64 to 64"),
+        (dict(frames=codes, cfg_scale=2.0), "cfg_scale must be 1 for .* without a null class; got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.sample(**arguments, key=KEY)
@@ -331,13 +331,17 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
 def test_sampling_with_both_conditions_and_with_none():
     frames = np.random.default_rng(0).integers(0, 16, (2, 6))
     both = make(condition="class+frames")
-    codes = both.sample([0, 1], condition=frames, key=KEY, cfg_scale=1.5, top_k=1)
+    codes = both.sample([0, 1], frames=frames, key=KEY, cfg_scale=1.5, top_k=1)
     network = build(lambda: Generator(both.config, rngs=nnx.Rngs(0)), both._params)
     condition = Condition(np.array([0, 1]), frames)
     given, null = (network(x, codes[:, :-1]) for x in (condition, condition.without_class()))
     np.testing.assert_array_equal(codes, np.argmax(null + 1.5 * (given - null), axis=-1))
-    with pytest.raises(ValueError, match=r"got \[1\] classes, \[2\] condition"):
-        both.sample([0], condition=frames, key=KEY)
+    with pytest.raises(ValueError, match=r"got \[1\] classes, \[2\] frames"):
+        both.sample([0], frames=frames, key=KEY)
+    with pytest.raises(ValueError, match="give frames"):
+        both.sample([0], key=KEY)
+    with pytest.raises(ValueError, match="frames_scale must be 1 .* without frames_dropout; got 2"):
+        both.sample([0], frames=frames[:1], key=KEY, frames_scale=2.0)
     none = make(condition="none")
     codes = np.asarray(none.sample(key=KEY, indices=[4, 7, 4]))
     np.testing.assert_array_equal(codes[0], codes[2])
@@ -345,6 +349,26 @@ def test_sampling_with_both_conditions_and_with_none():
     assert none.compile(2).as_text()
     with pytest.raises(ValueError, match="got none; give indices"):
         none.sample(key=KEY)
+
+
+def test_guidance_by_class_and_frames_and_either_left_out():
+    frames = np.random.default_rng(0).integers(0, 16, (2, 6))
+    generator = make(condition="class+frames", frames_dropout=0.1)
+    network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
+    codes = generator.sample([0, 1], frames=frames, key=KEY, cfg_scale=3.0, frames_scale=2.0, top_k=1)
+    both = Condition(np.array([0, 1]), frames)
+    given, still = both, both.without_class()
+    logits = [network(x, codes[:, :-1]) for x in (given, still, still.without_frames())]
+    expected = logits[2] + 2.0 * (logits[1] - logits[2]) + 3.0 * (logits[0] - logits[1])
+    np.testing.assert_array_equal(codes, np.argmax(expected, axis=-1))
+    for given, condition in (
+        (dict(classes=[0, 1]), both.without_frames()),
+        (dict(frames=frames), both.without_class()),
+    ):
+        codes = generator.sample(**given, key=KEY, top_k=1)
+        np.testing.assert_array_equal(codes, np.argmax(network(condition, codes[:, :-1]), axis=-1))
+    with pytest.raises(ValueError, match="'class\\+frames': give classes"):
+        generator.sample(key=KEY)
 
 
 def test_hold_last_frame():

@@ -136,6 +136,10 @@ def add_guidance(sub, default) -> None:
         help=f"classifier-free guidance scale; 1 turns guidance off (default: {default:g})",
     )  # fmt: skip
     sub.add_argument(
+        "--frames-scale", type=float, default=1.0, metavar="S",
+        help="guidance scale of the given frames, for generators trained with model.frames_dropout (default: 1)",
+    )  # fmt: skip
+    sub.add_argument(
         "--cfg-interval", type=int, default=-1, metavar="I", help="guide only the first I + 2 codes (default: all)"
     )
 

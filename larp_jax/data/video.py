@@ -31,6 +31,8 @@ EXTENSIONS = frozenset(
     ".wmv".split()
 )
 
+IMAGES = frozenset([".png", ".jpg", ".jpeg"])
+
 # In these codecs one packet is one frame, and after a seek the decoder outputs exact frames or none, never approximate
 # ones. VP8 is not among them because its hidden reference frames have their own packets and times.
 SEEKABLE_CODECS = frozenset("av1 ffv1 h264 hevc libdav1d mjpeg mpeg4 vp9".split())

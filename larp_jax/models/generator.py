@@ -244,7 +244,8 @@ class Generator(nnx.Module):
         """The condition as [B, condition positions, D] float32.
 
         The class comes first. The codes of given frames are followed by the separator, the last row of the token
-        table. With a key, classes are randomly replaced by the null class.
+        table, which also replaces the codes if there are none. With a key, classes are randomly replaced by the null
+        class, and frames left out.
         """
         c, parts = self.config, []
         if condition.classes is not None:
@@ -254,7 +255,11 @@ class Generator(nnx.Module):
             classes = jnp.where(null, self.class_embedding.shape[0] - 1, condition.classes)
             parts.append(self.class_embedding[...][classes][:, None].astype(jnp.float32))
         if condition.frames is not None:
-            frames = jnp.pad(condition.frames, ((0, 0), (0, 1)), constant_values=c.codebook_size)
+            null = condition.frames[:, :1] < 0
+            if key is not None and c.has_null_frames:
+                null |= jax.random.bernoulli(jax.random.fold_in(key, 1), c.frames_dropout, null.shape)
+            frames = jnp.where(null, c.codebook_size, condition.frames)
+            frames = jnp.pad(frames, ((0, 0), (0, 1)), constant_values=c.codebook_size)
             parts.append(self.embed_tokens(frames))
         return jnp.concatenate(parts, axis=1)
 

@@ -29,7 +29,9 @@ class SamplingOptions:
     """How codes are drawn (LARP, section 4.1).
 
     Attributes:
-      cfg_scale: guidance: logits = unconditional + scale * (conditional - unconditional); 1 for none.
+      cfg_scale: guidance by the class: logits = unconditional + scale * (conditional - unconditional); 1 for none.
+      frames_scale: guidance by the given frames, 1 for none. With both, logits = neither + frames_scale * (frames -
+        neither) + cfg_scale * (both - frames), as for two conditions in arXiv 2211.09800.
       cfg_interval: guidance for the first `cfg_interval + 2` codes only; -1 for all of them.
       temperature: logits are divided by it, before everything below.
       top_k: draws among the k likeliest codes, and whatever ties with the last of them; 0 for all. 1 is greedy.
@@ -42,6 +44,7 @@ class SamplingOptions:
     """
 
     cfg_scale: float = 1.0
+    frames_scale: float = 1.0
     cfg_interval: int = -1
     temperature: float = 1.0
     top_k: int = 0
@@ -51,6 +54,7 @@ class SamplingOptions:
     def __post_init__(self):
         for name, holds, expected in (
             ("cfg_scale", 1.0 <= self.cfg_scale < float("inf"), "at least 1, which is no guidance"),
+            ("frames_scale", 1.0 <= self.frames_scale < float("inf"), "at least 1, which is no guidance"),
             ("cfg_interval", self.cfg_interval >= -1, "-1 for guidance throughout, or at least 0"),
             ("temperature", 0.0 < self.temperature < float("inf"), "above 0; for greedy sampling use top_k 1"),
             ("top_k", self.top_k >= 0, "at least 1, or 0 for all codes"),
@@ -63,8 +67,10 @@ class SamplingOptions:
     def plan(self, num_tokens: int) -> "Plan":
         """What of these is compiled in, for sequences of so many codes."""
         guided = num_tokens if self.cfg_interval < 0 else min(self.cfg_interval + 2, num_tokens)
+        scales = tuple(name for name in ("cfg_scale", "frames_scale") if getattr(self, name) > 1.0)
         return Plan(
-            guided=guided if self.cfg_scale > 1.0 else 0,
+            scales=scales,
+            guided=guided if scales else 0,
             greedy=self.top_k == 1,
             top_k=self.top_k > 1,
             top_p=self.top_p < 1.0 and self.top_k != 1,
@@ -73,13 +79,14 @@ class SamplingOptions:
 
     def scalars(self) -> dict[str, float]:
         """What may change without compiling again."""
-        return {name: getattr(self, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
+        return {name: getattr(self, name) for name in ("cfg_scale", "frames_scale", "temperature", "top_k", "top_p")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The parts that a sampling program has: how many codes are guided, how they are drawn, and how many in a pass."""
+    """The parts that a sampling program has: guidance, for how many codes, how they are drawn, how many in a pass."""
 
+    scales: tuple[str, ...]
     guided: int
     greedy: bool
     top_k: bool
@@ -116,28 +123,32 @@ def sample_codes(
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
     def draw(logits, number, guided):
-        """Codes [B, W] from `number` on, from logits [B or 2 B, W, K]."""
+        """Codes [B, W] from `number` on, from logits [B, W, K], of G rows for each sample with guidance."""
         if guided:
-            conditional, unconditional = logits[0::2], logits[1::2]
-            logits = unconditional + scalars["cfg_scale"] * (conditional - unconditional)
+            rows = [logits[i :: len(conditions)] for i in range(len(conditions))]
+            logits = rows[-1]
+            for name, more, less in reversed(list(zip(plan.scales, rows[:-1], rows[1:], strict=True))):
+                logits = logits + scalars[name] * (more - less)
         numbers = number + jnp.arange(logits.shape[1])
         keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(row_keys)
         return draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
 
     def predict(codes, number, caches, guided):
-        tokens = paired(codes, codes) if guided else codes
+        tokens = interleaved(*[codes] * len(conditions)) if guided else codes
         logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
         return draw(logits, number, guided), caches
 
-    guided = plan.guided > 0
-    if guided:
-        condition = jax.tree.map(paired, condition, condition.without_class())
+    guided, conditions = plan.guided > 0, [condition]
+    for name in plan.scales:
+        last = conditions[-1]
+        conditions.append(last.without_class() if name == "cfg_scale" else last.without_frames())
+    condition = jax.tree.map(interleaved, *conditions)
     logits, caches = generator.prefill(blocks, condition)
     codes = draw(logits[:, None], 0, guided)
     codes, passes = jnp.pad(codes, ((0, 0), (0, c.num_tokens + plan.window - 2))), jnp.int32(0)
     for start, stop in cache_parts(c.num_tokens, plan.guided):
         if guided and start >= plan.guided:
-            guided, caches = False, jax.tree.map(lambda x: x[0::2], caches)
+            guided, caches = False, jax.tree.map(lambda x: x[0 :: len(conditions)], caches)
         # the last window begins with the last code of the part
         caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
         decode = _decode_in_turn if plan.window == 1 else functools.partial(_decode_in_windows, window=plan.window)
@@ -181,12 +192,12 @@ def _decode_in_windows(
     return codes, caches, passes
 
 
-def paired(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
-    """Rows [B, ...] of both, one after the other: [2 B, ...].
+def interleaved(*parts: jax.Array) -> jax.Array:
+    """Rows [B, ...] of G arrays, one after the other: [G B, ...].
 
-    Pairs and not halves: where the batch is split over devices, both rows of a sample lie on one of them.
+    They alternate: where the batch is split over devices, all rows of a sample lie on one of them.
     """
-    return jnp.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:

@@ -438,7 +438,7 @@ def benchmark_sample(
         given, numbers = Condition.zeros(config, rows), np.arange(rows)
         classes = numbers % config.num_classes if config.has_classes else None
         settings = vars(options) | {"window": window}
-        return generator.sample_counted(classes, condition=given.frames, indices=numbers, key=rng.key(0), **settings)
+        return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
 
     def first_clip():
         return np.asarray(tokenizer.decode(sample(1, options.window)[0]))
@@ -508,7 +508,7 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
     exact, other = (LoadedGenerator.of(found, precision=p) for p in ("float32", precision))
     config, numbers = exact.config, np.arange(8)
     classes = numbers % config.num_classes if config.has_classes else None
-    given = {"classes": classes, "condition": Condition.zeros(config, 8).frames}
+    given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
     sampled = exact.sample(**given, indices=numbers, key=rng.key(0))
     logits, changed = (np.asarray(one.logits(sampled, **given)) for one in (exact, other))
     codes, theirs = (
