@@ -43,7 +43,15 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
       InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
     """
     found = load_checkpoint(path, weights=weights)
-    return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step, mesh=mesh)
+    sampled = found.recipe.data
+    return LoadedTokenizer(
+        found.recipe.model,
+        found.params["tokenizer"],
+        step=found.step,
+        mesh=mesh,
+        fps=sampled.fps,
+        stride=sampled.stride,
+    )
 
 
 def load_generator(
@@ -97,15 +105,28 @@ class LoadedTokenizer:
       params: its parameters (`TrainState.params["tokenizer"]`).
       step: training step of the parameters; 0 if unknown.
       mesh: devices for the parameters and for splitting batches whose size is divisible; the default device without.
+      fps: rate at which its training clips were sampled; 0 for those of the videos.
+      stride: every how many frames one was taken.
 
     Attributes:
       config: as given.
       step: as given.
+      fps: as given.
+      stride: as given.
     """
 
     @rng.pinned()
-    def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
-        self.config, self.step, self._mesh = config, step, mesh
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        params: Mapping,
+        *,
+        step: int = 0,
+        mesh: Mesh | None = None,
+        fps: float = 0.0,
+        stride: int = 1,
+    ):
+        self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
         params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))

@@ -132,8 +132,8 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
 
 
 def _benchmark_tokenizer(arguments) -> dict[str, Any]:
-    from larp_jax import data
     from larp_jax.tools import benchmark
+    from larp_jax.training import common
 
     recipe = _recipe_of("tokenizer", arguments)
     if arguments.what == "train":
@@ -141,7 +141,7 @@ def _benchmark_tokenizer(arguments) -> dict[str, Any]:
     if arguments.what == "data":
         return benchmark.benchmark_data(
             recipe.data.train,
-            data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+            common.clip_spec(recipe.model, recipe.data),
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
             seconds=arguments.seconds,

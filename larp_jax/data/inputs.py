@@ -112,7 +112,7 @@ class Inputs:
         elif path.suffix.lower() in IMAGES:
             self.videos = [self._of_picture(path)]
         else:
-            self.videos = [self._of_file(VideoFile(path), path.name)]
+            self.videos = [self._of_file(VideoFile(path, self._clip), path.name)]
 
     @property
     def windows(self) -> int:
@@ -169,7 +169,7 @@ class Inputs:
         return InputVideo(path.name, path, 0.0, 1, lambda: iter([(0, frames, clip.frames, NO_LABEL)]))
 
     def _of_folder(self, found: FolderVideos) -> list[InputVideo]:
-        files, labels, unreadable = found.open()
+        files, labels, unreadable = found.open(self._clip)
         for name, why in unreadable:
             self._skip(name, why)
         self.label_names = found.label_names

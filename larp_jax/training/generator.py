@@ -152,7 +152,7 @@ class GeneratorTask:
         self._clip = None
         if self._tokenizer is not None:
             config = self._tokenizer
-            self._clip = data.ClipSpec(frames=config.frames, resolution=config.resolution, flip=recipe.data.flip)
+            self._clip = common.clip_spec(config, recipe.data)
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
             recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
