@@ -16,6 +16,7 @@ from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
+from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
@@ -25,6 +26,8 @@ from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
 from larp_jax.weights.fingerprint import digest, fingerprint
 from larp_jax.weights.tensors import compare_shapes
+
+PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
 def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
@@ -40,7 +43,15 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
       InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
     """
     found = load_checkpoint(path, weights=weights)
-    return LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step, mesh=mesh)
+    sampled = found.recipe.data
+    return LoadedTokenizer(
+        found.recipe.model,
+        found.params["tokenizer"],
+        step=found.step,
+        mesh=mesh,
+        fps=sampled.fps,
+        stride=sampled.stride,
+    )
 
 
 def load_generator(
@@ -51,7 +62,7 @@ def load_generator(
     Args:
       path: as for `load_tokenizer`.
       weights: as for `load_tokenizer`.
-      precision: precision of computation and cache: `float32` or `bfloat16`.
+      precision: as for `LoadedGenerator`.
       mesh: devices for the parameters and for splitting batches; the default device without.
 
     Raises:
@@ -94,15 +105,28 @@ class LoadedTokenizer:
       params: its parameters (`TrainState.params["tokenizer"]`).
       step: training step of the parameters; 0 if unknown.
       mesh: devices for the parameters and for splitting batches whose size is divisible; the default device without.
+      fps: rate at which its training clips were sampled; 0 for those of the videos.
+      stride: every how many frames one was taken.
 
     Attributes:
       config: as given.
       step: as given.
+      fps: as given.
+      stride: as given.
     """
 
     @rng.pinned()
-    def __init__(self, config: TokenizerConfig, params: Mapping, *, step: int = 0, mesh: Mesh | None = None):
-        self.config, self.step, self._mesh = config, step, mesh
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        params: Mapping,
+        *,
+        step: int = 0,
+        mesh: Mesh | None = None,
+        fps: float = 0.0,
+        stride: int = 1,
+    ):
+        self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
         params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
@@ -161,6 +185,25 @@ class LoadedTokenizer:
         video, key = self._checked_video(video), None if key is None else rng.as_key(key)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             return self._encode(self._params, self._split(video), key)
+
+    def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
+        """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.
+
+        Args:
+          frames: [B, F, H, W, C] uint8, or floats in [0, 1], with F of at least 1 and below the clip's T; F = 1 are
+            pictures.
+
+        Returns:
+          [B, N] int32 in [0, K).
+
+        Raises:
+          ValueError: the frames have another rank, size, dtype or range.
+        """
+        total = self.config.frames
+        if np.ndim(frames) != 5 or not 0 < np.shape(frames)[1] < total:
+            shape = list(np.shape(frames))
+            raise ValueError(f"frames must be [B, F, H, W, C] with F from 1 to {total - 1}, got shape {shape}")
+        return self.encode(np.asarray(frames)[:, np.minimum(np.arange(total), np.shape(frames)[1] - 1)])
 
     def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
         """Decodes codes to videos.
@@ -228,14 +271,16 @@ class LoadedTokenizer:
 class LoadedGenerator:
     """A generator with its weights.
 
-    A sampling program is compiled for each batch size and each `cfg_interval`, and with or without guidance, top-k and
-    top-p. Their values, and the temperature, can change without another compilation.
+    A sampling program is compiled for each batch size, `cfg_interval` and `window`, and with or without guidance, top-k
+    and top-p. Their values, and the temperature, can change without another compilation.
 
     Args:
       config: configuration of the generator.
       params: its parameters (`TrainState.params["generator"]`).
       step: training step of the parameters; 0 if unknown.
-      precision: precision of computation and cache: `float32`, including matrix products on all devices, or `bfloat16`.
+      precision: `float32`, including matrix products on all devices; `bfloat16` for computation and cache; or `int8`,
+        in which the weights of linear layers are int8 and the rest is float32, with matrix products in the precision
+        that is fast on the device.
       mesh: devices for the parameters and for splitting batches (`data` x `fsdp`); the default device without.
       tokenizer_fingerprint: fingerprint of the tokenizer whose codes it was trained on; None if unknown.
       class_counts: [classes] int, number of training clips of each class; None if unknown.
@@ -245,6 +290,8 @@ class LoadedGenerator:
       config: as given.
       step: as given.
       precision: as given.
+      dtype: of the computation, except norms and softmaxes.
+      parameters: their number.
       tokenizer_fingerprint: as given.
       class_counts: as given.
       class_names: as given.
@@ -263,8 +310,8 @@ class LoadedGenerator:
         class_counts: np.ndarray | None = None,
         class_names: Sequence[str] = (),
     ):
-        if precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision={precision!r} is not known; choose float32 or bfloat16")
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision!r} is not known; choose {', '.join(PRECISIONS)}")
         if class_counts is not None and not (config.has_classes and len(class_counts) == config.num_classes):
             raise InputError(f"class_counts of {len(class_counts)} classes do not match the generator")
         if len(class_names) > config.num_classes:
@@ -274,15 +321,23 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self.class_names = tuple(class_names)
-        self._mesh, dtype = mesh, jnp.dtype(precision)
+        self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
+        self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
         self._graphdef = nnx.graphdef(module)
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
+        if precision == "int8":
+            quantize_layers(module)
+            cast = quantize_kernels(cast)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
 
         def sample(params, condition, indices, key, scalars, plan):
             return sample_codes(self.module(params), condition, indices, key, scalars, plan)
 
+        def logits(params, condition, codes):
+            return self.module(params)(condition, codes[:, :-1])
+
+        self._logits = jax.jit(logits)
         # with AVX-512, LLVM would use vectors of half its width
         options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
         self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
@@ -327,7 +382,7 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        condition: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -336,14 +391,15 @@ class LoadedGenerator:
         Args:
           classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
           key: random key, `jax.random.key(seed)`.
-          condition: [B, N] integers in [0, K), codes of clips with the last given frame repeated after it (see
-            `larp_jax.models.pixels.hold_last_frame`); if the generator is given frames.
+          frames: [B, N] integers in [0, K), codes of the given frames from `LoadedTokenizer.encode_frames`; if the
+            generator is given frames. Of a generator that is given both, either can be left out if training left it
+            out sometimes (`class_dropout`, `frames_dropout`).
           indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
             if the generator is given neither classes nor frames.
-          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, cfg_interval, temperature, top_k,
-            top_p.
+          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, frames_scale, cfg_interval,
+            temperature, top_k, top_p, window.
 
         Returns:
           [B, N] int32 in [0, K).
@@ -351,10 +407,43 @@ class LoadedGenerator:
         Raises:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
+        return self.sample_counted(classes, key=key, frames=frames, indices=indices, **options)[0]
+
+    def sample_counted(
+        self,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        key: jax.Array,
+        frames: jax.Array | np.ndarray | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The codes of `sample` [B, N], and the number of passes after that of the condition, an int32 scalar.
+
+        Without a `window` there are N - 1 passes through the network, one for each code after the first.
+        """
         chosen = SamplingOptions(**options)
-        arguments = self._arguments(classes, condition, indices, rng.as_key(key), chosen)
+        arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.num_tokens))
+
+    def logits(
+        self,
+        codes: jax.Array | np.ndarray,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        frames: jax.Array | np.ndarray | None = None,
+    ) -> jax.Array:
+        """Logits of each of `codes` [B, N] given those before it, [B, N, K] float32; other arguments as for `sample`.
+
+        Raises:
+          ValueError: an argument is not as described.
+        """
+        codes = _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
+        numbers = np.arange(len(codes))
+        params, condition, *_ = self._arguments(classes, frames, numbers, rng.key(0), SamplingOptions())
+        with self._precisely():
+            return self._logits(params, condition, codes)
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
@@ -384,25 +473,33 @@ class LoadedGenerator:
     def _precisely(self):
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
-    def _arguments(self, classes, condition, indices, key, options: SamplingOptions) -> tuple:
+    def _arguments(self, classes, frames, indices, key, options: SamplingOptions) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
         c = self.config
-        for name, given, wanted in (("classes", classes, c.has_classes), ("condition", condition, c.has_frames)):
-            if (given is not None) != wanted:
+        both = c.has_classes and c.has_frames
+        for name, given, wanted, optional in (
+            ("classes", classes, c.has_classes, both and c.has_null_class and frames is not None),
+            ("frames", frames, c.has_frames, both and c.has_null_frames and classes is not None),
+        ):
+            if (given is not None) != wanted and not (given is None and optional):
                 raise ValueError(
                     f"this generator has the condition {c.given!r}: {'give' if wanted else 'leave out'} {name}"
                 )
-        if options.cfg_scale > 1.0 and not c.has_null_class:
-            raise ValueError(
-                f"cfg_scale must be 1 for a generator trained without a null class; got {options.cfg_scale:g}"
-            )
+        for name, null, missing in (
+            ("cfg_scale", c.has_null_class, "a null class"),
+            ("frames_scale", c.has_null_frames, "frames_dropout"),
+        ):
+            if getattr(options, name) > 1.0 and not null:
+                raise ValueError(
+                    f"{name} must be 1 for a generator trained without {missing}; got {getattr(options, name):g}"
+                )
         if classes is not None:
             classes = _checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
-        if condition is not None:
-            condition = _checked_integers("condition", condition, (c.num_tokens,), 0, c.codebook_size)
+        if frames is not None:
+            frames = _checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
         if indices is not None:
             indices = _checked_integers("indices", indices, (), 0, 2**31)
-        found = {"classes": classes, "condition": condition, "indices": indices}
+        found = {"classes": classes, "frames": frames, "indices": indices}
         rows = {name: len(values) for name, values in found.items() if values is not None}
         if len(set(rows.values())) != 1:
             said = ", ".join(f"[{count}] {name}" for name, count in rows.items()) or "none; give indices"
@@ -410,9 +507,11 @@ class LoadedGenerator:
         count = max(rows.values())
         if indices is None:
             indices = np.arange(count, dtype=np.int32)
-        if c.given == "none":
+        if classes is None and c.given != "frames":
             classes = np.full(count, -1, np.int32)
-        condition = Condition(classes, condition)
+        if frames is None and c.has_frames:
+            frames = np.full((count, c.num_tokens), -1, np.int32)
+        condition = Condition(classes, frames)
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
             condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))

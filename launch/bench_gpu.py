@@ -80,10 +80,9 @@ def main() -> None:
     measure(
         "sample",
         lambda: benchmark.benchmark_sample(
-            generator.model,
+            benchmark.untrained_generator(generator.model, precision="bfloat16"),
             SamplingOptions(cfg_scale=1.25),
             batch_size=8 if arguments.small else 64,
-            precision="bfloat16",
             seconds=arguments.seconds,
         ),
     )

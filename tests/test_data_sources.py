@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -11,7 +12,7 @@ from data_helpers import moving_frames
 
 from larp_jax.data import ClipSpec, open_source, video
 from larp_jax.data.source import Source
-from larp_jax.data.sources import FolderSource, MixtureSource
+from larp_jax.data.sources import FolderSource, MixtureSource, SampledSource
 from larp_jax.data.tfds import PreparedSource, TfdsSource
 from larp_jax.errors import InputError
 
@@ -225,3 +226,37 @@ def test_configs_must_be_named_where_there_are_several(tfds_dir, tmp_path, monke
     shutil.copytree(tfds_dir / "tiny_videos" / "none", tmp_path / "tiny_videos" / "none")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert len(open_source("tfds:tiny_videos")) == 6
+
+
+@pytest.mark.parametrize("sampling", [{"fps": 4.0}, {"stride": 2}], ids=str)
+def test_sampled_data_sets(sampling):
+    """Videos of a constant rate of 8: every second frame."""
+    class Numbers(Source):
+        def __len__(self):
+            return 1
+
+        def fps(self, index):
+            return 8.0
+
+        def frames(self, index):
+            return 11
+
+        def read_clip(self, index, start, clip):
+            return np.arange(start, start + clip.frames)[:, None, None, None].astype(np.uint8), 5
+
+        name = label = size = digest = origin = None
+
+    source = SampledSource(Numbers(), ClipSpec(3, 8, **sampling))
+    assert source.frames(0) == 6 and source.fps(0) == 4.0
+    clip = ClipSpec(3, 8, **sampling)
+    frames, label = source.read_clip(0, 2, clip)
+    assert frames.ravel().tolist() == [4, 6, 8] and label == 5
+    starts = {source.read_clip(0, np.random.default_rng(seed), clip)[0].ravel()[0] for seed in range(40)}
+    assert starts == {0, 2, 4, 6}
+    long = dataclasses.replace(clip, frames=8)
+    assert source.read_clip(0, 0, long)[0].ravel().tolist() == [0, 2, 4, 6, 8, 10, 10, 10]
+    Numbers.fps = lambda self, index: 0.0
+    with pytest.raises(InputError, match="has no fps: set data.stride"):
+        SampledSource(Numbers(), ClipSpec(3, 8, fps=4.0))
+    with pytest.raises(InputError, match="not both"):
+        ClipSpec(3, 8, fps=4.0, stride=2)

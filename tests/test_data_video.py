@@ -1,5 +1,6 @@
 import csv
 import errno
+import fractions
 import pickle
 import resource
 
@@ -245,3 +246,47 @@ def test_frame_grid():
     grid = video.frame_grid(videos, columns=3, gap=1)
     assert grid.shape == (4 * 2 + 1, 6 * 3 + 2, 3)
     assert grid[0, 0, 0] == 10 and grid[0, -1, 0] == 99 and grid[-1, 0, 0] == 20 and (grid[4] == 255).all()
+
+
+TIMES = np.cumsum(np.random.default_rng(0).integers(5, 90, 24)).tolist()
+
+
+@pytest.mark.parametrize("sampling", [{"fps": 8.0}, {"fps": 60.0}, {"stride": 3}], ids=str)
+@pytest.mark.parametrize("name, encoder, times", [("a.mkv", "libx264", TIMES), ("a.avi", "mpeg4", None)])
+def test_videos_are_sampled_by_the_time_of_their_frames(tmp_path, name, encoder, times, sampling):
+    """Frame k is the last one shown at k / fps, read at random or from the beginning; AVI has a constant rate."""
+    gray = np.zeros((24, 32, 32, 3), np.uint8) + np.arange(0, 240, 10, dtype=np.uint8)[:, None, None, None]
+    options = {"crf": "1", "g": "5", "bf": "2"} if encoder == "libx264" else {"qscale": "1"}
+    write_as(tmp_path / name, gray, encoder, "yuv420p", options, times=times)
+    clip = ClipSpec(4, 32, **sampling)
+    file = video.VideoFile(tmp_path / name, clip)
+    shown = np.array(times or range(0, 960, 40)) / 1000
+    expected = list(range(0, 24, 3))
+    if fps := sampling.get("fps"):
+        counted = int((shown[-1] - shown[0] + 1e-3) * fps) + 1
+        expected = [np.flatnonzero(shown - shown[0] <= k / fps + 1e-3)[-1] for k in range(counted)]
+        assert file.info.fps == fps and abs(file.info.frames - counted) <= 0.2 * counted
+    numbers = lambda frames: np.round(frames[:, 16, 16].mean(axis=-1) / 10).astype(int).tolist()  # noqa: E731
+    streamed = [n for _, frames, valid in video.read_windows(file.path, clip) for n in numbers(frames[:valid])]
+    assert streamed == expected
+    starts = range(0, len(expected) - 4, 3)
+    assert [numbers(file.read(start, 4, 32, exact=True)) for start in starts] == [expected[s : s + 4] for s in starts]
+
+
+def test_pixels_become_square(tmp_path):
+    """A disc in a file whose pixels are twice as wide as high is round."""
+    y, x = np.mgrid[:32, :32] - 16
+    disc = np.repeat(np.uint8(255 * (y**2 + (2 * x) ** 2 < 100))[..., None], 3, axis=-1)
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.sample_aspect_ratio = fractions.Fraction(2, 1)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(disc, format="rgb24")))
+        container.mux(stream.encode())
+    info = video.probe(tmp_path / "wide.mp4")
+    assert (info.width, info.height) == (64, 32)
+    ((_, window, _),) = video.read_windows(tmp_path / "wide.mp4", ClipSpec(1, 64))
+    for frames in (video.VideoFile(tmp_path / "wide.mp4").read(0, 1, 64), window):
+        rows, columns = np.nonzero(frames[0, ..., 1] > 128)
+        assert abs(np.ptp(rows) - np.ptp(columns)) <= 2 < 30 < np.ptp(rows)

@@ -86,7 +86,7 @@ def accept(words):
     """Raises unless a command line is valid, including the settings of its config."""
     arguments = app.parse(words[1:])
     specs = [getattr(arguments, "data", None)]
-    if hasattr(arguments, "config"):
+    if getattr(arguments, "config", None):
         recipe = load_recipe(arguments)
         specs += [recipe.data.train, recipe.data.eval]
     for spec in filter(None, specs):

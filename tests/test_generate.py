@@ -17,7 +17,7 @@ from larp_jax.api import LoadedGenerator
 from larp_jax.cli import app, inference
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.data import ClipSpec, codes as codes_on_disk
-from larp_jax.data.video import probe, write_video
+from larp_jax.data.video import probe, resize_frames, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, generated, protocols
 from larp_jax.inference import generate
@@ -309,7 +309,7 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     clips = np.stack([window.frames for rows, _ in generate.Inputs(
         str(video), generate.ClipSpec(frames=8, resolution=32)).batches(1) for window in rows[:1]])[:2]  # fmt: skip
     condition = tokenizer.encode(generate.hold_last_frame(clips, 3))
-    expected = load_generator(predictor).sample(condition=condition, key=jax.random.key(0))
+    expected = load_generator(predictor).sample(frames=condition, key=jax.random.key(0))
     np.testing.assert_array_equal(all_codes(output), expected)
 
     time = (output / "walk-000008.mp4").stat().st_mtime_ns
@@ -317,6 +317,28 @@ def test_what_predict_writes(predictor, trained, tokenizer, video, tmp_path, cap
     assert (output / "walk-000008.mp4").stat().st_mtime_ns == time
     assert "started with cond_frames 3, not 4" in fails(capsys, *arguments, "--cond-frames=4")
     assert "below the clip's 8" in fails(capsys, *arguments, "--cond-frames=8")
+
+
+def test_a_picture_and_a_class_become_video(trained, tokenizer, tmp_path, capsys):
+    """The picture is held still as the given frames."""
+    metadata = {"tokenizer_fingerprint": tokenizer.fingerprint, "class_names": ["run", "walk", "wave"]}
+    metadata |= {"class_counts": [1, 1, 1]}
+    generator = write_generator(tmp_path / "both", metadata, condition="class+frames", frames_dropout=0.1)
+    picture = moving_frames(1, height=40, width=32)
+    write_png(tmp_path / "picture.png", picture[0])
+    given = ["--classes=wave", "--cfg-scale=2", "--frames-scale=1.5"]
+    assert run("predict", generator, trained, tmp_path / "out", f"--input={tmp_path / 'picture.png'}", *given) == 0
+    still = tokenizer.encode_frames(resize_frames(picture, 32)[None])
+    loaded = load_generator(generator)
+    expected = loaded.sample([2], frames=still, key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
+    np.testing.assert_array_equal(all_codes(tmp_path / "out"), expected)
+    other = [f"--input={tmp_path / 'picture.png'}", "--classes=run,walk"]
+    assert "predict takes one class" in fails(capsys, "predict", generator, trained, tmp_path / "other", *other)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    broken = fails(capsys, "predict", generator, trained, tmp_path / "other", f"--input={tmp_path / 'bad.png'}")
+    assert "bad.png: cannot be read as a picture" in broken
+    with pytest.raises(ValueError, match=r"F from 1 to 7, got shape \[1, 8, 32, 32, 3\]"):
+        tokenizer.encode_frames(np.zeros((1, 8, 32, 32, 3), np.uint8))
 
 
 def test_what_is_refused(by_class, predictor, trained, video, reference_dir, tmp_path, capsys):
@@ -420,7 +442,7 @@ def test_scores_of_predictions(predictor, trained, tokenizer, real, tmp_path, no
         clips = next(batches)["video"]
     generator = load_generator(predictor)
     condition = tokenizer.encode(generate.hold_last_frame(clips, 5))
-    codes = generator.sample(condition=condition, key=jax.random.key(0))
+    codes = generator.sample(frames=condition, key=jax.random.key(0))
     evaluator = fvd.FvdEvaluator(Stub(), IDENTITY, clips_of(real), batch_size=8)
     expected, _ = evaluator.run([np.asarray(tokenizer.decode(codes))])
     assert written["metrics"]["fvd"] == pytest.approx(expected["fvd"], rel=1e-4)
@@ -496,7 +518,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
 
 
 @pytest.mark.slow
-def test_benchmark(tmp_path, capsys):
+def test_benchmark(by_class, trained, tmp_path, capsys):
     config = f"--config={app.__file__.replace('larp_jax/cli/app.py', 'configs/generator_s.py')}"
     small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]
     output = tmp_path / "sample.json"
@@ -511,3 +533,26 @@ def test_benchmark(tmp_path, capsys):
     assert "tokens per second" in capsys.readouterr().out
     assert cli.main(["benchmark", "data", config]) == 2
     assert "needs the config of a tokenizer, not of a generator" in capsys.readouterr().err
+    assert cli.main(["benchmark", "sample", config, *small, "--window=2"]) == 2
+    assert "--window depends on what the generator has learned" in capsys.readouterr().err
+    assert cli.main(["benchmark", "decode", f"--checkpoint={by_class}"]) == 2
+    assert "benchmark decode needs --config" in capsys.readouterr().err
+
+    arguments = ["benchmark", "sample", f"--checkpoint={by_class}", f"--tokenizer={trained}", "--batch-size=2"]
+    assert cli.main([*arguments, "--seconds=1", "--window=3", "--precision=int8", f"--output={output}"]) == 0
+    result = json.loads(output.read_text())
+    assert 0 < result["single_video_seconds"] <= result["single_video_p95_seconds"]
+    assert 0 < result["first_clip_seconds"] <= result["first_clip_p95_seconds"]
+    assert [result[f"window_{w}_codes_per_pass"] for w in (1, 2, 3)][0] == 1.0 <= result["window_3_codes_per_pass"] <= 3
+    assert result["fastest_window"] in (1, 2, 3)
+    assert 0 < result["logits_deviation"] < 0.1 and 0 < result["equal_greedy_codes"] <= 1
+
+
+def test_a_window_changes_only_the_speed(by_class, trained, samples, tmp_path, sampled, capsys):
+    """The folder of the same samples goes on with another window."""
+    folder = tmp_path / "samples"
+    shutil.copytree(samples, folder)
+    (folder / "codes-00001-of-00002.npz").unlink()
+    assert run("sample", by_class, trained, folder, *FIVE, "--window=4") == 0
+    assert sampled == [4] and "codes per pass" in capsys.readouterr().err
+    np.testing.assert_array_equal(all_codes(folder), all_codes(samples))

@@ -145,7 +145,7 @@ def test_the_residual_stream_of_sampling_is_float32_with_a_bfloat16_cache():
     (block,) = generator.unstacked()
     _, ((keys, values),) = generator.prefill([block], condition)
     assert keys.dtype == values.dtype == jnp.bfloat16
-    x = generator.embed_condition(condition)[:, 0]
+    x = generator.embed_condition(condition)[:, :1]
     assert x.dtype == generator.embed_tokens(tokens).dtype == jnp.float32
     assert block.decode_step(x, (keys, values), 0)[0].dtype == jnp.float32
 

@@ -86,6 +86,20 @@ def test_conditions_combine(condition, positions, rows):
         assert not np.allclose(logits, null, atol=1e-4)
 
 
+def test_each_condition_is_dropped_on_its_own():
+    generator = small(condition="class+frames", class_dropout=0.3, frames_dropout=0.6)
+    given = Condition(np.zeros(2000, np.int32), np.zeros((2000, 6), np.int32))
+    embedded = np.asarray(generator.embed_condition(given, key=jax.random.key(0)))
+    kept = np.asarray(generator.embed_condition(given))[0]
+    has_class = np.all(embedded[:, 0] == kept[0], axis=-1)
+    has_frames = np.all(embedded[:, 1:7] == kept[1:7], axis=(1, 2))
+    separator = np.asarray(generator.token_embedding[...][-1])
+    assert np.all(embedded[~has_frames][:, 1:] == separator)
+    for found, share in ((has_class, 0.7), (has_frames, 0.4), (has_class & has_frames, 0.28)):
+        assert abs(found.mean() - share) < 0.04
+    assert np.all(np.asarray(generator.embed_condition(given.without_frames()))[:, 1:] == separator)
+
+
 def test_conditions_that_contradict_each_other():
     with pytest.raises(InputError, match="gives no frames, but model.frame_prediction is True"):
         GeneratorConfig(**SMALL, condition="class", frame_prediction=True)

@@ -14,6 +14,8 @@ from larp_jax.config import GeneratorConfig, MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
+from larp_jax.models.int8 import quantize_kernels, quantize_layers
+from larp_jax.models.layers import Linear
 from larp_jax.models.pixels import hold_last_frame
 from larp_jax.models.sampling import SamplingOptions, cache_parts, filter_logits
 from larp_jax.runtime.sharding import make_mesh
@@ -62,7 +64,7 @@ def test_cached_sampling_agrees_with_uncached_decoding(folder):
     for i in range(config.num_tokens):
         codes.append(np.argmax(forward(tokens)[:, i], axis=-1))
         tokens[:, i : i + 1] = codes[-1][:, None]
-    cached = load_generator(folder).sample(condition.classes, condition=condition.frames, key=KEY, top_k=1)
+    cached = load_generator(folder).sample(condition.classes, frames=condition.frames, key=KEY, top_k=1)
     np.testing.assert_array_equal(cached, np.stack(codes, axis=1))
 
 
@@ -163,6 +165,41 @@ def test_sampling_is_one_program_on_the_device(generator, eight):
     assert not re.findall(rf"= {cache}\S* copy\(", text)
 
 
+WINDOWS = [
+    ({}, 4, dict(cfg_scale=1.5, cfg_interval=3, temperature=0.8, top_k=9), 100, 10),
+    ({"condition": "frames", "kv_heads": 2}, 3, dict(top_p=0.9), 4, 4),
+    ({"condition": "class+frames"}, 100, dict(cfg_scale=2.0), 4, 4),
+]
+
+
+@pytest.mark.parametrize("options, window, drawn, rows, seeds", WINDOWS, ids=lambda x: str(x) if x else "")
+def test_codes_of_windows_are_those_of_sampling_in_turn(monkeypatch, options, window, drawn, rows, seeds):
+    monkeypatch.setattr("larp_jax.models.sampling.SHORTEST_PART", 5)
+    generator = make(**{"num_tokens": 12} | options)
+    given = {"indices": np.arange(rows)}
+    if generator.config.has_classes:
+        given["classes"] = np.arange(rows) % 3
+    if generator.config.has_frames:
+        given["frames"] = np.random.default_rng(0).integers(0, 16, (rows, 12))
+    passes = []
+    for seed in range(seeds):
+        codes, turns = generator.sample_counted(**given, key=jax.random.key(seed), **drawn)
+        found, used = generator.sample_counted(**given, key=jax.random.key(seed), window=window, **drawn)
+        np.testing.assert_array_equal(found, codes)
+        assert turns == 11
+        passes.append(int(used))
+    assert max(passes) <= 11
+
+
+def test_windows_need_few_passes_where_codes_do_not_depend_on_each_other():
+    generator = make(num_tokens=12)
+    params = jax.tree.map(np.zeros_like, generator._params)  # all codes are equally likely
+    generator = LoadedGenerator(generator.config, params)
+    codes, passes = generator.sample_counted([0, 1, 2], key=KEY, window=11)
+    assert passes == 2  # one draws the drafts, one finds them exact
+    np.testing.assert_array_equal(codes, generator.sample([0, 1, 2], key=KEY))
+
+
 def test_top_k_and_top_p_filter_the_distribution():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.06, 0.04]]))
     kept = lambda k, p: np.isfinite(filter_logits(logits, k, p))[0].tolist()  # noqa: E731
@@ -211,6 +248,38 @@ def test_bfloat16(reference_dir, eight):
     assert "bf16[16,4,12,12]" in generator.compile(8, **GUIDED).as_text()
 
 
+def test_int8():
+    """Close to float32, from a quarter of the bytes; the first code by the logits of the rounded weights."""
+    exact = make(width=64, num_tokens=12)
+    rounded = LoadedGenerator(exact.config, exact._params, precision="int8")
+    size, whole = (sum(x.nbytes for x in jax.tree.leaves(g._params["blocks"])) for g in (rounded, exact))
+    assert size < 0.3 * whole
+    classes = np.arange(6) % 3
+    codes = rounded.sample(classes, key=KEY, top_k=1)
+    logits, changed = (np.asarray(g.logits(codes, classes)) for g in (exact, rounded))
+    assert 1e-4 < np.std(changed - logits) / np.std(logits) < 0.05
+    np.testing.assert_array_equal(codes, changed.argmax(axis=-1))
+    np.testing.assert_array_equal(rounded.sample(classes, key=KEY, top_k=1, window=4), codes)
+    assert exact.fingerprint != rounded.fingerprint
+
+
+@pytest.mark.parametrize("inputs", [8, 300, 521])
+def test_a_layer_in_int8(inputs):
+    """521 is prime: its rows are converted one by one."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0, 1, (inputs, 7)).astype(np.float32)
+    kernel[:, 2] = 0.0
+    layer = nnx.eval_shape(lambda: Linear(inputs, 7, rngs=nnx.Rngs(0)))
+    quantize_layers(layer)
+    params = quantize_kernels({"kernel": kernel, "bias": np.arange(7, dtype=np.float32)})
+    assert params["kernel"].dtype == np.int8 and np.abs(params["kernel"]).max() == 127
+    restored = params["kernel"] * params["scale"]
+    assert np.all(np.abs(restored - kernel) <= params["scale"] / 2 + 1e-6)
+    layer = nnx.merge(nnx.graphdef(layer), params)
+    x = rng.normal(0, 1, (3, 2, inputs)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), x @ restored + params["bias"], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -219,7 +288,7 @@ def test_bfloat16(reference_dir, eight):
         (dict(classes=[]), r"got shape \[0\]"),
         (dict(classes=[0.5]), "got float64"),
         (dict(classes=None), "has the condition 'class': give classes"),
-        (dict(classes=[0], condition=np.zeros((1, 12), int)), "leave out condition"),
+        (dict(classes=[0], frames=np.zeros((1, 12), int)), "leave out frames"),
         (dict(classes=[0], indices=[1, 2]), r"one row of each argument; got \[1\] classes, \[2\] indices"),
         (dict(classes=[0], indices=[-1]), "got values from -1"),
         (dict(classes=[0], cfg_scale=0.5), "cfg_scale must be at least 1"),
@@ -229,6 +298,7 @@ def test_bfloat16(reference_dir, eight):
         (dict(classes=[0], top_k=-1), "top_k must be"),
         (dict(classes=[0], top_p=0.0), "top_p must be above 0"),
         (dict(classes=[0], top_p=1.1), "top_p must be"),
+        (dict(classes=[0], window=0), "window must be at least 1"),
     ],
 )
 def test_arguments_that_are_wrong(generator, arguments, message):
@@ -241,9 +311,9 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
     codes = np.zeros((2, 12), np.int32)
     for arguments, message in (
         (dict(classes=[0]), "has the condition 'frames': leave out classes"),
-        (dict(condition=codes[:, :-1]), r"condition must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
-        (dict(condition=codes + 64), "got values from 64 to 64"),
-        (dict(condition=codes, cfg_scale=2.0), "cfg_scale must be 1 for .* without a null class; got 2"),
+        (dict(frames=codes[:, :-1]), r"frames must be \[B, 12\] of integers in \[0, 64\), got shape \[2, 11\]"),
+        (dict(frames=codes + 64), "got values from 64 to 64"),
+        (dict(frames=codes, cfg_scale=2.0), "cfg_scale must be 1 for .* without a null class; got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.sample(**arguments, key=KEY)
@@ -261,13 +331,17 @@ def test_arguments_that_do_not_match_the_generator(reference_dir):
 def test_sampling_with_both_conditions_and_with_none():
     frames = np.random.default_rng(0).integers(0, 16, (2, 6))
     both = make(condition="class+frames")
-    codes = both.sample([0, 1], condition=frames, key=KEY, cfg_scale=1.5, top_k=1)
+    codes = both.sample([0, 1], frames=frames, key=KEY, cfg_scale=1.5, top_k=1)
     network = build(lambda: Generator(both.config, rngs=nnx.Rngs(0)), both._params)
     condition = Condition(np.array([0, 1]), frames)
     given, null = (network(x, codes[:, :-1]) for x in (condition, condition.without_class()))
     np.testing.assert_array_equal(codes, np.argmax(null + 1.5 * (given - null), axis=-1))
-    with pytest.raises(ValueError, match=r"got \[1\] classes, \[2\] condition"):
-        both.sample([0], condition=frames, key=KEY)
+    with pytest.raises(ValueError, match=r"got \[1\] classes, \[2\] frames"):
+        both.sample([0], frames=frames, key=KEY)
+    with pytest.raises(ValueError, match="give frames"):
+        both.sample([0], key=KEY)
+    with pytest.raises(ValueError, match="frames_scale must be 1 .* without frames_dropout; got 2"):
+        both.sample([0], frames=frames[:1], key=KEY, frames_scale=2.0)
     none = make(condition="none")
     codes = np.asarray(none.sample(key=KEY, indices=[4, 7, 4]))
     np.testing.assert_array_equal(codes[0], codes[2])
@@ -275,6 +349,26 @@ def test_sampling_with_both_conditions_and_with_none():
     assert none.compile(2).as_text()
     with pytest.raises(ValueError, match="got none; give indices"):
         none.sample(key=KEY)
+
+
+def test_guidance_by_class_and_frames_and_either_left_out():
+    frames = np.random.default_rng(0).integers(0, 16, (2, 6))
+    generator = make(condition="class+frames", frames_dropout=0.1)
+    network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
+    codes = generator.sample([0, 1], frames=frames, key=KEY, cfg_scale=3.0, frames_scale=2.0, top_k=1)
+    both = Condition(np.array([0, 1]), frames)
+    given, still = both, both.without_class()
+    logits = [network(x, codes[:, :-1]) for x in (given, still, still.without_frames())]
+    expected = logits[2] + 2.0 * (logits[1] - logits[2]) + 3.0 * (logits[0] - logits[1])
+    np.testing.assert_array_equal(codes, np.argmax(expected, axis=-1))
+    for given, condition in (
+        (dict(classes=[0, 1]), both.without_frames()),
+        (dict(frames=frames), both.without_class()),
+    ):
+        codes = generator.sample(**given, key=KEY, top_k=1)
+        np.testing.assert_array_equal(codes, np.argmax(network(condition, codes[:, :-1]), axis=-1))
+    with pytest.raises(ValueError, match="'class\\+frames': give classes"):
+        generator.sample(key=KEY)
 
 
 def test_hold_last_frame():
@@ -290,3 +384,4 @@ def test_plans():
     assert SamplingOptions(cfg_scale=1.25, cfg_interval=40).plan(12).guided == 12
     assert SamplingOptions(cfg_interval=4).plan(12).guided == 0
     assert not SamplingOptions(top_k=1, top_p=0.5).plan(12).top_p
+    assert SamplingOptions(window=40).plan(12).window == 11  # all codes after the first

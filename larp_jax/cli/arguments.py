@@ -58,10 +58,10 @@ def positive(text: str) -> int:
     return value
 
 
-def add_config(sub) -> None:
+def add_config(sub, *, required=True) -> None:
     """Adds --config."""
     sub.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]",
+        "--config", required=required, metavar="FILE[:VARIANT]",
         help="Python file with a recipe; change settings with --config.NAME=VALUE, for example --config.steps=1000",
     )  # fmt: skip
 
@@ -109,14 +109,24 @@ def add_sampling(sub, what) -> None:
         "--top-p", type=float, default=1.0, metavar="P",
         help="sample from the smallest set of codes with probability above P (default: 1, all)",
     )  # fmt: skip
+    add_window(sub)
     add_precision(sub)
+
+
+def add_window(sub) -> None:
+    """Adds --window."""
+    sub.add_argument(
+        "--window", type=positive, default=1, metavar="W",
+        help="find up to W codes in a pass, for the same samples; see benchmark sample (default: 1)",
+    )  # fmt: skip
 
 
 def add_precision(sub) -> None:
     """Adds --precision."""
     sub.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="compute precision (default: float32)"
-    )
+        "--precision", choices=("float32", "bfloat16", "int8"), default="float32",
+        help="compute precision; int8 is that of a generator's weights (default: float32)",
+    )  # fmt: skip
 
 
 def add_guidance(sub, default) -> None:
@@ -124,6 +134,10 @@ def add_guidance(sub, default) -> None:
     sub.add_argument(
         "--cfg-scale", type=float, default=default, metavar="S",
         help=f"classifier-free guidance scale; 1 turns guidance off (default: {default:g})",
+    )  # fmt: skip
+    sub.add_argument(
+        "--frames-scale", type=float, default=1.0, metavar="S",
+        help="guidance scale of the given frames, for generators trained with model.frames_dropout (default: 1)",
     )  # fmt: skip
     sub.add_argument(
         "--cfg-interval", type=int, default=-1, metavar="I", help="guide only the first I + 2 codes (default: all)"

@@ -206,8 +206,12 @@ def add_predict(commands) -> None:
         "--checkpoint runs/predictor --tokenizer runs/k600 --input video.mp4 --cond-frames 5 --output predictions",
     )
     _add_generation(sub, "prediction")
-    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of video files, or {SPEC}")
+    sub.add_argument(
+        "--input", required=True, metavar="I", help=f"video file, picture, folder of video files, or {SPEC}"
+    )
+    sub.add_argument("--classes", metavar="C", help="class of what follows, by number or name (default: any)")
     sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")
+    add_guidance(sub, 1.0)
     sub.add_argument(
         "--max-clips",
         type=count,
@@ -227,12 +231,20 @@ def _predict(arguments):
             f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
             " prediction"
         )
+    label = None
+    if arguments.classes is not None and generator.config.has_classes:
+        (label, number), *more = generate.read_classes(arguments.classes, generator).items()
+        if more or number:
+            raise InputError(f"--classes: predict takes one class, for all clips; got {arguments.classes!r}")
+    elif arguments.classes is not None:
+        raise InputError(f"{arguments.checkpoint} is given no class; leave out --classes")
     manifest = generate.predict(
         generator,
         tokenizer,
         arguments.input,
         arguments.output,
         cond_frames=arguments.cond_frames,
+        label=label,
         max_clips=arguments.max_clips,
         seed=arguments.seed,
         options=options,

@@ -3,7 +3,16 @@
 from typing import Any
 
 from larp_jax import files
-from larp_jax.cli.arguments import add_batch_size, add_command, add_config, add_guidance, add_precision, positive
+from larp_jax.cli.arguments import (
+    CHECKPOINT,
+    add_batch_size,
+    add_command,
+    add_config,
+    add_guidance,
+    add_precision,
+    add_window,
+    positive,
+)
 from larp_jax.cli.recipe import load_experiment, load_recipe
 from larp_jax.errors import InputError
 
@@ -91,14 +100,19 @@ def add_benchmark(commands) -> None:
         help="train: the training step; encode, decode: a tokenizer; sample: a generator (all with random weights and"
         " synthetic clips); data: reading training batches",
     )  # fmt: skip
-    add_config(sub)
+    model = sub.add_mutually_exclusive_group(required=True)
+    add_config(model, required=False)
+    model.add_argument("--checkpoint", metavar="G", help=f"for benchmark sample, a trained generator: {CHECKPOINT}")
     sub.add_argument(
         "--seconds", type=positive, default=10, metavar="S", help="length of the measurement in seconds (default: 10)"
     )
     models = sub.add_argument_group("benchmark encode, decode and sample")
     add_batch_size(models)
     add_precision(models)
-    add_guidance(sub.add_argument_group("benchmark sample"), 1.25)
+    sampling = sub.add_argument_group("benchmark sample")
+    add_guidance(sampling, 1.25)
+    add_window(sampling)
+    sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
         "--model-rate", type=positive, metavar="R",
@@ -107,44 +121,78 @@ def add_benchmark(commands) -> None:
 
 
 def _benchmark(arguments):
-    from larp_jax import data
-    from larp_jax.models.sampling import SamplingOptions
     from larp_jax.tools import benchmark
 
-    recipe = load_recipe(arguments)
-    stage = "generator" if arguments.what == "sample" else "tokenizer"
     _check_numbers(arguments)
+    if arguments.what == "sample":
+        result = _benchmark_sample(arguments)
+    else:
+        result = _benchmark_tokenizer(arguments)
+    print(benchmark.format_table(result))
+    _write_numbers(arguments, result)
+
+
+def _recipe_of(stage: str, arguments):
+    """The recipe of --config; `InputError` if it is of another stage."""
+    if arguments.config is None:
+        raise InputError(f"benchmark {arguments.what} needs --config; only benchmark sample takes a --checkpoint")
+    recipe = load_recipe(arguments)
     if recipe.stage != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
-    if arguments.what == "train":
-        result = benchmark.benchmark_train(recipe, seconds=arguments.seconds)
-    elif arguments.what in ("encode", "decode"):
-        result = benchmark.benchmark_codec(
-            recipe,
-            arguments.what,
-            batch_size=arguments.batch_size,
-            precision=arguments.precision,
-            seconds=arguments.seconds,
-        )
-    elif arguments.what == "sample":
-        result = benchmark.benchmark_sample(
-            recipe.model,
-            SamplingOptions(cfg_scale=arguments.cfg_scale, cfg_interval=arguments.cfg_interval),
-            batch_size=arguments.batch_size,
-            precision=arguments.precision,
-            seconds=arguments.seconds,
-        )
+    return recipe
+
+
+def _benchmark_sample(arguments) -> dict[str, Any]:
+    from larp_jax import api
+    from larp_jax.cli.inference import sampling_options
+    from larp_jax.tools import benchmark
+
+    options, precision = sampling_options(arguments), arguments.precision
+    changed = {}
+    if arguments.checkpoint is None:
+        if options.window > 1:
+            raise InputError("--window depends on what the generator has learned: give --checkpoint, not --config")
+        generator = benchmark.untrained_generator(_recipe_of("generator", arguments).model, precision=precision)
     else:
-        result = benchmark.benchmark_data(
+        found = api.load_checkpoint(arguments.checkpoint, kind="generator")
+        generator = api.LoadedGenerator.of(found, precision=precision)
+        if precision != "float32":
+            changed = benchmark.precision_change(found, precision)
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        tokenizer = api.load_tokenizer(arguments.tokenizer)
+        generator.check_tokenizer(tokenizer)
+    result = benchmark.benchmark_sample(
+        generator, options, tokenizer=tokenizer, batch_size=arguments.batch_size, seconds=arguments.seconds
+    )
+    return result | changed
+
+
+def _benchmark_tokenizer(arguments) -> dict[str, Any]:
+    from larp_jax.tools import benchmark
+    from larp_jax.training import common
+
+    recipe = _recipe_of("tokenizer", arguments)
+    if arguments.what == "train":
+        return benchmark.benchmark_train(recipe, seconds=arguments.seconds)
+    if arguments.what == "data":
+        return benchmark.benchmark_data(
             recipe.data.train,
-            data.ClipSpec(frames=recipe.model.frames, resolution=recipe.model.resolution, flip=recipe.data.flip),
+            common.clip_spec(recipe.model, recipe.data),
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
             seconds=arguments.seconds,
             model_rate=arguments.model_rate,
         )
-    print(benchmark.format_table(result))
-    _write_numbers(arguments, result)
+    if arguments.precision == "int8":
+        raise InputError("--precision int8 is for generators, not for tokenizers; choose float32 or bfloat16")
+    return benchmark.benchmark_codec(
+        recipe,
+        arguments.what,
+        batch_size=arguments.batch_size,
+        precision=arguments.precision,
+        seconds=arguments.seconds,
+    )
 
 
 def _check_numbers(arguments) -> None:

@@ -300,9 +300,10 @@ class GeneratorConfig:
     `condition` is what the generator is given: `class`, `frames` (the codes of the given frames followed by a
     separator), `class+frames` or `none`. If it is empty, `frame_prediction` decides between `frames` and `class`, the
     two published forms. `class_dropout` is the probability that the null class replaces the class in training; without
-    it (0), there is no null class and no classifier-free guidance. `path_dropout` is the rate of stochastic depth in
-    the last block. If `codebook_size`, `num_tokens` or `num_classes` is 0, training sets it to the number of the
-    tokenizer or the data.
+    it (0), there is no null class and no classifier-free guidance. `frames_dropout` is the probability that the given
+    frames are left out: separators replace their codes. Both are drawn independently. `path_dropout` is the rate of
+    stochastic depth in the last block. If `codebook_size`, `num_tokens` or `num_classes` is 0, training sets it to the
+    number of the tokenizer or the data.
     """
 
     size: str = "LP"
@@ -316,6 +317,7 @@ class GeneratorConfig:
     condition: str = ""
     num_classes: int = 101
     class_dropout: float = 0.1
+    frames_dropout: float = 0.0
     token_dropout: float = 0.1
     attention_dropout: float = 0.0
     residual_dropout: float = 0.1
@@ -350,7 +352,7 @@ class GeneratorConfig:
         require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
         require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
         at_least_0("model", self, "mlp_multiplier", "init_std")
-        for part in ("class", "token", "attention", "residual", "mlp", "path"):
+        for part in ("class", "frames", "token", "attention", "residual", "mlp", "path"):
             rate = getattr(self, f"{part}_dropout")
             require(0 <= rate < 1, f"model.{part}_dropout must be in [0, 1), got {rate}")
 
@@ -378,6 +380,11 @@ class GeneratorConfig:
     def has_null_class(self) -> bool:
         """Whether the class may be left out, which guidance needs."""
         return self.has_classes and self.class_dropout > 0
+
+    @property
+    def has_null_frames(self) -> bool:
+        """Whether the given frames may be left out, which their guidance needs."""
+        return self.has_frames and self.frames_dropout > 0
 
     @property
     def class_rows(self) -> int:

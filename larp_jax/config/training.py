@@ -110,6 +110,9 @@ class DataConfig:
     `batch_size` is the number of clips per step, over all hosts. `workers` is the number of processes that read clips;
     0 reads them in threads. `eval_clips` is the number of clips per evaluation; 0 means all. `flip` mirrors a random
     half of the training clips. The released configuration turns it on, but the released data set ignores it.
+
+    Clips are consecutive frames at the rate of their video. With `fps`, videos are sampled at that rate, by the time
+    at which each frame is shown; with `stride`, every `stride`-th frame is taken.
     """
 
     train: str = ""
@@ -118,10 +121,14 @@ class DataConfig:
     eval_clips: int = 256
     workers: int = 0
     flip: bool = False
+    fps: float = 0.0
+    stride: int = 1
 
     def __post_init__(self):
+        require(self.stride > 0, f"data.stride must be positive, got {self.stride}")
+        require(not self.fps or self.stride == 1, "data.fps and data.stride cannot be combined; leave one out")
         require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
-        at_least_0("data", self, "eval_clips", "workers")
+        at_least_0("data", self, "eval_clips", "workers", "fps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,66 @@
-"""How a clip is cut from a video: arithmetic on sizes and frame numbers."""
+"""How a clip is cut from a video: arithmetic on sizes, frame numbers and times."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from larp_jax.errors import InputError
 
+# Seconds by which a frame may come after its time of sampling: containers round times to milliseconds.
+LATE = 2e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
-    """Length, size and augmentation of clips.
+    """Length, size, rate and augmentation of clips.
+
+    With `fps` or `stride`, numbers of frames count sampled frames: frame k is the one that is shown k / fps seconds
+    after the first, or every `stride`-th.
 
     Attributes:
-      frames: T, consecutive frames at the video's own rate.
+      frames: T, consecutive frames.
       resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the center is cut out.
       flip: whether a random half of the training clips is mirrored left to right. Evaluation never flips.
+      fps: frames per second at which videos are sampled; 0 for their own rates.
+      stride: every how many frames one is taken; 1 for all.
+
+    Raises:
+      InputError: a number is out of its range.
     """
 
     frames: int = 16
     resolution: int = 128
     flip: bool = True
+    fps: float = 0.0
+    stride: int = 1
 
     def __post_init__(self):
-        for name in ("frames", "resolution"):
+        for name in ("frames", "resolution", "stride"):
             if getattr(self, name) < 1:
                 raise InputError(f"a clip's {name} must be positive, got {getattr(self, name)}")
+        if not 0.0 <= self.fps < math.inf:
+            raise InputError(f"a clip's fps must be positive, or 0 for the rates of the videos, got {self.fps}")
+        if self.fps and self.stride > 1:
+            raise InputError(f"a clip has an fps, {self.fps:g}, or a stride, {self.stride}, not both; leave one out")
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """`fps` or `stride` by name, ready for JSON; empty for consecutive frames."""
+        return ({"fps": self.fps} if self.fps else {}) | ({"stride": self.stride} if self.stride > 1 else {})
+
+    def rate(self, fps: float) -> float:
+        """Frames per second after sampling of a video of `fps` (0: unknown)."""
+        return self.fps or fps / self.stride
+
+    def number(self, k: int, fps: float) -> int:
+        """The number in a video of constant rate `fps` of sampled frame k."""
+        return int((k / self.fps + LATE) * fps) if self.fps else k * self.stride
+
+    def count(self, frames: int, fps: float) -> int:
+        """How many frames a video of `frames` frames and constant rate `fps` has after sampling."""
+        last = max(0, frames - 1)
+        return 1 + (int((last / fps + LATE) * self.fps) if self.fps else last // self.stride)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from larp_jax.data import video
+from larp_jax.data.clips import ClipSpec
 from larp_jax.data.spec import advice
 from larp_jax.errors import InputError
 from larp_jax.files import local_path
@@ -69,13 +70,15 @@ class FolderVideos:
         rows = {name: [getattr(self, name)[number] for number in chosen] for name in ("paths", "splits", "labels")}
         return dataclasses.replace(self, **rows)
 
-    def open(self) -> tuple[list[video.VideoFile], list[int], list[tuple[str, str]]]:
+    def open(self, clip: ClipSpec | None = None) -> tuple[list[video.VideoFile], list[int], list[tuple[str, str]]]:
         """Opens the files and returns (readable files, their labels, (name, reason) of each unreadable file).
+
+        `clip` gives the rate at which the files are sampled.
 
         Raises:
           InputError: no file can be read.
         """
-        files, unreadable = open_all(self.paths)
+        files, unreadable = open_all(self.paths, clip)
         skipped = [(self.name(pathlib.Path(path)), reason) for path, reason in unreadable]
         if not files:
             raise InputError(
@@ -164,13 +167,15 @@ def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in paths if path.suffix.lower() in video.EXTENSIONS and path.is_file())
 
 
-def open_all(paths: Sequence[pathlib.Path]) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
+def open_all(
+    paths: Sequence[pathlib.Path], clip: ClipSpec | None = None
+) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
     """Opens files: ([VideoFile of each readable path], [(path, reason) of each other]), in the order of the paths."""
     from tqdm import tqdm
 
     def attempt(path):
         try:
-            return video.VideoFile(path)
+            return video.VideoFile(path, clip)
         except InputError as error:
             return str(path), str(error)
 

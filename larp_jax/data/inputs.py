@@ -17,8 +17,8 @@ from larp_jax.data.clips import repeat_last, spread_starts
 from larp_jax.data.folders import NO_LABEL, FolderVideos, find_videos
 from larp_jax.data.pipeline import choose_windows
 from larp_jax.data.spec import LISTS, advice, spec_of
-from larp_jax.data.video import EXTENSIONS, VideoFile, read_windows
-from larp_jax.errors import InputError
+from larp_jax.data.video import EXTENSIONS, IMAGES, VideoFile, decode_images, read_windows
+from larp_jax.errors import InputError, reason
 from larp_jax.files import local_path
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,9 @@ class Inputs:
     of evaluation: only full ones, or one padded window if the video is shorter. `windows` replaces both rules.
 
     Args:
-      text: path of a video file; path of a folder, which is read with its subfolders; or spec of a data set, whose
-        split is `test` by default, also for a `folder:PATH` with splits.
+      text: path of a video file; path of a PNG or JPEG picture, which is one window that stands still; path of a
+        folder, which is read with its subfolders; or spec of a data set, whose split is `test` by default, also for a
+        `folder:PATH` with splits.
       clip: length and size of a window.
       max_clips: at most this many windows of a data set, spread evenly over it; 0 for all.
       windows: at most this many full windows of each video, spread evenly over it; 0 for the windows above.
@@ -108,8 +109,10 @@ class Inputs:
             raise InputError(f"{text} does not exist; give a video file, a folder of videos, or {data.spec.FORMS}")
         elif path.suffix.lower() in LISTS:
             raise InputError(f"{text} is not a video; {advice(path)}")
+        elif path.suffix.lower() in IMAGES:
+            self.videos = [self._of_picture(path)]
         else:
-            self.videos = [self._of_file(VideoFile(path), path.name)]
+            self.videos = [self._of_file(VideoFile(path, self._clip), path.name)]
 
     @property
     def windows(self) -> int:
@@ -157,10 +160,18 @@ class Inputs:
 
         return InputVideo(name, file.path, file.info.fps, -(-length // clip.frames), read)
 
+    def _of_picture(self, path: pathlib.Path) -> InputVideo:
+        clip = self._clip
+        try:
+            frames = repeat_last(decode_images([path.read_bytes()], clip.resolution), clip.frames)
+        except (InputError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as a picture ({reason(error)}); give another") from error
+        return InputVideo(path.name, path, 0.0, 1, lambda: iter([(0, frames, clip.frames, NO_LABEL)]))
+
     def _of_folder(self, found: FolderVideos) -> list[InputVideo]:
-        files, labels, unreadable = found.open()
-        for name, reason in unreadable:
-            self._skip(name, reason)
+        files, labels, unreadable = found.open(self._clip)
+        for name, why in unreadable:
+            self._skip(name, why)
         self.label_names = found.label_names
         if len(splits := dict.fromkeys(found.splits)) > 1:
             logger.warning("%s contains the splits %s: all are read", found.folder, ", ".join(splits))

@@ -2,6 +2,7 @@
 
 import bisect
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import logging
@@ -28,7 +29,8 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
 
     Args:
       spec: text for `parse_spec`, or its result.
-      clip: its resolution selects the config of moving_shapes if the spec names none.
+      clip: its resolution selects the config of moving_shapes if the spec names none; its rate is that at which the
+        videos are sampled.
       default_split: the split if the spec names none; for a folder, the split to use if it has splits.
 
     Raises:
@@ -42,7 +44,7 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
         parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
         return MixtureSource(parts, spec.weights)
     if spec.kind == "folder":
-        return FolderSource(spec.name, split)
+        return FolderSource(spec.name, split, clip)
     try:
         import tensorflow_datasets  # noqa: F401
     except ImportError as error:
@@ -53,9 +55,11 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     if spec.kind == "moving_shapes":
         from larp_jax.data import moving_shapes
 
-        return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
-    prepared = (find_data_set(spec.name) / VIDEOS).exists()
-    return (PreparedSource if prepared else TfdsSource)(spec.name, split)
+        source = TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
+    else:
+        prepared = (find_data_set(spec.name) / VIDEOS).exists()
+        source = (PreparedSource if prepared else TfdsSource)(spec.name, split)
+    return SampledSource(source, clip) if clip is not None and clip.sampling else source
 
 
 class FolderSource(Source):
@@ -67,6 +71,7 @@ class FolderSource(Source):
     Args:
       folder: path of the folder.
       split: "train", "validation" or "test"; used if the folder has splits.
+      clip: gives the rate at which the files are sampled; None for their own.
 
     Attributes:
       split: the split used; empty if the folder has no splits.
@@ -75,10 +80,10 @@ class FolderSource(Source):
       InputError: the folder or the split does not exist, or contains no readable video.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str = "train"):
+    def __init__(self, folder: str | os.PathLike, split: str = "train", clip: ClipSpec | None = None):
         found = find_videos(folder).of_split(split)
         self.folder, self.split = found.folder, found.splits[0]
-        self._videos, self._labels, unreadable = found.open()
+        self._videos, self._labels, unreadable = found.open(clip)
         super().__init__(found.label_names, ((str(self.folder / name), reason) for name, reason in unreadable))
         if unreadable:
             names = [name for name, _ in unreadable]
@@ -159,6 +164,57 @@ def same_videos(source: Source, other: Source) -> set[int]:
 
     known = set(compute(theirs).values())
     return {index for index, digest in compute(ours).items() if digest in known}
+
+
+class SampledSource(Source):
+    """A data set whose videos have constant rates, sampled in time.
+
+    Args:
+      source: the data set.
+      clip: gives the rate.
+
+    Raises:
+      InputError: the clip has an `fps`, and the rate of a video is unknown.
+    """
+
+    def __init__(self, source: Source, clip: ClipSpec):
+        super().__init__(source.label_names, source.skipped)
+        self._source, self._clip = source, clip
+        if clip.fps and not all(source.fps(index) for index in range(len(source))):
+            raise InputError("data whose frame rate is unknown has no fps: set data.stride, not data.fps")
+
+    def __len__(self):
+        return len(self._source)
+
+    def name(self, index):
+        return self._source.name(index)
+
+    def label(self, index):
+        return self._source.label(index)
+
+    def size(self, index):
+        return self._source.size(index)
+
+    def digest(self, index):
+        return self._source.digest(index)
+
+    def origin(self, index):
+        return self._source.origin(index)
+
+    def fps(self, index):
+        return self._clip.rate(self._source.fps(index))
+
+    def frames(self, index):
+        return self._clip.count(self._source.frames(index), self._source.fps(index))
+
+    def read_clip(self, index, start, clip):
+        if isinstance(start, np.random.Generator):
+            start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
+        stop = min(start + clip.frames, max(start + 1, self.frames(index)))
+        numbers = [clip.number(k, self._source.fps(index)) for k in range(start, stop)]
+        span = dataclasses.replace(clip, frames=numbers[-1] - numbers[0] + 1)
+        frames, label = self._source.read_clip(index, numbers[0], span)
+        return repeat_last(frames[np.array(numbers) - numbers[0]], clip.frames), label
 
 
 class MixtureSource(Source):

@@ -1,7 +1,8 @@
 """Reading and writing video files and images with PyAV, which is imported when first needed.
 
-Frames are uint8 RGB and upright (the container's rotation is applied). Pixels are assumed to be square. If there are
-several video streams, the one that FFmpeg ranks best is used.
+Frames are uint8 RGB and upright (the container's rotation is applied), and their pixels are square: frames whose pixels
+are wider or narrower are resized to the shape in which players show them. If there are several video streams, the one
+that FFmpeg ranks best is used.
 """
 
 import array
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from larp_jax import files
-from larp_jax.data.clips import ClipSpec, center_crop, repeat_last, scaled_size
+from larp_jax.data.clips import LATE, ClipSpec, center_crop, repeat_last, scaled_size
 from larp_jax.data.limits import within_limit
 from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
@@ -30,6 +31,8 @@ EXTENSIONS = frozenset(
     ".3g2 .3gp .asf .avi .divx .flv .gif .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm "
     ".wmv".split()
 )
+
+IMAGES = frozenset([".png", ".jpg", ".jpeg"])
 
 # In these codecs one packet is one frame, and after a seek the decoder outputs exact frames or none, never approximate
 # ones. VP8 is not among them because its hidden reference frames have their own packets and times.
@@ -44,7 +47,7 @@ LIMITS = {"max_pixels": str(2**26)}
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Header of a video. `frames` is at least 1; a damaged file may contain fewer frames."""
+    """Header of a video. `frames` is at least 1; a damaged file may have fewer. The size is that of square pixels."""
 
     frames: int
     fps: float
@@ -67,7 +70,8 @@ def _probe(path) -> VideoInfo:
         first = next(_decode(container, stream), None)
         if first is None:
             raise _no_frames(path)
-        width, height = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
+        width, height = square_size(first, pixel_aspect(stream))
+        width, height = (height, width) if first.rotation % 180 else (width, height)
         rate = stream.average_rate or stream.base_rate
         frames, codec = stream.frames, stream.codec_context.name
     if not 0 < frames <= os.path.getsize(path):  # a frame needs at least one byte, but headers may claim any number
@@ -88,6 +92,10 @@ class VideoFile:
 
     Safe to use from several threads, and can be pickled.
 
+    Args:
+      path: the file.
+      clip: gives the rate at which the file is sampled; numbers of frames, also in `info`, are those of sampled frames.
+
     Attributes:
       path: the file.
       info: its header, from `probe`.
@@ -96,9 +104,14 @@ class VideoFile:
       InputError: no frame of the file can be decoded.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, clip: ClipSpec | None = None):
         self.path = pathlib.Path(path)
-        self.info = probe(path)
+        self.info = info = probe(path)
+        self._clip = clip or ClipSpec()
+        if self._clip.sampling:
+            count, rate = self._clip.count(info.frames, info.fps), self._clip.rate(info.fps)
+            self.info = dataclasses.replace(info, frames=count, fps=rate)
+        self._tick = 0.0  # seconds per unit of the times
         self._times: Sequence[int] | None = None  # of the frames, in order of presentation; empty: do not seek
         self._key_times: Sequence[int] = ()
         self._too_slow = ""  # the error message if the file is not read again
@@ -132,22 +145,36 @@ class VideoFile:
         if self._times is None:
             self._make_index()
         # If the index ends before the window, the file has fewer frames than its header claims, and is decoded below.
-        if self._times and start + count <= max(count, len(self._times)):
+        total = self._sampled_count()
+        if total and start + count <= max(count, total):
+            numbers = [self._number(k) for k in range(start, min(start + count, total))]
             with _open(self.path) as (container, stream):
-                frames = self._seek_and_decode(container, stream, self._times[start : start + count])
+                frames = self._seek_and_decode(container, stream, self._times[numbers[0] : numbers[-1] + 1])
                 if frames is not None:
-                    return _to_rgb(frames, resolution)
+                    return _to_rgb([frames[n - numbers[0]] for n in numbers], resolution, pixel_aspect(stream))
         with _open(self.path) as (container, stream):
             frames = collections.deque(maxlen=count)
             number = 0
-            for frame in itertools.islice(_decode(container, stream), start + count):
+            for frame in itertools.islice(_sampled(container, stream, self._clip), start + count):
                 frames.append(frame)
                 number += 1
             if not frames:
                 raise _no_frames(self.path)
             if exact and 0 < start > number - count:
                 raise InputError(f"{self.path}: ends after {number} frames, before frame {start + count}")
-            return _to_rgb(frames, resolution)
+            return _to_rgb(frames, resolution, pixel_aspect(stream))
+
+    def _sampled_count(self) -> int:
+        """Number of sampled frames according to the index; 0 without one."""
+        if not self._times or not self._clip.fps:
+            return -(-len(self._times) // self._clip.stride)
+        return 1 + int(((self._times[-1] - self._times[0]) * self._tick + LATE) * self._clip.fps)
+
+    def _number(self, k: int) -> int:
+        """The number in the file of sampled frame k."""
+        if not self._clip.fps:
+            return k * self._clip.stride
+        return bisect.bisect_right(self._times, self._times[0] + (k / self._clip.fps + LATE) / self._tick) - 1
 
     def _make_index(self) -> None:
         with _open(self.path) as (container, stream):
@@ -156,6 +183,7 @@ class VideoFile:
                 for packet in _packets(container, stream)
                 if not packet.is_discard  # decoded as a reference for other frames, but not shown
             ]
+            self._tick = float(stream.time_base or 0)
             seekable = stream.codec_context.name in SEEKABLE_CODECS and container.format.name not in TIMELESS_FORMATS
         times = [time for time, _ in packets]
         if not seekable or None in times or len(set(times)) < len(times):
@@ -211,14 +239,15 @@ def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int,
 
 def _read_windows(path, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
     with _open(path) as (container, stream):
-        frames = _decode(container, stream)
+        frames = _sampled(container, stream, clip)
         start = 0
         while window := list(itertools.islice(frames, clip.frames)):
-            yield start, repeat_last(_to_rgb(window, clip.resolution), clip.frames), len(window)
+            rgb = _to_rgb(window, clip.resolution, pixel_aspect(stream))
+            yield start, repeat_last(rgb, clip.frames), len(window)
             start += len(window)
         if start == 0:
             raise _no_frames(path)
-        if start < stream.frames:
+        if start < stream.frames and not clip.sampling:
             logger.warning("%s: %d of %d frames can be decoded", path, start, stream.frames)
 
 
@@ -443,8 +472,45 @@ def _decode(container, stream) -> Iterator:
         yield from decoded
 
 
-def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
+def _sampled(container, stream, clip: ClipSpec) -> Iterator:
+    """Frames from the beginning, sampled in time: each is the last that is shown at its time of sampling."""
+    frames = _decode(container, stream)
+    if not clip.fps:
+        yield from itertools.islice(frames, 0, None, clip.stride)
+        return
+    rate = float(stream.average_rate or stream.base_rate or 25)
+    timeless = container.format.name in TIMELESS_FORMATS
+    shown = first = None
+    number, time = 0, 0.0
+    for count, frame in enumerate(frames):
+        time = count / rate if timeless or frame.pts is None else float(frame.pts * stream.time_base)
+        first = time if first is None else first
+        while shown is not None and number / clip.fps + LATE < time - first:
+            yield shown
+            number += 1
+        shown = frame
+    while shown is not None and number / clip.fps <= time - first + LATE:
+        yield shown
+        number += 1
+
+
+def pixel_aspect(stream) -> float:
+    """Width of a pixel over its height; 1.0 if the file does not say, or says what no camera or disc has."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 0.25 <= aspect <= 4.0 else 1.0
+
+
+def square_size(frame, aspect: float) -> tuple[int, int]:
+    """(width, height) of a decoded frame with square pixels: the shorter side stays, the other is resized."""
+    if aspect > 1.0:
+        return round(frame.width * aspect), frame.height
+    return frame.width, round(frame.height / aspect)
+
+
+def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarray:
     """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
+
+    `aspect` is the width of a pixel over its height.
 
     libswscale scales and converts in one pass. Its bilinear filter widens when shrinking, so it is antialiased. From
     Pillow's antialiased bilinear filter on full-size RGB, for which the chroma is enlarged first, it differs by 1.3
@@ -456,7 +522,7 @@ def _to_rgb(frames: Sequence, resolution: int) -> np.ndarray:
     out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
     with stage("resize"):
         for target, frame in zip(out, frames, strict=True):
-            width, height = scaled_size(frame.width, frame.height, resolution)
+            width, height = scaled_size(*square_size(frame, aspect), resolution)
             # Planes of green, blue and red are twice as fast as packed RGB, which would also halve the chroma's width.
             # Without scaling, however, libswscale leaves columns of planes after the last multiple of 16 unwritten, and
             # packed RGB is equal if the chroma is already halved, and avoids joining the planes.

@@ -273,9 +273,10 @@ def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_f
     if protocol and protocol.fixed and cond_frames not in (None, protocol.cond_frames):
         kinds = [f"given {n} frames" if n else "given classes" for n in (protocol.cond_frames, cond_frames)]
         raise InputError(f"protocol {name} is for generators {kinds[0]}, this one is {kinds[1]}; leave it out")
+    sampled = found.recipe.data
     return ClipSet(
         request.data,
-        ClipSpec(frames=config.frames, resolution=config.resolution, flip=False),
+        ClipSpec(config.frames, config.resolution, flip=False, fps=sampled.fps, stride=sampled.stride),
         protocol,
         name=name or "",
         max_clips=request.max_clips,

@@ -134,7 +134,10 @@ class ClipSet:
         """SHA-256 of the clips: the bytes of their videos, the numbers of their first frames, and their size."""
         videos = digests(self.source, (video for video, _ in self.windows))
         content = [(videos[video], start) for video, start in self.windows]
-        return hashlib.sha256(json.dumps([self.clip.frames, self.clip.resolution, content]).encode()).hexdigest()
+        described = [self.clip.frames, self.clip.resolution, content]
+        if self.clip.sampling:
+            described.append(self.clip.sampling)
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What to record with the scores, ready for JSON."""
@@ -159,6 +162,7 @@ class ClipSet:
             "max_clips": self._max_clips,
             "frames": self.clip.frames,
             "resolution": self.clip.resolution,
+            **self.clip.sampling,
         }
         if protocol.held_out:
             described |= {"training_data": self._training, "videos_left_out_as_trained_on": len(self._left_out)}

@@ -99,15 +99,18 @@ class Sampler:
         config, frames = generator.config, tokenizer.config.frames
         if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
-        if options.cfg_scale > 1.0 and not config.has_null_class:
-            raise InputError(
-                "--cfg-scale must be 1, because the generator was trained without a null class; got"
-                f" {options.cfg_scale:g}"
-            )
+        for option, scale, null, missing in (
+            ("--cfg-scale", options.cfg_scale, config.has_null_class, "a null class"),
+            ("--frames-scale", options.frames_scale, config.has_null_frames, "frames_dropout"),
+        ):
+            if scale > 1.0 and not null:
+                raise InputError(
+                    f"{option} must be 1, because the generator was trained without {missing}; got {scale:g}"
+                )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self.given_frames = generator, options, cond_frames
-        self._seed, self._key = seed, rng.key(seed)
+        self._seed, self._key, self._passes = seed, rng.key(seed), []
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 
@@ -120,6 +123,9 @@ class Sampler:
             "seed": self._seed,
             **vars(self._options),
         }
+        del described["window"]  # which changes only the speed
+        if self._options.frames_scale == 1.0:  # folders of earlier versions do not name it
+            del described["frames_scale"]
         return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
     def codes(
@@ -140,10 +146,19 @@ class Sampler:
         if self._generator.config.has_classes:
             condition["classes"] = np.full(len(rows), -1) if classes is None else classes[rows]
         if self._generator.config.has_frames:
-            condition["condition"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
+            condition["frames"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
         indices = np.asarray(numbers)[rows]
-        codes = self._generator.sample(**condition, indices=indices, key=self._key, **vars(self._options))
+        codes, passes = self._generator.sample_counted(
+            **condition, indices=indices, key=self._key, **vars(self._options)
+        )
+        self._passes.append(int(passes))
         return np.asarray(codes)[: len(numbers)]
+
+    def report_passes(self) -> None:
+        """With a window, logs how many codes a pass through the generator found on average."""
+        if self._options.window > 1 and self._passes:
+            found = (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1)
+            logger.info("the generator found %.2f codes per pass", found)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
@@ -307,6 +322,7 @@ def predict(
     output: str | os.PathLike,
     *,
     cond_frames: int = 5,
+    label: int | None = None,
     max_clips: int = PREDICTED_CLIPS,
     seed: int = 0,
     options: SamplingOptions,
@@ -322,7 +338,8 @@ def predict(
       tokenizer: the tokenizer that the generator was trained with.
       source: input, as for `larp_jax.data.inputs.Inputs`; each window is predicted from its own first frames.
       output: folder to write to, created if missing.
-      cond_frames: number of given frames.
+      cond_frames: number of given frames. A picture is held still, so for it the number does not matter.
+      label: the class of what follows, if the generator is given classes; None for any.
       max_clips: at most this many windows; 0 for all.
       seed: as for `sample`.
       options: as for `sample`.
@@ -334,19 +351,17 @@ def predict(
     Raises:
       InputError: as for `sample`, or nothing can be read.
     """
-    if generator.config.has_classes and not generator.config.has_null_class:
-        raise InputError(
-            "this generator also needs the class of each clip, because it was trained without a null class; use"
-            " LoadedGenerator.sample"
-        )
+    if label is None and generator.config.has_classes and not generator.config.has_null_class:
+        raise InputError("this generator was trained without a null class: give the class of the clips, --classes C")
     config = tokenizer.config
     sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames)
-    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+    inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
     names = output_names([video.name for video in inputs.videos])
-    described = []
+    described, settings = [], {} if label is None else {"class": label}
     with (
-        SampleFolder("predict", sampler, output, total, input=str(source)) as run,
+        SampleFolder("predict", sampler, output, total, input=str(source), **settings) as run,
         Progress(total, description="predict", unit="clip") as progress,
     ):
         mine = set(run.mine)
@@ -364,7 +379,8 @@ def predict(
             if run.is_whole(number, outputs, len(windows)):
                 continue
             clips = np.stack([window.frames for window in windows])
-            codes = sampler.codes(run.rows(number)[: len(windows)], clips=clips)
+            classes = None if label is None else np.full(len(clips), label)
+            codes = sampler.codes(run.rows(number)[: len(windows)], classes=classes, clips=clips)
             videos = to_uint8(sampler.decode(codes))
             for name, fps, original, prediction in zip(sources, rates, clips, videos, strict=True):
                 path = run.path / f"{name}.mp4"
@@ -458,6 +474,7 @@ class SampleFolder:
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
         manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
+        self._sampler.report_passes()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
         if jax.process_index() == 0:

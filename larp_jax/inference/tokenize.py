@@ -70,7 +70,7 @@ def tokenize(
         raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
     output = files.check_folder(output)
     _check_free(output)
-    clip = ClipSpec(frames=config.frames, resolution=config.resolution)
+    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     with files.claim(output), files.temporary_folder(output, "shards") as folder:
         _check_free(output)  # again, because another call may just have ended

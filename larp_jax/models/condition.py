@@ -18,7 +18,7 @@ class Condition:
     Attributes:
       classes: [B] int32, negative for the null class. A generator without any condition is given the null class.
       frames: [B, N] int32 in [0, K), codes of clips of which the first frames are known and the last known one is
-        repeated, see `larp_jax.models.pixels.hold_last_frame`.
+        repeated, see `larp_jax.models.pixels.hold_last_frame`; negative where no frames are given.
     """
 
     classes: jax.Array | np.ndarray | None = None
@@ -46,3 +46,7 @@ class Condition:
     def without_class(self) -> "Condition":
         """The same frames with the null class, for guidance."""
         return dataclasses.replace(self, classes=jnp.full_like(self.classes, -1))
+
+    def without_frames(self) -> "Condition":
+        """The same classes without frames, for guidance."""
+        return dataclasses.replace(self, frames=jnp.full_like(self.frames, -1))

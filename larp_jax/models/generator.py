@@ -70,16 +70,18 @@ class GroupedAttention(nnx.Module):
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        """One position: x [B, D] -> [B, D], and the cache with its keys and values written at `position`."""
-        q, k, v = self.project(x[:, None])
+        """W positions from `position` on: x [B, W, D] -> [B, W, D], and the cache with them written."""
+        q, k, v = self.project(x)
         keys, values = cache
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b 1 h d -> b h d 1"), position, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b 1 h d -> b h 1 d"), position, axis=2)
-        q = rearrange(q, "b 1 (h group) d -> b h group d", h=self.kv_heads) * q.shape[-1] ** -0.5
-        scores = jnp.einsum("bhgd,bhdn->bhgn", q, keys).astype(jnp.float32)
-        scores = jnp.where(jnp.arange(keys.shape[3]) <= position, scores, -jnp.inf)
-        y = jnp.einsum("bhgn,bhnd->bhgd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
-        return self.out(rearrange(y, "b h g d -> b (h g d)")), (keys, values)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b w h d -> b h d w"), position, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b w h d -> b h w d"), position, axis=2)
+        window = x.shape[1]
+        q = rearrange(q, "b w (h group) d -> b h (group w) d", h=self.kv_heads) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bhqd,bhdn->bhqn", q, keys).astype(jnp.float32)
+        last = position + jnp.arange(q.shape[2]) % window  # the last position that each query reads
+        scores = jnp.where(jnp.arange(keys.shape[3]) <= last[:, None], scores, -jnp.inf)
+        y = jnp.einsum("bhqn,bhnd->bhqd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+        return self.out(rearrange(y, "b h (group w) d -> b w (h group d)", w=window)), (keys, values)
 
 
 class SwiGLU(nnx.Module):
@@ -127,7 +129,7 @@ class GeneratorBlock(nnx.Module):
         return x + drop_path(y, path_dropout, path_keys[1]), cache
 
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-        """`__call__` for one position, see `GroupedAttention.decode_step`."""
+        """`__call__` for a window of positions, see `GroupedAttention.decode_step`."""
         y, cache = self.attention.decode_step(self.norm1(x), cache, position)
         x = x + y
         return x + self.mlp(x, norm=self.norm2), cache
@@ -223,15 +225,15 @@ class Generator(nnx.Module):
     def decode_step(
         self, blocks: list[GeneratorBlock], tokens: jax.Array, caches: list[Cache], position: jax.Array
     ) -> tuple[jax.Array, list[Cache]]:
-        """Logits of the code after `tokens`, [B, K] float32, and the caches with their keys and values.
+        """Logits of the code after each of W tokens, [B, W, K] float32, and the caches with their keys and values.
 
         Args:
           blocks: what `unstacked` returned.
-          tokens: [B] int, the last code of each sample.
-          caches: by block; positions from `position` on are overwritten or not read.
-          position: int scalar, the position of `tokens`, counted from the condition's first.
+          tokens: [B, W] int, consecutive codes of each sample.
+          caches: by block, with room for W positions from `position` on; those are written, later ones not read.
+          position: int scalar, the position of the first token, counted from the condition's first.
         """
-        x = self.embed_tokens(tokens) + self.position_table()[position]
+        x = self.embed_tokens(tokens) + self.position_table()[position + jnp.arange(tokens.shape[1])]
         written = []
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.decode_step(x, cache, position)
@@ -242,7 +244,8 @@ class Generator(nnx.Module):
         """The condition as [B, condition positions, D] float32.
 
         The class comes first. The codes of given frames are followed by the separator, the last row of the token
-        table. With a key, classes are randomly replaced by the null class.
+        table, which also replaces the codes if there are none. With a key, classes are randomly replaced by the null
+        class, and frames left out.
         """
         c, parts = self.config, []
         if condition.classes is not None:
@@ -252,7 +255,11 @@ class Generator(nnx.Module):
             classes = jnp.where(null, self.class_embedding.shape[0] - 1, condition.classes)
             parts.append(self.class_embedding[...][classes][:, None].astype(jnp.float32))
         if condition.frames is not None:
-            frames = jnp.pad(condition.frames, ((0, 0), (0, 1)), constant_values=c.codebook_size)
+            null = condition.frames[:, :1] < 0
+            if key is not None and c.has_null_frames:
+                null |= jax.random.bernoulli(jax.random.fold_in(key, 1), c.frames_dropout, null.shape)
+            frames = jnp.where(null, c.codebook_size, condition.frames)
+            frames = jnp.pad(frames, ((0, 0), (0, 1)), constant_values=c.codebook_size)
             parts.append(self.embed_tokens(frames))
         return jnp.concatenate(parts, axis=1)
 

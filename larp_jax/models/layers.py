@@ -53,8 +53,37 @@ def _matmul_bwd(residuals, dy):
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+# Rows of an int8 kernel that are converted at a time on CPUs: few enough to stay in the cache.
+CONVERTED_ROWS = 256
+
+
+def _matmul_int8(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., inputs] times an int8 kernel, in the dtype of x.
+
+    On GPUs and TPUs XLA converts the kernel as part of the product. Its CPU backend would write the converted kernel to
+    memory, which takes four times as long as the product with a float32 kernel.
+    """
+
+    def general(x, kernel):
+        return x @ kernel.astype(x.dtype)
+
+    def on_cpu(x, kernel):
+        rows = next(n for n in range(min(CONVERTED_ROWS, len(kernel)), 0, -1) if len(kernel) % n == 0)
+
+        def add(i, y):
+            some = jax.lax.dynamic_slice_in_dim(kernel, i * rows, rows, axis=0).astype(x.dtype)
+            return y + jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis=-1) @ some
+
+        return jax.lax.fori_loop(0, len(kernel) // rows, add, jnp.zeros((*x.shape[:-1], kernel.shape[1]), x.dtype))
+
+    return _with_cpu_form(general, on_cpu)(x, kernel)
+
+
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel [inputs, outputs]; Xavier-uniform with zero bias by default (released code)."""
+    """`x @ kernel + bias`, kernel [inputs, outputs]; Xavier-uniform with zero bias by default (released code).
+
+    For inference only, the kernel can be int8 with one `scale` for each output, see `larp_jax.models.int8`.
+    """
 
     def __init__(
         self,
@@ -67,12 +96,16 @@ class Linear(nnx.Module):
         dtype: Dtype = jnp.float32,
     ):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.scale = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., inputs] -> [..., outputs] in `dtype`."""
-        y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.scale is None:
+            y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        else:
+            y = _matmul_int8(x.astype(self.dtype), self.kernel[...]) * self.scale[...].astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -102,7 +102,8 @@ def analyze(
     output = files.check_folder(output)
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
-    clip = ClipSpec(frames=model.frames, resolution=model.resolution, flip=False)
+    sampled = found.recipe.data
+    clip = ClipSpec(model.frames, model.resolution, flip=False, fps=sampled.fps, stride=sampled.stride)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from larp_jax.api import LoadedGenerator
+from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
@@ -26,6 +26,7 @@ from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
 from larp_jax.training.common import DTYPES
 from larp_jax.training.tokenizer import TokenizerStage
+from larp_jax.weights.checkpoint import Checkpoint
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
@@ -375,7 +376,12 @@ class _Ceilings:
 
 
 def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, float]:
-    """Median seconds of each program; calls of all programs alternate, and a call ends when its result is ready."""
+    """Median seconds of each program, see `_all_times_in_turns`."""
+    return {name: statistics.median(taken) for name, taken in _all_times_in_turns(programs, seconds).items()}
+
+
+def _all_times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call of each program; calls of all alternate, and a call ends when its result is ready."""
     times = {name: [] for name in programs}
     for _ in range(2):
         for call in programs.values():
@@ -386,54 +392,75 @@ def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[st
             began = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def untrained_generator(config: GeneratorConfig, *, precision: str = "float32") -> LoadedGenerator:
+    """A generator with random weights, to measure how fast it samples."""
+    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
+    return LoadedGenerator(config, params, precision=precision)
 
 
 def benchmark_sample(
-    config: GeneratorConfig,
+    generator: LoadedGenerator,
     options: SamplingOptions,
     *,
+    tokenizer: LoadedTokenizer | None = None,
     batch_size: int = 8,
-    precision: str = "float32",
     seconds: float = 10.0,
 ) -> dict[str, Any]:
-    """Measures how fast a generator with random weights samples on one device.
+    """Measures how fast a generator samples on one device.
 
     Args:
-      config: configuration of the generator.
-      options: sampling options.
+      generator: the generator. Its speed does not depend on its weights, except with windows.
+      options: sampling options. Windows of 2, 4, and so on up to `window` are measured beside sampling without.
+      tokenizer: if given, the time to the first clip is measured too, which it decodes.
       batch_size: samples per batch.
-      precision: compute precision.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
 
     Returns:
-      The settings, and medians: `tokens_per_second` and `videos_per_second` of whole batches, including the prefill;
-      `single_video_seconds` of a batch of one; `compile_seconds`; `step_ms`, the time for one token of every sample;
+      The settings, and medians of sampling one code after the other: `tokens_per_second` and `videos_per_second` of
+      whole batches, including the prefill; `single_video_seconds` of a batch of one, and the 95th percentile of its
+      calls, `single_video_p95_seconds`; `compile_seconds`; `step_ms`, the time for one token of every sample;
       `megabytes_per_step` and `gigaflops_per_step`, the minimum of any implementation (each weight and the filled part
       of the caches read once; products with weights and caches), averaged over the codes; the same per second; the
       ceilings of the device, whose calls alternate with the samples; and the shares of the ceilings that are reached.
-    """
-    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
-    generator = LoadedGenerator(config, params, precision=precision)
 
-    def sample(rows):
+      With a tokenizer `first_clip_seconds` and `first_clip_p95_seconds`: from the call to the pixels of one clip on the
+      host, with the largest window. For each window W: `window_W_codes_per_pass` and `window_W_tokens_per_second` of
+      batches, `window_W_single_codes_per_pass` and `window_W_single_video_seconds`; and the `fastest_window` for a
+      single video and the `fastest_window_of_batches`, 1 if none pays.
+    """
+    config, precision = generator.config, generator.precision
+    windows = [2**i for i in range(options.window.bit_length()) if 2**i < options.window] + [options.window]
+
+    def sample(rows, window):
         given, numbers = Condition.zeros(config, rows), np.arange(rows)
-        classes = given.classes if config.has_classes else None
-        return generator.sample(classes, condition=given.frames, indices=numbers, key=rng.key(0), **vars(options))
+        classes = numbers % config.num_classes if config.has_classes else None
+        settings = vars(options) | {"window": window}
+        return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
+
+    def first_clip():
+        return np.asarray(tokenizer.decode(sample(1, options.window)[0]))
 
     began = time.perf_counter()
-    sample(batch_size).block_until_ready()
+    jax.block_until_ready(sample(batch_size, 1))
     first = time.perf_counter() - began
     with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
-        ceilings = _Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), precision)
-    calls = {"batch": lambda: sample(batch_size), "single": lambda: sample(1)}
-    times = _times_in_turns(ceilings.programs | calls, seconds)
-    ceiling = ceilings.rates(times)
-    step = times["batch"] / config.num_tokens
-    megabytes, gigaflops = _least_work(config, options, batch_size, jnp.dtype(precision).itemsize)
-    return {
+        ceilings = _Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), str(generator.dtype))
+    calls = ceilings.programs | {"first clip": first_clip} if tokenizer else dict(ceilings.programs)
+    for window in windows:
+        calls["batch", window] = lambda window=window: sample(batch_size, window)
+        calls["single", window] = lambda window=window: sample(1, window)
+    taken = _all_times_in_turns(calls, seconds)
+    times = {name: statistics.median(values) for name, values in taken.items()}
+    late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
+    ceiling, batch = ceilings.rates(times), times["batch", 1]
+    step = batch / config.num_tokens
+    megabytes, gigaflops = _least_work(config, options, batch_size, generator)
+    result = {
         "size": config.size,
-        "parameters_millions": sum(x.size for x in jax.tree.leaves(params)) / 1e6,
+        "parameters_millions": generator.parameters / 1e6,
         "tokens": config.num_tokens,
         "vocabulary": config.codebook_size,
         "batch_size": batch_size,
@@ -442,9 +469,10 @@ def benchmark_sample(
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "tokens_per_second": batch_size / step,
-        "videos_per_second": batch_size / times["batch"],
-        "single_video_seconds": times["single"],
-        "compile_seconds": first - times["batch"],
+        "videos_per_second": batch_size / batch,
+        "single_video_seconds": times["single", 1],
+        "single_video_p95_seconds": late["single", 1],
+        "compile_seconds": first - batch,
         "step_ms": 1e3 * step,
         "megabytes_per_step": megabytes,
         "gigabytes_per_second": megabytes / step / 1e3,
@@ -454,9 +482,47 @@ def benchmark_sample(
         "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
         "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
     }
+    if tokenizer:
+        result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
+    if len(windows) > 1:
+        for window in windows:
+            passes = {rows: int(sample(rows, window)[1]) for rows in (1, batch_size)}
+            result |= {
+                f"window_{window}_single_codes_per_pass": (config.num_tokens - 1) / passes[1],
+                f"window_{window}_single_video_seconds": times["single", window],
+                f"window_{window}_codes_per_pass": (config.num_tokens - 1) / passes[batch_size],
+                f"window_{window}_tokens_per_second": batch_size * config.num_tokens / times["batch", window],
+            }
+        result["fastest_window"] = min(windows, key=lambda window: times["single", window])
+        result["fastest_window_of_batches"] = min(windows, key=lambda window: times["batch", window])
+    return result
 
 
-def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: int, itemsize: int) -> tuple:
+def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
+    """How a generator's precision changes what it predicts, compared with float32, on 8 samples of its own.
+
+    Returns:
+      `logits_deviation`, the root mean square of the change over the standard deviation of the logits, and
+      `equal_greedy_codes`, the share of the codes of greedy sampling before the first that differs.
+    """
+    exact, other = (LoadedGenerator.of(found, precision=p) for p in ("float32", precision))
+    config, numbers = exact.config, np.arange(8)
+    classes = numbers % config.num_classes if config.has_classes else None
+    given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
+    sampled = exact.sample(**given, indices=numbers, key=rng.key(0))
+    logits, changed = (np.asarray(one.logits(sampled, **given)) for one in (exact, other))
+    codes, theirs = (
+        np.asarray(one.sample(**given, indices=numbers, key=rng.key(0), top_k=1)) for one in (exact, other)
+    )
+    return {
+        "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
+        "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
+    }
+
+
+def _least_work(
+    config: GeneratorConfig, options: SamplingOptions, batch_size: int, generator: LoadedGenerator
+) -> tuple[float, float]:
     """Minimum (megabytes, gigaflops) of a sampling step, averaged over the codes."""
     c = config
     head_width = c.width // c.heads
@@ -464,9 +530,11 @@ def _least_work(config: GeneratorConfig, options: SamplingOptions, batch_size: i
     weights = c.depth * per_block + c.width * c.codebook_size
     rows = batch_size * (1 + options.plan(c.num_tokens).guided / c.num_tokens)
     positions = c.condition_tokens + (c.num_tokens - 1) / 2
-    read = weights + rows * positions * c.depth * 2 * c.kv_heads * head_width
+    size = generator.dtype.itemsize
+    read = (1 if generator.precision == "int8" else size) * weights
+    read += size * rows * positions * c.depth * 2 * c.kv_heads * head_width
     multiplied = rows * (weights + positions * c.depth * 2 * c.width)
-    return itemsize * read / 1e6, 2 * multiplied / 1e9
+    return read / 1e6, 2 * multiplied / 1e9
 
 
 def format_table(result: Mapping[str, Any]) -> str:

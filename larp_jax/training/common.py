@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax import data
-from larp_jax.config import GeneratorRecipe, TokenizerRecipe
+from larp_jax.config import DataConfig, GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.training.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,11 @@ def warn_if_data_changed(metadata: Mapping[str, Any], identity: Mapping[str, Any
             identity["count"],
             before["count"],
         )
+
+
+def clip_spec(model: TokenizerConfig, sampled: DataConfig) -> data.ClipSpec:
+    """The training clips of a tokenizer."""
+    return data.ClipSpec(model.frames, model.resolution, sampled.flip, fps=sampled.fps, stride=sampled.stride)
 
 
 def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:

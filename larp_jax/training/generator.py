@@ -152,7 +152,7 @@ class GeneratorTask:
         self._clip = None
         if self._tokenizer is not None:
             config = self._tokenizer
-            self._clip = data.ClipSpec(frames=config.frames, resolution=config.resolution, flip=recipe.data.flip)
+            self._clip = common.clip_spec(config, recipe.data)
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
             recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
@@ -293,7 +293,7 @@ class GeneratorTask:
             condition = Condition.of_batch(model, given)
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
             key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
-            sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            sampled, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
             return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
 
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))

@@ -385,7 +385,7 @@ class TokenizerTask:
         self.stage = self.stage_class(recipe)
         self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
         model = recipe.model
-        self._clip = data.ClipSpec(frames=model.frames, resolution=model.resolution, flip=recipe.data.flip)
+        self._clip = common.clip_spec(model, recipe.data)
         source = data.open_source(recipe.data.train, self._clip)
         self._identity = common.data_identity(map(source.name, range(len(source))))
         self._evaluator = self._code_counts = None
