@@ -31,7 +31,7 @@ class Experiment:
     seeds: int = 3
     windows: int = 2
     samples: int = 256
-    probe_steps: int = 400
+    probe_steps: int = 1200
 
     def __post_init__(self):
         require(len(self.arms) > 0, "an experiment needs at least one arm")

@@ -23,6 +23,7 @@ from larp_jax.runtime.progress import Progress
 
 BATCH = 16
 LEARNING_RATE = 2e-3
+BLURS, NOISE = (1, 1, 2, 4), 0.03  # factors by which frames are reduced and enlarged again; standard deviation
 
 
 class ClipProbe:
@@ -75,7 +76,7 @@ class ClipProbe:
 
 @rng.pinned()
 def train_probe(spec: str, clip: ClipSpec, classes: int, *, steps: int) -> ClipProbe:
-    """Trains a classifier on real clips.
+    """Trains a classifier on real clips, sharp and blurred, so that it also reads blurred samples.
 
     Args:
       spec: data set of labeled clips.
@@ -91,9 +92,11 @@ def train_probe(spec: str, clip: ClipSpec, classes: int, *, steps: int) -> ClipP
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-3)
 
     @jax.jit
-    def step(params, state, video, label):
+    def step(params, state, video, label, key):
+        video = _blurred(as_float_video(video), key)
+
         def objective(params):
-            logits = nnx.merge(graphdef, params)(as_float_video(video))
+            logits = nnx.merge(graphdef, params)(video)
             return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
 
         loss, grads = jax.value_and_grad(objective)(params)
@@ -106,11 +109,25 @@ def train_probe(spec: str, clip: ClipSpec, classes: int, *, steps: int) -> ClipP
         data.train_batches(spec, clip, batch_size=BATCH, seed=0) as batches,
         Progress(steps, description="probe") as progress,
     ):
-        for _ in range(steps):
+        for number in range(steps):
             batch = next(batches)
-            params, state, loss = step(params, state, batch["video"], jnp.asarray(batch["label"]))
+            key = jax.random.fold_in(rng.key(1), number)
+            params, state, loss = step(params, state, batch["video"], jnp.asarray(batch["label"]), key)
             progress.update(loss=float(loss))
     return ClipProbe(clip.shape, jax.device_get(params))
+
+
+def _blurred(video: jax.Array, key: jax.Array) -> jax.Array:
+    """Clips [B, T, H, W, C] in [0, 1], each blurred by a random factor of `BLURS`, with some noise."""
+    factor_key, noise_key = jax.random.split(key)
+    *_, height, width, _ = video.shape
+    versions = []
+    for factor in BLURS:
+        small = (*video.shape[:2], max(height // factor, 1), max(width // factor, 1), video.shape[-1])
+        versions.append(jax.image.resize(jax.image.resize(video, small, "linear"), video.shape, "linear"))
+    chosen = jax.random.randint(factor_key, (len(video), 1, 1, 1, 1), 0, len(BLURS))
+    video = jnp.take_along_axis(jnp.stack(versions), chosen[None], axis=0)[0]
+    return jnp.clip(video + NOISE * jax.random.normal(noise_key, video.shape), 0.0, 1.0)
 
 
 def _abstract(clip_shape: tuple[int, int, int, int], classes: int) -> Classifier:
