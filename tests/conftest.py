@@ -1,20 +1,34 @@
 """Fixtures and settings of all tests: eight emulated CPU devices, a compilation cache, folders of reference data."""
 
+import contextlib
+import dataclasses
+import fcntl
+import gc
 import os
 import pathlib
+import shutil
+import sys
 
 # Set before jax is imported, so that the processes that tests start use the cache too.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Tests compile more programs than they run, so fast compilation matters more than fast programs.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if sys.version_info < (3, 12):  # jax 0.10: MLIR is set up for every fusion, which is half the time; a later XLA has no
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # such flag, and ends a process that sets it
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Tracing makes many objects that stay, which the default thresholds look through again and again.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items):
@@ -39,20 +53,61 @@ def videos_dir() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Runs of the same recipe in one process share their stage, and so its compiled programs."""
+    from larp_jax.training.generator import GeneratorTask
+    from larp_jax.training.tokenizer import TokenizerTask
+
+    stages = {}
+
+    def share(make):
+        def stage_of(recipe, *others):
+            read = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=0))  # no part of a step
+            key = (make, repr((read, *others)))
+            if key not in stages:
+                while len(stages) > 3:
+                    stages.pop(next(iter(stages)))  # its programs take memory
+                stage = stages[key] = make(recipe, *others)
+                # jax.jit knows a function by its identity, and a bound method is a new object each time
+                stage.init, stage.train_step = stage.init, stage.train_step
+            return stages[key]
+
+        return staticmethod(stage_of)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for task in (TokenizerTask, GeneratorTask):
+            patch.setattr(task, "stage_class", share(task.stage_class))
+        yield
+
+
+@contextlib.contextmanager
+def only_one_process(path: pathlib.Path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> pathlib.Path:
+def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
     """Workdir of a run of tests/configs/tiny.py: six steps on moving shapes, checkpoints at 2, 4 and 6."""
     from larp_jax import cli
     from larp_jax.data import moving_shapes
 
-    root = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(root / "tfds"))
-        with pytest.MonkeyPatch.context() as small:
-            small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+    own = tmp_path_factory.mktemp("trained")
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained_once"
+    with only_one_process(shared.with_suffix(".lock")):  # the first of several processes trains, the others copy
+        if not (shared / "run").exists():
             config = pathlib.Path(__file__).parent / "configs" / "tiny.py"
-            assert cli.main(["train", "--config", str(config), "--workdir", str(root / "run")]) == 0
-        yield root / "run"
+            with pytest.MonkeyPatch.context() as small:
+                small.setenv("TFDS_DATA_DIR", str(shared / "tfds"))
+                small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+                assert cli.main(["train", "--config", str(config), "--workdir", str(shared / "run")]) == 0
+    shutil.copytree(shared, own, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(own / "tfds"))
+        yield own / "run"
 
 
 @pytest.fixture(scope="session")

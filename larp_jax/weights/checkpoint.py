@@ -48,6 +48,10 @@ TRIES = 100  # attempts to read the newest checkpoint of a workdir while a run r
 logger = logging.getLogger(__name__)
 # Orbax logs every save at INFO, restoring at WARNING, and the errors that it raises, with tracebacks, at ERROR.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Replicas share the writing of large arrays only: to split an array takes a compiled program for each shape.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
+)
 
 
 class SaveFailed(RuntimeError):
