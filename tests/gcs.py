@@ -106,6 +106,7 @@ class Faults:
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda request, address: None  # clients that were killed
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def reset(self) -> None:

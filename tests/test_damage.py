@@ -397,9 +397,9 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(workdir, monkeypatch):
         return call
 
     for holder, name in (
-        (checkpoint, "_checksums"),
-        (checkpoint, "_digests"),
-        (checkpoint, "_read_json_item"),
+        (checksums, "checksums"),
+        (checksums, "digests"),
+        (checksums, "read_json_item"),
         (ocp.PyTreeCheckpointer, "metadata"),
         (ocp.PyTreeCheckpointer, "restore"),
     ):
