@@ -554,5 +554,5 @@ def test_a_window_changes_only_the_speed(by_class, trained, samples, tmp_path, s
     shutil.copytree(samples, folder)
     (folder / "codes-00001-of-00002.npz").unlink()
     assert run("sample", by_class, trained, folder, *FIVE, "--window=4") == 0
-    assert sampled == [4] and "codes per pass" in capsys.readouterr().err
+    assert sampled == [4] and "codes per pass" in "".join(capsys.readouterr())
     np.testing.assert_array_equal(all_codes(folder), all_codes(samples))

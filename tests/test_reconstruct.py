@@ -12,7 +12,7 @@ from larp_jax.data import ClipSpec
 from larp_jax.data.inputs import Inputs, output_names
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
-from larp_jax.inference.reconstruct import reconstruct
+from larp_jax.inference.reconstruct import _assembled, _squares, reconstruct
 from larp_jax.inference.tokenize import detokenize, tokenize
 
 
@@ -31,6 +31,7 @@ def folder(tmp_path):
 def test_a_folder(trained, tokenizer, folder, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["reconstruct", "--checkpoint", str(trained), "--input", str(folder), "--output", str(output)]
+    arguments.append("--fit=crop")
     assert cli.main(arguments) == 0
     printed, errors = capsys.readouterr()
     assert "a/x.mp4: " in printed and "mean of 2 videos" in printed
@@ -53,6 +54,33 @@ def test_a_folder(trained, tokenizer, folder, tmp_path, capsys):
     assert (written.frames, written.fps, written.width, written.height) == (20, 12.0, 64, 32)
     assert (output / "b" / "x.png").stat().st_size > 100
     assert cli.main(arguments) == 0  # replaces its own results
+
+
+@pytest.mark.parametrize("fit", ["resize", "tile"])
+def test_the_shape_of_a_file_is_kept(tokenizer, tmp_path, fit):
+    """Every pixel of an odd shape is compared; a side below the model's 32 is no special case."""
+    for height, width in ((48, 70), (20, 90)):
+        source, output = tmp_path / f"{width}.mp4", tmp_path / f"{width}"
+        write_video(source, moving_frames(9, height=height, width=width), 12.0)
+        summary = reconstruct(tokenizer, str(source), output, fit=fit)
+        written = probe(output / source.name)
+        assert (written.frames, written.fps, written.width, written.height) == (9, 12.0, 2 * width, height)
+        assert summary["fit"] == fit and "at the video's size" in summary["definition"]
+        ((_, frames, _), (_, last, valid)) = read_windows(source, ClipSpec(8, 32), whole=True)
+        assert frames.shape == last.shape == (8, height, width, 3) and valid == 1
+
+
+@pytest.mark.parametrize("fit, error", [("resize", 0.05), ("tile", 1e-6)])
+def test_a_perfect_model_reconstructs_any_shape(tmp_path, fit, error):
+    """Tiles are put back in their places; resizing loses only detail."""
+    y, x = np.mgrid[:48, :70]
+    smooth = np.stack([y / 48, x / 70, (x + y) / 118], axis=-1)
+    frames = np.uint8(np.repeat(255 * smooth[None], 8, axis=0))
+    for shape in (frames, frames[:, :20]):
+        parts = _squares(shape, 32, fit)
+        assert parts.shape[1:] == (8, 32, 32, 3)
+        again = _assembled(parts, shape.shape, fit)
+        assert np.abs(again - shape / 255.0).max() < error
 
 
 def test_a_data_set(tokenizer, tmp_path):

@@ -28,6 +28,11 @@ def add_reconstruct(commands) -> None:
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=8)
+    sub.add_argument(
+        "--fit", choices=("resize", "tile", "crop"), default="resize",
+        help="how frames of files meet the model's square: squeeze whole frames to it, cover them with tiles at their"
+        " own size, or crop the center (default: resize)",
+    )  # fmt: skip
 
 
 def _reconstruct(arguments):
@@ -36,7 +41,12 @@ def _reconstruct(arguments):
 
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     reconstruct.reconstruct(
-        tokenizer, arguments.input, arguments.output, max_clips=arguments.max_clips, batch_size=arguments.batch_size
+        tokenizer,
+        arguments.input,
+        arguments.output,
+        fit=arguments.fit,
+        max_clips=arguments.max_clips,
+        batch_size=arguments.batch_size,
     )
 
 

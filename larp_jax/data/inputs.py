@@ -77,6 +77,7 @@ class Inputs:
       clip: length and size of a window.
       max_clips: at most this many windows of a data set, spread evenly over it; 0 for all.
       windows: at most this many full windows of each video, spread evenly over it; 0 for the windows above.
+      whole: whether frames of files keep their own size, see `read_windows`; those of data sets are squares.
 
     Attributes:
       videos: the videos whose headers can be read.
@@ -88,10 +89,12 @@ class Inputs:
       InputError: the input does not exist, or nothing in it can be read.
     """
 
-    def __init__(self, text: str, clip: data.ClipSpec, *, max_clips: int = 0, windows: int = 0):
+    def __init__(
+        self, text: str, clip: data.ClipSpec, *, max_clips: int = 0, windows: int = 0, whole: bool = False
+    ):
         if max_clips and windows:
             raise InputError("--max-clips and --windows cannot be combined; give one of them")
-        self._clip, self._windows = clip, windows
+        self._clip, self._windows, self._whole = clip, windows, whole
         self.label_names: tuple[str, ...] = ()
         self.skipped: list[tuple[str, str]] = []
         spec = spec_of(text)
@@ -155,7 +158,7 @@ class Inputs:
             return InputVideo(name, file.path, file.info.fps, len(starts), read)
 
         def read():
-            for start, frames, valid in read_windows(file.path, clip):
+            for start, frames, valid in read_windows(file.path, clip, whole=self._whole):
                 yield start, frames, valid, label
 
         return InputVideo(name, file.path, file.info.fps, -(-length // clip.frames), read)
@@ -163,7 +166,9 @@ class Inputs:
     def _of_picture(self, path: pathlib.Path) -> InputVideo:
         clip = self._clip
         try:
-            frames = repeat_last(decode_images([path.read_bytes()], clip.resolution), clip.frames)
+            frames = repeat_last(
+                decode_images([path.read_bytes()], 0 if self._whole else clip.resolution), clip.frames
+            )
         except (InputError, OSError) as error:
             raise InputError(f"{path}: cannot be read as a picture ({reason(error)}); give another") from error
         return InputVideo(path.name, path, 0.0, 1, lambda: iter([(0, frames, clip.frames, NO_LABEL)]))

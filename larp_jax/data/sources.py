@@ -37,6 +37,13 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
       InputError: the data set does not exist, contains no readable video, or is not prepared.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
+    source = _open(spec, clip, default_split)
+    if clip is None or not clip.sampling or isinstance(source, FolderSource | MixtureSource):
+        return source  # these sample each file and each part
+    return SampledSource(source, clip)
+
+
+def _open(spec: DataSpec, clip: ClipSpec | None, default_split: str) -> Source:
     split = spec.split or default_split
     if spec.kind == "tokens":
         raise InputError(f"data {spec} contains codes, on which only generators train; give videos: {FORMS}")
@@ -55,11 +62,9 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
     if spec.kind == "moving_shapes":
         from larp_jax.data import moving_shapes
 
-        source = TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
-    else:
-        prepared = (find_data_set(spec.name) / VIDEOS).exists()
-        source = (PreparedSource if prepared else TfdsSource)(spec.name, split)
-    return SampledSource(source, clip) if clip is not None and clip.sampling else source
+        return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
+    prepared = (find_data_set(spec.name) / VIDEOS).exists()
+    return (PreparedSource if prepared else TfdsSource)(spec.name, split)
 
 
 class FolderSource(Source):

@@ -221,8 +221,15 @@ class VideoFile:
         return decoded if [frame.pts for frame in decoded] == list(times) else None
 
 
-def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
+def read_windows(
+    path: str | os.PathLike, clip: ClipSpec, *, whole: bool = False
+) -> Iterator[tuple[int, np.ndarray, int]]:
     """Reads a video of any length window by window, with one window in memory at a time.
+
+    Args:
+      path: the file.
+      clip: length, size and rate of a window.
+      whole: whether frames keep their own size, [H, W] of square pixels, instead of `clip.resolution`.
 
     Yields:
       (number of the first frame, uint8 [T, H, W, 3], number of valid frames). Only the last window may have fewer than
@@ -232,17 +239,17 @@ def read_windows(path: str | os.PathLike, clip: ClipSpec) -> Iterator[tuple[int,
       InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage after the
         first frame ends the video there and is logged.
     """
-    windows = _read_windows(path, clip)
+    windows = _read_windows(path, clip, 0 if whole else clip.resolution)
     while (window := _in_time(path, next, windows, None)) is not None:
         yield window
 
 
-def _read_windows(path, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray, int]]:
+def _read_windows(path, clip: ClipSpec, resolution: int) -> Iterator[tuple[int, np.ndarray, int]]:
     with _open(path) as (container, stream):
         frames = _sampled(container, stream, clip)
         start = 0
         while window := list(itertools.islice(frames, clip.frames)):
-            rgb = _to_rgb(window, clip.resolution, pixel_aspect(stream))
+            rgb = _to_rgb(window, resolution, pixel_aspect(stream))
             yield start, repeat_last(rgb, clip.frames), len(window)
             start += len(window)
         if start == 0:
@@ -510,7 +517,8 @@ def square_size(frame, aspect: float) -> tuple[int, int]:
 def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarray:
     """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
 
-    `aspect` is the width of a pixel over its height.
+    `aspect` is the width of a pixel over its height. With resolution 0, all frames get the size of the first, in square
+    pixels.
 
     libswscale scales and converts in one pass. Its bilinear filter widens when shrinking, so it is antialiased. From
     Pillow's antialiased bilinear filter on full-size RGB, for which the chroma is enlarged first, it differs by 1.3
@@ -519,10 +527,17 @@ def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarra
     from av.video.reformatter import Interpolation, VideoReformatter
 
     reformatter = VideoReformatter()
-    out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
+    whole = square_size(frames[0], aspect)
+    shape = (resolution, resolution) if resolution else whole if frames[0].rotation % 180 else whole[::-1]
+    out = np.empty((len(frames), *shape, 3), np.uint8)
+
+    def upright(image, frame):
+        image = np.rot90(image, frame.rotation // 90)
+        return center_crop(image, resolution) if resolution else image
+
     with stage("resize"):
         for target, frame in zip(out, frames, strict=True):
-            width, height = scaled_size(*square_size(frame, aspect), resolution)
+            width, height = scaled_size(*square_size(frame, aspect), resolution) if resolution else whole
             # Planes of green, blue and red are twice as fast as packed RGB, which would also halve the chroma's width.
             # Without scaling, however, libswscale leaves columns of planes after the last multiple of 16 unwritten, and
             # packed RGB is equal if the chroma is already halved, and avoids joining the planes.
@@ -531,10 +546,10 @@ def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarra
             layout = "rgb24" if packed else "gbrp"
             scaled = reformatter.reformat(frame, width, height, layout, interpolation=Interpolation.BILINEAR, threads=1)
             if packed:
-                target[:] = center_crop(np.rot90(_pixels(scaled, width, height), frame.rotation // 90), resolution)
+                target[:] = upright(_pixels(scaled, width, height), frame)
                 continue
             for channel, image in enumerate(_channels(scaled, width, height)):
-                target[..., channel] = center_crop(np.rot90(image, frame.rotation // 90), resolution)
+                target[..., channel] = upright(image, frame)
     return out
 
 

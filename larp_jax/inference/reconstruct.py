@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -23,7 +24,8 @@ from larp_jax.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 SUMMARY = "psnr.json"
-PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], at the model's resolution, not rounded"
+PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1], {size}, not rounded"
+FITS = ("resize", "tile", "crop")
 DATA_SET_CLIPS = 8
 GRID_COLUMNS = 8
 
@@ -33,19 +35,24 @@ def reconstruct(
     source: str,
     output: str | os.PathLike,
     *,
+    fit: str = "resize",
     max_clips: int = DATA_SET_CLIPS,
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Reconstructs videos of any length and size, window by window, in memory independent of their length.
 
-    For each video, writes NAME.mp4 (original left, reconstruction right, at the model's resolution and the video's
-    frame rate) and NAME.png (up to 8 frames of the original, those of the reconstruction below), and prints its PSNR.
-    Also writes `psnr.json`.
+    For each video, writes NAME.mp4 (original left, reconstruction right, at the video's frame rate) and NAME.png (up to
+    8 frames of the original, those of the reconstruction below), and prints its PSNR. Also writes `psnr.json`.
+
+    Files keep their shape; clips of data sets are the squares of evaluation.
 
     Args:
       tokenizer: the tokenizer.
       source: input, as for `larp_jax.data.inputs.Inputs`.
       output: folder to write to, created if missing, with the same subfolders as the input.
+      fit: how frames of files meet the model's square: `resize` squeezes whole frames to it and stretches the
+        reconstruction back; `tile` covers them with squares at their own size, blended where they overlap; `crop`
+        scales the shorter side and reconstructs the center only.
       max_clips: at most this many clips of a data set, spread evenly over it; 0 for all.
       batch_size: windows per batch.
 
@@ -56,9 +63,12 @@ def reconstruct(
     Raises:
       InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
     """
+    if fit not in FITS:
+        raise InputError(f"--fit {fit} is not known; choose from {', '.join(FITS)}")
     config = tokenizer.config
     output = files.check_folder(output)
-    inputs = Inputs(source, ClipSpec(frames=config.frames, resolution=config.resolution), max_clips=max_clips)
+    clip = ClipSpec(frames=config.frames, resolution=config.resolution)
+    inputs = Inputs(source, clip, max_clips=max_clips, whole=fit != "crop")
     names = output_names([video.name for video in inputs.videos])
     paths = [*(f"{name}{suffix}" for name in names for suffix in (".mp4", ".png")), SUMMARY]
     ours = files.json_object(output / SUMMARY).get("files", ())
@@ -66,7 +76,7 @@ def reconstruct(
     with files.outputs(output, paths, ours=ours, inputs=sources, but=" and is not an earlier reconstruction") as folder:
         results = {}
         with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
-            windows = _reconstructions(tokenizer, inputs, batch_size, progress)
+            windows = _reconstructions(tokenizer, inputs, fit, batch_size, progress)
             for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
                 video = inputs.videos[number]
                 path = folder / f"{names[number]}.mp4"
@@ -77,7 +87,8 @@ def reconstruct(
         if not results:
             raise InputError(f"{source}: nothing in it can be read")
         summary = {
-            "definition": PSNR,
+            "definition": PSNR.format(size="at the model's resolution" if fit == "crop" else "at the video's size"),
+            "fit": fit,
             "tokenizer": tokenizer.fingerprint,
             "step": tokenizer.step,
             "clip": list(config.clip_shape),
@@ -94,13 +105,63 @@ def reconstruct(
 
 
 def _reconstructions(
-    tokenizer: LoadedTokenizer, inputs: Inputs, batch_size: int, progress: Progress
+    tokenizer: LoadedTokenizer, inputs: Inputs, fit: str, batch_size: int, progress: Progress
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """(window, reconstruction) of each window; reconstructions are float32 [T, H, W, 3] in [0, 1]."""
-    for windows, clips in inputs.batches(batch_size):
-        reconstructions = np.asarray(tokenizer.reconstruct(clips))
-        progress.update(len(windows))
-        yield from zip(windows, reconstructions, strict=False)  # the rest is padding
+    side = tokenizer.config.resolution
+    windows = (window for rows, _ in inputs.batches(1) for window in rows)
+    while group := list(itertools.islice(windows, batch_size)):
+        parts = [_squares(window.frames, side, fit) for window in group]
+        squares = np.concatenate(parts)
+        found = []
+        for start in range(0, len(squares), batch_size):
+            batch = squares[start : start + batch_size]
+            padded = np.resize(batch, (batch_size, *batch.shape[1:]))
+            found.append(np.asarray(tokenizer.reconstruct(padded))[: len(batch)])
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        for window, reconstructed in zip(group, np.split(np.concatenate(found), ends), strict=True):
+            yield window, _assembled(reconstructed, window.frames.shape, fit)
+        progress.update(len(group))
+
+
+def _squares(frames: np.ndarray, side: int, fit: str) -> np.ndarray:
+    """What the model sees of uint8 frames [T, H, W, 3]: [n, T, side, side, 3], float32 in [0, 1]."""
+    video = frames.astype(np.float32) / 255.0
+    if frames.shape[1:3] == (side, side) or fit == "resize":
+        return _resized(video, (side, side))[None]
+    video = np.pad(video, ((0, 0), *((0, max(0, side - n)) for n in frames.shape[1:3]), (0, 0)), mode="edge")
+    places = itertools.product(*(_tile_starts(n, side) for n in video.shape[1:3]))
+    return np.stack([video[:, top : top + side, left : left + side] for top, left in places])
+
+
+def _assembled(squares: np.ndarray, shape: tuple[int, ...], fit: str) -> np.ndarray:
+    """Frames [T, H, W, 3] of this shape from the reconstruction of `_squares`."""
+    side = squares.shape[2]
+    if shape[1:3] == (side, side) or fit == "resize":
+        return _resized(squares[0], shape[1:3])
+    height, width = (max(n, side) for n in shape[1:3])
+    ramp = np.minimum(np.arange(side), np.arange(side)[::-1]).astype(np.float32) + 1.0
+    weight = (ramp[:, None] * ramp)[..., None]
+    total, weights = np.zeros((shape[0], height, width, 3), np.float32), np.zeros((height, width, 1), np.float32)
+    for square, (top, left) in zip(
+        squares, itertools.product(_tile_starts(height, side), _tile_starts(width, side)), strict=True
+    ):
+        total[:, top : top + side, left : left + side] += weight * square
+        weights[top : top + side, left : left + side] += weight
+    return (total / weights)[:, : shape[1], : shape[2]]
+
+
+def _tile_starts(length: int, side: int) -> list[int]:
+    """First pixels of the fewest tiles that cover a length of at least `side`, spread evenly."""
+    return np.linspace(0, length - side, -(-length // side)).round().astype(int).tolist()
+
+
+def _resized(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Frames [T, H, W, 3] in [0, 1] at another size (bilinear, antialiased)."""
+    if video.shape[1:3] == size:
+        return video
+    resized = jax.image.resize(video, (len(video), *size, video.shape[-1]), "bilinear")
+    return np.clip(np.asarray(resized), 0.0, 1.0)  # rounding exceeds the range
 
 
 def _write_pair(
