@@ -24,6 +24,6 @@ def get_config(variant=""):
     return make_experiment("Does a prior make the codes easier to predict, and give them an order?", arms, generator)
 
 
-# 4 for the squared error of latents, and 0.06 for the cross-entropy, are relative to L1 and LPIPS. The base recipe has a
-# weight of 0.001 for the cross-entropy, because squared errors of pixels are small; 4 is lowered by the same factor.
+# Published weights are relative to L1 and LPIPS: 4 for the squared error of latents, 0.06 for the cross-entropy. The
+# base recipe has 0.001 for the cross-entropy, because squared errors of pixels are small; 4 is lowered by that factor.
 LATENT_WEIGHT = 4 * 0.001 / 0.06
