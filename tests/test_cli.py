@@ -375,7 +375,7 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
     output = tmp_path / "codec.json"
-    arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=0.1", f"--output={output}"]
+    arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
@@ -389,7 +389,7 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
 @pytest.mark.slow
 def test_benchmark_of_the_training_step(tmp_path, capsys):
     output = tmp_path / "train.json"
-    arguments = ["benchmark", "train", "--config", CONFIG, "--seconds=0.1", f"--output={output}"]
+    arguments = ["benchmark", "train", "--config", CONFIG, "--seconds=1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
