@@ -122,7 +122,7 @@ def experiment_recipes(size: str = "") -> tuple[typing.Any, typing.Any]:
 
     for recipe in (tokenizer, generator):
         recipe.data.train, recipe.data.eval = "moving_shapes/plain:train", "moving_shapes/plain:test"
-        recipe.data.batch_size = {"": 16, "tiny": 4}.get(size, 64)
+        recipe.data.batch_size = {"": 16, "tiny": 8}.get(size, 64)
         recipe.data.eval_clips = 16 if size == "tiny" else 128
         recipe.log_every = 50 if recipe.steps > 50 else 4
         recipe.eval_every = recipe.save_every = -(-recipe.steps // 4)
