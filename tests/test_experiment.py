@@ -8,9 +8,11 @@ import pytest
 from larp_jax import cli
 from larp_jax.cli.recipe import load_experiment
 from larp_jax.config import Experiment, experiment_recipes, make_experiment
+from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.tools import experiment as experiments
 from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
+from larp_jax.tools.report import report
 
 SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "tokens")
 
@@ -33,11 +35,11 @@ def tiny(**changes):
 
 @pytest.mark.slow
 def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeypatch):
-    whole = experiments.run_experiment(tiny(), tmp_path / "whole")
-    assert whole["complete"] == whole["cells"] == 2
-    for name, row in whole["arms"]["same"].items():
-        assert row["difference"]["mean"] == row["difference"]["low"] == 0.0, name
-    assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= whole["arms"]["first"].keys()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+    recipe, generator = experiment_recipes("tiny")
+    options = {"seeds": 1, "windows": 1, "samples": 16, "probe_steps": 2}
+    experiment = make_experiment("Is it the same?", {"only": recipe}, generator, **options)
 
     class Killed(BaseException):
         pass
@@ -53,15 +55,20 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
 
     monkeypatch.setattr(experiments, "train", killed)
     with pytest.raises(Killed):
-        experiments.run_experiment(tiny(), tmp_path / "parts")
+        experiments.run_experiment(experiment, tmp_path / "parts")
     monkeypatch.setattr(experiments, "train", real)
     assert not list((tmp_path / "parts").glob("*/*/cell.json"))
-    experiments.run_experiment(tiny(), tmp_path / "parts")
+    parts = experiments.run_experiment(experiment, tmp_path / "parts")
+    assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= parts["arms"]["only"].keys()
+
+    experiments.run_experiment(experiment, tmp_path / "whole")
     for name in ("results.json", "results.md", "results.svg"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    page = report(tmp_path / "whole").read_text()
+    assert page.count("<img") == 2 and "Order gap" in page
 
     with pytest.raises(InputError, match="holds an experiment with other settings"):
-        experiments.run_experiment(tiny(windows=2), tmp_path / "whole")
+        experiments.run_experiment(dataclasses.replace(experiment, windows=2), tmp_path / "whole")
 
 
 def cells(psnr, ordered=0.0, permuted=0.0):

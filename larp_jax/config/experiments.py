@@ -125,7 +125,7 @@ def experiment_recipes(size: str = "") -> tuple[typing.Any, typing.Any]:
         recipe.data.batch_size = {"": 16, "tiny": 8}.get(size, 64)
         recipe.data.eval_clips = 16 if size == "tiny" else 128
         recipe.log_every = 50 if recipe.steps > 50 else 4
-        recipe.eval_every = recipe.save_every = -(-recipe.steps // 4)
+        recipe.eval_every = recipe.save_every = -(-recipe.steps // (2 if size == "tiny" else 4))
         recipe.precision = "bfloat16" if size.startswith("gpu") else "float32"
     generator.data.batch_size *= 2
     return tokenizer, generator
