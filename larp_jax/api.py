@@ -324,11 +324,11 @@ class LoadedGenerator:
         self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
         self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
-        self._graphdef = nnx.graphdef(module)
         cast = cast_params(_checked_params(module, params, "generator"), dtype)
         if precision == "int8":
             quantize_layers(module)
             cast = quantize_kernels(cast)
+        self._graphdef = nnx.graphdef(module)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
 
         def sample(params, condition, indices, key, scalars, plan):

@@ -540,7 +540,7 @@ def generator_deviations(folder: pathlib.Path) -> list[Deviation]:
 def sampling_deviations(folder: pathlib.Path) -> list[Deviation]:
     """Codes of greedy sampling that differ, and logits that filtering keeps on one side only."""
     generator, io = load_generator(folder), np.load(folder / "io.npz")
-    condition = {"condition": io["cond"][:, :-1]} if generator.config.has_frames else {"classes": io["cond"]}
+    condition = {"frames": io["cond"][:, :-1]} if generator.config.has_frames else {"classes": io["cond"]}
     deviations = []
     for name in io.files:
         if match := re.fullmatch(r"greedy_cfg([\d.]+)(?:_interval(\d+))?", name):

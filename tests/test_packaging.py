@@ -55,7 +55,7 @@ def test_each_python_gets_a_jax_and_flax_that_work_together(arguments, python, j
 def test_every_folder_of_modules_is_packaged(arguments):
     folders = {path.parent for path in (ROOT / "larp_jax").rglob("*.py")}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert names | {"larp_jax.configs"} == set(arguments["packages"])
+    assert names | {"larp_jax.configs", "larp_jax.configs.experiments"} == set(arguments["packages"])
     assert arguments["package_dir"] == {"larp_jax.configs": "configs"}
 
 
