@@ -13,6 +13,7 @@ from larp_jax.errors import InputError
 from larp_jax.tools import experiment as experiments
 from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
 from larp_jax.tools.report import report
+from larp_jax.training.generator import GeneratorTask
 
 SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "tokens")
 
@@ -44,19 +45,18 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    real, calls = experiments.train, []
+    evaluate, steps = GeneratorTask.evaluate, []
 
-    def killed(recipe, workdir):
-        calls.append(workdir)
-        if len(calls) == 2:
-            real(dataclasses.replace(recipe, steps=recipe.steps // 2), workdir)
+    def killed(task, state, step, writer):
+        steps.append(step)
+        if len(steps) == 2:  # in the middle of the first generator, after a checkpoint
             raise Killed
-        return real(recipe, workdir)
+        return evaluate(task, state, step, writer)
 
-    monkeypatch.setattr(experiments, "train", killed)
-    with pytest.raises(Killed):
-        experiments.run_experiment(experiment, tmp_path / "parts")
-    monkeypatch.setattr(experiments, "train", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(GeneratorTask, "evaluate", killed)
+        with pytest.raises(Killed):
+            experiments.run_experiment(experiment, tmp_path / "parts")
     assert not list((tmp_path / "parts").glob("*/*/cell.json"))
     parts = experiments.run_experiment(experiment, tmp_path / "parts")
     assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= parts["arms"]["only"].keys()
