@@ -75,7 +75,6 @@ def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: 
     """
     workdir = files.make_folder(files.local_path(workdir, "--workdir"), "--workdir")
     _check_settings(experiment, workdir)
-    _share_compilations(workdir)
     if jobs > 1:
         _run_jobs(name, experiment, workdir, jobs)
     else:
@@ -95,12 +94,6 @@ def _check_settings(experiment: Experiment, workdir: pathlib.Path) -> None:
     elif any(entry.name not in (".larp_jax.lock",) for entry in workdir.iterdir()):
         raise InputError(f"--workdir {workdir} is not empty and holds no experiment; name another")
     files.write_json(path, settings)
-
-
-def _share_compilations(workdir: pathlib.Path) -> None:
-    """Keeps compiled programs in the folder, because seeds and most arms run the same ones."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
 
 
 def _names(experiment: Experiment) -> list[tuple[str, int]]:
