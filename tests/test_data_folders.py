@@ -163,7 +163,7 @@ def test_errors_name_what_was_found_and_what_to_do(tmp_path, monkeypatch, file, 
 
 def test_data_on_other_machines_is_refused():
     for spec in ("folder:gs://bucket/videos", "tfds:gs://bucket/set"):
-        with pytest.raises(InputError, match="gs:// is not supported"):
+        with pytest.raises(InputError, match="read from a disk, not from gs://; mount the bucket"):
             open_source(spec)
 
 

@@ -164,7 +164,7 @@ def test_no_option_takes_urls(command, capsys):
     with pytest.raises(SystemExit):
         app.parse([command, "--help"])
     options = re.findall(r"^  --([a-z0-9-]+) (?:FILE|DIR|PATH|SPEC|P|G|I|S)\b", capsys.readouterr().out, re.MULTILINE)
-    options = set(options) - {"top-p", "cfg-interval", "cfg-scale", "process-id", "seconds", "size"}
+    options = set(options) - {"top-p", "cfg-interval", "cfg-scale", "frames-scale", "process-id", "seconds", "size"}
     assert options
     for option in options:
         for url in URLS:
