@@ -81,7 +81,8 @@ class Faults:
     """A proxy in front of the server.
 
     Attributes:
-      share: share of the requests that are answered with 500, 503 or 429 instead of reaching the server.
+      share: share of the requests that are answered with 500, 503 or 429 instead of reaching the server. They are
+        spread evenly, so that n requests meet at least floor(n * share) faults.
       lost: as `share`, but the request reaches the server, and its answer is replaced by 503.
       down_until: until this time (`time.monotonic`) all connections are closed without an answer.
       seen: called with the method and the path of each request before anything else.
@@ -89,7 +90,7 @@ class Faults:
     """
 
     def __init__(self, port: int):
-        self._target, self._random = port, random.Random(0)
+        self._target, self._random, self._counting = port, random.Random(0), threading.Lock()
         self.reset()
         faults = self
 
@@ -114,6 +115,7 @@ class Faults:
         self.share = self.lost = self.down_until = 0.0
         self.seen = lambda method, path: None
         self.count = 0
+        self._due = {"share": 0.0, "lost": 0.0}
 
     def start(self) -> None:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -121,6 +123,13 @@ class Faults:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def _is_due(self, kind: str) -> bool:
+        """Whether the next request meets a fault of this kind ("share" or "lost")."""
+        with self._counting:
+            due = self._due[kind] + getattr(self, kind)
+            self._due[kind] = due % 1
+        return due >= 1
 
     def _answer(self, request) -> None:
         length = int(request.headers.get("Content-Length") or 0)
@@ -131,7 +140,7 @@ class Faults:
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
             return
-        fails, loses = self._random.random() < self.share, self._random.random() < self.lost
+        fails, loses = self._is_due("share"), self._is_due("lost")
         if not fails:
             status, headers, content = self._forward(request, body)
         if fails or loses:
