@@ -136,7 +136,8 @@ def test_damaged_videos_do_not_change_the_classes(make):
     [
         ("list.csv", "folder:list.csv", "is a list: run larp-jax prepare --input list.csv"),
         ("list.csv", "tfds:list.csv", "is a list: run larp-jax prepare --input list.csv"),
-        ("frames/a/0.png", "folder:frames", "convert each folder of images to a video"),
+        ("frames/a/0.png", "folder:frames", "two or more pictures whose names differ only in their numbers"),
+        ("frames/a/0.png", "folder:frames/a/0.png", "a single picture: give the folder of its video, 'folder:frames"),
         ("videos/one.mp4", "folder:videos/one.mp4", "is a single video: give its folder, 'folder:videos'"),
         ("videos/one.mp4", "tfds:videos", "did you mean 'folder:videos'"),
         ("prepared/features.json", "folder:prepared", "did you mean 'tfds:prepared'"),

@@ -87,7 +87,7 @@ def test_folders_without_videos(tmp_path):
         open_source(f"folder:{tmp_path}")
     for name in ("a.mp4", "b.avi"):
         (tmp_path / name).write_bytes(b"no video")
-    with pytest.raises(InputError, match=r"none of its 2 video files can be read; the first error: .*a\.mp4") as error:
+    with pytest.raises(InputError, match=r"none of its 2 videos can be read; the first error: .*a\.mp4") as error:
         open_source(f"folder:{tmp_path}")
     assert len(str(error.value).splitlines()) == 1
 

@@ -14,7 +14,7 @@ import pytest
 from data_helpers import moving_frames
 from test_train import as_if_killed, assert_same_weights, rows, steps, train
 
-from larp_jax.data import ClipSpec, limits, pipeline, train_batches, video
+from larp_jax.data import ClipSpec, limits, pipeline, random_access, train_batches, video
 from larp_jax.errors import InputError
 from larp_jax.state import TrainState
 from larp_jax.weights import checkpoint
@@ -197,7 +197,7 @@ def test_the_time_limit_of_each_way_to_read(videos, monkeypatch):
     ):
         with pytest.raises(InputError, match=r"0\.mp4: reading took longer than 0\.2 seconds"):
             read()
-    monkeypatch.setattr(video, "within_limit", None)  # the video is not read again
+    monkeypatch.setattr(random_access, "within_limit", None)  # the video is not read again
     with pytest.raises(InputError, match="took longer"):
         file.read(0, 8, 32)
     monkeypatch.setenv(limits.VARIABLE, "soon")

@@ -155,7 +155,7 @@ def test_what_cannot_be_read(tokenizer, folder, tmp_path):
         ("folder:" + str(tmp_path / "missing"), "does not exist"),
         ("moving_shape:test", "does not exist"),
         (tmp_path / "empty", "contains no video file"),
-        (tmp_path / "bad", "none of its 1 video files can be read"),
+        (tmp_path / "bad", "none of its 1 videos can be read"),
     ]:
         (tmp_path / "empty").mkdir(exist_ok=True)
         (tmp_path / "bad").mkdir(exist_ok=True)

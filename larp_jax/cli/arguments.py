@@ -82,7 +82,7 @@ def add_weights(sub) -> None:
 
 def add_videos(sub, max_clips) -> None:
     """Adds the options of commands that read videos and write a folder; `max_clips` is a default."""
-    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of video files, or {SPEC}")
+    sub.add_argument("--input", required=True, metavar="I", help=f"video file, folder of videos or pictures, or {SPEC}")
     sub.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     sub.add_argument(
         "--max-clips", type=count, default=max_clips, metavar="N",

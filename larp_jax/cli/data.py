@@ -16,8 +16,9 @@ def add_prepare(commands) -> None:
     )
     sub.add_argument(
         "--input", required=True, nargs="+", metavar="I",
-        help="folder of videos (subfolders are classes, or splits if called train, val or test), CSV files (path,"
-        f" label; the authors' or Kinetics' columns), the folder of UCF101's lists, or {SPEC}",
+        help="folder of videos, which are files or folders of pictures (subfolders are classes, or splits if called"
+        " train, val or test), CSV files (path, label; the authors' or Kinetics' columns), the folder of UCF101's lists"
+        f", or {SPEC}",
     )  # fmt: skip
     sub.add_argument("--output", required=True, metavar="DIR", help="new folder; run again to continue")
     sub.add_argument(

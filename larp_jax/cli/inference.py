@@ -217,7 +217,7 @@ def add_predict(commands) -> None:
     )
     _add_generation(sub, "prediction")
     sub.add_argument(
-        "--input", required=True, metavar="I", help=f"video file, picture, folder of video files, or {SPEC}"
+        "--input", required=True, metavar="I", help=f"video file, picture, folder of videos or pictures, or {SPEC}"
     )
     sub.add_argument("--classes", metavar="C", help="class of what follows, by number or name (default: any)")
     sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")

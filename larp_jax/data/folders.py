@@ -1,17 +1,21 @@
-"""Folders of videos: the files they contain, and the splits and classes given by the names of subfolders.
+"""Folders of videos: those they contain, and the splits and classes given by the names of subfolders.
+
+A video is a file, or a folder of pictures (`larp_jax.data.pictures`).
 
 Training, evaluation, `larp-jax prepare` and all other commands use these rules.
 """
 
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from larp_jax.data import video
+from larp_jax.data import pictures, video
 from larp_jax.data.clips import ClipSpec
+from larp_jax.data.random_access import Video
 from larp_jax.data.spec import advice
 from larp_jax.errors import InputError
 from larp_jax.files import local_path
@@ -25,20 +29,19 @@ SPLITS = {"train": "train", "validation": "validation", "validate": "validation"
 MANY_FILES = 500
 # The largest number of files that a warning names.
 MANY_NAMES = 50
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderVideos:
-    """The video files below a folder, sorted by path.
+    """The videos below a folder, sorted by path.
 
     Attributes:
       folder: as given.
-      paths: the files.
-      splits: split of each file: "train", "validation" or "test"; empty strings if the folder has no splits.
-      labels: class of each file; -1 for none.
+      paths: the files and the folders of pictures; the folder itself if it is one.
+      splits: split of each video: "train", "validation" or "test"; empty strings if the folder has no splits.
+      labels: class of each video; -1 for none.
       label_names: names of the classes of all splits, in the order of their labels; empty without classes.
-      without_split: names of the files next to the folders of splits, which belong to no split.
+      without_split: names of the videos next to the folders of splits, which belong to no split.
     """
 
     folder: pathlib.Path
@@ -49,8 +52,8 @@ class FolderVideos:
     without_split: list[str]
 
     def name(self, path: pathlib.Path) -> str:
-        """Path of a file within the folder, with forward slashes."""
-        return path.relative_to(self.folder).as_posix()
+        """Path of a video within the folder, with forward slashes; the name of the folder if that is the video."""
+        return name_within(self.folder, path)
 
     def of_split(self, split: str) -> "FolderVideos":
         """The videos of one split; all videos if the folder has no splits.
@@ -70,23 +73,23 @@ class FolderVideos:
         rows = {name: [getattr(self, name)[number] for number in chosen] for name in ("paths", "splits", "labels")}
         return dataclasses.replace(self, **rows)
 
-    def open(self, clip: ClipSpec | None = None) -> tuple[list[video.VideoFile], list[int], list[tuple[str, str]]]:
-        """Opens the files and returns (readable files, their labels, (name, reason) of each unreadable file).
+    def open(self, clip: ClipSpec | None = None) -> tuple[list[Video], list[int], list[tuple[str, str]]]:
+        """Opens the videos and returns (readable ones, their labels, (name, reason) of each unreadable one).
 
-        `clip` gives the rate at which the files are sampled.
+        `clip` gives the rate at which they are sampled.
 
         Raises:
-          InputError: no file can be read.
+          InputError: none can be read.
         """
-        files, unreadable = open_all(self.paths, clip)
+        videos, unreadable = open_all(self.paths, clip)
         skipped = [(self.name(pathlib.Path(path)), reason) for path, reason in unreadable]
-        if not files:
+        if not videos:
             raise InputError(
-                f"folder {self.folder}: none of its {len(self.paths)} video files can be read; the first error: "
+                f"folder {self.folder}: none of its {len(self.paths)} videos can be read; the first error: "
                 f"{skipped[0][1]}"
             )
         labels = dict(zip(self.paths, self.labels, strict=True))
-        return files, [labels[file.path] for file in files], skipped
+        return videos, [labels[one.path] for one in videos], skipped
 
 
 def find_videos(folder: str | os.PathLike) -> FolderVideos:
@@ -100,19 +103,19 @@ def find_videos(folder: str | os.PathLike) -> FolderVideos:
     - Hidden files and folders are ignored.
 
     Raises:
-      InputError: the folder does not exist, or contains no video file.
+      InputError: the folder does not exist, or contains no video.
     """
     folder = local_path(folder, "folder")
     if not folder.is_dir():
         path, _, split = str(folder).rpartition(":")
         cure = advice(folder) or (advice(path, str(folder)) if path else "") or "give a folder of videos"
         raise InputError(f"folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}; {cure}")
-    paths = video_files(folder)
+    paths = video_paths(folder)
     if not paths:
         found = advice(folder)
         cure = "" if "folder:" in found else f"; {found}"
-        if any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names):
-            cure = "; convert each folder of images to a video, as in ffmpeg -i %03d.png clip.mp4"
+        if any(name.lower().endswith(tuple(video.IMAGES)) for _, _, names in os.walk(folder) for name in names):
+            cure = f" and no folder of {pictures.RULE}; name the pictures of a video so, in a folder of their own"
         raise InputError(f"folder {folder} contains no video file ({' '.join(sorted(video.EXTENSIONS))}){cure}")
     parts = [path.relative_to(folder).parts for path in paths]
     tops = sorted({part[0] for part in parts if len(part) > 1})
@@ -155,35 +158,56 @@ def in_class_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def video_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The video files below a folder (by suffix), sorted; follows links and ignores hidden files and folders."""
-    paths, visited = [], set()
+def name_within(folder: pathlib.Path, path: pathlib.Path) -> str:
+    """Path of a video within a folder, with forward slashes; the name of the folder if that is the video."""
+    return path.relative_to(folder).as_posix() if path != folder else os.path.basename(os.path.abspath(folder))
+
+
+def video_paths(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The videos of a folder, sorted; follows links and ignores hidden files and folders.
+
+    They are files (by suffix), and folders of pictures that contain no other video; the folder itself may be one. A
+    warning names folders of pictures that are no videos because their names are of several kinds.
+    """
+    paths, of_pictures, several, visited = [], [], [], set()
     # Class folders are often links to larger disks; links may also form cycles.
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
         folders[:] = [name for name in real if real[name] not in visited]
         visited.update(real.values())
-        paths += [pathlib.Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in video.EXTENSIONS and path.is_file())
+        paths += [
+            pathlib.Path(parent, name)
+            for name in files
+            if os.path.splitext(name)[1].lower() in video.EXTENSIONS and not name.startswith(".")
+        ]
+        if groups := pictures.numbered(files):
+            (of_pictures if len(groups) == 1 else several).append(pathlib.Path(parent))
+    paths = [path for path in paths if path.is_file()]
+    above: set[pathlib.Path] = set()
+    for path in paths + of_pictures:
+        above.update(itertools.takewhile(lambda parent: parent not in above, path.parents))
+    several = [name_within(folder, path) for path in several if path not in above]
+    _warn(sorted(several), f"{folder}: left out, because their pictures have names of several kinds")
+    return sorted(paths + [path for path in of_pictures if path not in above])
 
 
 def open_all(
     paths: Sequence[pathlib.Path], clip: ClipSpec | None = None
-) -> tuple[list[video.VideoFile], list[tuple[str, str]]]:
-    """Opens files: ([VideoFile of each readable path], [(path, reason) of each other]), in the order of the paths."""
+) -> tuple[list[Video], list[tuple[str, str]]]:
+    """Opens videos: ([Video of each readable path], [(path, reason) of each other]), in the order of the paths."""
     from tqdm import tqdm
 
     def attempt(path):
         try:
-            return video.VideoFile(path, clip)
+            return pictures.open_video(path, clip)
         except InputError as error:
             return str(path), str(error)
 
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         found = pool.map(attempt, paths)
-        bar = tqdm(found, total=len(paths), desc="checking videos", unit="file", disable=len(paths) < MANY_FILES)
+        bar = tqdm(found, total=len(paths), desc="checking videos", unit="video", disable=len(paths) < MANY_FILES)
         results = list(bar)
-    return ([r for r in results if isinstance(r, video.VideoFile)], [r for r in results if isinstance(r, tuple)])
+    return ([r for r in results if isinstance(r, Video)], [r for r in results if isinstance(r, tuple)])
 
 
 def cores() -> int:

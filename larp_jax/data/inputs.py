@@ -1,4 +1,4 @@
-"""Inputs of commands: a video file, a folder of videos, or a data set, read as windows of T frames."""
+"""Inputs of commands: a video, a folder of videos, or a data set, read as windows of T frames."""
 
 import dataclasses
 import functools
@@ -15,10 +15,12 @@ import numpy as np
 from larp_jax import data
 from larp_jax.data.clips import repeat_last, spread_starts
 from larp_jax.data.folders import NO_LABEL, FolderVideos, find_videos
+from larp_jax.data.pictures import open_video, read_picture, read_windows
 from larp_jax.data.pipeline import choose_windows
+from larp_jax.data.random_access import Video
 from larp_jax.data.spec import LISTS, advice, spec_of
-from larp_jax.data.video import EXTENSIONS, IMAGES, VideoFile, decode_images, read_windows
-from larp_jax.errors import InputError, reason
+from larp_jax.data.video import EXTENSIONS, IMAGES, to_rgb
+from larp_jax.errors import InputError
 from larp_jax.files import local_path
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class InputVideo:
 
     Attributes:
       name: path within the folder, with forward slashes; in a data set, the split and the index.
-      path: the file; None in a data set.
+      path: the file, or the folder of pictures; None in a data set.
       fps: frames per second; 0.0 if unknown.
       windows: expected number of windows, according to the video's header.
       read: returns an iterator over its windows as (start, frames, valid, label).
@@ -67,13 +69,14 @@ class InputVideo:
 class Inputs:
     """The videos of an input.
 
-    Files are read completely: consecutive windows that do not overlap, the last one padded. Data sets give the windows
-    of evaluation: only full ones, or one padded window if the video is shorter. `windows` replaces both rules.
+    Files and folders of pictures are read completely: consecutive windows that do not overlap, the last one padded.
+    Data sets give the windows of evaluation: only full ones, or one padded window if the video is shorter. `windows`
+    replaces both rules.
 
     Args:
-      text: path of a video file; path of a PNG or JPEG picture, which is one window that stands still; path of a
-        folder, which is read with its subfolders; or spec of a data set, whose split is `test` by default, also for a
-        `folder:PATH` with splits.
+      text: path of a video file; path of a picture, which is one window that stands still; path of a folder, which is
+        a video itself if it holds the pictures of one, and otherwise is read with its subfolders; or spec of a data
+        set, whose split is `test` by default, also for a `folder:PATH` with splits.
       clip: length and size of a window.
       max_clips: at most this many windows of a data set, spread evenly over it; 0 for all.
       windows: at most this many full windows of each video, spread evenly over it; 0 for the windows above.
@@ -115,7 +118,7 @@ class Inputs:
         elif path.suffix.lower() in IMAGES:
             self.videos = [self._of_picture(path)]
         else:
-            self.videos = [self._of_file(VideoFile(path, self._clip), path.name)]
+            self.videos = [self._of_file(open_video(path, self._clip), path.name)]
 
     @property
     def windows(self) -> int:
@@ -145,7 +148,7 @@ class Inputs:
         logger.warning("skipped %s", reason if name in reason else f"{name}: {reason}")
         self.skipped.append((name, reason))
 
-    def _of_file(self, file: VideoFile, name: str, label: int = NO_LABEL) -> InputVideo:
+    def _of_file(self, file: Video, name: str, label: int = NO_LABEL) -> InputVideo:
         length, clip = file.info.frames, self._clip
         if self._windows:
             starts = spread_starts(length, clip.frames, self._windows)
@@ -165,12 +168,7 @@ class Inputs:
 
     def _of_picture(self, path: pathlib.Path) -> InputVideo:
         clip = self._clip
-        try:
-            frames = repeat_last(
-                decode_images([path.read_bytes()], 0 if self._whole else clip.resolution), clip.frames
-            )
-        except (InputError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as a picture ({reason(error)}); give another") from error
+        frames = repeat_last(to_rgb([read_picture(path)], 0 if self._whole else clip.resolution), clip.frames)
         return InputVideo(path.name, path, 0.0, 1, lambda: iter([(0, frames, clip.frames, NO_LABEL)]))
 
     def _of_folder(self, found: FolderVideos) -> list[InputVideo]:

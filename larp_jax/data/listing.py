@@ -5,15 +5,17 @@ may lead out of the folder of the videos.
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
-from larp_jax.data.folders import NO_LABEL, SPLITS, find_videos, in_class_order, video_files
+from larp_jax.data.folders import NO_LABEL, SPLITS, find_videos, in_class_order, video_paths
+from larp_jax.data.pictures import frame_names, numbered
 from larp_jax.data.sources import open_source
 from larp_jax.data.spec import LISTS, DataSpec, advice, spec_of
 from larp_jax.data.tfds import split_names
@@ -34,8 +36,8 @@ class Item:
     Attributes:
       split: its split.
       source: its name in the prepared data set: its path within the folder of the videos, or SPLIT#NUMBER.
-      path: its file; empty for a video of a TFDS data set.
-      spec: its TFDS data set and split; empty for a file.
+      path: its file or folder of pictures; empty for a video of a TFDS data set.
+      spec: its TFDS data set and split; empty for a path.
       index: its index in that split.
       label: class; -1 for none.
     """
@@ -140,14 +142,16 @@ def _of_folder(folder: pathlib.Path) -> Listing:
         for path, split, label in zip(found.paths, found.splits, found.labels, strict=True)
     ]
     missing = [("train", name, "is in none of the folder's splits") for name in found.without_split]
-    return Listing(_by_split(items), found.label_names, missing, ignored=_other_files(folder))
+    return Listing(_by_split(items), found.label_names, missing, ignored=_other_files(folder, set(found.paths)))
 
 
-def _other_files(folder: pathlib.Path) -> dict[str, int]:
-    """Number of files that are not videos, by suffix, without hidden ones."""
+def _other_files(folder: pathlib.Path, videos: Container[pathlib.Path]) -> dict[str, int]:
+    """Number of files that are not videos or their pictures, by suffix, without hidden ones."""
     suffixes: collections.Counter[str] = collections.Counter()
-    for _, folders, names in os.walk(folder, followlinks=False):
+    for parent, folders, names in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if pathlib.Path(parent) in videos:
+            names = set(names).difference(*numbered(names))
         suffixes.update(pathlib.PurePath(name).suffix.lower() for name in names if not name.startswith("."))
     return {suffix: count for suffix, count in sorted(suffixes.items()) if suffix not in EXTENSIONS}
 
@@ -182,7 +186,7 @@ def _of_rows(rows: list[_Row], classes: Sequence[str], folder: pathlib.Path) -> 
     for row in rows:
         if row.label and row.label not in numbers:
             raise InputError(f"{row.where}: {row.label!r} is not one of the {len(classes)} classes")
-        if row.path is None or not os.path.isfile(row.path):
+        if row.path is None or not os.path.exists(row.path):
             missing.append((row.split, row.name, f"not in {folder.name or folder}"))
         else:
             items.append(Item(row.split, row.name, row.path, label=numbers.get(row.label, NO_LABEL)))
@@ -263,7 +267,8 @@ def _kinetics_row(cells, split: str, where: str, by_stem, folder: pathlib.Path) 
 
 
 def _files_by_stem(folder: pathlib.Path) -> dict[str, str]:
-    return {path.stem: str(path) for path in reversed(video_files(folder))}
+    found = reversed(video_paths(folder))
+    return {path.name if path.is_dir() else path.stem: str(path) for path in found}
 
 
 # Names of the label column; the first one that exists is used.
@@ -329,8 +334,15 @@ def _videos_among(cells: Sequence[str], folder: pathlib.Path) -> list[int]:
         number
         for number, cell in enumerate(cells)
         if pathlib.PurePath(cell).suffix.lower() in EXTENSIONS
-        or (cell and "\0" not in cell and os.path.isfile(os.path.join(folder, cell)))
+        or (cell and "\0" not in cell and _is_video(os.path.join(folder, cell)))
     ]
+
+
+def _is_video(path: str) -> bool:
+    """Whether a path is a file, or a folder of pictures."""
+    with contextlib.suppress(InputError):
+        return os.path.isfile(path) or (os.path.isdir(path) and len(frame_names(path)) > 0)
+    return False
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, str]]:

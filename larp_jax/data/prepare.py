@@ -38,6 +38,7 @@ from larp_jax.data import video
 from larp_jax.data.clips import ClipSpec
 from larp_jax.data.folders import cores, open_all
 from larp_jax.data.listing import Item, Listing, list_videos
+from larp_jax.data.pictures import read_windows, video_digest, video_size
 from larp_jax.data.prepare_report import look, make_report, readable, thumbnail
 from larp_jax.data.sources import open_source
 from larp_jax.data.tfds import VIDEOS, StoredVideo
@@ -291,11 +292,13 @@ def _fingerprint(listing: Listing, settings: Settings) -> str:
 
 
 def _file_size(path: str | os.PathLike) -> int:
-    """Bytes of a file; 0 if it does not exist, which the report will show."""
+    """Bytes of a file or of a video's pictures; 0 if they do not exist, which the report will show."""
     if storage.is_remote(path):
         path = files.any_path(path)
         return files.size(path) if path.is_file() else 0
-    return os.path.getsize(path) if os.path.isfile(path) else 0
+    with contextlib.suppress(InputError, OSError):
+        return video_size(path)
+    return 0
 
 
 def _short(reason: str, path: str) -> str:
@@ -444,7 +447,7 @@ def _note(work: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
 def _origin(item: Item) -> tuple[int, str, Item]:
     """(bytes, SHA-256) of the original of a video, and the item with its label, which only TFDS records contain."""
     if item.path:
-        return os.path.getsize(item.path), files.digest(item.path), item
+        return video_size(item.path), video_digest(item.path), item
     source = _opened(item.spec)
     size, digest = source.origin(item.index)
     return size, digest(), dataclasses.replace(item, label=source.label(item.index))
@@ -462,7 +465,7 @@ def _opened(spec: str):
 def _runs(item: Item, frames: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first frame, uint8 [n, size, size, 3]) of each record."""
     if item.path:
-        for start, run, valid in video.read_windows(item.path, ClipSpec(FRAMES_PER_RECORD, size)):
+        for start, run, valid in read_windows(item.path, ClipSpec(FRAMES_PER_RECORD, size)):
             yield start, run[:valid]
         return
     for start in range(0, frames, FRAMES_PER_RECORD):

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from larp_jax import files
 from larp_jax.data.clips import ClipSpec, last_start, repeat_last
-from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos
+from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores, find_videos, name_within
+from larp_jax.data.pictures import video_digest, video_size
 from larp_jax.data.source import Source
 from larp_jax.data.spec import FORMS, DataSpec, parse_spec
 from larp_jax.data.tfds import VIDEOS, PreparedSource, TfdsSource, find_data_set
@@ -68,7 +68,7 @@ def _open(spec: DataSpec, clip: ClipSpec | None, default_split: str) -> Source:
 
 
 class FolderSource(Source):
-    """The video files below a folder, sorted by path; see `larp_jax.data.folders.find_videos`.
+    """The videos below a folder, sorted by path; see `larp_jax.data.folders.find_videos`.
 
     The constructor reads the header of every file and decodes its first frame. Files that fail are skipped, and one
     warning names them.
@@ -107,7 +107,7 @@ class FolderSource(Source):
 
     def name(self, index):
         """Path within the folder."""
-        return str(self._videos[index].path.relative_to(self.folder))
+        return name_within(self.folder, self._videos[index].path)
 
     def fps(self, index):
         return self._videos[index].info.fps
@@ -127,13 +127,13 @@ class FolderSource(Source):
         return repeat_last(frames, clip.frames), self._labels[index]
 
     def size(self, index):
-        return self._videos[index].path.stat().st_size
+        return video_size(self._videos[index].path)
 
     def digest(self, index):
-        return files.digest(self._videos[index].path)
+        return video_digest(self._videos[index].path)
 
     def origin(self, index):
-        """The file itself."""
+        """The video itself."""
         return self.size(index), functools.partial(self.digest, index)
 
 

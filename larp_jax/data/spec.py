@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from larp_jax import files
-from larp_jax.data.video import EXTENSIONS
+from larp_jax.data.video import EXTENSIONS, IMAGES
 from larp_jax.errors import InputError
 
 FORMS = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[/CONFIG][:SPLIT], or several as A+B or 0.7*A+0.3*B"
@@ -154,6 +154,8 @@ def advice(path: str | os.PathLike, form: str = "") -> str:
             return f"{path} is a list: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
         if place.suffix.lower() in EXTENSIONS and place.is_file():
             return f"{path} is a single video: give its folder, {f'folder:{place.parent}'!r}"
+        if place.suffix.lower() in IMAGES and place.is_file():
+            return f"{path} is a single picture: give the folder of its video, {f'folder:{place.parent}'!r}"
         if place.exists():
             return f"{path} is neither a video ({' '.join(sorted(EXTENSIONS))}) nor a list (.csv, .txt)"
     return ""

@@ -7,21 +7,18 @@ that FFmpeg ranks best is used.
 
 import array
 import bisect
-import collections
 import contextlib
-import dataclasses
 import fractions
 import itertools
 import logging
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from larp_jax import files
 from larp_jax.data.clips import LATE, ClipSpec, center_crop, repeat_last, scaled_size
-from larp_jax.data.limits import within_limit
+from larp_jax.data.random_access import Video, VideoInfo, each_in_time, in_time, no_frames
 from larp_jax.data.timing import stage
 from larp_jax.errors import InputError, reason
 
@@ -32,7 +29,7 @@ EXTENSIONS = frozenset(
     ".wmv".split()
 )
 
-IMAGES = frozenset([".png", ".jpg", ".jpeg"])
+IMAGES = frozenset(".png .jpg .jpeg .webp .bmp".split())
 
 # In these codecs one packet is one frame, and after a seek the decoder outputs exact frames or none, never approximate
 # ones. VP8 is not among them because its hidden reference frames have their own packets and times.
@@ -45,31 +42,20 @@ HALF_CHROMA = frozenset(["yuv420p", "yuvj420p"])
 LIMITS = {"max_pixels": str(2**26)}
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """Header of a video. `frames` is at least 1; a damaged file may have fewer. The size is that of square pixels."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    codec: str
-
-
 def probe(path: str | os.PathLike) -> VideoInfo:
     """Reads the header and decodes the first frame. Counts packets if the header has no valid number of frames.
 
     Raises:
       InputError: the file does not exist, or no frame of it can be decoded within the time limit.
     """
-    return _in_time(path, _probe, path)
+    return in_time(path, _probe, path)
 
 
 def _probe(path) -> VideoInfo:
     with _open(path) as (container, stream):
         first = next(_decode(container, stream), None)
         if first is None:
-            raise _no_frames(path)
+            raise no_frames(path)
         width, height = square_size(first, pixel_aspect(stream))
         width, height = (height, width) if first.rotation % 180 else (width, height)
         rate = stream.average_rate or stream.base_rate
@@ -81,65 +67,28 @@ def _probe(path) -> VideoInfo:
     return VideoInfo(max(1, frames), float(rate or 25), width, height, codec)
 
 
-class VideoFile:
+class VideoFile(Video):
     """Random access to the frames of a video file, which decodes only from the nearest keyframe.
 
     The first read builds an index of the times of all frames from the packets. Each read opens the file, seeks to the
     last keyframe before its window and decodes from there. The result equals decoding from the beginning and slicing:
     if the times of the decoded frames are not exactly those of the index (because of damage or wrong times), the file
     is decoded from the beginning. Frames after damage that ends decoding from the beginning are still found if a
-    keyframe is between. A file that once took longer than the time limit (`larp_jax.data.limits`) is not read again.
-
-    Safe to use from several threads, and can be pickled.
+    keyframe is between.
 
     Args:
       path: the file.
-      clip: gives the rate at which the file is sampled; numbers of frames, also in `info`, are those of sampled frames.
-
-    Attributes:
-      path: the file.
-      info: its header, from `probe`.
+      clip: as for `Video`.
 
     Raises:
       InputError: no frame of the file can be decoded.
     """
 
     def __init__(self, path: str | os.PathLike, clip: ClipSpec | None = None):
-        self.path = pathlib.Path(path)
-        self.info = info = probe(path)
-        self._clip = clip or ClipSpec()
-        if self._clip.sampling:
-            count, rate = self._clip.count(info.frames, info.fps), self._clip.rate(info.fps)
-            self.info = dataclasses.replace(info, frames=count, fps=rate)
+        super().__init__(path, probe(path), clip)
         self._tick = 0.0  # seconds per unit of the times
         self._times: Sequence[int] | None = None  # of the frames, in order of presentation; empty: do not seek
         self._key_times: Sequence[int] = ()
-        self._too_slow = ""  # the error message if the file is not read again
-
-    def read(self, start: int, count: int, resolution: int, *, exact: bool = False) -> np.ndarray:
-        """Reads consecutive frames, resized and cropped to squares.
-
-        Args:
-          start: number of the first frame.
-          count: number of frames, at least 1.
-          resolution: side of the squares.
-          exact: whether to raise if the file decodes to fewer than start + count frames. Otherwise its last `count`
-            frames are returned, or all of them if there are fewer.
-
-        Returns:
-          uint8 [n, resolution, resolution, 3], 1 <= n <= count.
-
-        Raises:
-          InputError: the file cannot be read in time, or `exact` is not met although it has more than `count` frames.
-        """
-        if self._too_slow:
-            raise InputError(self._too_slow)
-        try:
-            return _in_time(self.path, self._read, start, count, resolution, exact)
-        except InputError as error:
-            if isinstance(error.__cause__, TimeoutError):
-                self._too_slow = str(error)
-            raise
 
     def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
         if self._times is None:
@@ -151,18 +100,10 @@ class VideoFile:
             with _open(self.path) as (container, stream):
                 frames = self._seek_and_decode(container, stream, self._times[numbers[0] : numbers[-1] + 1])
                 if frames is not None:
-                    return _to_rgb([frames[n - numbers[0]] for n in numbers], resolution, pixel_aspect(stream))
+                    return to_rgb([frames[n - numbers[0]] for n in numbers], resolution, pixel_aspect(stream))
         with _open(self.path) as (container, stream):
-            frames = collections.deque(maxlen=count)
-            number = 0
-            for frame in itertools.islice(_sampled(container, stream, self._clip), start + count):
-                frames.append(frame)
-                number += 1
-            if not frames:
-                raise _no_frames(self.path)
-            if exact and 0 < start > number - count:
-                raise InputError(f"{self.path}: ends after {number} frames, before frame {start + count}")
-            return _to_rgb(frames, resolution, pixel_aspect(stream))
+            frames = self._last(_sampled(container, stream, self._clip), start, count, exact)
+            return to_rgb(frames, resolution, pixel_aspect(stream))
 
     def _sampled_count(self) -> int:
         """Number of sampled frames according to the index; 0 without one."""
@@ -239,35 +180,55 @@ def read_windows(
       InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage after the
         first frame ends the video there and is logged.
     """
-    windows = _read_windows(path, clip, 0 if whole else clip.resolution)
-    while (window := _in_time(path, next, windows, None)) is not None:
-        yield window
+    yield from each_in_time(path, _read_windows(path, clip, 0 if whole else clip.resolution))
 
 
 def _read_windows(path, clip: ClipSpec, resolution: int) -> Iterator[tuple[int, np.ndarray, int]]:
     with _open(path) as (container, stream):
+        claimed = 0 if clip.sampling else stream.frames
         frames = _sampled(container, stream, clip)
-        start = 0
-        while window := list(itertools.islice(frames, clip.frames)):
-            rgb = _to_rgb(window, resolution, pixel_aspect(stream))
-            yield start, repeat_last(rgb, clip.frames), len(window)
-            start += len(window)
-        if start == 0:
-            raise _no_frames(path)
-        if start < stream.frames and not clip.sampling:
-            logger.warning("%s: %d of %d frames can be decoded", path, start, stream.frames)
+        yield from in_windows(path, frames, clip.frames, resolution, pixel_aspect(stream), claimed)
+
+
+def in_windows(
+    path, frames: Iterator, length: int, resolution: int, aspect: float = 1.0, claimed: int = 0
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """`read_windows` from the decoded frames; `claimed` is how many there should be, 0 for unknown."""
+    start, first = 0, None
+    while window := list(itertools.islice(frames, length)):
+        first = first or window[0]
+        yield start, repeat_last(to_rgb(window, resolution, aspect, first), length), len(window)
+        start += len(window)
+    if start == 0:
+        raise no_frames(path)
+    if start < claimed:
+        logger.warning("%s: %d of %d frames can be decoded", path, start, claimed)
 
 
 def resize_frames(frames: Iterable[np.ndarray], resolution: int) -> np.ndarray:
     """Resizes and crops uint8 [h, w, 3] frames to uint8 [n, resolution, resolution, 3]."""
     av = _av()
-    return _to_rgb([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in frames], resolution)
+    return to_rgb([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in frames], resolution)
 
 
 def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
     """Decodes images in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
 
-    They are PNG or JPEG files, or H.264 keyframes as returned by `encode_h264`, all of the same kind.
+    Args:
+      images: as for `image_frames`.
+      resolution: side of the squares; 0 for the size of the first image.
+
+    Raises:
+      InputError: an image is of another kind, or damaged.
+    """
+    return to_rgb(image_frames(images), resolution)
+
+
+def image_frames(images: Iterable[bytes]) -> list:
+    """Images in memory as decoded frames for `to_rgb`.
+
+    Args:
+      images: PNG, JPEG, WebP or BMP files, or H.264 keyframes as returned by `encode_h264`, all of the same kind.
 
     Raises:
       InputError: an image is of another kind, or damaged.
@@ -278,6 +239,7 @@ def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
         with stage("decode"):
             decoder = av.CodecContext.create(_codec(images[0]), "r")
             decoder.thread_count = 1
+            decoder.options = LIMITS
             packets = [av.Packet(data) for data in images]
             frames = []
             for packet in packets:
@@ -289,13 +251,12 @@ def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
     except (av.FFmpegError, ValueError) as error:
         said = reason(error)
         raise InputError(f"an encoded frame is not a readable PNG, JPEG or H.264 keyframe ({said})") from error
-    return _to_rgb(frames, resolution)
+    return frames
 
 
 def _codec(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "h264" if data.startswith(b"\0\0") else "mjpeg"
+    beginnings = {b"\x89PNG": "png", b"\0\0": "h264", b"RIFF": "webp", b"BM": "bmp"}
+    return next((codec for beginning, codec in beginnings.items() if data.startswith(beginning)), "mjpeg")
 
 
 def encode_jpeg(frames: np.ndarray, quality: int) -> list[bytes]:
@@ -399,16 +360,6 @@ def frame_grid(videos: Sequence[np.ndarray], *, columns: int = 8, gap: int = 2) 
     return grid
 
 
-def _in_time(path, function, *arguments):
-    """The result of the function; `InputError` if it exceeds the time limit."""
-    try:
-        return within_limit(function, *arguments)
-    except TimeoutError as error:
-        raise InputError(
-            f"{path}: reading {error}; replace the file or leave it out, or raise LARP_VIDEO_TIME_LIMIT"
-        ) from error
-
-
 def _av():
     try:
         import av
@@ -441,10 +392,6 @@ def _open(path):
         raise InputError(
             f"{path}: cannot be read as video ({reason(error)}); replace the file or leave it out"
         ) from error
-
-
-def _no_frames(path) -> InputError:
-    return InputError(f"{path}: no frame of it can be decoded; replace the file or leave it out")
 
 
 def _packets(container, stream) -> Iterator:
@@ -514,11 +461,11 @@ def square_size(frame, aspect: float) -> tuple[int, int]:
     return frame.width, round(frame.height / aspect)
 
 
-def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarray:
+def to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0, first=None) -> np.ndarray:
     """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
 
-    `aspect` is the width of a pixel over its height. With resolution 0, all frames get the size of the first, in square
-    pixels.
+    `aspect` is the width of a pixel over its height. With resolution 0, all frames get the size of `first`, a frame, in
+    square pixels; by default, that of the first of them.
 
     libswscale scales and converts in one pass. Its bilinear filter widens when shrinking, so it is antialiased. From
     Pillow's antialiased bilinear filter on full-size RGB, for which the chroma is enlarged first, it differs by 1.3
@@ -527,8 +474,9 @@ def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarra
     from av.video.reformatter import Interpolation, VideoReformatter
 
     reformatter = VideoReformatter()
-    whole = square_size(frames[0], aspect)
-    shape = (resolution, resolution) if resolution else whole if frames[0].rotation % 180 else whole[::-1]
+    first = first or frames[0]
+    size = square_size(first, aspect)
+    shape = (resolution, resolution) if resolution else size if first.rotation % 180 else size[::-1]
     out = np.empty((len(frames), *shape, 3), np.uint8)
 
     def upright(image, frame):
@@ -537,7 +485,8 @@ def _to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0) -> np.ndarra
 
     with stage("resize"):
         for target, frame in zip(out, frames, strict=True):
-            width, height = scaled_size(*square_size(frame, aspect), resolution) if resolution else whole
+            own = shape if frame.rotation % 180 else shape[::-1]
+            width, height = scaled_size(*square_size(frame, aspect), resolution) if resolution else own
             # Planes of green, blue and red are twice as fast as packed RGB, which would also halve the chroma's width.
             # Without scaling, however, libswscale leaves columns of planes after the last multiple of 16 unwritten, and
             # packed RGB is equal if the chroma is already halved, and avoids joining the planes.
