@@ -36,17 +36,21 @@ def read(workdir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def main(output: str, *runs: str) -> None:
-    """Plots `LABEL=WORKDIR` runs into one figure."""
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
-    for color, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs, strict=False):
-        label, _, workdir = run.partition("=")
-        curves = read(workdir)
-        for axis, (title, scalars) in zip(axes.flat, PANELS.items(), strict=True):
-            axis.set_title(title)
-            axis.set_xlabel("step")
+    """Plots `LABEL=WORKDIR` runs into one figure; panels that no run has values for are left out."""
+    labels, workdirs = zip(*(run.split("=", 1) for run in runs), strict=True)
+    curves = [read(workdir) for workdir in workdirs]
+    panels = {title: names for title, names in PANELS.items() if any(name in run for run in curves for name in names)}
+    columns = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 7), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, scalars) in zip(axes.flat, panels.items(), strict=False):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        for color, label, run in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], labels, curves, strict=False):
             for number, (name, what) in enumerate(scalars.items()):
-                if name in curves:
-                    steps, values = zip(*curves[name], strict=True)
+                if name in run:
+                    steps, values = zip(*run[name], strict=True)
                     style = {"marker": "o"} if name.startswith("eval/") else {"linestyle": ("-", ":")[number % 2]}
                     axis.plot(steps, values, color=color, label=", ".join(filter(None, (label, what))), **style)
     for axis in axes.flat:
