@@ -224,7 +224,7 @@ def _decoded(
 ) -> Iterator[np.ndarray]:
     """The clip of each row, float32 [T, H, W, 3] in [0, 1]."""
     for number in range(len(manifest["shards"])):
-        codes = read_shard(folder, manifest, number)
+        codes = read_shard(folder, manifest, number)["codes"]
         for begin in range(0, len(codes), batch_size):
             batch = codes[begin : begin + batch_size]
             padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
