@@ -42,7 +42,7 @@ def test_training_draws_assignments(run, adaptive):
     logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {name: value for line in logs for name, value in line.items()}
     assert found["eval/codes"] == 8.0  # evaluation has the most codes in equal blocks
-    assert {"loss_prior", "perplexity", "usage_clip", "eval/prior_top1"} <= found.keys()
+    assert {"train/loss_prior", "train/perplexity", "train/usage_clip", "eval/prior_top1"} <= found.keys()
     assert np.isfinite(list(found.values())).all()
     recipe = parse_recipe(json.loads((run / "config.json").read_text()))
     assert recipe.model == adaptive.config
