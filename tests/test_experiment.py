@@ -123,7 +123,7 @@ def test_codes_are_copied_with_their_positions_permuted(tmp_path):
     write_manifest(tmp_path / "from", manifest)
     experiments._copy_codes(tmp_path / "from", tmp_path / "to", slice(2, None), np.array([2, 0, 1]))
     copied = read_manifest(tmp_path / "to")
-    np.testing.assert_array_equal(read_shard(tmp_path / "to", copied, 0), codes[2:][:, [2, 0, 1]])
+    np.testing.assert_array_equal(read_shard(tmp_path / "to", copied, 0)["codes"], codes[2:][:, [2, 0, 1]])
     assert [row["label"] for row in copied["rows"]] == [2, 3]
 
 

@@ -87,7 +87,8 @@ def sampled(monkeypatch):
 
 def all_codes(folder):
     manifest = codes_on_disk.read_manifest(folder)
-    return np.concatenate([codes_on_disk.read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))])
+    shards = range(len(manifest["shards"]))
+    return np.concatenate([codes_on_disk.read_shard(folder, manifest, i)["codes"] for i in shards])
 
 
 def test_what_sample_writes(samples, by_class, tokenizer):

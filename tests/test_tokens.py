@@ -8,6 +8,7 @@ from data_helpers import moving_frames
 
 import larp_jax
 from larp_jax import cli, files
+from larp_jax.config import Ladder
 from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
@@ -131,9 +132,9 @@ def in_rows(name, value):
         (lambda m: m.update(version=3), "version 3, but only 1 to 2 are supported"),
         (lambda m: m.update(version=0), "version 0, but only 1 to 2 are supported"),
         (lambda m: m.update(version=True), "version True, but only 1 to 2 are supported"),
-        (lambda m: m.update(layout="packed"), "layout 'packed', but only 'fixed' is supported"),
+        (lambda m: m.update(layout="other"), "layout .other., not .fixed. or .packed."),
         (lambda m: m.update(format="x"), "is not a manifest of codes"),
-        (lambda m: m.update(K=64), "K, N and clip are not those of the tokenizer"),
+        (lambda m: m.update(K=64), "K, N, clip or ladder are not those of the tokenizer"),
     ],
 )
 def test_manifests_that_are_wrong(tokenizer, codes, tmp_path, change, message):
@@ -206,3 +207,63 @@ def test_only_one_process_writes_and_leftovers_are_replaced(tokenizer, videos, c
     (output / "manifest.json").rename(output / "settings.json")
     with pytest.raises(InputError, match="already contains codes"):
         tokenize(tokenizer, str(videos), output)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A folder of packed codes, its codes [4, 12] and their lengths [4, 2]."""
+    ladder, folder = Ladder((2, 4, 8), 2, 12), tmp_path / "packed"
+    folder.mkdir()
+    lengths = np.array([[2, 4], [8, 4], [2, 2], [4, 8]], np.int32)
+    codes = np.random.default_rng(0).integers(1, 32, (4, 12)).astype(np.int32)
+    codes *= np.arange(12) < lengths.sum(axis=1)[:, None]
+    rows = [{"source": f"{i}.mp4", "start": 0, "frames": 8, "fps": 8.0, "label": -1} for i in range(4)]
+    manifest = codes_on_disk.new_manifest(
+        fingerprint="f", step=1, K=32, N=12, clip=(8, 32, 32, 3), sizes=[3, 1], adaptive=ladder, rows=rows
+    )
+    for shard, part in zip(manifest["shards"], (slice(3), slice(3, 4)), strict=True):
+        codes_on_disk.write_shard(folder / shard["file"], {"codes": codes[part], "lengths": lengths[part]})
+    codes_on_disk.write_manifest(folder, manifest)
+    return folder, codes, lengths
+
+
+def test_codes_of_different_lengths(packed):
+    folder, codes, lengths = packed
+    stored = np.load(folder / "codes-00000-of-00002.npz")
+    assert stored["offsets"].tolist() == [0, 6, 18, 22] and len(stored["codes"]) == 22
+    found = codes_on_disk.CodeSet(folder)
+    assert codes_on_disk.ladder_of(found.manifest) == Ladder((2, 4, 8), 2, 12)
+    assert np.array_equal(found.rows["codes"], codes) and np.array_equal(found.rows["lengths"], lengths)
+    batch = next(found.batches(batch_size=4, seed=0))
+    rows = [codes.tolist().index(row.tolist()) for row in batch["codes"]]
+    assert sorted(rows) == [0, 1, 2, 3] and np.array_equal(batch["lengths"], lengths[rows])
+
+
+def test_codes_that_contradict_their_lengths(packed):
+    folder = packed[0]
+    shard = folder / "codes-00000-of-00002.npz"
+    manifest, good = codes_on_disk.read_manifest(folder), dict(np.load(shard))
+
+    def refused(message, **changes):
+        np.savez(shard, **good | changes)
+        with pytest.raises(InputError, match=message):
+            codes_on_disk.read_shard(folder, manifest, 0)
+
+    refused("has 21 codes, but 22 by its lengths", codes=good["codes"][:-1])
+    refused("row 1 has 8,3 codes, not an assignment", lengths=np.array([[2, 4], [8, 3], [2, 2]], np.int32))
+    refused("row 0 has 8,8 codes, not an assignment", lengths=np.array([[8, 8], [8, 4], [2, 2]], np.int32))
+    refused("the offsets contradict the lengths", lengths=np.array([[4, 4], [8, 4], [2, 2]], np.int32))
+    refused("the offsets contradict the lengths", offsets=good["offsets"] + 1)
+    refused(r"outside \[0, 32\)", codes=good["codes"] + 31)
+    refused("contains int64", lengths=good["lengths"].astype(np.int64))
+    for change, message in (
+        ({"ladder": [2, 4, 99]}, "does not fit model.num_tokens=12"),
+        ({"ladder": []}, "no blocks or no ladder"),
+        ({"blocks": None}, "no blocks or no ladder"),
+        ({"blocks": 2**30}, "does not fit"),
+        ({"N": 2**30}, "N is above"),
+        ({"cond_frames": 3}, "packed codes have no cond_frames"),
+    ):
+        codes_on_disk.write_manifest(folder, manifest | change)
+        with pytest.raises(InputError, match=message):
+            codes_on_disk.read_manifest(folder)

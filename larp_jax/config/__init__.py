@@ -10,6 +10,7 @@ from larp_jax.config.checks import (
     check_seed,
 )
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
+from larp_jax.config.ladder import RANDOM, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -57,6 +58,7 @@ __all__ = [
     "GeneratorConfig",
     "GeneratorOptimConfig",
     "GeneratorRecipe",
+    "Ladder",
     "LossConfig",
     "MOST_POSITIONS",
     "MeshConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "OptimConfig",
     "PRIOR_SIZES",
     "PriorConfig",
+    "RANDOM",
     "QuantizerConfig",
     "Recipe",
     "SIZED",

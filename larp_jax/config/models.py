@@ -1,9 +1,11 @@
 """Settings of the networks and the tables of their sizes. The defaults are the published model (LARP-L-Long)."""
 
 import dataclasses
+import functools
 import math
 
 from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
+from larp_jax.config.ladder import Ladder
 
 NUMBERS = ("width", "depth", "heads")
 
@@ -121,6 +123,10 @@ class TokenizerConfig:
     `layout` is `holistic`: queries collect what the codes encode (LARP); or `patchwise`: each patch has its own code,
     as in earlier tokenizers, and `num_tokens` is the number of patches.
 
+    With a `ladder`, the frames are `blocks` equal parts, each with as many codes as it needs: one of the numbers of the
+    ladder. Codes of a block depend on its frames and those before, and so do its reconstructed frames (EVATok, arXiv
+    2603.12267). `num_tokens` is then the bucket, the most codes of a clip.
+
     `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
     command line replaces these numbers of the recipe.
 
@@ -142,6 +148,8 @@ class TokenizerConfig:
     decoder_patch_frames: int = 0
     decoder_patch_size: int = 0
     num_tokens: int = 1024
+    blocks: int = 1
+    ladder: tuple[int, ...] = ()
     encoder: TransformerConfig = TransformerConfig()
     decoder: TransformerConfig = TransformerConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
@@ -192,6 +200,40 @@ class TokenizerConfig:
                 not self.is_patchwise or math.prod(grid) == self.num_tokens,
                 f"model.layout='patchwise' needs one code per patch; set model.num_tokens={math.prod(grid)}",
             )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """`InputError` unless blocks and ladder fit the other settings."""
+        require(
+            bool(self.ladder) or self.blocks == 1,
+            f"model.blocks={self.blocks} needs model.ladder, the numbers of codes that a block may have",
+        )
+        if not self.adaptive:
+            return
+        self.adaptive.check()
+        for name in ("patch_frames", "decoder_patch_frames"):
+            frames = self.blocks * getattr(self, name)
+            require(
+                self.frames % frames == 0,
+                f"model.frames={self.frames} do not split into model.blocks={self.blocks} of whole patches of"
+                f" model.{name}={getattr(self, name)}; change one of them",
+            )
+        require(not self.is_patchwise, "model.layout='patchwise' has one code per patch; leave out model.ladder")
+        require(self.quantizer.has_codes, "model.ladder needs codes, and model.quantizer.kind='kl' has none")
+        require(
+            self.quantizer.norm != "ln_nd",
+            "model.quantizer.norm='ln_nd' needs the same number of codes in all clips; leave out model.ladder",
+        )
+
+    @functools.cached_property
+    def adaptive(self) -> Ladder | None:
+        """The numbers of codes that the blocks of a clip may have; None if every clip has `num_tokens`."""
+        return Ladder(self.ladder, self.blocks, self.num_tokens) if self.ladder else None
+
+    @property
+    def query_rows(self) -> int:
+        """Number of queries of a block: `num_tokens`, or the largest number of the ladder."""
+        return self.ladder[-1] if self.ladder else self.num_tokens
 
     @property
     def is_patchwise(self) -> bool:

@@ -120,6 +120,10 @@ def _checked(kind, value, name: str):
     if kind is dict:
         require(isinstance(value, typing.Mapping), f"{name} must be a mapping of names to numbers, got {value!r}")
         return {key: _checked(float, number, f"{name}.{key}") for key, number in value.items()}
+    if typing.get_origin(kind) is tuple:
+        whole = isinstance(value, (tuple, list)) and all(type(number) is int for number in value)
+        require(whole, f"{name} must be integers such as 8,16,32, got {value!r}")
+        return tuple(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         require(math.isfinite(value), f"{name} must be a finite number, got {value}")
         return float(value)

@@ -1,23 +1,26 @@
 """Codes on disk: the format that `tokenize`, `sample` and `predict` write and that generators train on.
 
 A folder of codes contains `codes-00000-of-00001.npz` and so on, and `manifest.json`, which is written last: a folder
-without it is incomplete. Each shard has `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32. The
-manifest describes the source of each row, in order:
+without it is incomplete. In the layout "fixed", each shard has `codes` [M, N] int32 and, for frame prediction,
+`condition` [M, N] int32. In the layout "packed", for clips with different numbers of codes, it has `codes` [L] int32,
+the codes of all its clips one after the other; `offsets` [M + 1] int64: clip i has codes[offsets[i] : offsets[i + 1]];
+and `lengths` [M, T] int32, the number of codes of each block of frames. The manifest describes the source of each row,
+in order:
 
-  format, version, layout: "larp_jax.codes", 2, "fixed".
+  format, version, layout: "larp_jax.codes", 2, "fixed" or "packed".
   fingerprint, step: of the tokenizer.
   generator_step: step of the generator; only for sampled codes.
-  K, N: size of the codebook and codes per clip.
+  K, N: size of the codebook and codes per clip; in the layout "packed", the most codes of a clip.
+  blocks, ladder: number of blocks of a clip, and the numbers of codes that a block may have; only if "packed".
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
+  budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
     frames are from the video), `fps` (0: unknown), `label` (-1: none), and `flip` if the window is mirrored.
 
-Version 1 has no `layout` and is otherwise the same. The layout "packed" is reserved for clips with different numbers of
-codes: a shard will have `codes` [L] int32, the concatenated codes of all its clips, `offsets` [M + 1] int64 (clip i has
-codes[offsets[i] : offsets[i + 1]]), and the lengths of each clip by block of frames.
+Version 1 has no `layout` and is otherwise the same as "fixed".
 """
 
 import functools
@@ -31,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from larp_jax import files, npz
+from larp_jax.config import MOST_POSITIONS, Ladder
 from larp_jax.data.pipeline import Batches
 from larp_jax.data.spec import advice
 from larp_jax.errors import InputError, reason
@@ -40,7 +44,7 @@ MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # only in folders written by `larp_jax.inference.generate`
 FORMAT = "larp_jax.codes"
 VERSION = 2
-LAYOUT = "fixed"
+FIXED, PACKED = "fixed", "packed"
 SHARD_ROWS = 16_384
 SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
 
@@ -55,14 +59,28 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
 
     Args:
       path: file to write.
-      arrays: `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32.
+      arrays: `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32; for clips with different numbers
+        of codes also `lengths` [M, T] int32: the shard then has the layout "packed".
     """
+    if "lengths" in arrays:
+        codes, lengths = arrays["codes"], np.asarray(arrays["lengths"], np.int32)
+        totals = lengths.sum(axis=1, dtype=np.int64)
+        own = np.arange(codes.shape[1]) < totals[:, None]
+        arrays = {"codes": codes[own], "offsets": np.cumsum([0, *totals], dtype=np.int64), "lengths": lengths}
     with files.writing(path) as file:
         np.savez(file, **arrays)
 
 
 def new_manifest(
-    *, fingerprint: str, step: int, K: int, N: int, clip: Sequence[int], sizes: Sequence[int], **details
+    *,
+    fingerprint: str,
+    step: int,
+    K: int,
+    N: int,
+    clip: Sequence[int],
+    sizes: Sequence[int],
+    adaptive: Ladder | None = None,
+    **details,
 ) -> dict[str, Any]:
     """A manifest in the current version.
 
@@ -70,16 +88,19 @@ def new_manifest(
       fingerprint: fingerprint of the tokenizer.
       step: training step of the tokenizer.
       K: size of its codebook.
-      N: codes per clip.
+      N: codes per clip, or the most codes of a clip.
       clip: [T, H, W, C].
       sizes: number of rows in each shard.
+      adaptive: the numbers of codes that clips may have; None if all have N.
       details: the remaining keys, as listed at the top of this module; `rows` may be added later.
     """
     shards = [{"file": shard_name(i, len(sizes)), "rows": size} for i, size in enumerate(sizes)]
+    if adaptive:
+        details = {"blocks": adaptive.blocks, "ladder": list(adaptive.rungs), **details}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "layout": LAYOUT,
+        "layout": PACKED if adaptive else FIXED,
         "fingerprint": fingerprint,
         "step": step,
         "K": K,
@@ -111,11 +132,11 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not a manifest of codes; give a folder written by larp-jax tokenize")
     version = manifest.get("version")
-    layout = manifest.get("layout", LAYOUT if version == 1 else None)
+    layout = manifest.get("layout", FIXED if version == 1 else None)
     if type(version) is not int or not 1 <= version <= VERSION:
         raise InputError(f"{path} has version {version}, but only 1 to {VERSION} are supported; tokenize again")
-    if layout != LAYOUT:
-        raise InputError(f"{path} has layout {layout!r}, but only {LAYOUT!r} is supported; tokenize again")
+    if layout not in (FIXED, PACKED):
+        raise InputError(f"{path} has layout {layout!r}, not {FIXED!r} or {PACKED!r}; tokenize again")
     if complaint := _complaint(manifest):
         raise InputError(f"{path} is damaged ({complaint}); tokenize again")
     return manifest
@@ -131,6 +152,8 @@ def _complaint(manifest: dict) -> str | None:
         return "no fingerprint"
     if not all(is_count(manifest.get(name), 1) for name in ("K", "N")):
         return "K and N are not positive integers"
+    if manifest.get("layout") == PACKED and (complaint := _ladder_complaint(manifest)):
+        return complaint
     clip = manifest.get("clip")
     if not (isinstance(clip, list) and len(clip) == 4 and all(is_count(side, 1) for side in clip)):
         return "clip is not [T, H, W, C]"
@@ -163,6 +186,29 @@ def _complaint(manifest: dict) -> str | None:
     return None
 
 
+def _ladder_complaint(manifest: dict) -> str | None:
+    """What is wrong with the numbers of codes in a packed manifest; None if nothing is."""
+    blocks, rungs = manifest.get("blocks"), manifest.get("ladder")
+    if type(blocks) is not int or not (isinstance(rungs, list) and rungs and all(type(rung) is int for rung in rungs)):
+        return "no blocks or no ladder"
+    if manifest["N"] > MOST_POSITIONS:
+        return f"N is above {MOST_POSITIONS}"
+    if manifest.get("cond_frames"):
+        return "packed codes have no cond_frames"
+    try:
+        Ladder(tuple(rungs), blocks, manifest["N"]).check()
+    except InputError as error:
+        return str(error).partition(";")[0]
+    return None
+
+
+def ladder_of(manifest: dict) -> Ladder | None:
+    """The numbers of codes that the clips of a checked manifest may have; None if all have N."""
+    if manifest.get("layout") != PACKED:
+        return None
+    return Ladder(tuple(manifest["ladder"]), manifest["blocks"], manifest["N"])
+
+
 def _is_inside(name: Any) -> bool:
     """Whether a text is a relative path with forward slashes that stays within its folder."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
@@ -171,27 +217,63 @@ def _is_inside(name: Any) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-def read_shard(directory: str | os.PathLike, manifest: dict, number: int, name: str = "codes") -> np.ndarray:
-    """The codes of one shard, [M, N] int32 in [0, K).
+def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> dict[str, np.ndarray]:
+    """The rows of one shard.
 
     Args:
       directory: the folder.
       manifest: the result of `read_manifest`.
       number: index of the shard.
-      name: `codes`, or `condition` if the manifest has `cond_frames`.
+
+    Returns:
+      `codes` [M, N] int32 in [0, K); `condition`, the same, if the manifest has `cond_frames`; if clips have different
+      numbers of codes also `lengths` [M, T] int32, and the codes are packed: those of a clip first, then zeros.
 
     Raises:
       InputError: the shard is missing, damaged, or does not match the manifest.
     """
     shard = manifest["shards"][number]
-    path = files.any_path(directory) / shard["file"]
-    expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"]))}
-    codes = npz.read(path, expected, fix="tokenize again")[name]
-    if codes.min() < 0 or codes.max() >= manifest["K"]:
+    path, ladder = files.any_path(directory) / shard["file"], ladder_of(manifest)
+    if ladder:
+        rows = _read_packed(path, shard["rows"], ladder)
+    else:
+        names = ("codes", "condition") if manifest.get("cond_frames") else ("codes",)
+        expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"])) for name in names}
+        rows = npz.read(path, expected, fix="tokenize again")
+    for codes in (rows[name] for name in ("codes", "condition") if name in rows):
+        if codes.min() < 0 or codes.max() >= manifest["K"]:
+            raise InputError(
+                f"{path} contains codes from {codes.min()} to {codes.max()}, outside [0, {manifest['K']}); tokenize"
+                " again"
+            )
+    return rows
+
+
+def _read_packed(path: pathlib.Path, count: int, ladder: Ladder) -> dict[str, np.ndarray]:
+    """`codes` and `lengths` of a packed shard with `count` rows, see `read_shard`."""
+    expected = {
+        "lengths": npz.Array(np.int32, (count, ladder.blocks)),
+        "offsets": npz.Array(np.int64, (count + 1,)),
+        "codes": npz.Array(np.int32, (None,)),
+    }
+    stored = npz.read(path, expected, fix="tokenize again")
+    lengths, offsets, codes = (stored[name] for name in ("lengths", "offsets", "codes"))
+    totals = lengths.sum(axis=1, dtype=np.int64)
+    wrong = ~(np.isin(lengths, ladder.rungs).all(axis=1) & (totals <= ladder.bucket))
+    if wrong.any():
+        row = int(wrong.argmax())
         raise InputError(
-            f"{path} contains codes from {codes.min()} to {codes.max()}, outside [0, {manifest['K']}); tokenize again"
+            f"{path}: row {row} has {','.join(map(str, lengths[row]))} codes, not an assignment of the ladder; tokenize"
+            " again"
         )
-    return codes
+    if not np.array_equal(offsets, np.cumsum([0, *totals])):
+        raise InputError(f"{path}: the offsets contradict the lengths of the blocks; tokenize again")
+    if len(codes) != offsets[-1]:
+        raise InputError(f"{path} has {len(codes)} codes, but {offsets[-1]} by its lengths; tokenize again")
+    packed = np.zeros((count, ladder.bucket), np.int32)
+    for row, start, end in zip(packed, offsets, offsets[1:], strict=False):
+        row[: end - start] = codes[start:end]
+    return {"codes": packed, "lengths": lengths}
 
 
 class CodeSet:
@@ -230,15 +312,13 @@ class CodeSet:
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:
-        """Arrays by name: `codes` and, for frame prediction, `condition`, [M, N] int32; `label` [M] int32 (-1: none).
+        """Arrays by name: those of `read_shard` for all shards, and `label` [M] int32 (-1: none).
 
         Raises:
           InputError: the folder is incomplete or damaged.
         """
-        names = ("codes", "condition") if self.manifest.get("cond_frames") else ("codes",)
-        shards = range(len(self.manifest["shards"]))
-        rows = {name: np.concatenate([read_shard(self.path, self.manifest, i, name) for i in shards]) for name in names}
-        return rows | {"label": self._labels}
+        shards = [read_shard(self.path, self.manifest, i) for i in range(len(self.manifest["shards"]))]
+        return {name: np.concatenate([rows[name] for rows in shards]) for name in shards[0]} | {"label": self._labels}
 
     def __len__(self) -> int:
         """Number of videos."""

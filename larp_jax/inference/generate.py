@@ -459,7 +459,7 @@ class SampleFolder:
         manifest = self._manifest(self._total)
         manifest["shards"][number]["rows"] = len(self.rows(number)) if count is None else count
         try:
-            return read_shard(self.path, manifest, number)
+            return read_shard(self.path, manifest, number)["codes"]
         except InputError as error:
             logger.warning("%s; sampling it again", str(error).partition(";")[0])
             return None
@@ -502,7 +502,7 @@ class SampleFolder:
         """The first videos, uint8 [T, H, W, 3] each, decoded from codes, which an earlier call may have written."""
         videos = []
         for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
-            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
+            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number)["codes"])))
         return videos[:SHEET_ROWS]
 
 

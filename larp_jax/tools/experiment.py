@@ -272,7 +272,7 @@ def _copy_codes(source: pathlib.Path, target: pathlib.Path, rows: slice, positio
     if (target / MANIFEST).exists():
         return
     manifest = read_manifest(source)
-    codes = np.concatenate([read_shard(source, manifest, i) for i in range(len(manifest["shards"]))])
+    codes = np.concatenate([read_shard(source, manifest, i)["codes"] for i in range(len(manifest["shards"]))])
     codes = codes[rows][:, positions]
     kept = ("fingerprint", "step", "K", "N", "clip", "label_names", "input", "skipped", "cond_frames")
     details = {name: manifest[name] for name in kept if name in manifest}
@@ -299,7 +299,7 @@ def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, wo
 def _rows(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All codes [M, N] int32 and labels [M] int32 of a folder."""
     manifest = read_manifest(folder)
-    codes = [read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))]
+    codes = [read_shard(folder, manifest, i)["codes"] for i in range(len(manifest["shards"]))]
     return {"codes": np.concatenate(codes), "label": np.array([row["label"] for row in manifest["rows"]], np.int32)}
 
 
