@@ -299,7 +299,8 @@ def test_a_service_without_its_package_is_refused_first(tmp_path, monkeypatch, c
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else find(name))
     train = ["train", "--config=tests/configs/tiny.py", f"--workdir={tmp_path / 'run'}", f"--config.tracker={tracker}"]
     assert cli.main([*train, "--config.data.train=folder:nowhere"]) == 2
-    assert capsys.readouterr().err == f"larp-jax: error: config.tracker={tracker!r} needs a package: pip install {packages}\n"
+    said = f"config.tracker={tracker!r} needs a package: pip install {packages}"
+    assert capsys.readouterr().err == f"larp-jax: error: {said}\n"
     assert not list(tmp_path.iterdir())
 
 

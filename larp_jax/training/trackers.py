@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from larp_jax import files, storage
+from larp_jax.config import flat
 from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             run = self._client.create_run(experiment, run_name=files.absolute(workdir).name).info.run_id
-            params = [Param(key, str(value)) for key, value in _flat(settings)]
+            params = [Param(key, str(value)) for key, value in flat(settings)]
             for first in range(0, len(params), PARAMETERS):
                 self._client.log_batch(run, params=params[first : first + PARAMETERS])
             _remember(workdir, "mlflow", run)
@@ -272,13 +273,6 @@ class MLflow:
     def close(self, failed: bool) -> None:
         """Ends the run; see `Tracker`."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in settings.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
-    return pairs
 
 
 def _known(workdir: pathlib.Path, service: str, restored_step: int) -> str | None:
