@@ -156,7 +156,7 @@ def _explained(error: Exception, place: str, access: str) -> Exception:
         return InputError(f"{place}: {said} {login} {access}")
     if status in (401, 403):
         return InputError(f"{place}: the hub refuses to {access} ({status}); {login} {access}")
-    if isinstance(error, errors.HFValidationError) or (status is not None and 400 <= status < 500):
+    if isinstance(error, ValueError) or (status is not None and 400 <= status < 500):  # a name, or the card's license
         return InputError(f"{place}: the hub does not accept this ({reason(error)})")
     said = f"status {status}" if status else f"{type(error).__name__}: {reason(error)}"
     return HubError(f"{place}: the hub does not answer ({said}); check the network, the same command continues later")

@@ -101,7 +101,12 @@ SMALL = {"size": "custom", "width": 16, "depth": 1, "heads": 2, "codebook_size":
 def test_a_generator_keeps_what_the_released_layout_has_no_field_for(server, tmp_path, options, known):
     made = config.GeneratorRecipe(model=config.GeneratorConfig(**SMALL, **options), cond_frames=2)
     checkpoint.write_imported(tmp_path / "g", config.to_dict(made), random_params(made.model), known)
+    (tmp_path / "g" / "metrics.jsonl").write_text('{"step": 0, "eval/top1": 0.5}\n{"step": 9, "eval/top1": 0.75}\n')
     assert push(tmp_path / "g") == 0
+    *_, held = server.repositories[NAME]["commits"].values()
+    card = held["README.md"].decode()
+    assert "| top1 | 0.5 |" in card and "0.75" not in card and 'computed: "during training"' in card
+    assert f'load_generator("hf://{NAME}")' in card and "license: unknown" in card and "picture.png" not in held
     assert cli.main(["import", f"--source=hf://{NAME}", f"--output={tmp_path / 'copy'}"]) == 0
     for path in (f"hf://{NAME}", tmp_path / "copy"):
         generator = larp_jax.load_generator(path)

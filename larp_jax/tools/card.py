@@ -9,8 +9,10 @@ from typing import Any
 import jax
 
 from larp_jax.config import TokenizerRecipe, default_recipe, differences, flat, parse_recipe, to_dict
+from larp_jax.evaluation import registry
 from larp_jax.tools import report
 from larp_jax.tools.charts import short
+from larp_jax.training.writers import read_metrics
 from larp_jax.version import __version__
 from larp_jax.weights.checkpoint import CHECKPOINTS, Checkpoint
 from larp_jax.weights.fingerprint import fingerprint
@@ -26,8 +28,8 @@ _FOLDERS = re.compile(r"(?<![\w.])(?:~[\w.-]*|\.{1,2})?/(?=[^\s/])(?:[^+\s/]+/)*
 def model_card(found: Checkpoint, repository: str, license_id: str) -> dict[str, bytes]:
     """The card, and the newest picture that the run has drawn of its own videos, by file name.
 
-    The metrics are those of the evaluations in the workdir (`evaluate --output WORKDIR/NAME.json`) of this step. Of
-    paths, only the last part is shown.
+    The metrics are those of the evaluations of this step in the workdir (`evaluate --output WORKDIR/NAME.json`), or else
+    what training wrote. Of paths, only the last part is shown.
 
     Args:
       found: the checkpoint that is pushed.
@@ -38,7 +40,7 @@ def model_card(found: Checkpoint, repository: str, license_id: str) -> dict[str,
     picture = _picture(workdir, found.step)
     lines = [*_head(found, repository, license_id, picture is not None), *_use(found, repository)]
     lines += ["## Model", "", *_table(_facts(found)), "## Data", "", *_table(_data(found)), "## Recipe", ""]
-    lines += [*_recipe(found), "## Metrics", "", *_metrics(workdir, found.step), "## License", ""]
+    lines += [*_recipe(found), "## Metrics", "", *_metrics(found, workdir), "## License", ""]
     lines += ["The owner has not stated one." if license_id == "unknown" else f"`{license_id}`"]
     text = "\n".join(lines) + "\n"
     return {CARD: text.encode("utf-8", "backslashreplace")} | ({} if picture is None else {PICTURE: picture})
@@ -60,7 +62,7 @@ def _head(found: Checkpoint, repository: str, license_id: str, has_picture: bool
 
 
 def _use(found: Checkpoint, repository: str) -> Iterable[str]:
-    yield from ("```python", "import jax" if found.recipe.stage == "generator" else "", "import larp_jax", "")
+    yield from ("```python", *(["import jax"] if found.recipe.stage == "generator" else []), "import larp_jax", "")
     if found.recipe.stage == "tokenizer":
         yield f'tokenizer = larp_jax.load_tokenizer("hf://{repository}")'
         yield "codes = tokenizer.encode(video)  # [B, T, H, W, 3] float in [0, 1] or uint8 -> [B, N] int32"
@@ -109,20 +111,29 @@ def _recipe(found: Checkpoint) -> list[str]:
     return [text, "", *_table([(f"`{name}`", pair[1]) for name, pair in sorted(changed.items())])]
 
 
-def _metrics(workdir: pathlib.Path, step: int) -> list[str]:
+def _metrics(found: Checkpoint, workdir: pathlib.Path) -> list[str]:
+    """The evaluations of this step, or else the scores that training wrote for it."""
     lines = []
-    for path, held in report.written_results(workdir, []):
-        protocol, metrics = held["protocol"], held.get("metrics")
-        if not isinstance(metrics, dict) or protocol.get("step") != step:
-            continue
-        definitions = protocol.get("definitions")
-        definitions = definitions if isinstance(definitions, dict) else {}
-        rows = [(name, short(value), definitions.get(name, "")) for name, value in metrics.items()]
-        left_out = ("definitions", "checkpoint", "tokenizer")
-        rest = flat({name: value for name, value in protocol.items() if name not in left_out})
-        said = "; ".join(f"{name}: {_public(json.dumps(value))}" for name, value in rest)
-        lines += [*_table(rows, ("metric", "value", "definition")), f"Protocol of `{path.name}`: {_cell(said)}", ""]
+    for _, held in report.written_results(workdir, []):
+        if isinstance(held.get("metrics"), dict) and held["protocol"].get("step") == found.step:
+            lines += _scores(held["metrics"], held["protocol"])
+    if not lines:
+        rows = [row for row in read_metrics(workdir) if row["step"] == found.step]
+        scores = {name.removeprefix("eval/"): x for row in rows for name, x in row.items() if name.startswith("eval/")}
+        data = found.recipe.data
+        protocol = {"data": data.eval, "clips": data.eval_clips or "all", "computed": "during training"}
+        lines = _scores(scores, protocol | {"definitions": registry.definitions()}) if scores else []
     return lines or ["Not recorded.", ""]
+
+
+def _scores(scores: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
+    definitions = protocol.get("definitions")
+    definitions = definitions if isinstance(definitions, dict) else {}
+    rows = [(name, short(value), definitions.get(name, "")) for name, value in scores.items()]
+    left_out = ("definitions", "checkpoint", "tokenizer")
+    rest = flat({name: value for name, value in protocol.items() if name not in left_out})
+    said = "; ".join(f"{name}: {_public(json.dumps(value))}" for name, value in rest)
+    return [*_table(rows, ("metric", "value", "definition")), f"Protocol: {_cell(said)}", ""]
 
 
 def _table(rows: Iterable[tuple], head: tuple[str, ...] = ("", "")) -> list[str]:
