@@ -28,8 +28,8 @@ _FOLDERS = re.compile(r"(?<![\w.])(?:~[\w.-]*|\.{1,2})?/(?=[^\s/])(?:[^+\s/]+/)*
 def model_card(found: Checkpoint, repository: str, license_id: str) -> dict[str, bytes]:
     """The card, and the newest picture that the run has drawn of its own videos, by file name.
 
-    The metrics are those of the evaluations of this step in the workdir (`evaluate --output WORKDIR/NAME.json`), or else
-    what training wrote. Of paths, only the last part is shown.
+    The metrics are those of the evaluations of this step in the workdir (`evaluate --output WORKDIR/NAME.json`), or
+    else what training wrote. Of paths, only the last part is shown.
 
     Args:
       found: the checkpoint that is pushed.

@@ -57,7 +57,7 @@ def check(name: str) -> None:
     """
     if name not in PACKAGES:
         return
-    if importlib.util.find_spec(name) is None:
+    if not _is_installed(name):
         raise InputError(f"config.tracker={name!r} needs a package: pip install {PACKAGES[name]}")
     if name == "wandb" and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
         import wandb
@@ -81,7 +81,7 @@ def start(workdir: pathlib.Path, restored_step: int, name: str, settings: Mappin
       settings: the recipe, which the services record.
     """
     reporters = []
-    if importlib.util.find_spec("tensorboardX") is not None:
+    if _is_installed("tensorboardX"):
         reporters.append(Reporter("TensorBoard", lambda: TensorBoard(workdir / "tensorboard", restored_step)))
     if name in PACKAGES:
         open_service = {"wandb": WeightsAndBiases, "mlflow": MLflow}[name]
@@ -273,6 +273,11 @@ class MLflow:
     def close(self, failed: bool) -> None:
         """Ends the run; see `Tracker`."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+def _is_installed(package: str) -> bool:
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None  # a folder wandb/ of runs also counts as a package, without
 
 
 def _known(workdir: pathlib.Path, service: str, restored_step: int) -> str | None:
