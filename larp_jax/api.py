@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import files
-from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
+from larp_jax.config import GeneratorConfig, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.models import packing
 from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
@@ -38,12 +38,14 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
 
     Args:
       path: a workdir (its newest checkpoint), one of its checkpoints, an imported directory, or a directory in the
-        released Hugging Face layout (`config.json` and `model.safetensors`).
+        released Hugging Face layout (`config.json` and `model.safetensors`); or a repository of that layout on the
+        hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, which is downloaded and cached.
       weights: `ema` for the EMA weights if the checkpoint has them, `raw` for the raw weights.
       mesh: devices for the parameters and for splitting batches; the default device without.
 
     Raises:
       InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
+      HubError: the hub does not answer.
     """
     found = load_checkpoint(path, weights=weights)
     sampled = found.recipe.data
@@ -85,13 +87,12 @@ def load_checkpoint(
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
     distributed.check_devices()
-    path = files.any_path(path, "checkpoint")
+    path = files.readable(path, "checkpoint")
     if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
         found = checkpoint.load(path, weights=weights)
     else:
-        _, imported, params = importing.import_huggingface(path)
-        recipe = GeneratorRecipe(model=imported) if isinstance(imported, GeneratorConfig) else imported
-        found = checkpoint.Checkpoint(files.absolute(path), recipe, params, step=0, code_counts=None, mean_clip=None)
+        recipe, params, known = importing.read_model(path)
+        found = checkpoint.Checkpoint.of(files.absolute(path), recipe, params, known)
     if kind not in (None, found.recipe.stage):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
     return found

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from larp_jax import storage
+from larp_jax import hub, storage
 from larp_jax.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ _TEMPORARY = re.compile(
     r"\.larp-[0-9a-f]{12}-[0-9a-f]{16}\.tmp"
     r"|\.(?:(?:settings|manifest|psnr)\.json|codes-\d{5}(?:-of-\d{5}\.npz)?)\.\d+|\..+\.(?:mp4|png)\.\d+\.tmp"
 )
-# A URL at the beginning of a text, with one slash if it was a pathlib path, and a URL within a text.
-_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def any_path(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
@@ -58,45 +56,26 @@ def any_path(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
     return local_path(text, what)
 
 
+def readable(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
+    """Like `any_path`, for models that are only read: `hf://` is their folder in the local cache, downloaded first.
+
+    Raises:
+      InputError: as for `any_path`, or as for `larp_jax.hub.download`.
+      HubError: the hub does not answer.
+    """
+    return hub.download(os.fspath(text), what) if hub.is_hub(text) else any_path(text, what)
+
+
 def local_path(text: str | os.PathLike, what: str = "path") -> pathlib.Path:
     """Like `any_path`, for files that are read from this machine only."""
     text = os.fspath(text)
-    refuse_url(text, what)
+    storage.refuse_url(text, what)
     if not text or "\0" in text:
         raise InputError(f"{what} {text!r} is not a path; give one on this machine")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise InputError(f"{what} {text}: {error}; give the path in full") from None
-
-
-def refuse_url(text: str, what: str, *, buckets: bool = False) -> None:
-    """`InputError` if a path is a URL, or a text such as `folder:s3://bucket/videos` contains one.
-
-    Args:
-      text: a path, or a text that contains one.
-      what: the option it came from, for the message.
-      buckets: whether gs:// is allowed.
-    """
-    for found in _URL.finditer(text):
-        scheme = found[1] or found[2]
-        if scheme.lower() == "file":
-            raise InputError(f"{what} {text}: file:// is not supported; give the path alone")
-        if buckets and text.startswith(storage.SCHEME, found.start()):
-            continue
-        if scheme.lower() == "gs":
-            raise InputError(
-                f"{what} {text}: this is read from a disk, not from gs://; mount the bucket (gcsfuse BUCKET DIR, or"
-                " launch/tpu_pod.sh --bucket) or copy it, and give the folder"
-            )
-        if scheme.lower() not in _NO_SCHEMES:
-            raise InputError(
-                f"{what} {text}: {scheme}:// is not supported; give a path on this machine, such as a mount of the"
-                " bucket, or gs:// for what this program writes"
-            )
-
-
-_NO_SCHEMES = ("folder", "tokens", "tfds")  # kinds of data sets, which can be followed by an absolute path
 
 
 def check_output(
@@ -545,8 +524,8 @@ def absolute(path: pathlib.Path) -> pathlib.Path:
 
 
 def relative(path: str | os.PathLike) -> str:
-    """A path as seen from the working directory; those in a bucket are unchanged."""
-    return os.fspath(path) if storage.is_remote(path) else os.path.relpath(path)
+    """A path as seen from the working directory; those in a bucket or on the hub are unchanged."""
+    return os.fspath(path) if storage.is_remote(path) or hub.is_hub(path) else os.path.relpath(path)
 
 
 def listing(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

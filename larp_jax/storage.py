@@ -24,9 +24,11 @@ import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 import socket
 import threading
+from collections.abc import Collection
 from typing import Any
 
 from larp_jax.errors import InputError, reason
@@ -40,8 +42,43 @@ EXPIRES = 60.0  # age in seconds at which a lock that is not renewed may be repl
 PATIENCE = 60.0  # seconds that a request may wait for the server before it counts as failed and is repeated
 
 
+# A URL at the beginning of a text, with one slash if it was a pathlib path, and a URL within a text.
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
+_NO_SCHEMES = ("folder", "tokens", "tfds")  # kinds of data sets, which can be followed by an absolute path
+
+
 class LockLost(RuntimeError):
     """Another process has replaced the lock of this one, which must not write any more."""
+
+
+def refuse_url(text: str, what: str, *, allowed: Collection[str] = ()) -> None:
+    """`InputError` if a path is a URL, or a text such as `folder:s3://bucket/videos` contains one.
+
+    Args:
+      text: a path, or a text that contains one.
+      what: the option it came from, for the message.
+      allowed: schemes that are allowed, such as `gs://`.
+    """
+    for found in _URL.finditer(text):
+        scheme = (found[1] or found[2]).lower()
+        if any(text.startswith(prefix, found.start()) for prefix in allowed) or scheme in _NO_SCHEMES:
+            continue
+        if scheme == "file":
+            raise InputError(f"{what} {text}: file:// is not supported; give the path alone")
+        if scheme == "gs":
+            raise InputError(
+                f"{what} {text}: this is read from a disk, not from gs://; mount the bucket (gcsfuse BUCKET DIR, or"
+                " launch/tpu_pod.sh --bucket) or copy it, and give the folder"
+            )
+        if scheme == "hf":
+            raise InputError(
+                f"{what} {text}: hf:// is not supported here; only a model is read from hf://OWNER/NAME (--checkpoint,"
+                " --tokenizer, import --source, init_from), and export --push OWNER/NAME writes one"
+            )
+        raise InputError(
+            f"{what} {text}: {scheme}:// is not supported; give a path on this machine, such as a mount of the"
+            " bucket, or gs:// for what this program writes"
+        )
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -201,7 +201,7 @@ def test_without_pyav(gpu, monkeypatch):
 def test_missing_parts_come_with_how_to_get_them(versions):
     versions.update({package: None for package, *_ in doctor.OPTIONAL_PACKAGES} | {"tensorflow-cpu": None})
     report = doctor.report()
-    for name in ("tensorflow", "tensorboard", "huggingface_hub", "torch", "libtpu"):
+    for name in ("tensorflow", "tensorboardX", "wandb", "mlflow", "torch", "libtpu"):
         (line,) = [line for line in report.splitlines() if line.strip().startswith(f"{name} ")]
         assert "missing" in line and "pip install" in line
 

@@ -26,13 +26,13 @@ LAYERS = (
     {"config"},
     {"metrics", "state", "npz"},
     {"files"},
-    {"storage"},
+    {"hub", "storage"},
     {"errors", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Modules, and subpackages with all their modules, that can be imported without the packages in NOT_CORE.
-CORE = {"api", "config", "errors", "files", "metrics", "models", "npz", "state", "storage", "tools.flops"}
+CORE = {"api", "config", "errors", "files", "hub", "metrics", "models", "npz", "state", "storage", "tools.flops"}
 CORE |= {"training.losses", "training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint"}
 CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released"}
 CORE |= {"weights.released_config", "weights.tensors", "runtime.rng"}

@@ -187,7 +187,7 @@ def test_downloads_are_checked_by_their_hashes(tmp_path, monkeypatch, reference_
         blob = tmp_path / digest
         blob.write_bytes(content + b" " if name == damaged else content)
         (snapshot / name).symlink_to(blob)
-    hub = types.SimpleNamespace(snapshot_download=lambda repository, allow_patterns: str(snapshot))
+    hub = types.SimpleNamespace(snapshot_download=lambda repository, revision, allow_patterns: str(snapshot))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     if damaged:
         message = rf"{damaged} is corrupted \(its hash differs from the server's\); .* download it again"

@@ -1,5 +1,6 @@
 """Files and locks in a bucket: whole or absent, never shared, through faults of the network."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -176,6 +177,8 @@ def test_metrics_reach_the_bucket_before_they_are_needed(bucket, bucket_server, 
         writer.write_image(4, "reconstruction", np.zeros((8, 8, 3), np.uint8))
     assert read_metrics(bucket)[-1]["psnr"] == 20.0 and read_metrics(bucket)[-1]["loss"] == 2.0
     assert (bucket / "media" / "00000004_reconstruction.png").exists()
+    events = [path for path in (bucket / "tensorboard").glob("*") if b"psnr" in path.read_bytes()]
+    assert len(events) == (importlib.util.find_spec("tensorboardX") is not None)
 
     with MetricWriter(bucket, restored_step=2) as writer:
         assert [row["step"] for row in read_metrics(bucket)] == [1, 2]

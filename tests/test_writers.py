@@ -1,8 +1,14 @@
+import contextlib
+import importlib.machinery
+import importlib.util
 import io
 import json
 import logging
+import pathlib
 import resource
+import struct
 import sys
+import threading
 import types
 
 import jax
@@ -10,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from larp_jax import cli
+from larp_jax.errors import InputError
 from larp_jax.runtime.progress import Progress
-from larp_jax.training import writers
+from larp_jax.training import trackers, writers
 
 
 def rows(workdir):
@@ -117,46 +125,193 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_tensorboard_gets_the_same_and_tensorflow_sees_no_gpu(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, logdir):
-            calls.append(("open", logdir))
-
-        def write_scalars(self, step, scalars):
-            calls.append(("scalars", step, scalars))
-
-        def close(self):
-            calls.append(("close",))
-
-    def module(name, **attributes):
-        fake = types.ModuleType(name)
-        fake.__spec__ = types.SimpleNamespace(name=name)
-        fake.__dict__.update(attributes)
-        monkeypatch.setitem(sys.modules, name, fake)
-
-    config = types.SimpleNamespace(set_visible_devices=lambda devices, kind: calls.append(("hide", devices, kind)))
-    module("tensorflow", config=config)
-    module("tensorboard")
-    module("clu.metric_writers", SummaryWriter=SummaryWriter)
-    with writers.MetricWriter(tmp_path) as writer:
-        writer.write_scalars(3, {"loss": jnp.float32(0.5)})
-    assert calls == [
-        ("hide", [], "GPU"),
-        ("open", str(tmp_path / "tensorboard")),
-        ("scalars", 3, {"loss": 0.5}),
-        ("close",),
-    ]
+IMAGE = np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)
 
 
-def test_a_broken_tensorflow_disables_only_tensorboard(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))  # has no `config`
-    with caplog.at_level(logging.WARNING), writers.MetricWriter(tmp_path) as writer:
-        writer.write_scalars(1, {"loss": 1.0})
-    assert steps(tmp_path) == [1]
-    assert "no TensorBoard summaries: AttributeError" in caplog.text
+def events(workdir):
+    """The events for TensorBoard, of one start of the run after the other, read record by record with its checksums."""
+    record_writer = pytest.importorskip("tensorboardX.record_writer")
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        rest = path.read_bytes()
+        while rest:
+            (length,) = struct.unpack("<Q", rest[:8])
+            assert struct.unpack("<I", rest[8:12]) == (record_writer.masked_crc32c(rest[:8]),)
+            data = rest[12 : 12 + length]
+            assert struct.unpack("<I", rest[12 + length : 16 + length]) == (record_writer.masked_crc32c(data),)
+            found.append(Event.FromString(data))
+            rest = rest[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_the_same_without_tensorflow(tmp_path):
+    pytest.importorskip("tensorboardX")
+    for restored_step in (0, 3):
+        with writers.MetricWriter(tmp_path, restored_step=restored_step) as writer:
+            writer.write_scalars(restored_step + 3, {"loss": jnp.float32(0.5), "eval/psnr": 20.0})
+            writer.write_image(restored_step + 3, "samples", IMAGE)
+    first, again = events(tmp_path)[:3], events(tmp_path)[3:]
+    assert [event.file_version for event in (first[0], again[0])] == ["brain.Event:2"] * 2
+    assert first[1].step == 3
+    assert {value.tag: value.simple_value for value in first[1].summary.value} == {"loss": 0.5, "eval/psnr": 20}
+    (value,) = first[2].summary.value
+    assert (value.tag, value.image.height, value.image.width) == ("samples", 16, 24)
+    assert value.image.encoded_image_string == (tmp_path / "media" / "00000003_samples.png").read_bytes()
+    # TensorBoard forgets what it knows of steps that the run repeats
+    assert (again[1].step, again[1].session_log.status) == (4, again[1].session_log.START)
+    assert [event.step for event in again[2:]] == [6, 6]
+    assert "tensorflow" not in sys.modules
+
+
+class Service:
+    """A stub of the packages of Weights & Biases and MLflow, which notes what it is asked for."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.fails, self.waits = [], set(), threading.Event()
+        self.waits.set()
+        run = types.SimpleNamespace(url="https://here", log=self.note("log"), finish=self.note("finish"))
+        note, names = self.note, ("get_experiment_by_name", "log_batch", "log_artifact", "update_run", "set_terminated")
+
+        class Client:
+            tracking_uri = "https://there"
+
+            def __init__(self):
+                note("client")()
+                for name in names:
+                    setattr(self, name, note(name))
+
+            def create_experiment(self, name):
+                return note("create_experiment")(name) or "7"
+
+            def create_run(self, *arguments, **options):
+                note("create_run")(*arguments, **options)
+                return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+
+        entities = types.ModuleType("mlflow.entities")
+        entities.Metric, entities.Param = (lambda *values: values), (lambda *values: values)
+        packages = {
+            "wandb": {
+                "login": self.note("login"),
+                "init": lambda **options: self.note("init")(**options) or run,
+                "Settings": dict,
+                "Image": lambda path: pathlib.Path(path).read_bytes(),
+            },
+            "mlflow": {"MlflowClient": Client, "entities": entities},
+        }
+        for name, contents in packages.items():
+            package = types.ModuleType(name)
+            package.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="here")
+            package.__dict__.update(contents)
+            monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+
+    def note(self, name):
+        def call(*arguments, **options):
+            self.waits.wait(10)
+            if name in self.fails:
+                raise ConnectionError("no network")
+            self.calls.append((name, arguments, options))
+
+        return call
+
+    def named(self, name):
+        return [(arguments, options) for called, arguments, options in self.calls if called == name]
+
+
+@pytest.fixture
+def service(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return Service(monkeypatch)
+
+
+def report(workdir, tracker, restored_step=0, error=None):
+    settings = {"steps": 9, "model": {"size": "tiny"}}
+    with contextlib.suppress(KeyError), writers.MetricWriter(
+        workdir, restored_step=restored_step, tracker=tracker, settings=settings
+    ) as writer:
+        writer.write_scalars(restored_step + 3, {"loss": jnp.float32(0.5)})
+        writer.write_image(restored_step + 3, "eval/samples", IMAGE)
+        if error:
+            raise error
+
+
+def test_weights_and_biases(tmp_path, service):
+    report(tmp_path, "wandb")
+    report(tmp_path, "wandb", restored_step=3, error=KeyError())
+    report(tmp_path, "wandb")  # a new run
+    first, again, other = (options for _, options in service.named("init"))
+    assert first["id"] == again["id"] != other["id"] == json.loads((tmp_path / "tracking.json").read_text())["wandb"]
+    assert first["resume"] == "allow" and first["name"] == tmp_path.name and first["dir"] == str(tmp_path)
+    assert first["project"] == "larp_jax" and first["config"] == {"steps": 9, "model": {"size": "tiny"}}
+    png = (tmp_path / "media" / "00000003_eval_samples.png").read_bytes()
+    logged = [(*arguments, options["step"]) for arguments, options in service.named("log")]
+    assert logged[:2] == [({"loss": 0.5}, 3), ({"eval/samples": png}, 3)] and logged[2] == ({"loss": 0.5}, 6)
+    assert [options["exit_code"] for _, options in service.named("finish")] == [0, 1, 0]
+
+
+def test_mlflow(tmp_path, service):
+    report(tmp_path, "mlflow")
+    report(tmp_path, "mlflow", restored_step=3, error=KeyError())
+    assert service.named("create_experiment") == [(("larp_jax",), {})]
+    assert service.named("create_run") == [(("7",), {"run_name": tmp_path.name})]
+    assert service.named("update_run") == [(("r1",), {"status": "RUNNING"})]  # the same run continues
+    params, one, two = service.named("log_batch")
+    assert params == (("r1",), {"params": [("steps", "9"), ("model.size", "tiny")]})
+    for (arguments, options), step in ((one, 3), (two, 6)):
+        ((name, value, _, found),) = options["metrics"]
+        assert (arguments, name, value, found) == (("r1",), "loss", 0.5, step)
+    assert [pathlib.Path(a[1]).name for a, _ in service.named("log_artifact")] == [
+        "00000003_eval_samples.png", "00000006_eval_samples.png"
+    ]  # fmt: skip
+    assert [arguments for arguments, _ in service.named("set_terminated")] == [("r1", "FINISHED"), ("r1", "FAILED")]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "call"), [("wandb", "init"), ("wandb", "log"), ("mlflow", "client"), ("mlflow", "log_batch")]
+)
+def test_a_service_that_fails_is_reported_once_and_training_continues(tmp_path, service, caplog, tracker, call):
+    service.fails.add(call)
+    with caplog.at_level(logging.WARNING):
+        report(tmp_path, tracker)
+    assert steps(tmp_path) == [3]
+    (record,) = caplog.records
+    assert f"{tracker} misses a part of this run (ConnectionError: no network); training continues" in record.message
+
+
+def test_a_service_that_hangs_does_not_hold_up_a_run(tmp_path, service, caplog, monkeypatch):
+    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    monkeypatch.setattr(trackers, "CALLS", 1)
+    service.waits.clear()
+    with caplog.at_level(logging.WARNING):
+        report(tmp_path, "mlflow")
+    service.waits.set()
+    assert steps(tmp_path) == [3]
+    (record,) = [record for record in caplog.records if "mlflow" in record.message]
+    assert "mlflow misses a part of this run (it does not keep up)" in record.message
+
+
+@pytest.mark.parametrize(("tracker", "packages"), [("wandb", "wandb pillow"), ("mlflow", "mlflow")])
+def test_a_service_without_its_package_is_refused_first(tmp_path, monkeypatch, capsys, tracker, packages):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else find(name))
+    train = ["train", "--config=tests/configs/tiny.py", f"--workdir={tmp_path / 'run'}", f"--config.tracker={tracker}"]
+    assert cli.main([*train, "--config.data.train=folder:nowhere"]) == 2
+    said = f"config.tracker={tracker!r} needs a package: pip install {packages}"
+    assert capsys.readouterr().err == f"larp-jax: error: {said}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_login_training_does_not_start(service, monkeypatch):
+    service.fails.add("login")
+    with pytest.raises(InputError, match="not logged in .*no network.* run wandb login, or set WANDB_API_KEY"):
+        trackers.check("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.check("wandb")
+    trackers.check("mlflow")
+    trackers.check("none")
 
 
 def test_progress_in_a_log_is_plain_lines(monkeypatch):

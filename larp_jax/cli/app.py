@@ -168,7 +168,7 @@ def _logging() -> Iterator[None]:
     before = logger.level, logger.propagate, sys.excepthook
     # main() catches all exceptions except those in threads of TensorStore after a failed save.
     sys.excepthook = lambda *error: logger.debug("in a thread: %s", error)
-    for name in ("jax", "orbax", "grain", "tensorflow"):
+    for name in ("jax", "orbax", "grain", "tensorflow", "huggingface_hub", "mlflow", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("absl", "asyncio", "gcsfs"):  # tracebacks of errors that are also raised
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from larp_jax import files
+from larp_jax import files, hub, storage
 from larp_jax.errors import InputError
 
-CHECKPOINT = "a workdir (its newest checkpoint), a checkpoint, an imported directory, or a Hugging Face style directory"
+CHECKPOINT = (
+    "a workdir (its newest checkpoint), a checkpoint, an imported directory, a Hugging Face style directory, or"
+    " hf://OWNER/NAME[@REVISION]"
+)
 SPEC = "tfds:NAME[/CONFIG][:SPLIT], folder:PATH or moving_shapes[:SPLIT]"
 
 
@@ -165,16 +168,19 @@ def add_processes(sub) -> None:
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
 PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples")  # may be in a bucket
+MODELS = ("checkpoint", "tokenizer", "source")  # may be repositories of the hub
+MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
 FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
 
 
-def _may_be_remote(name: str, text: str) -> bool:
-    """Whether a text may contain gs://: weights and codes, which this program wrote, but not videos."""
-    if name == "source" or "tokens:gs://" in text:
-        return True
-    return name == "overrides" and not text.startswith("--config.data.")
+def _allowed(name: str, text: str) -> tuple[str, ...]:
+    """The schemes that a text may contain: gs:// of weights and codes, which this program wrote, but not of videos."""
+    if name == "overrides" and text.startswith(MODEL_SETTINGS):
+        return storage.SCHEME, hub.SCHEME
+    written = name == "overrides" and not text.startswith("--config.data.")
+    return (storage.SCHEME,) if name == "source" or "tokens:gs://" in text or written else ()
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
@@ -182,13 +188,16 @@ def check_paths(arguments: argparse.Namespace) -> None:
     written = PATHS + (("input",) if arguments.command == "detokenize" else ())
     for name, value in vars(arguments).items():
         option = f"--{name.replace('_', '-')}"
-        if name in written and value is not None:
+        if name in MODELS and value is not None and hub.is_hub(value):
+            hub.parse(value, option)
+        elif name in written and value is not None:
             setattr(arguments, name, str(files.any_path(value, option)))
         elif name in LOCAL_PATHS and value is not None:
             setattr(arguments, name, str(files.local_path(value, option)))
         elif name in TEXTS and value is not None:
             for text in [value] if isinstance(value, str) else value:
-                files.refuse_url(text, "setting" if name == "overrides" else option, buckets=_may_be_remote(name, text))
+                what = "setting" if name == "overrides" else option
+                storage.refuse_url(text, what, allowed=_allowed(name, text))
     for name in ("workdir", "samples"):
         if getattr(arguments, name, None) and arguments.command != "report":
             files.check_folder(getattr(arguments, name), f"--{name}")

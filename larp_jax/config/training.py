@@ -170,7 +170,8 @@ class Recipe:
     Metrics are logged every `log_every` steps, and evaluated every `eval_every` steps. Checkpoints are saved every
     `save_every` steps; the newest `keep` are kept, and the one with the best `best_metric`. `init_from` is a path of
     weights to initialize from, of any form that `larp_jax.load_tokenizer` accepts. It is not read again when a run
-    resumes.
+    resumes. `tracker` is a service that metrics and pictures are also sent to: `none`, `wandb` (Weights & Biases) or
+    `mlflow`.
     """
 
     seed: int = 0
@@ -185,9 +186,11 @@ class Recipe:
     eval_every: int = 5000
     save_every: int = 1000
     keep: int = 3
+    tracker: str = "none"
 
     def __post_init__(self):
         check_seed("seed", self.seed)
+        one_of("tracker", self.tracker, ("none", "wandb", "mlflow"))
         one_of("precision", self.precision, ("float32", "bfloat16"))
         one_of("remat", self.remat, ("none", "block", "dots"))
         for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from larp_jax import files
+from larp_jax import storage
 from larp_jax.data.video import EXTENSIONS, IMAGES
 from larp_jax.errors import InputError
 
@@ -88,9 +88,9 @@ def parse_spec(text: str) -> DataSpec:
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
     if kind in ("folder", "tokens", "tfds"):
-        files.refuse_url(rest, "data", buckets=kind == "tokens")
+        storage.refuse_url(rest, "data", allowed=(storage.SCHEME,) if kind == "tokens" else ())
     elif "://" in text:
-        files.refuse_url(text, "data")
+        storage.refuse_url(text, "data")
     if kind in ("folder", "tokens") and rest:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):

@@ -30,6 +30,7 @@ PACKAGES = (
     "clu",
     "av",
     "safetensors",
+    "huggingface_hub",
     "einops",
     "ml-collections",
     "numpy",
@@ -50,9 +51,10 @@ ENCODERS = ("h264", "mjpeg", "png")
 
 # (package, purpose, arguments of pip install).
 OPTIONAL_PACKAGES = (
-    ("tensorflow", "TensorBoard summaries; TFDS data sets that only TensorFlow can read", "tensorflow-cpu tensorboard"),
-    ("tensorboard", "TensorBoard summaries", "tensorflow-cpu tensorboard"),
-    ("huggingface_hub", "importing released weights by repository id", "huggingface_hub"),
+    ("tensorboardX", "writing metrics and pictures for TensorBoard", "tensorboardX tensorboard"),
+    ("wandb", "reporting runs to Weights & Biases (config.tracker='wandb')", "wandb pillow"),
+    ("mlflow", "reporting runs to MLflow (config.tracker='mlflow')", "mlflow"),
+    ("tensorflow", "TFDS data sets that only TensorFlow can read", "tensorflow-cpu"),
     ("gcsfs", "gs:// for workdirs, checkpoints, codes and outputs", "gcsfs"),
     ("torch", "comparisons with PyTorch in the tests; not used otherwise", "torch"),
     ("libtpu", "TPUs; larp-jax plan --topology on any machine", "'jax[tpu]'"),

@@ -5,13 +5,13 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from larp_jax import files
-from larp_jax.config import STAGES, default_recipe, parse_recipe, to_dict
+from larp_jax.config import STAGES, default_recipe, flat, parse_recipe, to_dict
 from larp_jax.errors import InputError, reason
 from larp_jax.evaluation.registry import every_metric
 from larp_jax.files import read_json
@@ -195,7 +195,7 @@ def _series(rows: list[dict], name: str, label: str) -> Series:
 
 def _throughput(config: Mapping | None, rows: list[dict]) -> list[tuple[int, float | None]]:
     """Clips per second between logged steps, with evaluations, saves and pauses; None if the clock went backward."""
-    size = dict(_flat(config or {})).get("data.batch_size")
+    size = dict(flat(config or {})).get("data.batch_size")
     timed = [row for row in rows if is_number(row.get("wall_time")) and "train/loss" in row]
     if not is_number(size) or len(timed) < 2:
         return []
@@ -272,15 +272,8 @@ def _codebook(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
 def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     """Evaluations and analyses in the workdir and its folders."""
     evaluations, analyses = [], []
-    for path in sorted([*workdir.glob("*.json"), *workdir.glob("*/*.json")]):
+    for path, held in written_results(workdir, notes):
         name = path.relative_to(workdir).as_posix()
-        try:
-            held = read_json(path)
-        except (OSError, ValueError) as error:
-            notes.append(f"{name} cannot be read ({reason(error)})")
-            continue
-        if not isinstance(held, dict) or not isinstance(held.get("protocol"), dict):
-            continue
         try:
             if held.get("format") == analysis.FORMAT:
                 analyses.append(_analysis(path, name, held))
@@ -303,6 +296,18 @@ def _code_folders(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any
     return found
 
 
+def written_results(workdir: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    """Path and contents of the evaluations and analyses in a workdir and its folders; notes what cannot be read."""
+    for path in sorted([*workdir.glob("*.json"), *workdir.glob("*/*.json")]):
+        try:
+            held = read_json(path)
+        except (OSError, ValueError) as error:
+            notes.append(f"{path.relative_to(workdir).as_posix()} cannot be read ({reason(error)})")
+            continue
+        if isinstance(held, dict) and isinstance(held.get("protocol"), dict):
+            yield path, held
+
+
 def _evaluation(name: str, held: Mapping) -> dict[str, Any]:
     protocol = dict(held["protocol"])
     definitions = dict(protocol.pop("definitions", {}))
@@ -315,7 +320,7 @@ def _evaluation(name: str, held: Mapping) -> dict[str, Any]:
     return {
         "name": name,
         "metrics": [(metric, value, definitions.get(metric, "")) for metric, value in held["metrics"].items()],
-        "protocol": _flat({"choice of clips": definitions.get("clips"), **protocol}),
+        "protocol": flat({"choice of clips": definitions.get("clips"), **protocol}),
         "chart": chart,
     }
 
@@ -336,7 +341,7 @@ def _analysis(path: pathlib.Path, name: str, held: Mapping) -> dict[str, Any]:
         "positions": positions,
         "charts": figures,
         "definitions": list(definitions.items()),
-        "protocol": _flat(protocol),
+        "protocol": flat(protocol),
     }
 
 
@@ -345,21 +350,10 @@ def _settings(config: Mapping | None) -> list[tuple[str, Any, Any]]:
     if config is None:
         return []
     stage = str(config.get("stage", "tokenizer"))
-    published = dict(_flat(to_dict(parse_recipe(default_recipe(stage))))) if stage in STAGES else {}
+    published = dict(flat(to_dict(parse_recipe(default_recipe(stage))))) if stage in STAGES else {}
     return [
         (name, value, published.get(name, "–") if published and published.get(name) != value else None)
-        for name, value in _flat(config)
-    ]
-
-
-def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as a list of (dotted name, value), without None values."""
-    pairs: Iterable[tuple[str, Any]] = ((f"{prefix}{key}", value) for key, value in values.items())
-    return [
-        pair
-        for name, value in pairs
-        for pair in (_flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)])
-        if pair[1] is not None
+        for name, value in flat(config)
     ]
 
 

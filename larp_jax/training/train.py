@@ -22,7 +22,7 @@ from larp_jax.runtime.clock import Clock
 from larp_jax.runtime.progress import Progress
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.runtime.watchdog import COMPUTE, EVALUATE, READ, SAVE, Watchdog
-from larp_jax.training import warm_start
+from larp_jax.training import trackers, warm_start
 from larp_jax.training.profile import Profile
 from larp_jax.training.stages import TASKS
 from larp_jax.training.writers import MetricWriter
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Settings, and groups of them, that may change when a run continues: the run is the same, though not bit by bit.
 # `size` is only a label: the width, depth and heads that it stands for are compared.
-MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "mesh",
+MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "tracker", "mesh",
               "remat", "accumulate", "precision", "tokenizer", "data.eval", "data.workers", "data.eval_clips", "optim",
               "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
               "loss.adversarial_weight",
@@ -80,6 +80,8 @@ def train(
     workdir = files.any_path(workdir, "--workdir")
     _check_workdir(workdir)
     distributed.check_devices()
+    if distributed.is_first():
+        trackers.check(recipe.tracker)
     mesh = sharding.make_mesh(recipe.mesh)
     sharding.check_batch(recipe.data.batch_size, mesh, recipe.accumulate)
     stop = StopRequest("before the first step; nothing new was saved")
@@ -120,7 +122,9 @@ class Run:
             self.task.resume(metadata)
             logger.info("continuing %s from step %d", workdir, self.state.step)
         self.first_step = self.step = int(self.state.step)
-        self.writer = MetricWriter(workdir, restored_step=self.first_step)
+        self.writer = MetricWriter(
+            workdir, restored_step=self.first_step, tracker=recipe.tracker, settings=to_dict(self.recipe)
+        )
         self.manager.before_commit = self.writer.flush  # a run that resumes finds the lines up to its checkpoint
         self.task.open_evaluation(workdir)
 

@@ -10,7 +10,7 @@ import numpy as np
 from larp_jax import api
 from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, to_dict
 from larp_jax.errors import InputError
-from larp_jax.files import any_path
+from larp_jax.files import readable
 from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
 from larp_jax.weights import checkpoint
@@ -46,7 +46,7 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
       InputError: there are no such weights, they are of another stage, or some do not match; the message names each
         parameter and setting that differs.
     """
-    path = any_path(recipe.init_from, "init_from")
+    path = readable(recipe.init_from, "init_from")
     try:
         found = api.load_checkpoint(path, kind=recipe.stage)
         params = dict(found.params)

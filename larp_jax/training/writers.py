@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import errno
-import importlib.util
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from larp_jax import files, storage
 from larp_jax.data import video
 from larp_jax.errors import InputError, reason
 from larp_jax.files import parse_json
+from larp_jax.training import trackers
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ class MetricWriter:
 
     `metrics.jsonl` contains one strict JSON object per line: `step`, `wall_time` (seconds since the epoch) and every
     scalar of that step; NaN and infinities become null. Steps increase from line to line, and a line is on disk when
-    `write_scalars` returns. `media/` contains `STEP_name.png` and `STEP_name.mp4`. If TensorFlow and TensorBoard are
-    installed, `tensorboard/` also gets the scalars and images.
+    `write_scalars` returns. `media/` contains `STEP_name.png` and `STEP_name.mp4`. Scalars and images also go to
+    TensorBoard and to the service that is chosen; see `larp_jax.training.trackers`.
 
     A full disk does not stop a run: it is logged once, and scalars are written when there is space again. In a bucket,
     files are written in the background, `metrics.jsonl` as a whole every `UPLOAD_EVERY` seconds and by `flush`; a
@@ -45,12 +45,20 @@ class MetricWriter:
       workdir: folder of the run, created if missing.
       restored_step: the step the run continues from. Lines of later steps, which the run will repeat, are
         removed, as is a last line that a crash cut short.
+      tracker: `none`, `wandb` or `mlflow`.
+      settings: the recipe, for the tracker.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, restored_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        restored_step: int = 0,
+        tracker: str = "none",
+        settings: Mapping[str, Any] | None = None,
+    ):
         self._enabled = jax.process_index() == 0
         self._warned = False
-        self._tensorboard = None
         if not self._enabled:
             return
         self._workdir = files.any_path(workdir)
@@ -62,24 +70,24 @@ class MetricWriter:
         self._lines = lines(self._workdir / METRICS, [_encode(row) for row in rows])
         # In a bucket, media are written by one thread in the order in which they come.
         self._background = concurrent.futures.ThreadPoolExecutor(1) if storage.is_remote(self._workdir) else None
-        self._tensorboard = _open_tensorboard(self._workdir / "tensorboard")
+        self._reporters = trackers.start(self._workdir, restored_step, tracker, settings or {})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.close()
+        self.close(failed=exception[0] is not None)
 
-    def close(self) -> None:
-        """Closes the files, after everything is written or has failed."""
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the files, after everything is written or has failed; `failed` if an error ends the run."""
         if not self._enabled:
             return
         if self._background:
             self._background.shutdown()
             self._tolerate(METRICS, self.flush)
         self._lines.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for reporter in self._reporters:
+            reporter.close(failed=failed)
 
     def flush(self) -> None:
         """Returns when all lines written so far are stored. Raises the error if that fails."""
@@ -103,17 +111,18 @@ class MetricWriter:
         self._row = {**(self._row if same_step else {}), "step": int(step), "wall_time": time.time(), **values}
         self._lines.put(_encode(self._row), replace=same_step)
         self._write(METRICS, self._lines.write)
-        if self._tensorboard:
-            self._tolerate("tensorboard", lambda: self._tensorboard.write_scalars(step, values))
+        for reporter in self._reporters:
+            reporter.put(lambda tracker: tracker.write_scalars(step, values))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes uint8 [H, W, 3] to `media/STEP_name.png`."""
         if not self._enabled:
             return
         path = self._media_path(step, name, ".png")
-        self._write(path, lambda: video.write_png(path, image))
-        if self._tensorboard:
-            self._tolerate("tensorboard", lambda: self._tensorboard.write_images(step, {name: image}))
+        png = video.encode_png(image)
+        self._write(path, lambda: files.write_bytes(path, png))
+        for reporter in self._reporters:
+            reporter.put(lambda tracker: tracker.write_image(step, name, png))
 
     def write_video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """Writes uint8 [T, H, W, 3] at `fps` frames per second to `media/STEP_name.mp4`."""
@@ -235,19 +244,3 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < LAST_STEP:
             rows.append(row)
     return rows
-
-
-def _open_tensorboard(path: pathlib.Path):
-    """A clu SummaryWriter, or None if its requirements are missing or broken."""
-    if any(importlib.util.find_spec(name) is None for name in ("clu", "tensorflow", "tensorboard")):
-        return None
-    try:
-        import tensorflow as tf
-
-        tf.config.set_visible_devices([], "GPU")  # or TensorFlow reserves the memory that JAX needs
-        from clu.metric_writers import SummaryWriter
-
-        return SummaryWriter(str(path))
-    except Exception as error:  # a TensorFlow that does not match its protobuf or NumPy raises many kinds of errors
-        logger.warning("no TensorBoard summaries: %s: %s", type(error).__name__, error)
-        return None

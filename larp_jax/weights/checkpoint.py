@@ -344,6 +344,28 @@ class Checkpoint:
     class_counts: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, path: pathlib.Path, recipe: Any, params: dict, known: Mapping[str, Any], **more) -> "Checkpoint":
+        """A checkpoint whose metadata, which come from JSON, are these."""
+        counts = {
+            name: None if known.get(name) is None else np.asarray(known[name], np.int64)
+            for name in ("code_counts", "class_counts")
+        }
+        names = tuple(known.get("class_names") or ())
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("its class_names are not strings")
+        more = {"mean_clip": None} | more
+        return cls(
+            path=path,
+            recipe=recipe,
+            params=params,
+            step=operator.index(known.get("step", 0)),
+            tokenizer_fingerprint=known.get("tokenizer_fingerprint"),
+            class_names=names,
+            **counts,
+            **more,
+        )
+
 
 def is_checkpoint(path: pathlib.Path) -> bool:
     """Whether a directory is a checkpoint itself (as opposed to a workdir); it may be damaged."""
@@ -458,13 +480,6 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
         recipe = parse_recipe(metadata["config"])
     except InputError as error:
         raise InputError(f"checkpoint {directory} has settings that this version does not support: {error}") from error
-    counts, class_counts = (
-        None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
-        for name in ("code_counts", "class_counts")
-    )
-    class_names = tuple(metadata.get("class_names") or ())
-    if not all(isinstance(name, str) for name in class_names):
-        raise ValueError("its class_names are not strings")
     with ocp.PyTreeCheckpointer() as reader:
         arrays = reader.metadata(directory / item).item_metadata
         if arrays is None:
@@ -476,17 +491,7 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
     if directory.parent.name == CHECKPOINTS and isinstance(recipe, TokenizerRecipe):
         path = directory.parent.parent / MEAN_CLIP
         mean_clip = read_mean_clip(path, recipe.model.clip_shape) if path.exists() else None
-    return Checkpoint(
-        path=directory,
-        recipe=recipe,
-        params=params,
-        step=operator.index(metadata.get("step", 0)),
-        code_counts=counts,
-        mean_clip=mean_clip,
-        tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
-        class_counts=class_counts,
-        class_names=class_names,
-    )
+    return Checkpoint.of(directory, recipe, params, metadata, mean_clip=mean_clip)
 
 
 def _check_sizes(recipe: Any, arrays: Any) -> None:
@@ -508,8 +513,16 @@ def _check_sizes(recipe: Any, arrays: Any) -> None:
             raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")
 
 
-def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:
-    """Writes imported parameters as a checkpoint (step 0, no optimizer); does not overwrite anything.
+def write_imported(
+    directory: str | os.PathLike, recipe: Mapping, params: dict, known: Mapping[str, Any] | None = None
+) -> None:
+    """Writes imported parameters as a checkpoint without optimizer; does not overwrite anything.
+
+    Args:
+      directory: created.
+      recipe: ready for JSON.
+      params: parameters by module.
+      known: what else is known, from `larp_jax.weights.importing.read_model`.
 
     Raises:
       InputError: the directory exists and is not empty.
@@ -519,7 +532,8 @@ def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) 
         writer.save(
             folder / "0",
             args=args.Composite(
-                params=args.StandardSave(params), metadata=_metadata_of({"config": dict(recipe), "step": 0}, ["params"])
+                params=args.StandardSave(params),
+                metadata=_metadata_of({"step": 0, **(known or {}), "config": dict(recipe)}, ["params"]),
             ),
         )
         for path in (folder / "0").iterdir():

@@ -20,14 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from larp_jax import files
-from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe
+from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng
 from larp_jax.weights import released, released_config
+from larp_jax.weights.checkpoint import Checkpoint
 from larp_jax.weights.fingerprint import fingerprint
-from larp_jax.weights.importing import CONFIG, PRIOR_SIZES, WEIGHTS
+from larp_jax.weights.importing import CONFIG, OURS, PRIOR_SIZES, WEIGHTS, settings_beside
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIXES = {"codebook-npz": ".npz", "codebook-safetensors": ".safetensors"}  # the other kinds are directories
@@ -73,33 +74,63 @@ def _is_manifest(path: pathlib.Path) -> bool:
 
 
 def export_huggingface(
-    directory: str | os.PathLike, config: TokenizerRecipe | GeneratorConfig, params: Mapping
+    directory: str | os.PathLike,
+    recipe: TokenizerRecipe | GeneratorRecipe | GeneratorConfig,
+    params: Mapping,
+    *,
+    known: Mapping[str, Any] | None = None,
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes a directory that `from_pretrained` of the released code loads: `config.json` and `model.safetensors`.
 
+    What their `config.json` has no field for is written next to it as `larp_jax.json`, which they ignore.
+
     Args:
       directory: created; must not exist or must be empty.
-      config: recipe of a tokenizer or configuration of a generator.
+      recipe: of the model; for a generator, its configuration is enough.
       params: as in `TrainState.params` (`tokenizer`, with or without `prior`; or `generator`), raw or EMA.
+      known: what else is known, from `known_of`.
+      more: contents of further files by name.
 
     Raises:
       InputError: the directory is not empty, or the released layout does not support the configuration.
       OSError: writing failed.
     """
-    if isinstance(config, TokenizerRecipe) and "prior" not in params:
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, prior_weight=0.0))
+    if isinstance(recipe, GeneratorConfig):
+        recipe = GeneratorRecipe(model=recipe)
+    if isinstance(recipe, TokenizerRecipe) and "prior" not in params:
+        recipe = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, prior_weight=0.0))
+    config = recipe if isinstance(recipe, TokenizerRecipe) else recipe.model
     values, prior_sizes = released_config.config_to_released(config)
     items = released.model_tensors(config)
     tensors = released.params_to_released(items, params)
     tensors |= {item.name: item.compute() for item in items if isinstance(item, released.Table)}
+    beside = settings_beside(recipe)
+    ours = dict(known or {}) | ({"settings": beside} if beside else {})
     with files.new_folder(directory) as folder:
         (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
         if prior_sizes:
             (folder / PRIOR_SIZES).write_text(json.dumps({"prior": prior_sizes}))
+        if ours:
+            (folder / OURS).write_text(json.dumps(ours, indent=1))
+        for name, content in (more or {}).items():
+            (folder / name).write_bytes(content)
         try:
             save_file(tensors, folder / WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def known_of(found: Checkpoint) -> dict[str, Any]:
+    """What `export_huggingface` writes beside the settings of a checkpoint, ready for JSON."""
+    counts = {"code_counts": found.code_counts, "class_counts": found.class_counts}
+    known = {name: [int(n) for n in numbers] for name, numbers in counts.items() if numbers is not None}
+    others = {
+        "step": found.step,
+        "tokenizer_fingerprint": found.tokenizer_fingerprint,
+        "class_names": list(found.class_names),
+    }
+    return known | {name: value for name, value in others.items() if value}
 
 
 def codebook_manifest(

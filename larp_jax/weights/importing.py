@@ -3,20 +3,27 @@
 Only the checkpoint needs PyTorch. No file is ever unpickled into arbitrary objects.
 """
 
-import hashlib
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from larp_jax import files
-from larp_jax.config import GENERATOR_SIZES, GeneratorConfig, TokenizerRecipe
+from larp_jax import files, hub
+from larp_jax.config import (
+    GENERATOR_SIZES,
+    GeneratorConfig,
+    GeneratorRecipe,
+    TokenizerRecipe,
+    differences,
+    parse_recipe,
+    to_dict,
+)
 from larp_jax.errors import InputError
 from larp_jax.files import read_json
+from larp_jax.hub import CONFIG, OURS, PRIOR_SIZES, WEIGHTS
 from larp_jax.weights import released, released_config
 from larp_jax.weights.tensors import (
     check_finite,
@@ -27,11 +34,85 @@ from larp_jax.weights.tensors import (
     read_safetensors,
 )
 
-CONFIG, WEIGHTS, PRIOR_SIZES = "config.json", "model.safetensors", "prior.json"
 LAYOUT = f"the directory of a released model contains {CONFIG} and {WEIGHTS}"
 UNREAD = r"bottleneck\.norm_layer\.num_batches_tracked"  # the step counter of the batch norm, an integer
 INVERSE_TEMPERATURE = "bottleneck.regularizer.stochastic_temperature_inv"
 BATCH_NORM_EPSILON = 1e-5  # PyTorch's default
+
+
+# Settings of trained models that `config.json` has no field for; `larp_jax.json` next to it contains them.
+BESIDE = ("model.frames_dropout", "cond_frames", "data.fps", "data.stride")
+
+
+def settings_beside(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, Any]:
+    """The settings of `BESIDE` that are not at their defaults, by dotted name."""
+    changed = differences(to_dict(type(recipe)()), to_dict(recipe))
+    return {name: changed[name][1] for name in BESIDE if name in changed}
+
+
+def read_model(
+    source: str | os.PathLike, *, ema: bool = False
+) -> tuple[TokenizerRecipe | GeneratorRecipe, dict, dict[str, Any]]:
+    """Reads a released model, or one that `larp-jax export --format huggingface` wrote.
+
+    Args:
+      source: as for `import_huggingface`.
+      ema: as for `import_huggingface`.
+
+    Returns:
+      Its recipe; its parameters as in `TrainState.params`; and what else is known: `step`, `code_counts`,
+      `tokenizer_fingerprint`, `class_counts` and `class_names`, as in `larp_jax.weights.checkpoint.Checkpoint`.
+
+    Raises:
+      InputError: as for `import_huggingface`, or `larp_jax.json` is not one of that model.
+    """
+    path = _located(source)
+    _, config, params = import_huggingface(path, ema=ema)
+    recipe = GeneratorRecipe(model=config) if isinstance(config, GeneratorConfig) else config
+    if not (path / OURS).exists():
+        return recipe, params, {}
+    known = _read_json(path / OURS)
+    values, settings = to_dict(recipe), known.pop("settings", {})
+    sizes = {"code_counts": recipe.model.quantizer.codebook_size} if isinstance(recipe, TokenizerRecipe) else {}
+    sizes |= {"class_counts": recipe.model.num_classes} if isinstance(recipe, GeneratorRecipe) else {}
+    try:
+        for name, value in settings.items():
+            section, _, key = name.rpartition(".")
+            if name not in BESIDE or key not in (held := values[section] if section else values):
+                raise ValueError(f"{name} is not a setting of it")
+            held[key] = value
+        recipe = parse_recipe(values)
+        _check_known(known, sizes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path / OURS} does not describe the model next to it ({one_line(error)})") from None
+    return recipe, params, known
+
+
+def _check_known(known: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Raises an error of any kind if an entry of `larp_jax.json` is not known, or of the wrong type or size."""
+    for name, value in known.items():
+        if name == "class_names":
+            fine = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        elif name == "tokenizer_fingerprint":
+            fine = isinstance(value, str)
+        else:
+            numbers = [value] if name == "step" else value
+            size = 1 if name == "step" else sizes[name]
+            fine = len(numbers) == size and all(type(x) is int and 0 <= x < 2**63 for x in numbers)
+        if not fine:
+            raise ValueError(f"{name} is not what it should be")
+
+
+def _located(source: str | os.PathLike) -> pathlib.Path:
+    """The folder or file of a source, downloaded if it is a repository."""
+    path = files.readable(source, "--source")
+    if path.exists():
+        return path
+    try:
+        hub.parse(str(path), "--source")
+    except InputError:
+        raise InputError(f"{path} is neither a directory, a file nor a repository id like owner/name") from None
+    return hub.download(str(path), "--source")
 
 
 def import_huggingface(
@@ -41,7 +122,7 @@ def import_huggingface(
 
     Args:
       source: a directory with `config.json` and `model.safetensors`; a `.pth` checkpoint of the released trainer; or a
-        repository id `owner/name`, downloaded with huggingface_hub.
+        repository of the Hugging Face hub, `owner/name[@revision]` or `hf://owner/name[@revision]`.
       ema: whether to read the EMA weights of a `.pth` checkpoint (the slowest EMA, if there are several).
 
     Returns:
@@ -51,14 +132,12 @@ def import_huggingface(
     Raises:
       InputError: a setting or tensor is missing, unexpected, of the wrong shape or not supported.
     """
-    path = files.any_path(source, "--source")
+    path = _located(source)
     if path.is_file():
         with files.fetched(path) as file:
             values, tensors, where = _read_checkpoint(file, ema)
         prior_sizes = None
     else:
-        if not path.is_dir():
-            path = _download(str(path))
         if ema:
             raise InputError(f"{path} contains only one set of weights, no EMA; leave out --ema")
         where = str(path / CONFIG)
@@ -79,45 +158,6 @@ def import_huggingface(
     _check_values(items, tensors, where)
     kind = "generator" if isinstance(config, GeneratorConfig) else "tokenizer"
     return kind, config, released.params_from_released(items, tensors)
-
-
-def _download(repository: str) -> pathlib.Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise InputError(f"{repository} is neither a directory, a file nor a repository id like owner/name")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(
-            f"{repository} is not a local directory, and downloading it as a repository needs huggingface_hub: pip"
-            f" install it, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
-        ) from None
-    try:
-        folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # many types: no network, no such repository, no access
-        raise InputError(
-            f"{repository} is not a local directory, and downloading it failed ({one_line(error)}); check the name and"
-            f" the network, or download {CONFIG} and {WEIGHTS} yourself and give their directory"
-        ) from None
-    for name in (CONFIG, WEIGHTS):
-        if (folder / name).exists():
-            _check_download(folder / name)
-    return folder
-
-
-def _check_download(path: pathlib.Path) -> None:
-    """Compares a file in the cache of huggingface_hub with the server's hash, which is its name there.
-
-    The hash of a large file is its SHA-256, that of other files their Git blob hash.
-    """
-    stored = path.resolve()
-    if len(stored.name) == 64:
-        found = files.digest(stored)
-    else:
-        found = hashlib.sha1(b"blob %d\0" % stored.stat().st_size + stored.read_bytes()).hexdigest()
-    if found != stored.name:
-        raise InputError(
-            f"{path} is corrupted (its hash differs from the server's); delete {stored} and download it again"
-        )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
