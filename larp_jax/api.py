@@ -425,7 +425,7 @@ class LoadedGenerator:
         chosen = SamplingOptions(**options)
         arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen)
         with rng.pinned(), self._precisely():
-            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
+            return self._sample(*arguments, chosen.plan(self.config.symbols))
 
     def logits(
         self,
@@ -453,7 +453,7 @@ class LoadedGenerator:
         classes = condition.classes if self.config.has_classes else None
         arguments = self._arguments(classes, condition.frames, numbers, rng.key(0), chosen)
         with self._precisely():
-            return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
+            return self._sample.lower(*arguments, chosen.plan(self.config.symbols)).compile()
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
         """`InputError` if the generator is known to have been trained with another tokenizer."""

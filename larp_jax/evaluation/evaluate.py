@@ -20,7 +20,7 @@ from larp_jax.evaluation.metrics import Setting
 from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
 from larp_jax.inference.generate import Sampler, class_counts, load_pair
 from larp_jax.models.generator import Generator
-from larp_jax.models.generator_codes import encode_batch, score_batch
+from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import sharding
 from larp_jax.version import __version__
@@ -249,8 +249,8 @@ def _next_code_scores(
     def codes(batch, params):
         return encode_batch(tokenizer.module(params), batch, cond_frames=cond_frames)
 
-    def score(params, batch):
-        return score_batch(nnx.merge(graphdef, params), batch)
+    def sums(params, batch):
+        return score_sums(config, score_batch(nnx.merge(graphdef, params), batch), batch)
 
     trees = found.params["generator"], jax.device_get(tokenizer.params)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
@@ -258,7 +258,7 @@ def _next_code_scores(
         rows = encoded_clips(codes, frozen, clips, mesh, batch_size=batch_size, progress=request.progress)
         if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
-        scores = NextCodeEvaluator(score, rows, mesh, batch_size=batch_size).run(params)
+        scores = NextCodeEvaluator(sums, rows, mesh, batch_size=batch_size).run(params)
     return scores, {"clips": len(rows["codes"]), "codes": {"K": config.codebook_size, "N": config.num_tokens}}
 
 

@@ -28,7 +28,7 @@ from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
-from larp_jax.models.generator_codes import encode_batch, score_batch
+from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.next_code import NextCode
 from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
@@ -51,7 +51,8 @@ class GeneratorStage:
     """A generator, trained on the codes of a frozen tokenizer.
 
     A batch contains `video`, uint8 or float [B, T, H, W, C], which the tokenizer encodes, or `codes`, [B, N] int32, and
-    for frame prediction also `condition`, [B, N] int32. `label` [B] int32 contains the classes (-1: none).
+    for frame prediction also `condition`, [B, N] int32, and with a ladder `lengths`, [B, T] int32. `label` [B] int32
+    contains the classes (-1: none).
 
     Args:
       recipe: its model is complete: no size is 0.
@@ -98,6 +99,44 @@ class GeneratorStage:
         """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
         return score_batch(self.module("generator", params), batch, key=key)
 
+    def sums(self, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Sums of these scores without dropout, see `score_sums`."""
+        return score_sums(self.recipe.model, self.score(params, batch), batch)
+
+    def gradient(self, params: dict, batch: dict, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+        """The gradient of the loss of a batch, and scalars to log.
+
+        The loss is the mean cross-entropy over the tokens of all clips, so each weighs the same. With a ladder that of
+        codes and that of lengths are also given apart.
+
+        Args:
+          params: `{"generator": ...}`.
+          batch: see the class.
+          key: turns on dropout.
+          frozen: as for `train_step`.
+        """
+        model = self.recipe.model
+        # of the whole batch, so that it does not matter in which part of it a clip is
+        codes = batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
+
+        def of_part(i, part):
+            part = self.codes(part, frozen)
+
+            def objective(params):
+                scored = self.score(params, part, jax.random.fold_in(key, i))
+                sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, part).items()}
+                loss = sums["cross_entropy"] / codes
+                logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
+                if model.ladder:
+                    length = sums["length_cross_entropy"]
+                    logs |= {"code_loss": loss, "length_loss": length / model.blocks}
+                    loss = (sums["cross_entropy"] + length) / (codes + model.blocks)
+                return loss, {"loss": loss, **logs}
+
+            return jax.grad(objective, has_aux=True)(params)
+
+        return common.mean_over_parts(of_part, self.recipe.accumulate, batch)
+
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.
 
@@ -112,18 +151,7 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-
-        def gradient(i, part):
-            part = self.codes(part, frozen)
-
-            def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
-                loss = scored.cross_entropy.mean()
-                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
-
-            return jax.grad(objective, has_aux=True)(state.params)
-
-        grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch)
+        grads, logs = self.gradient(state.params, batch, key, frozen)
         updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
@@ -241,7 +269,7 @@ class GeneratorTask:
         if rows is not None:
             if self._class_counts is not None and not recipe.model.class_dropout and rows["label"].min() < 0:
                 raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
-            self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
+            self._evaluator = NextCodeEvaluator(self.stage.sums, rows, self._mesh, batch_size=recipe.data.batch_size)
         if self._tokenizer is not None:
             self._prepare_samples(rows)
 
