@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import files
-from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
+from larp_jax.config import AUTO, GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
@@ -20,7 +20,8 @@ from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
-from larp_jax.models.sampling import SamplingOptions, cast_params, sample_codes
+from larp_jax.models.sampling import Sampled, SamplingOptions, cast_params, sample_codes
+from larp_jax.models.sequence import join, known_symbols
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
@@ -331,11 +332,12 @@ class LoadedGenerator:
         self._graphdef = nnx.graphdef(module)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
 
-        def sample(params, condition, indices, key, scalars, plan):
-            return sample_codes(self.module(params), condition, indices, key, scalars, plan)
+        def sample(params, condition, indices, key, scalars, known, plan):
+            return sample_codes(self.module(params), condition, indices, key, scalars, plan, known)
 
-        def logits(params, condition, codes):
-            return self.module(params)(condition, codes[:, :-1])
+        def logits(params, condition, codes, lengths):
+            tokens = codes if lengths is None else join(config, codes, lengths)
+            return self.module(params)(condition, tokens[:, :-1], lengths)
 
         self._logits = jax.jit(logits)
         # with AVX-512, LLVM would use vectors of half its width
@@ -384,8 +386,9 @@ class LoadedGenerator:
         key: jax.Array,
         frames: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
+        budget: str | Sequence[int] = AUTO,
         **options: Any,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Samples sequences of codes.
 
         Args:
@@ -398,16 +401,20 @@ class LoadedGenerator:
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
             if the generator is given neither classes nor frames.
+          budget: how many codes each block of frames gets, if the generator has a ladder: `auto`, as many as it samples
+            itself; or the same for all samples, as text (see `larp_jax.config.Ladder.budget`) or T integers.
           **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, frames_scale, cfg_interval,
             temperature, top_k, top_p, window.
 
         Returns:
-          [B, N] int32 in [0, K).
+          [B, N] int32 in [0, K). If the generator has a ladder, these codes packed (those of all blocks one after the
+          other, then zeros) and the number of codes of each block, [B, T] int32.
 
         Raises:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
-        return self.sample_counted(classes, key=key, frames=frames, indices=indices, **options)[0]
+        sampled = self.sample_counted(classes, key=key, frames=frames, indices=indices, budget=budget, **options)
+        return sampled.codes if sampled.lengths is None else (sampled.codes, sampled.lengths)
 
     def sample_counted(
         self,
@@ -416,14 +423,15 @@ class LoadedGenerator:
         key: jax.Array,
         frames: jax.Array | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
+        budget: str | Sequence[int] = AUTO,
         **options: Any,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The codes of `sample` [B, N], and the number of passes after that of the condition, an int32 scalar.
+    ) -> Sampled:
+        """What `sample` returns, and the number of passes after that of the condition, an int32 scalar.
 
-        Without a `window` there are N - 1 passes through the network, one for each code after the first.
+        Without a `window` there is one pass for each code, or length, after the first.
         """
         chosen = SamplingOptions(**options)
-        arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen)
+        arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen, budget)
         with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.symbols))
 
@@ -433,17 +441,24 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         frames: jax.Array | np.ndarray | None = None,
+        lengths: jax.Array | np.ndarray | None = None,
     ) -> jax.Array:
         """Logits of each of `codes` [B, N] given those before it, [B, N, K] float32; other arguments as for `sample`.
+
+        With `lengths` [B, T], of packed codes, they are those of each symbol of the sequence, [B, N + T, K + ladder]:
+        the number of codes of a block, then its codes. -inf is for symbols that cannot stand there.
 
         Raises:
           ValueError: an argument is not as described.
         """
-        codes = _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
+        c = self.config
+        codes = _checked_integers("codes", codes, (c.num_tokens,), 0, c.codebook_size)
+        if (lengths is None) == bool(c.ladder):
+            raise ValueError(f"lengths {'must be given for' if c.ladder else 'do not apply to'} this generator")
         numbers = np.arange(len(codes))
         params, condition, *_ = self._arguments(classes, frames, numbers, rng.key(0), SamplingOptions())
         with self._precisely():
-            return self._logits(params, condition, codes)
+            return self._logits(params, condition, codes, lengths)
 
     @rng.pinned()
     def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
@@ -457,8 +472,13 @@ class LoadedGenerator:
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
         """`InputError` if the generator is known to have been trained with another tokenizer."""
-        ours = self.config.codebook_size, self.config.num_tokens
-        theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens
+        ours = self.config.codebook_size, self.config.num_tokens, self.config.adaptive
+        theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens, tokenizer.config.adaptive
+        if ours[:2] == theirs[:2] and ours != theirs:
+            own, other = (f"{x.blocks} blocks of {x.rungs} codes" if x else "no ladder" for x in (ours[2], theirs[2]))
+            raise InputError(
+                f"the generator has {own}, the tokenizer {other}; give the one that the generator was trained with"
+            )
         if ours != theirs:
             raise InputError(
                 f"the generator samples {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]};"
@@ -473,7 +493,7 @@ class LoadedGenerator:
     def _precisely(self):
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
-    def _arguments(self, classes, frames, indices, key, options: SamplingOptions) -> tuple:
+    def _arguments(self, classes, frames, indices, key, options: SamplingOptions, budget=AUTO) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
         c = self.config
         both = c.has_classes and c.has_frames
@@ -511,11 +531,26 @@ class LoadedGenerator:
             classes = np.full(count, -1, np.int32)
         if frames is None and c.has_frames:
             frames = np.full((count, c.num_tokens), -1, np.int32)
-        condition = Condition(classes, frames)
+        condition, known = Condition(classes, frames), self._known(budget, count)
+        if c.ladder and options.window > 1:
+            raise ValueError("window must be 1 for a generator with a ladder, whose drafts would move later lengths")
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
-            condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
-        return self._params, condition, indices, key, options.scalars()
+            placement = sharding.batch_sharding(self._mesh)
+            condition, indices, known = jax.device_put((condition, indices, known), placement)
+        return self._params, condition, indices, key, options.scalars(), known
+
+    def _known(self, budget: str | Sequence[int], rows: int) -> jax.Array | None:
+        """The symbols that a budget gives, see `larp_jax.models.sequence.known_symbols`."""
+        ladder = self.config.adaptive
+        if ladder is None:
+            if budget != AUTO:
+                raise ValueError("budget must be left out: all samples of this generator have the same number of codes")
+            return None
+        given: Sequence[int] = [0] * ladder.blocks
+        if budget != AUTO:
+            given = ladder.named(budget, self.config.codebook_size, "budget")
+        return known_symbols(self.config, jnp.tile(jnp.asarray(given, jnp.int32), (rows, 1)))
 
 
 def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:

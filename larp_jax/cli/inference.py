@@ -166,6 +166,11 @@ def add_sample(commands) -> None:
         " frequencies of the training data if known, else uniform",
     )  # fmt: skip
     sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
+    sub.add_argument(
+        "--budget", default="auto", metavar="B",
+        help="how many codes a sample has, of a generator with a ladder: auto, as many as the generator decides; a"
+        " number of codes; or the codes of each block, such as 32,64,32,32 (default: auto)",
+    )  # fmt: skip
     add_guidance(sub, 1.0)
 
 
@@ -186,6 +191,7 @@ def _sample(arguments):
         seed=arguments.seed,
         options=options,
         batch_size=arguments.batch_size,
+        budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
 

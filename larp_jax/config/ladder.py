@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from larp_jax.config.checks import require
 from larp_jax.errors import InputError
 
+AUTO = "auto"  # the budget with which a generator, or a router, decides for each clip
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
 Assignment = tuple[int, ...]
@@ -105,6 +106,10 @@ class Ladder:
             f"{name} {text} has {sum(lengths)} codes, above the tokenizer's {self.bucket}; give fewer",
         )
         return lengths
+
+    def named(self, budget: str | Sequence[int], codebook_size: int, name: str) -> Assignment:
+        """The assignment of a budget, or one that is given by its numbers; see `budget` and `checked`."""
+        return self.budget(budget, codebook_size, name) if isinstance(budget, str) else self.checked(budget, name)
 
     def budget(self, text: str, codebook_size: int, name: str = "--budget") -> Assignment:
         """The assignment that a budget stands for, the same for every clip.

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
-from larp_jax.config import MeshConfig
+from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import SETTINGS, new_manifest, read_shard, shard_name, write_manifest, write_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
@@ -73,6 +73,7 @@ class Sampler:
       options: sampling options.
       batch_size: samples per batch.
       cond_frames: number of given frames; for frame prediction only.
+      budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
 
     Attributes:
       tokenizer: as given.
@@ -94,8 +95,16 @@ class Sampler:
         options: SamplingOptions,
         batch_size: int = 8,
         cond_frames: int = 0,
+        budget: str = AUTO,
     ):
         generator.check_tokenizer(tokenizer)
+        ladder = generator.config.adaptive
+        if ladder and options.window > 1:
+            raise InputError("--window must be 1 for a generator with a ladder; leave it out")
+        if ladder and budget != AUTO:
+            ladder.budget(budget, generator.config.codebook_size)
+        elif budget != AUTO:
+            raise InputError(f"--budget {budget}: all samples of this generator have as many codes; leave it out")
         config, frames = generator.config, tokenizer.config.frames
         if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
@@ -110,7 +119,7 @@ class Sampler:
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self.given_frames = generator, options, cond_frames
-        self._seed, self._key, self._passes = seed, rng.key(seed), []
+        self._seed, self._key, self._passes, self._budget = seed, rng.key(seed), [], budget
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 
@@ -126,11 +135,13 @@ class Sampler:
         del described["window"]  # which changes only the speed
         if self._options.frames_scale == 1.0:  # folders of earlier versions do not name it
             del described["frames_scale"]
+        if self._generator.config.ladder:
+            described["budget"] = self._budget
         return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
     def codes(
         self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
-    ) -> np.ndarray:
+    ) -> dict[str, np.ndarray]:
         """Samples codes.
 
         Args:
@@ -139,7 +150,7 @@ class Sampler:
           clips: [M, T, H, W, C] uint8 clips that start with the given frames, if the generator is given frames.
 
         Returns:
-          [M, N] int32 in [0, K).
+          Arrays by name as of `larp_jax.data.codes.read_shard`: `codes` [M, N] and, with a ladder, `lengths` [M, T].
         """
         rows = np.resize(np.arange(len(numbers)), self._padded)
         condition = {}
@@ -148,11 +159,12 @@ class Sampler:
         if self._generator.config.has_frames:
             condition["frames"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
         indices = np.asarray(numbers)[rows]
-        codes, passes = self._generator.sample_counted(
-            **condition, indices=indices, key=self._key, **vars(self._options)
+        sampled = self._generator.sample_counted(
+            **condition, indices=indices, key=self._key, budget=self._budget, **vars(self._options)
         )
-        self._passes.append(int(passes))
-        return np.asarray(codes)[: len(numbers)]
+        self._passes.append(int(sampled.passes))
+        found = {"codes": sampled.codes, "lengths": sampled.lengths}
+        return {name: np.asarray(x)[: len(numbers)] for name, x in found.items() if x is not None}
 
     def report_passes(self) -> None:
         """With a window, logs how many codes a pass through the generator found on average."""
@@ -160,10 +172,11 @@ class Sampler:
             found = (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1)
             logger.info("the generator found %.2f codes per pass", found)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
-        padded = np.resize(codes, (self._padded, codes.shape[1]))
-        return np.asarray(self.tokenizer.decode(padded))[: len(codes)]
+    def decode(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Decodes what `codes` returns to videos [M, T, H, W, C], float32 in [0, 1]; M is at most `batch_size`."""
+        given = [rows[name] for name in ("codes", "lengths") if name in rows]
+        padded = [np.resize(x, (self._padded, x.shape[1])) for x in given]
+        return np.asarray(self.tokenizer.decode(*padded))[: len(rows["codes"])]
 
 
 def sample(
@@ -175,6 +188,7 @@ def sample(
     seed: int = 0,
     options: SamplingOptions,
     batch_size: int = 8,
+    budget: str = AUTO,
 ) -> dict[str, Any]:
     """Samples videos by class; batches that an earlier call wrote are kept and not sampled again.
 
@@ -189,6 +203,7 @@ def sample(
       seed: seed of the random numbers; sample i of a seed is independent of batch size and devices.
       options: sampling options.
       batch_size: samples per batch.
+      budget: as for `Sampler`.
 
     Returns:
       The manifest, as described in `larp_jax.data.codes`.
@@ -201,7 +216,7 @@ def sample(
     if trained is not None and (untrained := [label for label in sorted(counts) if label >= 0 and not trained[label]]):
         names = class_list(untrained, generator.class_names)
         logger.warning("no training video has the class %s: its samples are meaningless", names)
-    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, budget=budget)
     videos = [f"{_name(i, classes)}.mp4" for i in range(len(classes))]
     with SampleFolder("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
         share = [number for number in run.mine if not run.is_whole(number, [videos[i] for i in run.rows(number)])]
@@ -447,8 +462,8 @@ class SampleFolder:
         found = all((self.path / name).is_file() and files.size(self.path / name) for name in names)
         return self.kept(number, count) is not None and found
 
-    def kept(self, number: int, count: int | None = None) -> np.ndarray | None:
-        """The codes [M, N] of a batch; None if they are missing or damaged.
+    def kept(self, number: int, count: int | None = None) -> dict[str, np.ndarray] | None:
+        """The codes of a batch, as of `Sampler.codes`; None if they are missing or damaged.
 
         Args:
           number: number of the batch.
@@ -459,14 +474,14 @@ class SampleFolder:
         manifest = self._manifest(self._total)
         manifest["shards"][number]["rows"] = len(self.rows(number)) if count is None else count
         try:
-            return read_shard(self.path, manifest, number)["codes"]
+            return read_shard(self.path, manifest, number)
         except InputError as error:
             logger.warning("%s; sampling it again", str(error).partition(";")[0])
             return None
 
-    def keep(self, number: int, codes: np.ndarray) -> None:
-        """Writes the codes [M, N] of a batch, which marks it as done."""
-        write_shard(self._shard(number), {"codes": codes})
+    def keep(self, number: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Writes the codes of a batch, as of `Sampler.codes`, which marks it as done."""
+        write_shard(self._shard(number), rows)
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / shard_name(number, len(self._batches))
@@ -496,13 +511,14 @@ class SampleFolder:
             N=config.num_tokens,
             clip=config.clip_shape,
             sizes=sizes,
+            adaptive=config.adaptive,
         )
 
     def _first_videos(self, manifest: dict) -> list[np.ndarray]:
         """The first videos, uint8 [T, H, W, 3] each, decoded from codes, which an earlier call may have written."""
         videos = []
         for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
-            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number)["codes"])))
+            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
         return videos[:SHEET_ROWS]
 
 

@@ -163,7 +163,7 @@ def sample_codes(
       key: of the draws.
       scalars: of `SamplingOptions.scalars`.
       plan: of `SamplingOptions.plan`.
-      known: with a ladder, of `larp_jax.models.sequence.known_symbols`.
+      known: of `larp_jax.models.sequence.known_symbols`, with a ladder.
     """
     c = generator.config
     blocks = generator.unstacked()
@@ -185,6 +185,8 @@ def sample_codes(
             return codes
         fitting = count_fitting(c, lengths, locate(lengths, 1, number))
         drawn = jnp.where(fitting > 0, _draw_lengths(c, rows[0], fitting, keys), codes)
+        if known is None:
+            return drawn
         given = jax.lax.dynamic_slice_in_dim(known, number, 1, axis=1)
         return jnp.where(given < 0, drawn, given)
 

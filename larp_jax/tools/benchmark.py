@@ -441,7 +441,7 @@ def benchmark_sample(
         return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
 
     def first_clip():
-        return np.asarray(tokenizer.decode(sample(1, options.window)[0]))
+        return np.asarray(tokenizer.decode(*sample(1, options.window)[:1 + bool(config.ladder)]))
 
     began = time.perf_counter()
     jax.block_until_ready(sample(batch_size, 1))
@@ -486,7 +486,7 @@ def benchmark_sample(
         result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
     if len(windows) > 1:
         for window in windows:
-            passes = {rows: int(sample(rows, window)[1]) for rows in (1, batch_size)}
+            passes = {rows: int(sample(rows, window).passes) for rows in (1, batch_size)}
             result |= {
                 f"window_{window}_single_codes_per_pass": (config.num_tokens - 1) / passes[1],
                 f"window_{window}_single_video_seconds": times["single", window],

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import api, data
-from larp_jax.config import GeneratorRecipe, TokenizerConfig
-from larp_jax.data.codes import CodeSet
+from larp_jax.config import GeneratorRecipe, Ladder, TokenizerConfig
+from larp_jax.data.codes import CodeSet, adaptive
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
@@ -183,7 +183,8 @@ class GeneratorTask:
             self._clip = common.clip_spec(config, recipe.data)
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
-            recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
+            sizes = config.quantizer.codebook_size, config.num_tokens, config.adaptive
+            recipe = _with_sizes(recipe, *sizes, "the tokenizer")
             if recipe.given_frames >= config.frames:
                 raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
         train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
@@ -201,6 +202,8 @@ class GeneratorTask:
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
         if isinstance(self._train, CodeSet) and recipe.given_frames:
             self.inputs += ("condition",)
+        if self.recipe.model.ladder:
+            self.inputs += ("lengths",)
         self.stage = self.stage_class(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -212,11 +215,16 @@ class GeneratorTask:
         if parsed.kind != "tokens":
             if self._clip is None:
                 raise InputError(f"data {spec} needs the tokenizer; give its checkpoint, config.tokenizer=P")
+            if recipe.model.ladder:
+                raise InputError(
+                    f"data {spec}: training does not choose how many codes a clip gets; write them with larp-jax"
+                    " tokenize --budget, and give tokens:DIR"
+                )
             return open_clips(), recipe
         codes = CodeSet(parsed.name)
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
-        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], f"data {spec}")
+        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], adaptive(manifest), f"data {spec}")
         wanted = recipe.given_frames
         if wanted not in (0, manifest.get("cond_frames")):
             raise InputError(
@@ -320,9 +328,10 @@ class GeneratorTask:
         def sample(params, frozen, codes=None, **given):
             condition = Condition.of_batch(model, given)
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
-            key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
-            sampled, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
-            return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
+            key, plan = rng.key(self.recipe.seed), options.plan(model.symbols)
+            sampled, lengths, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            originals = [] if codes is None else [tokenizer.decode(codes)]
+            return [*originals, tokenizer.decode(sampled, lengths)]
 
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
         self._sample_inputs = jax.device_put(inputs, sharding.batch_sharding(self._mesh))
@@ -368,11 +377,16 @@ def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> Generat
     return dataclasses.replace(recipe, tokenizer_fingerprint=name)
 
 
-def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, where: str) -> GeneratorRecipe:
+def _with_sizes(
+    recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, ladder: Ladder | None, where: str
+) -> GeneratorRecipe:
     """The recipe with the sizes of codes filled in; `InputError` if it has other sizes."""
-    found = {"codebook_size": codebook_size, "num_tokens": num_tokens}
+    found: dict[str, Any] = {"codebook_size": codebook_size, "num_tokens": num_tokens, "blocks": 1, "ladder": ()}
+    if ladder:
+        found |= {"blocks": ladder.blocks, "ladder": ladder.rungs}
+    unset = {"codebook_size": 0, "num_tokens": 0, "blocks": 1, "ladder": ()}
     for name, value in found.items():
         wanted = getattr(recipe.model, name)
-        if wanted not in (0, value):
-            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to 0")
+        if wanted not in (unset[name], value):
+            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to {unset[name]}")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
