@@ -490,6 +490,24 @@ class LoadedGenerator:
                 f" {tokenizer.fingerprint}; give that one"
             )
 
+    def assignment(self, budget: str | Sequence[int], options: SamplingOptions) -> tuple[int, ...] | None:
+        """The number of codes of each block by a budget, 0 where it is sampled; None without a ladder.
+
+        Raises:
+          InputError: it is no budget of this generator, or the options do not apply to a generator with a ladder.
+        """
+        ladder = self.config.adaptive
+        if ladder is None:
+            if budget != AUTO:
+                raise InputError(f"budget {budget}: all samples of this generator have as many codes; leave it out")
+            return None
+        if options.window > 1:
+            raise InputError(
+                f"window {options.window}: a generator with a ladder draws one code after the other, because a drafted"
+                " length would move all codes after it; leave it out"
+            )
+        return (0,) * ladder.blocks if budget == AUTO else ladder.named(budget, self.config.codebook_size, "budget")
+
     def _precisely(self):
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
@@ -531,26 +549,14 @@ class LoadedGenerator:
             classes = np.full(count, -1, np.int32)
         if frames is None and c.has_frames:
             frames = np.full((count, c.num_tokens), -1, np.int32)
-        condition, known = Condition(classes, frames), self._known(budget, count)
-        if c.ladder and options.window > 1:
-            raise ValueError("window must be 1 for a generator with a ladder, whose drafts would move later lengths")
+        condition, known, given = Condition(classes, frames), None, self.assignment(budget, options)
+        if given is not None:
+            known = known_symbols(c, jnp.tile(jnp.asarray(given, jnp.int32), (count, 1)))
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
             placement = sharding.batch_sharding(self._mesh)
             condition, indices, known = jax.device_put((condition, indices, known), placement)
         return self._params, condition, indices, key, options.scalars(), known
-
-    def _known(self, budget: str | Sequence[int], rows: int) -> jax.Array | None:
-        """The symbols that a budget gives, see `larp_jax.models.sequence.known_symbols`."""
-        ladder = self.config.adaptive
-        if ladder is None:
-            if budget != AUTO:
-                raise ValueError("budget must be left out: all samples of this generator have the same number of codes")
-            return None
-        given: Sequence[int] = [0] * ladder.blocks
-        if budget != AUTO:
-            given = ladder.named(budget, self.config.codebook_size, "budget")
-        return known_symbols(self.config, jnp.tile(jnp.asarray(given, jnp.int32), (rows, 1)))
 
 
 def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:

@@ -4,6 +4,7 @@ from larp_jax.cli.arguments import (
     CHECKPOINT,
     SPEC,
     add_batch_size,
+    add_budget,
     add_checkpoint,
     add_command,
     add_guidance,
@@ -166,11 +167,7 @@ def add_sample(commands) -> None:
         " frequencies of the training data if known, else uniform",
     )  # fmt: skip
     sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
-    sub.add_argument(
-        "--budget", default="auto", metavar="B",
-        help="how many codes a sample has, of a generator with a ladder: auto, as many as the generator decides; a"
-        " number of codes; or the codes of each block, such as 32,64,32,32 (default: auto)",
-    )  # fmt: skip
+    add_budget(sub)
     add_guidance(sub, 1.0)
 
 

@@ -98,13 +98,7 @@ class Sampler:
         budget: str = AUTO,
     ):
         generator.check_tokenizer(tokenizer)
-        ladder = generator.config.adaptive
-        if ladder and options.window > 1:
-            raise InputError("--window must be 1 for a generator with a ladder; leave it out")
-        if ladder and budget != AUTO:
-            ladder.budget(budget, generator.config.codebook_size)
-        elif budget != AUTO:
-            raise InputError(f"--budget {budget}: all samples of this generator have as many codes; leave it out")
+        generator.assignment(budget, options)
         config, frames = generator.config, tokenizer.config.frames
         if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
