@@ -286,6 +286,7 @@ class LoadedGenerator:
       tokenizer_fingerprint: fingerprint of the tokenizer whose codes it was trained on; None if unknown.
       class_counts: [classes] int, number of training clips of each class; None if unknown.
       class_names: names of the classes in the order of their labels; empty or too few if some are unknown.
+      class_codes: mean number of codes of the training clips of each class, with a ladder; empty if unknown.
 
     Attributes:
       config: as given.
@@ -296,6 +297,7 @@ class LoadedGenerator:
       tokenizer_fingerprint: as given.
       class_counts: as given.
       class_names: as given.
+      class_codes: as given.
     """
 
     @rng.pinned()
@@ -310,6 +312,7 @@ class LoadedGenerator:
         tokenizer_fingerprint: str | None = None,
         class_counts: np.ndarray | None = None,
         class_names: Sequence[str] = (),
+        class_codes: Sequence[float | None] = (),
     ):
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not known; choose {', '.join(PRECISIONS)}")
@@ -321,7 +324,7 @@ class LoadedGenerator:
             )
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
-        self.class_names = tuple(class_names)
+        self.class_names, self.class_codes = tuple(class_names), tuple(class_codes)
         self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
         self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
         module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -358,6 +361,7 @@ class LoadedGenerator:
             tokenizer_fingerprint=found.tokenizer_fingerprint,
             class_counts=found.class_counts,
             class_names=found.class_names,
+            class_codes=found.class_codes,
         )
 
     @property

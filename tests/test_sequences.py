@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from larp_jax import cli, load_generator
+from larp_jax.api import LoadedGenerator
 from larp_jax.config import DataConfig, GeneratorConfig, GeneratorOptimConfig, GeneratorRecipe
+from larp_jax.data.codes import new_manifest, write_manifest, write_shard
 from larp_jax.errors import InputError
 from larp_jax.models import sequence
 from larp_jax.models.condition import Condition
@@ -200,3 +205,73 @@ def test_what_does_not_fit_is_refused():
         dataclasses.replace(CONFIG, condition="frames")
     with pytest.raises(InputError, match="does not fit model.num_tokens=6"):
         dataclasses.replace(CONFIG, num_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def codes_folder(tmp_path_factory):
+    """Codes of 12 clips of 3 blocks: those of class `still` have one code a block, those of `busy` two or five."""
+    folder = tmp_path_factory.mktemp("codes")
+    codes, _ = random_rows(12)
+    lengths = np.array([[1, 1, 1], [2, 5, 1]] * 6)
+    rows = [
+        {"source": f"{('still', 'busy')[i % 2]}/{i:02d}", "start": 0, "frames": 6, "fps": 0.0, "label": i % 2}
+        for i in range(12)
+    ]
+    manifest = new_manifest(
+        fingerprint="0123456789abcdef", step=1, K=16, N=9, clip=(6, 32, 32, 3), sizes=[12], adaptive=CONFIG.adaptive,
+        label_names=["still", "busy"], rows=rows,
+    )  # fmt: skip
+    write_shard(folder / manifest["shards"][0]["file"], {"codes": codes, "lengths": lengths})
+    write_manifest(folder, manifest)
+    return folder
+
+
+def train(workdir, codes, *overrides):
+    config = pathlib.Path(__file__).parent / "configs" / "tiny_generator.py"
+    data = [f"--config.data.train=tokens:{codes}", f"--config.data.eval=tokens:{codes}"]
+    return cli.main(["train", f"--config={config}", f"--workdir={workdir}", *data, *overrides])
+
+
+def test_training_from_codes_of_different_lengths(codes_folder, tmp_path, capsys):
+    """The ladder comes from the codes; the run learns the lengths of each class and says how they are in the data."""
+    sizes = ["--config.model.class_dropout=0.0", "--config.optim.ema_decay=0.0"]
+    assert train(tmp_path / "run", codes_folder, *sizes, "--config.steps=60", "--config.log_every=20") == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = logged[0], logged[-1]
+    assert {"train/loss", "train/code_loss", "train/length_loss", "train/top1"} <= first.keys()
+    assert last["eval/length_cross_entropy"] < 0.1 < np.log(2)
+    generator = load_generator(tmp_path / "run")
+    assert (generator.config.ladder, generator.config.blocks, generator.config.num_tokens) == ((1, 2, 5), 3, 9)
+    assert generator.class_codes == (3.0, 8.0)
+    codes, lengths = generator.sample([0, 1] * 8, key=jax.random.key(0))
+    assert np.abs(np.asarray(lengths).sum(axis=1).reshape(-1, 2).mean(axis=0) - [3, 8]).max() < 0.5
+    np.testing.assert_array_equal(generator.sample([0, 1], key=jax.random.key(0), budget="6")[1], [[2, 2, 2]] * 2)
+    for budget, said in (
+        ("7", "does not split into 3 equal blocks"),
+        ((2, 5, 5), "12 codes, above"),
+        ((2, 3, 1), "a block cannot have 3 codes"),
+    ):
+        with pytest.raises(InputError, match=said):
+            generator.sample([0, 1], key=jax.random.key(0), budget=budget)
+    with pytest.raises(InputError, match="window 4: a generator with a ladder draws one code after the other"):
+        generator.sample([0, 1], key=jax.random.key(0), window=4)
+
+    for change, said in (
+        ("--config.model.ladder=1,2", "model.ladder=(1, 2), but data tokens:"),
+        ("--config.model.blocks=2", "model.blocks=2 needs model.ladder"),
+        ("--config.model.condition=frames", "is for clips of one length"),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path / "wrong", codes_folder, change) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_int8_weights_sample_lengths_too(codes_folder):
+    generator = LoadedGenerator(CONFIG, random_params(), precision="int8")
+    codes, lengths = generator.sample(CLASSES, key=jax.random.key(0), top_k=1)
+    assert set(map(tuple, np.asarray(lengths).tolist())) <= set(CONFIG.adaptive.assignments)
+    exact = LoadedGenerator(CONFIG, random_params())
+    logits, others = (np.asarray(g.logits(codes, CLASSES, lengths=lengths)) for g in (generator, exact))
+    np.testing.assert_array_equal(np.isinf(logits), np.isinf(others))
+    finite = np.isfinite(logits)
+    assert 0 < np.sqrt(np.mean((logits - others)[finite] ** 2)) < 0.05 * np.std(others[finite])

@@ -191,6 +191,8 @@ def _sample(arguments):
         budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
+    if "class_codes" in manifest:
+        print(f"mean number of codes: {generate.describe_codes(manifest['class_codes'], generator)}")
 
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:

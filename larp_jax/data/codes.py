@@ -15,6 +15,7 @@ in order:
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
+  class_codes: mean number of codes of the samples of each class (null: no sample); only in sampled codes, if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
     frames are from the video), `fps` (0: unknown), `label` (-1: none), and `flip` if the window is mirrored.
@@ -275,6 +276,14 @@ def _read_packed(path: pathlib.Path, count: int, ladder: Ladder) -> dict[str, np
     return {"codes": packed, "lengths": lengths}
 
 
+def mean_by_label(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+    """The mean of the values [M] with each label; None where there are none. Labels [M] below 0 are left out."""
+    known = labels >= 0
+    counts = np.bincount(labels[known], minlength=classes)
+    totals = np.bincount(labels[known], values[known], minlength=classes)
+    return [total / count if count else None for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]
+
+
 class CodeSet:
     """A folder of codes, in memory. Its manifest is read at once, its codes at the first use of `rows`.
 
@@ -326,6 +335,15 @@ class CodeSet:
     def labels(self) -> np.ndarray:
         """The class of each video, [V] int32."""
         return self._labels[self._order[self._first]]
+
+    def mean_codes(self, classes: int) -> list[float | None]:
+        """Mean number of codes of the videos of each class; None where a class has none.
+
+        Only for clips with different numbers of codes. The mean of a video is that of its rows, as in training.
+        """
+        totals = self.rows["lengths"].sum(axis=1, dtype=np.float64)[self._order]
+        videos = np.add.reduceat(totals, self._first) / self._counts
+        return mean_by_label(videos, self.labels(), classes)
 
     def some(self, count: int) -> dict[str, np.ndarray]:
         """At most `count` of the rows that are not mirrored, spread evenly over them; 0 for all of them."""

@@ -214,9 +214,13 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     if i3d:
         classes = classes_for(generator, clips)
         evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=request.batch_size, progress=request.progress)
-        video_scores, video_protocol = evaluator.run(videos_for(sampler, clips, classes, folder=request.samples))
+        codes: dict[str, Any] = {}
+        videos = videos_for(sampler, clips, classes, folder=request.samples, described=codes)
+        video_scores, video_protocol = evaluator.run(videos)
         scores |= video_scores
-        described |= video_protocol | {"sampling": sampler.describe()}
+        if codes:
+            codes["class_codes_in_training"] = list(generator.class_codes)
+        described |= video_protocol | {"sampling": sampler.describe()} | codes
         given = [f"the first {cond_frames} frames of each clip"] if cond_frames else []
         if classes is not None:
             as_trained = generator.class_counts is not None and not cond_frames

@@ -23,7 +23,15 @@ from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
 from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
-from larp_jax.data.codes import SETTINGS, new_manifest, read_shard, shard_name, write_manifest, write_shard
+from larp_jax.data.codes import (
+    SETTINGS,
+    mean_by_label,
+    new_manifest,
+    read_shard,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
@@ -81,6 +89,7 @@ class Sampler:
       step: training step of the generator.
       class_names: names of the generator's classes.
       given_frames: number of frames that the generator is given.
+      has_lengths: whether samples have different numbers of codes.
 
     Raises:
       InputError: generator, tokenizer and options do not fit each other.
@@ -113,6 +122,7 @@ class Sampler:
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
         self.class_names = generator.class_names
         self._generator, self._options, self.given_frames = generator, options, cond_frames
+        self.has_lengths = bool(config.ladder)
         self._seed, self._key, self._passes, self._budget = seed, rng.key(seed), [], budget
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
@@ -129,7 +139,7 @@ class Sampler:
         del described["window"]  # which changes only the speed
         if self._options.frames_scale == 1.0:  # folders of earlier versions do not name it
             del described["frames_scale"]
-        if self._generator.config.ladder:
+        if self.has_lengths:
             described["budget"] = self._budget
         return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
@@ -241,6 +251,18 @@ def manifest_rows(classes: np.ndarray, frames: int) -> list[dict]:
         {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
         for i, label in enumerate(classes)
     ]
+
+
+def describe_codes(class_codes: Sequence[float | None], generator: LoadedGenerator) -> str:
+    """Numbers of codes by class, of samples as in a manifest and in training: `walk 210 (training 214), run 480`."""
+    names, trained = generator.class_names, generator.class_codes
+    parts = []
+    for label, mean in enumerate(class_codes[:MANY_LISTED]):
+        if mean is not None:
+            name = names[label] if label < len(names) else f"class {label}"
+            known = trained[label] if label < len(trained) else None
+            parts.append(f"{name} {mean:.0f}" + ("" if known is None else f" (training {known:.0f})"))
+    return ", ".join(parts) + (", ..." if len(class_codes) > MANY_LISTED else "")
 
 
 def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
@@ -477,6 +499,20 @@ class SampleFolder:
         """Writes the codes of a batch, as of `Sampler.codes`, which marks it as done."""
         write_shard(self._shard(number), rows)
 
+    def class_codes(self, labels: np.ndarray) -> dict[str, list[float | None]]:
+        """`class_codes` of the manifest, for samples of these classes; nothing without a ladder.
+
+        The samples that this host can read are counted: all of them if hosts share the folder.
+        """
+        found, totals = np.zeros(self._total, bool), np.zeros(self._total)
+        for number in self._batches if self._sampler.has_lengths else ():
+            if (kept := self.kept(number)) is not None:
+                rows = self.rows(number)
+                found[rows], totals[rows] = True, kept["lengths"].sum(axis=1)
+        if not found.any() or labels.max() < 0:
+            return {}
+        return {"class_codes": mean_by_label(totals[found], labels[found], int(labels.max()) + 1)}
+
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / shard_name(number, len(self._batches))
 
@@ -486,6 +522,7 @@ class SampleFolder:
         self._sampler.report_passes()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
+        manifest |= self.class_codes(np.array([row["label"] for row in rows]))
         if jax.process_index() == 0:
             if sheet:
                 write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))

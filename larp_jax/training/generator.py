@@ -342,6 +342,8 @@ class GeneratorTask:
         if self._class_counts is not None:
             found["class_counts"] = self._class_counts.tolist()
             found["class_names"] = list(self._train.label_names)
+            if self.recipe.model.ladder:
+                found["class_codes"] = self._train.mean_codes(self.recipe.model.num_classes)
         return found
 
     def resume(self, metadata):

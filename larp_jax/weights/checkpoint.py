@@ -312,6 +312,8 @@ class Checkpoint:
       tokenizer_fingerprint: for a generator, that of the tokenizer whose codes it was trained on; None if unknown.
       class_counts: for a generator, number of training clips per class, [classes] int64; None if unknown.
       class_names: for a generator, the classes of its training data in the order of their labels; empty if unknown.
+      class_codes: for a generator with a ladder, the mean number of codes of the training clips of each class, None
+        where there are none; empty if unknown.
     """
 
     path: pathlib.Path
@@ -323,6 +325,7 @@ class Checkpoint:
     tokenizer_fingerprint: str | None = None
     class_counts: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    class_codes: tuple[float | None, ...] = ()
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
@@ -442,6 +445,7 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
         None if metadata.get(name) is None else np.asarray(metadata[name], np.int64)
         for name in ("code_counts", "class_counts")
     )
+    class_codes = tuple(mean if mean is None else float(mean) for mean in metadata.get("class_codes") or ())
     class_names = tuple(metadata.get("class_names") or ())
     if not all(isinstance(name, str) for name in class_names):
         raise ValueError("its class_names are not strings")
@@ -466,6 +470,7 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
         tokenizer_fingerprint=metadata.get("tokenizer_fingerprint"),
         class_counts=class_counts,
         class_names=class_names,
+        class_codes=class_codes,
     )
 
 
