@@ -9,6 +9,7 @@ from larp_jax.cli.arguments import (
     add_command,
     add_guidance,
     add_processes,
+    add_sample_budget,
     add_sampling,
     add_videos,
     add_weights,
@@ -29,6 +30,7 @@ def add_reconstruct(commands) -> None:
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=8)
+    add_budget(sub)
     sub.add_argument(
         "--fit", choices=("resize", "tile", "crop"), default="resize",
         help="how frames of files meet the model's square: squeeze whole frames to it, cover them with tiles at their"
@@ -46,6 +48,7 @@ def _reconstruct(arguments):
         arguments.input,
         arguments.output,
         fit=arguments.fit,
+        budget=arguments.budget,
         max_clips=arguments.max_clips,
         batch_size=arguments.batch_size,
     )
@@ -62,6 +65,7 @@ def add_tokenize(commands) -> None:
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=0)
+    add_budget(sub)
     sub.add_argument(
         "--windows", type=count, default=0, metavar="W",
         help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
@@ -86,11 +90,13 @@ def _tokenize(arguments):
         windows=arguments.windows,
         flips=arguments.flips,
         cond_frames=arguments.cond_frames,
+        budget=arguments.budget,
         batch_size=arguments.batch_size,
     )
     videos = len({row["source"] for row in manifest["rows"]})
     skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""
-    print(f"{len(manifest['rows'])} clips of {videos} videos{skipped}, in {arguments.output}")
+    used = f", {manifest['mean_codes']:g} codes each on average" if "mean_codes" in manifest else ""
+    print(f"{len(manifest['rows'])} clips of {videos} videos{used}{skipped}, in {arguments.output}")
 
 
 def add_detokenize(commands) -> None:
@@ -167,7 +173,7 @@ def add_sample(commands) -> None:
         " frequencies of the training data if known, else uniform",
     )  # fmt: skip
     sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
-    add_budget(sub)
+    add_sample_budget(sub)
     add_guidance(sub, 1.0)
 
 

@@ -6,11 +6,11 @@ from larp_jax import files
 from larp_jax.cli.arguments import (
     CHECKPOINT,
     add_batch_size,
-    add_budget,
     add_command,
     add_config,
     add_guidance,
     add_precision,
+    add_sample_budget,
     add_window,
     positive,
 )
@@ -113,7 +113,7 @@ def add_benchmark(commands) -> None:
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
     add_window(sampling)
-    add_budget(sampling)
+    add_sample_budget(sampling)
     sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(

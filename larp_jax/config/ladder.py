@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from larp_jax.config.checks import require
 from larp_jax.errors import InputError
@@ -108,11 +109,13 @@ class Ladder:
         )
         return lengths
 
-    def named(self, budget: str | Sequence[int], codebook_size: int, name: str) -> Assignment:
-        """The assignment of a budget, or one that is given by its numbers; see `budget` and `checked`."""
-        return self.budget(budget, codebook_size, name) if isinstance(budget, str) else self.checked(budget, name)
+    def named(self, budget: Any, codebook_size: int) -> Assignment:
+        """The assignment of a budget, text as for `budget` or a number, or the one with these numbers of codes."""
+        if isinstance(budget, (str, int)):
+            return self.budget(str(budget), codebook_size)
+        return self.checked(list(budget), "budget")
 
-    def budget(self, text: str, codebook_size: int, name: str = "--budget") -> Assignment:
+    def budget(self, text: str, codebook_size: int, name: str = "budget") -> Assignment:
         """The assignment that a budget stands for, the same for every clip.
 
         Args:

@@ -5,6 +5,9 @@ function of (split, number): the same scene on every machine and at every resolu
 
 The plain variant has no textures, larger shapes and one period for all clips: class, colors, size and phase determine a
 clip. Models that train for minutes can learn its shapes and motions.
+
+The busy variant has clips in which nothing moves and clips in which much does: its label is the number of small shapes
+that move, each along its own path, over one that does not.
 """
 
 import contextlib
@@ -25,8 +28,10 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
 LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES, MOTIONS))
 RESOLUTIONS = (32, 64, 128)
-PLAIN = "plain"
-CONFIGS = tuple(f"{variant}{size}" for variant in ("", PLAIN) for size in RESOLUTIONS)
+PLAIN, BUSY = "plain", "busy"
+CONFIGS = tuple(f"{variant}{size}" for variant in ("", PLAIN, BUSY) for size in RESOLUTIONS)
+MOST_MOVING = 6
+BUSY_LABELS = tuple(f"{count}_moving" for count in range(MOST_MOVING + 1))
 FRAMES = 24  # 1.5 times the usual clip, so that clips differ in their start
 SPLITS = {"train": 2048, "test": 256}
 PLAIN_PERIOD, PLAIN_REACH = 16, 0.22  # frames, and share of the frame
@@ -39,7 +44,7 @@ def prepare(config: str, resolution: int) -> str:
     Several processes may call it at once.
 
     Args:
-      config: one of `CONFIGS`. Empty or "plain": the smallest size of at least `resolution`, or else the largest.
+      config: one of `CONFIGS`. Empty or a variant alone: the smallest size of at least `resolution`, or the largest.
       resolution: resolution of the clips.
 
     Returns:
@@ -48,7 +53,7 @@ def prepare(config: str, resolution: int) -> str:
     Raises:
       InputError: the config does not exist, or the folder cannot be written.
     """
-    if config in ("", PLAIN):
+    if config in ("", PLAIN, BUSY):
         config += str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
     if config not in CONFIGS:
         raise InputError(f"moving_shapes/{config} does not exist; choose one of {', '.join(CONFIGS)}")
@@ -80,7 +85,7 @@ def _generate(config: str, root: pathlib.Path) -> None:
 
 
 class MovingShapes(tfds.core.ShardBasedBuilder):
-    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; the config is S or plainS.
+    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16 (or 7); the config is S, plainS or busyS.
 
     It writes shard by shard. A `GeneratorBasedBuilder` would keep a whole split in memory, or, above 1 GiB (888 clips
     at 128), in temporary files that need TensorFlow.
@@ -93,10 +98,11 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
     code_path = None
 
     def _info(self):
-        size = int(self.builder_config.name.removeprefix(PLAIN))
+        variant, size = _variant(self.builder_config.name)
         # Without encoding="bytes", TFDS stores uint8 tensors as lists of varints, which take 4 ms to parse.
         video = tfds.features.Tensor(shape=(FRAMES, size, size, 3), dtype=np.uint8, encoding="bytes")
-        features = {"video": video, "label": tfds.features.ClassLabel(names=LABELS)}
+        names = BUSY_LABELS if variant == BUSY else LABELS
+        features = {"video": video, "label": tfds.features.ClassLabel(names=names)}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -109,13 +115,20 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
 
     def _clips(self, split, start):
         config, count = self.builder_config.name, SPLITS[split]
-        size, draw = int(config.removeprefix(PLAIN)), render_plain if config.startswith(PLAIN) else render
+        variant, size = _variant(config)
+        draw = {"": render, PLAIN: render_plain, BUSY: render_busy}[variant]
         numbers = range(start, min(start + SHARD_CLIPS, count))
         what = f"generating moving_shapes/{config} {split}"
         with tqdm(numbers, desc=what, total=count, initial=start, unit="clip", leave=numbers.stop == count) as progress:
             for number in progress:
                 video, label = draw(split, number, size)
                 yield number, {"video": video, "label": label}
+
+
+def _variant(config: str) -> tuple[str, int]:
+    """The variant and the size of a config."""
+    variant = config.rstrip("0123456789")
+    return variant, int(config.removeprefix(variant))
 
 
 def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
@@ -139,16 +152,11 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     radius = rng.uniform(0.15, 0.19)
     center_x, center_y = _path(rng, motion)
 
-    # Only a box around the shape is rendered: [T, 2 * half, 2 * half] pixels; dx and dy are in radii from its center.
-    half = int(np.ceil(1.3 * radius * size)) + 1
-    left, top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
-    offsets = np.arange(-half, half) + 0.5
-    dx = (((left[:, None] + offsets) / size - center_x[:, None]) / radius).astype(np.float32)[:, None, :]
-    dy = (((top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
+    box = _Box(center_x, center_y, radius, size)
+    dx, dy = box.offsets
     cos, sin = _direction(rng.uniform(-0.2, 0.2))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    # Antialiasing: opacity changes over one pixel across the edge.
-    alpha = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius * size), 0, 1)[..., None]
+    alpha = _opacity(_distance(shape, u, v) * np.float32(radius * size))
 
     opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
     if day:
@@ -157,14 +165,33 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
         light, dark = _color(opposite, 0.45, 1.0), _color(opposite + 0.08, 0.9, 0.75)
     cos, sin = _direction(rng.uniform(0, np.pi))
     stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
-    box = dark + stripes * (light - dark)
+    video = box.paste(np.repeat(background[None], FRAMES, axis=0), dark + stripes * (light - dark), alpha)
+    return (video * 255 + 0.5).astype(np.uint8), label
 
-    # The border takes the parts of the box that are outside the frame.
-    video = np.repeat(np.pad(background, ((half, half), (half, half), (0, 0)))[None], FRAMES, axis=0)
-    for frame, y, x, pixels, opacity in zip(video, top, left, box, alpha, strict=True):
-        under = frame[y : y + 2 * half, x : x + 2 * half]
-        under += opacity * (pixels - under)
-    return (video[:, half:-half, half:-half] * 255 + 0.5).astype(np.uint8), label
+
+class _Box:
+    """The part of each frame around a shape, [T, 2 * half, 2 * half] pixels: only these are rendered.
+
+    Centers (x, y), [T] each, and the radius are fractions of the frame, whose side is `size` pixels.
+    """
+
+    def __init__(self, center_x: np.ndarray, center_y: np.ndarray, radius: float, size: int):
+        self._half = half = int(np.ceil(1.3 * radius * size)) + 1
+        self._left, self._top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
+        offsets = np.arange(-half, half) + 0.5
+        dx = (((self._left[:, None] + offsets) / size - center_x[:, None]) / radius).astype(np.float32)[:, None, :]
+        dy = (((self._top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
+        self.offsets = dx, dy  # in radii from the center
+
+    def paste(self, video: np.ndarray, pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        """The video [T, S, S, 3] with pixels of this opacity, [T, 2 * half, 2 * half, 3 and 1], over it."""
+        half = self._half
+        # the border takes the parts of the box that are outside the frame
+        video = np.pad(video, ((0, 0), (half, half), (half, half), (0, 0)))
+        for frame, y, x, over, opacity in zip(video, self._top, self._left, pixels, alpha, strict=True):
+            under = frame[y : y + 2 * half, x : x + 2 * half]
+            under += opacity * (over - under)
+        return video[:, half:-half, half:-half]
 
 
 def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
@@ -182,9 +209,33 @@ def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     pixels = (np.arange(size) + 0.5) / size
     u = ((pixels - 0.5 - PLAIN_REACH * along_x[:, None]) / radius)[:, None, :]
     v = ((pixels - 0.5 - PLAIN_REACH * along_y[:, None]) / radius)[:, :, None]
-    distance = _distance(shape, *np.broadcast_arrays(u, v)) * radius * size
-    alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+    alpha = _opacity(_distance(shape, *np.broadcast_arrays(u, v)) * radius * size)
     return ((background + alpha * (color - background)) * 255 + 0.5).astype(np.uint8), label
+
+
+def render_busy(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
+    """`render` for the busy variant; the label is number % 7, of that many shapes that move."""
+    rng = np.random.default_rng([2 * len(SPLITS) + list(SPLITS).index(split), number])
+    moving = number % len(BUSY_LABELS)
+    hue = rng.random()
+    background = _color(hue, rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.9))
+    video = np.tile(background, (FRAMES, size, size, 1))
+    for i in range(moving + 1):
+        color = _color(hue + rng.uniform(0.25, 0.75), 0.9, rng.uniform(0.3, 0.95))
+        shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
+        radius, reach = (rng.uniform(0.16, 0.24), 0.0) if i == 0 else (rng.uniform(0.08, 0.13), rng.uniform(0.15, 0.3))
+        angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(8, 16) * rng.choice([-1, 1]) + rng.random())
+        along_x, along_y = _along(motion, angle, rng.choice([-1, 1]))
+        middle_x, middle_y = rng.uniform(0.3, 0.7, size=2)
+        box = _Box(middle_x + reach * along_x, middle_y + reach * along_y, radius, size)
+        alpha = _opacity(_distance(shape, *np.broadcast_arrays(*box.offsets)) * np.float32(radius * size))
+        video = box.paste(video, np.broadcast_to(color, (*alpha.shape[:-1], 3)), alpha)
+    return (video * 255 + 0.5).astype(np.uint8), moving
+
+
+def _opacity(distance: np.ndarray) -> np.ndarray:
+    """Opacity [..., 1] by signed distances to the edge in pixels: it changes over one pixel across the edge."""
+    return np.clip(0.5 - distance, 0, 1)[..., None]
 
 
 def _direction(angle: float) -> tuple[np.float32, np.float32]:

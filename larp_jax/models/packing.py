@@ -4,6 +4,7 @@ Arrays of this kind are called packed. They have the shape [B, N], where N is th
 the blocks, [B, T] int32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,11 @@ def layout(lengths: jax.Array, size: int, start: jax.Array | int = 0) -> Layout:
     valid = block < lengths.shape[1]
     place = jnp.where(valid, number - jnp.take_along_axis(bounds, block, axis=1), 0)
     return Layout(block, place, valid)
+
+
+def repeated(assignment: Sequence[int], rows: int) -> jax.Array:
+    """The lengths [rows, T] int32 of clips that all have the same assignment."""
+    return jnp.tile(jnp.asarray(assignment, jnp.int32), (rows, 1))
 
 
 def block_of_patches(lengths: jax.Array, patches: int) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from larp_jax import api, data
 from larp_jax.config import GeneratorRecipe, Ladder, TokenizerConfig
-from larp_jax.data.codes import CodeSet, adaptive
+from larp_jax.data.codes import CodeSet, ladder_of
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
@@ -224,7 +224,7 @@ class GeneratorTask:
         codes = CodeSet(parsed.name)
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
-        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], adaptive(manifest), f"data {spec}")
+        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], ladder_of(manifest), f"data {spec}")
         wanted = recipe.given_frames
         if wanted not in (0, manifest.get("cond_frames")):
             raise InputError(
