@@ -91,6 +91,21 @@ def load_checkpoint(
     return found
 
 
+def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
+    """The number of blocks that so many given frames are; None without a ladder.
+
+    Raises:
+      InputError: they are not whole blocks, nor a picture, or nothing is left to sample.
+    """
+    size = config.frames // config.blocks
+    if not config.ladder:
+        return None
+    if frames != 1 and (frames % size or not 0 < frames < config.frames):
+        whole = ", ".join(str(size * count) for count in range(1, config.blocks))
+        raise InputError(f"{frames} given frames are no whole blocks of this tokenizer; give 1 (a picture), or {whole}")
+    return -(-frames // size)
+
+
 class LoadedTokenizer:
     """A tokenizer with its weights.
 
@@ -228,24 +243,35 @@ class LoadedTokenizer:
         fixed = ladder.largest if budget is None else ladder.named(budget, self.config.quantizer.codebook_size)
         return lambda video: packing.repeated(fixed, len(video))
 
-    def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
+    def encode_frames(self, frames: jax.Array | np.ndarray, *, budget: Budget = None) -> Any:
         """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.
+
+        Tokenizers with a ladder encode them as the first blocks of a clip.
 
         Args:
           frames: [B, F, H, W, C] uint8, or floats in [0, 1], with F of at least 1 and below the clip's T; F = 1 are
-            pictures.
+            pictures. With a ladder, other F must be the frames of whole blocks, and a picture is a block held still.
+          budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K).
+          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: packed codes [B, N], and the numbers of codes
+          of the given blocks, [B, n] int32.
 
         Raises:
           ValueError: the frames have another rank, size, dtype or range.
+          InputError: the frames are not those of whole blocks, or the budget does not fit.
         """
         total = self.config.frames
         if np.ndim(frames) != 5 or not 0 < np.shape(frames)[1] < total:
             shape = list(np.shape(frames))
             raise ValueError(f"frames must be [B, F, H, W, C] with F from 1 to {total - 1}, got shape {shape}")
-        return self.encode(np.asarray(frames)[:, np.minimum(np.arange(total), np.shape(frames)[1] - 1)])
+        given = np.shape(frames)[1]
+        count = blocks_of(self.config, given)
+        video = np.asarray(frames)[:, np.minimum(np.arange(total), given - 1)]
+        if count is None:
+            return self.encode(video)
+        codes, lengths = self.encode(video, budget=budget)
+        return codes, lengths[:, :count]
 
     def decode(self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray | None = None) -> jax.Array:
         """Decodes codes to videos.

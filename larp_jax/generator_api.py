@@ -157,7 +157,7 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        frames: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | tuple | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         budget: Budget = AUTO,
         **options: Any,
@@ -167,9 +167,10 @@ class LoadedGenerator:
         Args:
           classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
           key: random key, `jax.random.key(seed)`.
-          frames: [B, N] integers in [0, K), codes of the given frames from `LoadedTokenizer.encode_frames`; if the
+          frames: what `LoadedTokenizer.encode_frames` returns for given frames: [B, N] integers in [0, K), if the
             generator is given frames. Of a generator that is given both, either can be left out if training left it
-            out sometimes (`class_dropout`, `frames_dropout`).
+            out sometimes (`class_dropout`, `frames_dropout`). A generator with a ladder goes on from any first blocks:
+            their packed codes [B, N] and lengths [B, n].
           indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
@@ -194,7 +195,7 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        frames: jax.Array | np.ndarray | None = None,
+        frames: jax.Array | np.ndarray | tuple | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         budget: Budget = AUTO,
         **options: Any,
@@ -285,9 +286,31 @@ class LoadedGenerator:
     def _precisely(self):
         return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
 
+    def _known(self, given: tuple[int, ...] | None, first: tuple | None, rows: int) -> jax.Array | None:
+        """The symbols that a result of `assignment` and first blocks give, see `sequence.known_symbols`."""
+        ladder = self.config.adaptive
+        if ladder is None or given is None:
+            return None
+        lengths = np.tile(np.asarray(given, np.int32), (rows, 1))
+        if first is None:
+            return known_symbols(self.config, jnp.asarray(lengths))
+        codes, own = first
+        own = np.asarray(checked_lengths(own, ladder, rows))
+        lengths[:, : own.shape[1]] = own
+        least = int(np.where(lengths > 0, lengths, ladder.rungs[0]).sum(axis=1).max())
+        if least > ladder.bucket:
+            raise InputError(
+                f"the given frames leave no room for the blocks after them: with these they need {least} codes of"
+                f" {ladder.bucket}; give the frames fewer codes"
+            )
+        return known_symbols(self.config, jnp.asarray(lengths), jnp.asarray(codes), own.shape[1])
+
     def _arguments(self, classes, frames, indices, key, options: SamplingOptions, budget=AUTO) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
-        c = self.config
+        c, first = self.config, None
+        if c.ladder and frames is not None:
+            first = checked_integers("codes of frames", frames[0], (c.num_tokens,), 0, c.codebook_size), frames[1]
+            frames = None
         both = c.has_classes and c.has_frames
         for name, given, wanted, optional in (
             ("classes", classes, c.has_classes, both and c.has_null_class and frames is not None),
@@ -311,7 +334,7 @@ class LoadedGenerator:
             frames = checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
         if indices is not None:
             indices = checked_integers("indices", indices, (), 0, 2**31)
-        found = {"classes": classes, "frames": frames, "indices": indices}
+        found = {"classes": classes, "frames": first[0] if first else frames, "indices": indices}
         rows = {name: len(values) for name, values in found.items() if values is not None}
         if len(set(rows.values())) != 1:
             said = ", ".join(f"[{count}] {name}" for name, count in rows.items()) or "none; give indices"
@@ -323,9 +346,7 @@ class LoadedGenerator:
             classes = np.full(count, -1, np.int32)
         if frames is None and c.has_frames:
             frames = np.full((count, c.num_tokens), -1, np.int32)
-        condition, known, given = Condition(classes, frames), None, self.assignment(budget, options)
-        if given is not None:
-            known = known_symbols(c, jnp.tile(jnp.asarray(given, jnp.int32), (count, 1)))
+        condition, known = Condition(classes, frames), self._known(self.assignment(budget, options), first, count)
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
             placement = sharding.batch_sharding(self._mesh)

@@ -231,7 +231,11 @@ def add_predict(commands) -> None:
         "--input", required=True, metavar="I", help=f"video file, picture, folder of video files, or {SPEC}"
     )
     sub.add_argument("--classes", metavar="C", help="class of what follows, by number or name (default: any)")
-    sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")
+    sub.add_argument(
+        "--cond-frames", type=positive, metavar="F",
+        help="number of given frames (default: 5); with a ladder 1, a picture, or those of whole blocks (default: one)",
+    )  # fmt: skip
+    add_sample_budget(sub)
     add_guidance(sub, 1.0)
     sub.add_argument(
         "--max-clips",
@@ -247,7 +251,8 @@ def _predict(arguments):
 
     options = sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
-    if not generator.config.has_frames:
+    config = generator.config
+    if not config.has_frames and not config.ladder:
         raise InputError(
             f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
             " prediction"
@@ -264,11 +269,12 @@ def _predict(arguments):
         tokenizer,
         arguments.input,
         arguments.output,
-        cond_frames=arguments.cond_frames,
+        cond_frames=arguments.cond_frames or (tokenizer.config.frames // config.blocks if config.ladder else 5),
         label=label,
         max_clips=arguments.max_clips,
         seed=arguments.seed,
         options=options,
         batch_size=arguments.batch_size,
+        budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} predictions next to the originals, in {arguments.output}")

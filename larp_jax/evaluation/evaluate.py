@@ -199,6 +199,11 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     if request.budget:
         raise InputError(f"--budget is for tokenizers, {request.checkpoint} holds a generator; leave it out")
     names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
+    if found.recipe.model.ladder and "cross_entropy" in names:
+        raise InputError(
+            f"{request.checkpoint} has a ladder: its cross_entropy depends on how many codes clips are given, and is"
+            " measured in training, with data.eval=tokens:DIR; choose --metrics fvd"
+        )
     if request.samples and "fvd" not in names:
         raise InputError("--samples is for --metrics fvd; leave it out")
     i3d = request.load_network("i3d") if "fvd" in names else None

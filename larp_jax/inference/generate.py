@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larp_jax import files
-from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
+from larp_jax.api import LoadedGenerator, LoadedTokenizer, blocks_of, load_tokenizer
 from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import (
@@ -80,7 +80,8 @@ class Sampler:
       seed: seed of the random numbers.
       options: sampling options.
       batch_size: samples per batch.
-      cond_frames: number of given frames; for frame prediction only.
+      cond_frames: number of given frames; for frame prediction only. A generator with a ladder goes on from any first
+        blocks, or a picture.
       budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
 
     Attributes:
@@ -109,6 +110,8 @@ class Sampler:
         generator.check_tokenizer(tokenizer)
         generator.assignment(budget, options)
         config, frames = generator.config, tokenizer.config.frames
+        if config.ladder and cond_frames:
+            blocks_of(tokenizer.config, cond_frames)
         if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
         for option, scale, null, missing in (
@@ -162,6 +165,9 @@ class Sampler:
             condition["classes"] = np.full(len(rows), -1) if classes is None else classes[rows]
         if self._generator.config.has_frames:
             condition["frames"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
+        elif self.given_frames:
+            given, budget = clips[rows][:, : self.given_frames], None if self._budget == AUTO else self._budget
+            condition["frames"] = self.tokenizer.encode_frames(given, budget=budget)
         indices = np.asarray(numbers)[rows]
         sampled = self._generator.sample_counted(
             **condition, indices=indices, key=self._key, budget=self._budget, **vars(self._options)
@@ -358,6 +364,7 @@ def predict(
     seed: int = 0,
     options: SamplingOptions,
     batch_size: int = 8,
+    budget: str = AUTO,
 ) -> dict[str, Any]:
     """Predicts how clips continue after their first frames; resumable like `sample`.
 
@@ -365,7 +372,7 @@ def predict(
     window of T frames, and the codes of the predictions.
 
     Args:
-      generator: a generator trained for frame prediction.
+      generator: a generator trained for frame prediction, or one with a ladder.
       tokenizer: the tokenizer that the generator was trained with.
       source: input, as for `larp_jax.data.inputs.Inputs`; each window is predicted from its own first frames.
       output: folder to write to, created if missing.
@@ -375,6 +382,7 @@ def predict(
       seed: as for `sample`.
       options: as for `sample`.
       batch_size: as for `sample`.
+      budget: as for `sample`; the given blocks have the most codes in equal blocks if it is `auto`.
 
     Returns:
       The manifest, as described in `larp_jax.data.codes`.
@@ -385,7 +393,9 @@ def predict(
     if label is None and generator.config.has_classes and not generator.config.has_null_class:
         raise InputError("this generator was trained without a null class: give the class of the clips, --classes C")
     config = tokenizer.config
-    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames)
+    sampler = Sampler(
+        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames, budget=budget
+    )
     clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
