@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larp_jax import cli, load_generator
 from larp_jax.api import LoadedGenerator
-from larp_jax.config import DataConfig, GeneratorConfig, GeneratorOptimConfig, GeneratorRecipe
-from larp_jax.data.codes import new_manifest, write_manifest, write_shard
+from larp_jax.config import DataConfig, GeneratorConfig, GeneratorOptimConfig, GeneratorRecipe, MeshConfig
 from larp_jax.errors import InputError
 from larp_jax.models import sequence
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator, lengthen
 from larp_jax.models.sampling import SamplingOptions, sample_codes
+from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training.generator import GeneratorStage
 
 # the bucket is less than three blocks of 5
@@ -207,68 +204,29 @@ def test_what_does_not_fit_is_refused():
         dataclasses.replace(CONFIG, num_tokens=6)
 
 
-@pytest.fixture(scope="module")
-def codes_folder(tmp_path_factory):
-    """Codes of 12 clips of 3 blocks: those of class `still` have one code a block, those of `busy` two or five."""
-    folder = tmp_path_factory.mktemp("codes")
-    codes, _ = random_rows(12)
-    lengths = np.array([[1, 1, 1], [2, 5, 1]] * 6)
-    rows = [
-        {"source": f"{('still', 'busy')[i % 2]}/{i:02d}", "start": 0, "frames": 6, "fps": 0.0, "label": i % 2}
-        for i in range(12)
-    ]
-    manifest = new_manifest(
-        fingerprint="0123456789abcdef", step=1, K=16, N=9, clip=(6, 32, 32, 3), sizes=[12], adaptive=CONFIG.adaptive,
-        label_names=["still", "busy"], rows=rows,
-    )  # fmt: skip
-    write_shard(folder / manifest["shards"][0]["file"], {"codes": codes, "lengths": lengths})
-    write_manifest(folder, manifest)
-    return folder
-
-
-def train(workdir, codes, *overrides):
-    config = pathlib.Path(__file__).parent / "configs" / "tiny_generator.py"
-    data = [f"--config.data.train=tokens:{codes}", f"--config.data.eval=tokens:{codes}"]
-    return cli.main(["train", f"--config={config}", f"--workdir={workdir}", *data, *overrides])
-
-
-def test_training_from_codes_of_different_lengths(codes_folder, tmp_path, capsys):
-    """The ladder comes from the codes; the run learns the lengths of each class and says how they are in the data."""
-    sizes = ["--config.model.class_dropout=0.0", "--config.optim.ema_decay=0.0"]
-    assert train(tmp_path / "run", codes_folder, *sizes, "--config.steps=40", "--config.eval_every=40") == 0
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    names, last = {name for row in logged for name in row}, logged[-1]
-    assert {"train/loss", "train/code_loss", "train/length_loss", "train/top1"} <= names
-    assert last["eval/length_cross_entropy"] < 0.1 < np.log(2)
-    generator = load_generator(tmp_path / "run")
-    assert (generator.config.ladder, generator.config.blocks, generator.config.num_tokens) == ((1, 2, 5), 3, 9)
-    assert generator.class_codes == (3.0, 8.0)
-    codes, lengths = generator.sample([0, 1] * 8, key=jax.random.key(0))
-    assert np.abs(np.asarray(lengths).sum(axis=1).reshape(-1, 2).mean(axis=0) - [3, 8]).max() < 0.5
-    np.testing.assert_array_equal(generator.sample([0, 1], key=jax.random.key(0), budget="6")[1], [[2, 2, 2]] * 2)
+def test_samples_do_not_depend_on_the_mesh_and_budgets_are_checked():
+    plain = LoadedGenerator(CONFIG, random_params())
+    expected = plain.sample(CLASSES, key=jax.random.key(0), cfg_scale=2.0)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, model=1))
+    found = LoadedGenerator(CONFIG, random_params(), mesh=mesh).sample(CLASSES, key=jax.random.key(0), cfg_scale=2.0)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
     for budget, said in (
         ("7", "does not split into 3 equal blocks"),
         ((2, 5, 5), "12 codes, above"),
         ((2, 3, 1), "a block cannot have 3 codes"),
     ):
         with pytest.raises(InputError, match=said):
-            generator.sample([0, 1], key=jax.random.key(0), budget=budget)
+            plain.sample(CLASSES, key=jax.random.key(0), budget=budget)
     with pytest.raises(InputError, match="window 4: a generator with a ladder draws one code after the other"):
-        generator.sample([0, 1], key=jax.random.key(0), window=4)
-
-    for change, said in (
-        ("--config.model.ladder=1,2", "model.ladder=(1, 2), but data tokens:"),
-        ("--config.model.blocks=2", "model.blocks=2 needs model.ladder"),
-        ("--config.model.condition=frames", "is for clips of one length"),
-    ):
-        capsys.readouterr()
-        assert train(tmp_path / "wrong", codes_folder, change) == 2
-        assert said in capsys.readouterr().err.splitlines()[-1]
+        plain.sample(CLASSES, key=jax.random.key(0), window=4)
+    codes, _ = random_rows(ROWS)
+    with pytest.raises(InputError, match="with these they need 11 codes of 9"):
+        plain.sample(CLASSES, key=jax.random.key(0), frames=(codes, [[5]] * ROWS), budget=(1, 1, 5))
 
 
-def test_int8_weights_sample_lengths_too(codes_folder):
+def test_int8_weights_sample_lengths_too():
     generator = LoadedGenerator(CONFIG, random_params(), precision="int8")
-    codes, lengths = generator.sample(CLASSES, key=jax.random.key(0), top_k=1)
+    codes, lengths = generator.sample(CLASSES, key=jax.random.key(0), cfg_scale=2.0)
     assert set(map(tuple, np.asarray(lengths).tolist())) <= set(CONFIG.adaptive.assignments)
     exact = LoadedGenerator(CONFIG, random_params())
     logits, others = (np.asarray(g.logits(codes, CLASSES, lengths=lengths)) for g in (generator, exact))

@@ -178,6 +178,7 @@ def add_sample(commands) -> None:
 
 
 def _sample(arguments):
+    from larp_jax.data.codes import describe_class_codes
     from larp_jax.inference import generate
 
     options = sampling_options(arguments)
@@ -198,7 +199,7 @@ def _sample(arguments):
     )
     print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
     if "class_codes" in manifest:
-        print(f"mean number of codes: {generate.describe_codes(manifest['class_codes'], generator)}")
+        print(f"mean number of codes: {describe_class_codes(manifest)}")
 
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:

@@ -15,7 +15,8 @@ in order:
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
-  class_codes: mean number of codes of the samples of each class (null: no sample); only in sampled codes, if "packed".
+  class_codes, class_codes_in_training: mean number of codes of each class (null: none), of the samples and of the
+    clips that the generator was trained on; only in sampled codes, if "packed".
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
@@ -283,6 +284,18 @@ def mean_by_label(values: np.ndarray, labels: np.ndarray, classes: int) -> list[
     counts = np.bincount(labels[known], minlength=classes)
     totals = np.bincount(labels[known], values[known], minlength=classes)
     return [total / count if count else None for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]
+
+
+def describe_class_codes(manifest: Mapping) -> str:
+    """The means of `class_codes` as text, such as `walk 210 (training 214), run 480 (training 471)`."""
+    names, trained = manifest["label_names"], manifest["class_codes_in_training"]
+    parts = []
+    for label, mean in enumerate(manifest["class_codes"]):
+        known = trained[label] if label < len(trained) else None
+        if mean is not None:
+            name = names[label] if label < len(names) else f"class {label}"
+            parts.append(f"{name} {mean:.0f}" + ("" if known is None else f" (training {known:.0f})"))
+    return ", ".join(parts)
 
 
 class CodeSet:

@@ -232,8 +232,6 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
         videos = videos_for(sampler, clips, classes, folder=request.samples, described=codes)
         video_scores, video_protocol = evaluator.run(videos)
         scores |= video_scores
-        if codes:
-            codes["class_codes_in_training"] = list(generator.class_codes)
         described |= video_protocol | {"sampling": sampler.describe()} | codes
         given = [f"the first {cond_frames} frames of each clip"] if cond_frames else []
         if classes is not None:

@@ -78,7 +78,7 @@ def videos_for(
       classes: [clips] int, if the generator is given classes.
       folder: where to keep the codes, so that an interrupted evaluation can resume. `detokenize` reads the finished
         folder.
-      described: with a ladder, gets the entry `class_codes`, mean numbers of codes by class, after the last batch.
+      described: with a ladder, gets what the manifest of codes has of `class_codes`, after the last batch.
 
     Yields:
       Batches of the videos of this host, float32 [B, T, H, W, C] in [0, 1].

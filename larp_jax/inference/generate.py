@@ -89,6 +89,7 @@ class Sampler:
       batch_size: as given.
       step: training step of the generator.
       class_names: names of the generator's classes.
+      class_codes: with a ladder, mean numbers of codes of its training clips by class, if known.
       given_frames: number of frames that the generator is given.
       has_lengths: whether samples have different numbers of codes.
 
@@ -123,7 +124,7 @@ class Sampler:
                     f"{option} must be 1, because the generator was trained without {missing}; got {scale:g}"
                 )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
-        self.class_names = generator.class_names
+        self.class_names, self.class_codes = generator.class_names, generator.class_codes
         self._generator, self._options, self.given_frames = generator, options, cond_frames
         self.has_lengths = bool(config.ladder)
         self._seed, self._key, self._passes, self._budget = seed, rng.key(seed), [], budget
@@ -257,18 +258,6 @@ def manifest_rows(classes: np.ndarray, frames: int) -> list[dict]:
         {"source": _name(i, classes), "start": 0, "frames": frames, "fps": 0.0, "label": int(label)}
         for i, label in enumerate(classes)
     ]
-
-
-def describe_codes(class_codes: Sequence[float | None], generator: LoadedGenerator) -> str:
-    """Numbers of codes by class, of samples as in a manifest and in training: `walk 210 (training 214), run 480`."""
-    names, trained = generator.class_names, generator.class_codes
-    parts = []
-    for label, mean in enumerate(class_codes[:MANY_LISTED]):
-        if mean is not None:
-            name = names[label] if label < len(names) else f"class {label}"
-            known = trained[label] if label < len(trained) else None
-            parts.append(f"{name} {mean:.0f}" + ("" if known is None else f" (training {known:.0f})"))
-    return ", ".join(parts) + (", ..." if len(class_codes) > MANY_LISTED else "")
 
 
 def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
@@ -510,7 +499,7 @@ class SampleFolder:
         write_shard(self._shard(number), rows)
 
     def class_codes(self, labels: np.ndarray) -> dict[str, list[float | None]]:
-        """`class_codes` of the manifest, for samples of these classes; nothing without a ladder.
+        """What the manifest has of `class_codes`, for samples of these classes; nothing without a ladder.
 
         The samples that this host can read are counted: all of them if hosts share the folder.
         """
@@ -521,7 +510,8 @@ class SampleFolder:
                 found[rows], totals[rows] = True, kept["lengths"].sum(axis=1)
         if not found.any() or labels.max() < 0:
             return {}
-        return {"class_codes": mean_by_label(totals[found], labels[found], int(labels.max()) + 1)}
+        means = mean_by_label(totals[found], labels[found], int(labels.max()) + 1)
+        return {"class_codes": means, "class_codes_in_training": list(self._sampler.class_codes)}
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / shard_name(number, len(self._batches))

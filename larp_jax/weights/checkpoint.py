@@ -508,6 +508,9 @@ def _check_sizes(recipe: Any, arrays: Any) -> None:
         sizes["tokenizer/encoder/queries/block_table"] = model.blocks * model.encoder.width
         sizes["tokenizer/decoder/latent_positions/block_table"] = model.blocks * model.decoder.width
         sizes["prior/block_table"] = model.blocks * recipe.prior.width
+    elif model.ladder:
+        sizes["generator/block_positions"] = model.blocks * model.width
+        sizes["generator/place_positions"] = (model.ladder[-1] + 1) * model.width
     for path, size in sizes.items():
         if stored.get(path, size) != size:
             raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")
