@@ -169,7 +169,8 @@ def test_packed_clips_are_trained_like_each_alone():
         recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
         return GeneratorStage(recipe).gradient(params, batch, jax.random.key(0), {})
 
-    grads, whole = jax.jit(logs)(params, batch)
+    together = jax.jit(logs)
+    grads, whole = together(params, batch)
 
     def alone(params):
         total = 0.0
@@ -192,7 +193,7 @@ def test_packed_clips_are_trained_like_each_alone():
         np.testing.assert_allclose(sums[name][0].sum() / sums[name][1].sum(), mean, rtol=1e-5)
 
     padded = dict(batch, codes=np.where(np.arange(9) < lengths.sum(axis=1)[:, None], codes, 7).astype(np.int32))
-    for same in (jax.jit(logs)(params, padded), jax.jit(functools.partial(logs, accumulate=2))(params, batch)):
+    for same in (together(params, padded), jax.jit(functools.partial(logs, accumulate=2))(params, batch)):
         np.testing.assert_allclose(same[1]["loss"], loss, rtol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), same[0], expected)
 
