@@ -14,23 +14,17 @@ from jax.sharding import Mesh
 from larp_jax import files
 from larp_jax.config import GeneratorConfig, TokenizerConfig
 from larp_jax.errors import InputError
+from larp_jax.generator_api import LoadedGenerator, checked_params
 from larp_jax.models import packing
 from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
-from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Generator
-from larp_jax.models.int8 import quantize_kernels, quantize_layers
-from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
-from larp_jax.models.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
-from larp_jax.weights.fingerprint import digest, fingerprint
-from larp_jax.weights.tensors import compare_shapes
+from larp_jax.weights.fingerprint import fingerprint
 
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
-PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
 def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
@@ -98,6 +92,21 @@ def load_checkpoint(
     return found
 
 
+def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
+    """The number of blocks that so many given frames are; None without a ladder.
+
+    Raises:
+      InputError: they are not whole blocks, nor a picture, or nothing is left to sample.
+    """
+    size = config.frames // config.blocks
+    if not config.ladder:
+        return None
+    if frames != 1 and (frames % size or not 0 < frames < config.frames):
+        whole = ", ".join(str(size * count) for count in range(1, config.blocks))
+        raise InputError(f"{frames} given frames are no whole blocks of this tokenizer; give 1 (a picture), or {whole}")
+    return -(-frames // size)
+
+
 class LoadedTokenizer:
     """A tokenizer with its weights.
 
@@ -132,7 +141,7 @@ class LoadedTokenizer:
     ):
         self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
-        params = _checked_params(module, params, "tokenizer")
+        params = checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
         self._graphdef = nnx.graphdef(module)
 
@@ -232,30 +241,38 @@ class LoadedTokenizer:
                     f" {self.config.num_tokens} codes; leave it out"
                 )
             return lambda video: None
-        if isinstance(budget, (str, int)):
-            fixed = ladder.budget(str(budget), self.config.quantizer.codebook_size)
-        else:
-            fixed = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
+        fixed = ladder.largest if budget is None else ladder.named(budget, self.config.quantizer.codebook_size)
         return lambda video: packing.repeated(fixed, len(video))
 
-    def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
+    def encode_frames(self, frames: jax.Array | np.ndarray, *, budget: Budget = None) -> Any:
         """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.
+
+        Tokenizers with a ladder encode them as the first blocks of a clip.
 
         Args:
           frames: [B, F, H, W, C] uint8, or floats in [0, 1], with F of at least 1 and below the clip's T; F = 1 are
-            pictures.
+            pictures. With a ladder, other F must be the frames of whole blocks, and a picture is a block held still.
+          budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K).
+          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: packed codes [B, N], and the numbers of codes
+          of the given blocks, [B, n] int32.
 
         Raises:
           ValueError: the frames have another rank, size, dtype or range.
+          InputError: the frames are not those of whole blocks, or the budget does not fit.
         """
         total = self.config.frames
         if np.ndim(frames) != 5 or not 0 < np.shape(frames)[1] < total:
             shape = list(np.shape(frames))
             raise ValueError(f"frames must be [B, F, H, W, C] with F from 1 to {total - 1}, got shape {shape}")
-        return self.encode(np.asarray(frames)[:, np.minimum(np.arange(total), np.shape(frames)[1] - 1)])
+        given = np.shape(frames)[1]
+        count = blocks_of(self.config, given)
+        video = np.asarray(frames)[:, np.minimum(np.arange(total), given - 1)]
+        if count is None:
+            return self.encode(video)
+        codes, lengths = self.encode(video, budget=budget)
+        return codes, lengths[:, :count]
 
     def decode(self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray | None = None) -> jax.Array:
         """Decodes codes to videos.
@@ -309,264 +326,3 @@ class LoadedTokenizer:
 
     def _checked_codes(self, codes):
         return checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
-
-
-class LoadedGenerator:
-    """A generator with its weights.
-
-    A sampling program is compiled for each batch size, `cfg_interval` and `window`, and with or without guidance, top-k
-    and top-p. Their values, and the temperature, can change without another compilation.
-
-    Args:
-      config: configuration of the generator.
-      params: its parameters (`TrainState.params["generator"]`).
-      step: training step of the parameters; 0 if unknown.
-      precision: `float32`, including matrix products on all devices; `bfloat16` for computation and cache; or `int8`,
-        in which the weights of linear layers are int8 and the rest is float32, with matrix products in the precision
-        that is fast on the device.
-      mesh: devices for the parameters and for splitting batches (`data` x `fsdp`); the default device without.
-      tokenizer_fingerprint: fingerprint of the tokenizer whose codes it was trained on; None if unknown.
-      class_counts: [classes] int, number of training clips of each class; None if unknown.
-      class_names: names of the classes in the order of their labels; empty or too few if some are unknown.
-
-    Attributes:
-      config: as given.
-      step: as given.
-      precision: as given.
-      dtype: of the computation, except norms and softmaxes.
-      parameters: their number.
-      tokenizer_fingerprint: as given.
-      class_counts: as given.
-      class_names: as given.
-    """
-
-    @rng.pinned()
-    def __init__(
-        self,
-        config: GeneratorConfig,
-        params: Mapping,
-        *,
-        step: int = 0,
-        precision: str = "float32",
-        mesh: Mesh | None = None,
-        tokenizer_fingerprint: str | None = None,
-        class_counts: np.ndarray | None = None,
-        class_names: Sequence[str] = (),
-    ):
-        if precision not in PRECISIONS:
-            raise InputError(f"precision={precision!r} is not known; choose {', '.join(PRECISIONS)}")
-        if class_counts is not None and not (config.has_classes and len(class_counts) == config.num_classes):
-            raise InputError(f"class_counts of {len(class_counts)} classes do not match the generator")
-        if len(class_names) > config.num_classes:
-            raise InputError(
-                f"{len(class_names)} class names do not match the generator, which has {config.num_classes} classes"
-            )
-        self.config, self.step, self.precision = config, step, precision
-        self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
-        self.class_names = tuple(class_names)
-        self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
-        self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
-        module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
-        cast = cast_params(_checked_params(module, params, "generator"), dtype)
-        if precision == "int8":
-            quantize_layers(module)
-            cast = quantize_kernels(cast)
-        self._graphdef = nnx.graphdef(module)
-        self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
-
-        def sample(params, condition, indices, key, scalars, plan):
-            return sample_codes(self.module(params), condition, indices, key, scalars, plan)
-
-        def logits(params, condition, codes):
-            return self.module(params)(condition, codes[:, :-1])
-
-        self._logits = jax.jit(logits)
-        # with AVX-512, LLVM would use vectors of half its width
-        options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
-        self._sample = jax.jit(sample, static_argnames="plan", compiler_options=options)
-
-    @classmethod
-    def of(
-        cls, found: checkpoint.Checkpoint, *, precision: str = "float32", mesh: Mesh | None = None
-    ) -> "LoadedGenerator":
-        """The generator of a checkpoint."""
-        return cls(
-            found.recipe.model,
-            found.params["generator"],
-            step=found.step,
-            precision=precision,
-            mesh=mesh,
-            tokenizer_fingerprint=found.tokenizer_fingerprint,
-            class_counts=found.class_counts,
-            class_names=found.class_names,
-        )
-
-    @property
-    def params(self) -> dict:
-        """The parameters: nested dictionaries of arrays of the compute precision."""
-        return self._params
-
-    def module(self, params: Mapping) -> Generator:
-        """The network with these parameters, for use in your own functions."""
-        return nnx.merge(self._graphdef, params)
-
-    @property
-    def batch_multiple(self) -> int:
-        """Batch sizes must be multiples of this, the number of devices that batches are split over."""
-        return sharding.batch_parts(self._mesh) if self._mesh is not None else 1
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identifies the weights at this precision, 16 hexadecimal digits."""
-        return digest(f"generator {self.precision}", self._params)
-
-    def sample(
-        self,
-        classes: Sequence[int] | np.ndarray | None = None,
-        *,
-        key: jax.Array,
-        frames: jax.Array | np.ndarray | None = None,
-        indices: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
-    ) -> jax.Array:
-        """Samples sequences of codes.
-
-        Args:
-          classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
-          key: random key, `jax.random.key(seed)`.
-          frames: [B, N] integers in [0, K), codes of the given frames from `LoadedTokenizer.encode_frames`; if the
-            generator is given frames. Of a generator that is given both, either can be left out if training left it
-            out sometimes (`class_dropout`, `frames_dropout`).
-          indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
-            depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
-            rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
-            if the generator is given neither classes nor frames.
-          **options: fields of `larp_jax.models.sampling.SamplingOptions`: cfg_scale, frames_scale, cfg_interval,
-            temperature, top_k, top_p, window.
-
-        Returns:
-          [B, N] int32 in [0, K).
-
-        Raises:
-          ValueError: an argument is not as described; the message states the expected and the given value.
-        """
-        return self.sample_counted(classes, key=key, frames=frames, indices=indices, **options)[0]
-
-    def sample_counted(
-        self,
-        classes: Sequence[int] | np.ndarray | None = None,
-        *,
-        key: jax.Array,
-        frames: jax.Array | np.ndarray | None = None,
-        indices: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The codes of `sample` [B, N], and the number of passes after that of the condition, an int32 scalar.
-
-        Without a `window` there are N - 1 passes through the network, one for each code after the first.
-        """
-        chosen = SamplingOptions(**options)
-        arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen)
-        with rng.pinned(), self._precisely():
-            return self._sample(*arguments, chosen.plan(self.config.num_tokens))
-
-    def logits(
-        self,
-        codes: jax.Array | np.ndarray,
-        classes: Sequence[int] | np.ndarray | None = None,
-        *,
-        frames: jax.Array | np.ndarray | None = None,
-    ) -> jax.Array:
-        """Logits of each of `codes` [B, N] given those before it, [B, N, K] float32; other arguments as for `sample`.
-
-        Raises:
-          ValueError: an argument is not as described.
-        """
-        codes = checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
-        numbers = np.arange(len(codes))
-        params, condition, *_ = self._arguments(classes, frames, numbers, rng.key(0), SamplingOptions())
-        with self._precisely():
-            return self._logits(params, condition, codes)
-
-    @rng.pinned()
-    def compile(self, batch_size: int, **options: Any) -> jax.stages.Compiled:
-        """The compiled program of `sample` for this batch size and these options."""
-        chosen = SamplingOptions(**options)
-        condition, numbers = Condition.zeros(self.config, batch_size), np.arange(batch_size)
-        classes = condition.classes if self.config.has_classes else None
-        arguments = self._arguments(classes, condition.frames, numbers, rng.key(0), chosen)
-        with self._precisely():
-            return self._sample.lower(*arguments, chosen.plan(self.config.num_tokens)).compile()
-
-    def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
-        """`InputError` if the generator is known to have been trained with another tokenizer."""
-        ours = self.config.codebook_size, self.config.num_tokens
-        theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens
-        if ours != theirs:
-            raise InputError(
-                f"the generator samples {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]};"
-                " give the tokenizer that the generator was trained with"
-            )
-        if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-            raise InputError(
-                f"the generator was trained on codes of tokenizer {self.tokenizer_fingerprint}, not of"
-                f" {tokenizer.fingerprint}; give that one"
-            )
-
-    def _precisely(self):
-        return jax.default_matmul_precision("float32" if self.precision == "float32" else "default")
-
-    def _arguments(self, classes, frames, indices, key, options: SamplingOptions) -> tuple:
-        """The arguments of the compiled function, checked and placed on devices."""
-        c = self.config
-        both = c.has_classes and c.has_frames
-        for name, given, wanted, optional in (
-            ("classes", classes, c.has_classes, both and c.has_null_class and frames is not None),
-            ("frames", frames, c.has_frames, both and c.has_null_frames and classes is not None),
-        ):
-            if (given is not None) != wanted and not (given is None and optional):
-                raise ValueError(
-                    f"this generator has the condition {c.given!r}: {'give' if wanted else 'leave out'} {name}"
-                )
-        for name, null, missing in (
-            ("cfg_scale", c.has_null_class, "a null class"),
-            ("frames_scale", c.has_null_frames, "frames_dropout"),
-        ):
-            if getattr(options, name) > 1.0 and not null:
-                raise ValueError(
-                    f"{name} must be 1 for a generator trained without {missing}; got {getattr(options, name):g}"
-                )
-        if classes is not None:
-            classes = checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
-        if frames is not None:
-            frames = checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
-        if indices is not None:
-            indices = checked_integers("indices", indices, (), 0, 2**31)
-        found = {"classes": classes, "frames": frames, "indices": indices}
-        rows = {name: len(values) for name, values in found.items() if values is not None}
-        if len(set(rows.values())) != 1:
-            said = ", ".join(f"[{count}] {name}" for name, count in rows.items()) or "none; give indices"
-            raise ValueError(f"every sample needs one row of each argument; got {said}")
-        count = max(rows.values())
-        if indices is None:
-            indices = np.arange(count, dtype=np.int32)
-        if classes is None and c.given != "frames":
-            classes = np.full(count, -1, np.int32)
-        if frames is None and c.has_frames:
-            frames = np.full((count, c.num_tokens), -1, np.int32)
-        condition = Condition(classes, frames)
-        if self._mesh is not None:
-            sharding.check_batch(count, self._mesh)
-            condition, indices = jax.device_put((condition, indices), sharding.batch_sharding(self._mesh))
-        return self._params, condition, indices, key, options.scalars()
-
-
-def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
-    """The parameters as float32 NumPy arrays; `InputError` if their names or shapes do not match the module."""
-
-    def by_name(tree):
-        return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-    expected = by_name(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))

@@ -2,15 +2,18 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from test_generate import write_generator
 
 import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
 from larp_jax.data import codes as codes_on_disk, moving_shapes
+from larp_jax.data.video import VideoFile, write_video
 from larp_jax.errors import InputError
 from larp_jax.training.tokenizer import TokenizerStage
 
@@ -133,6 +136,106 @@ def test_budgets_on_the_command_line(run, adaptive, tmp_path, capsys):
     )
     assert "--cond-frames is for tokenizers without a ladder" in call(*tokenize, where("x"), "--cond-frames", 2, code=2)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_generator_samples_codes_of_different_lengths(run, adaptive, tmp_path, capsys):
+    """sample, its codes on disk, detokenize, report, and predict from the first block or a picture."""
+    model = dict(codebook_size=32, num_tokens=12, blocks=2, ladder=(2, 4, 8))
+    classes = {"class_counts": [1, 1, 1], "class_names": ["still", "slow", "busy"], "class_codes": [4.0, None, 12.0]}
+    metadata = {"tokenizer_fingerprint": adaptive.fingerprint} | classes
+    generator, where = write_generator(tmp_path / "generator", metadata, **model), lambda name: str(tmp_path / name)
+
+    def call(command, *arguments, code=0):
+        files = [f"--checkpoint={generator}", f"--tokenizer={run}"] if command in ("sample", "predict") else []
+        assert cli.main([command, *files, *map(str, arguments)]) == code
+        said = capsys.readouterr()
+        return said.err.splitlines()[-1] if code else said.out
+
+    six = ["--num", 6, "--batch-size", 4]
+    said = call("sample", *six, "--output", where("samples"), "--cfg-scale", 1.5)
+    manifest = codes_on_disk.read_manifest(where("samples"))
+    rows = codes_on_disk.CodeSet(where("samples")).rows
+    assert set(map(tuple, rows["lengths"].tolist())) <= set(adaptive.config.adaptive.assignments)
+    assert len(np.unique(rows["lengths"].sum(axis=1))) > 1
+    means = [rows["lengths"][rows["label"] == label].sum(axis=1).mean() for label in range(3)]
+    assert manifest["class_codes"] == means and manifest["class_codes_in_training"] == [4.0, None, 12.0]
+    assert f"still {means[0]:.0f} (training 4), slow {means[1]:.0f}, busy {means[2]:.0f} (training 12)" in said
+    assert json.loads((tmp_path / "samples" / "settings.json").read_text())["budget"] == "auto"
+    capsys.readouterr()
+    call("sample", *six, "--output", where("samples"), "--cfg-scale", 1.5)  # nothing is left to sample
+    np.testing.assert_array_equal(codes_on_disk.CodeSet(where("samples")).rows["codes"], rows["codes"])
+    call("detokenize", "--checkpoint", run, "--input", where("samples"), "--output", where("again"))
+    assert len(list((tmp_path / "again").rglob("*.mp4"))) == 6
+    shutil.copytree(tmp_path / "samples", run / "samples")
+    call("report", "--workdir", run, "--output", where("page.html"))
+    assert f"still {means[0]:.0f} (training 4)" in (tmp_path / "page.html").read_text()
+    shutil.rmtree(run / "samples")
+
+    call("sample", "--num", 4, "--output", where("given"), "--budget", "2,8")
+    assert codes_on_disk.CodeSet(where("given")).rows["lengths"].tolist() == [[2, 8]] * 4
+    clip = np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    write_video(where("clip.mp4"), clip, 8.0)
+    predict = ["--input", where("clip.mp4"), "--output"]
+    call("predict", *predict, where("after"))
+    found = codes_on_disk.CodeSet(where("after")).rows
+    own, lengths = adaptive.encode_frames(VideoFile(where("clip.mp4")).read(0, 8, 32, exact=True)[None, :4])
+    assert lengths.tolist() == [[4]] and found["lengths"][0, 0] == 4
+    np.testing.assert_array_equal(found["codes"][0, :4], own[0, :4])
+    call("predict", *predict, where("picture"), "--cond-frames", 1, "--budget", 4)
+    assert codes_on_disk.CodeSet(where("picture")).rows["lengths"].tolist() == [[2, 2]]
+
+    for command, options, message in (
+        ("predict", [*predict, where("x"), "--cond-frames", 3], "3 given frames are no whole blocks of this tokenizer"),
+        ("sample", ["--output", where("x"), "--budget", "8,8"], "budget 8,8 has 16 codes, above the tokenizer's 12"),
+        ("sample", ["--output", where("x"), "--window", 4], "window 4: a generator with a ladder draws one code"),
+    ):
+        assert message in call(command, *options, code=2)
+        assert not (tmp_path / "x").exists()
+    plain = write_generator(tmp_path / "plain", {}, num_tokens=12)
+    wrong = ["sample", f"--checkpoint={plain}", f"--tokenizer={run}", f"--output={where('x')}"]
+    assert cli.main(wrong) == 2
+    assert "the generator has no ladder, the tokenizer 2 blocks of (2, 4, 8) codes" in capsys.readouterr().err
+
+
+def test_training_a_generator_of_different_lengths(run, adaptive, tmp_path, capsys):
+    """The ladder comes from the codes; the run learns the lengths of each class, and says how they are in the data."""
+    folder, rngs = tmp_path / "codes", np.random.default_rng(0)
+    lengths = np.array([[2, 2], [4, 8]] * 8)  # of still and busy clips
+    rows = [{"source": f"{i:02d}", "start": 0, "frames": 8, "fps": 0.0, "label": i % 2} for i in range(len(lengths))]
+    manifest = codes_on_disk.new_manifest(
+        fingerprint=adaptive.fingerprint, step=6, K=32, N=12, clip=(8, 32, 32, 3), sizes=[len(rows)],
+        adaptive=adaptive.config.adaptive, label_names=["still", "busy"], rows=rows,
+    )  # fmt: skip
+    codes = rngs.integers(0, 32, (len(rows), 12), dtype=np.int32)
+    folder.mkdir()
+    codes_on_disk.write_shard(folder / manifest["shards"][0]["file"], {"codes": codes, "lengths": lengths})
+    codes_on_disk.write_manifest(folder, manifest)
+
+    def train(workdir, *overrides):
+        data = [f"--config.data.train=tokens:{folder}", f"--config.data.eval=tokens:{folder}"]
+        config = ["--config", CONFIG.with_name("tiny_generator.py"), f"--config.tokenizer={run}", *data]
+        return cli.main(["train", *map(str, config), f"--workdir={workdir}", *overrides])
+
+    assert train(tmp_path / "run", "--config.steps=60", "--config.eval_every=60", "--config.optim.ema_decay=0.0") == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "train/code_loss", "train/length_loss"} <= {name for row in logged for name in row}
+    assert logged[-1]["eval/length_cross_entropy"] < 0.1
+    assert (tmp_path / "run" / "media" / "00000060_samples.mp4").exists()
+    generator = larp_jax.load_generator(tmp_path / "run")
+    assert (generator.config.ladder, generator.config.blocks, generator.config.num_tokens) == ((2, 4, 8), 2, 12)
+    assert generator.class_codes == (4.0, 12.0)
+    _, sampled = generator.sample([0, 1] * 32, key=jax.random.key(0))
+    np.testing.assert_allclose(np.asarray(sampled).sum(axis=1).reshape(-1, 2).mean(axis=0), [4, 12], rtol=0.1)
+
+    for change, said in (
+        ("--config.model.ladder=2,4", "model.ladder=(2, 4), but the tokenizer has (2, 4, 8)"),
+        ("--config.model.blocks=3", "model.blocks=3 needs model.ladder"),
+        ("--config.model.condition=frames", "is for clips of one length"),
+        ("--config.data.eval=moving_shapes:test", "training does not choose how many codes a clip gets"),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path / "wrong", change) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_exports(run, adaptive, tmp_path, video, capsys):

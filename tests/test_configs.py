@@ -39,11 +39,14 @@ def stage_and_batch(recipe):
     tokenizer = load(recipe.tokenizer.removeprefix("runs/")).model if recipe.tokenizer else None
     if tokenizer is not None:
         found = {"codebook_size": tokenizer.quantizer.codebook_size, "num_tokens": tokenizer.num_tokens}
-        assert all(getattr(recipe.model, name) in (0, size) for name, size in found.items())
+        found |= {"blocks": tokenizer.blocks, "ladder": tokenizer.ladder} if tokenizer.ladder else {}
+        assert all(getattr(recipe.model, name) in (0, 1, (), size) for name, size in found.items())
         classes = recipe.model.num_classes or 16
         model = dataclasses.replace(recipe.model, **found, num_classes=classes)
         recipe = dataclasses.replace(recipe, model=model)
     batch = {"label": shape(rows)}
+    if recipe.model.ladder:
+        batch["lengths"] = shape(rows, recipe.model.blocks)
     if recipe.data.train.startswith("folder:"):
         return GeneratorStage(recipe, tokenizer), batch | {"video": shape(rows, *tokenizer.clip_shape, dtype=jnp.uint8)}
     return GeneratorStage(recipe), batch | {"codes": shape(rows, recipe.model.num_tokens)}

@@ -183,8 +183,8 @@ def test_codes_of_windows_are_those_of_sampling_in_turn(monkeypatch, options, wi
         given["frames"] = np.random.default_rng(0).integers(0, 16, (rows, 12))
     passes = []
     for seed in range(seeds):
-        codes, turns = generator.sample_counted(**given, key=jax.random.key(seed), **drawn)
-        found, used = generator.sample_counted(**given, key=jax.random.key(seed), window=window, **drawn)
+        codes, _, turns = generator.sample_counted(**given, key=jax.random.key(seed), **drawn)
+        found, _, used = generator.sample_counted(**given, key=jax.random.key(seed), window=window, **drawn)
         np.testing.assert_array_equal(found, codes)
         assert turns == 11
         passes.append(int(used))
@@ -195,7 +195,7 @@ def test_windows_need_few_passes_where_codes_do_not_depend_on_each_other():
     generator = make(num_tokens=12)
     params = jax.tree.map(np.zeros_like, generator._params)  # all codes are equally likely
     generator = LoadedGenerator(generator.config, params)
-    codes, passes = generator.sample_counted([0, 1, 2], key=KEY, window=11)
+    codes, _, passes = generator.sample_counted([0, 1, 2], key=KEY, window=11)
     assert passes == 2  # one draws the drafts, one finds them exact
     np.testing.assert_array_equal(codes, generator.sample([0, 1, 2], key=KEY))
 

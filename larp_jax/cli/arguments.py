@@ -125,6 +125,15 @@ def add_sampling(sub, what) -> None:
     add_precision(sub)
 
 
+def add_sample_budget(sub) -> None:
+    """Adds --budget of commands that sample."""
+    sub.add_argument(
+        "--budget", default="auto", metavar="B",
+        help="codes of a sample, for generators with a ladder: auto, as many as the generator decides; a number in"
+        " equal blocks; or those of each block, such as 32,64,32,32 (default: auto)",
+    )  # fmt: skip
+
+
 def add_window(sub) -> None:
     """Adds --window."""
     sub.add_argument(

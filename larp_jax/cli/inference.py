@@ -9,6 +9,7 @@ from larp_jax.cli.arguments import (
     add_command,
     add_guidance,
     add_processes,
+    add_sample_budget,
     add_sampling,
     add_videos,
     add_weights,
@@ -172,10 +173,12 @@ def add_sample(commands) -> None:
         " frequencies of the training data if known, else uniform",
     )  # fmt: skip
     sub.add_argument("--num", type=positive, metavar="N", help="total number of videos (default: 16)")
+    add_sample_budget(sub)
     add_guidance(sub, 1.0)
 
 
 def _sample(arguments):
+    from larp_jax.data.codes import describe_class_codes
     from larp_jax.inference import generate
 
     options = sampling_options(arguments)
@@ -192,8 +195,11 @@ def _sample(arguments):
         seed=arguments.seed,
         options=options,
         batch_size=arguments.batch_size,
+        budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} videos, in {arguments.output}; {generate.SHEET} shows the first")
+    if "class_codes" in manifest:
+        print(f"mean number of codes: {describe_class_codes(manifest)}")
 
 
 def _counts_of_classes(arguments, generator) -> dict[int, int]:
@@ -226,7 +232,11 @@ def add_predict(commands) -> None:
         "--input", required=True, metavar="I", help=f"video file, picture, folder of videos or pictures, or {SPEC}"
     )
     sub.add_argument("--classes", metavar="C", help="class of what follows, by number or name (default: any)")
-    sub.add_argument("--cond-frames", type=positive, default=5, metavar="F", help="number of given frames (default: 5)")
+    sub.add_argument(
+        "--cond-frames", type=positive, metavar="F",
+        help="number of given frames (default: 5); with a ladder 1, a picture, or those of whole blocks (default: one)",
+    )  # fmt: skip
+    add_sample_budget(sub)
     add_guidance(sub, 1.0)
     sub.add_argument(
         "--max-clips",
@@ -242,7 +252,8 @@ def _predict(arguments):
 
     options = sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
-    if not generator.config.has_frames:
+    config = generator.config
+    if not config.has_frames and not config.ladder:
         raise InputError(
             f"{arguments.checkpoint} is class-conditional; use larp-jax sample, or give a generator trained for frame"
             " prediction"
@@ -259,11 +270,12 @@ def _predict(arguments):
         tokenizer,
         arguments.input,
         arguments.output,
-        cond_frames=arguments.cond_frames,
+        cond_frames=arguments.cond_frames or (tokenizer.config.frames // config.blocks if config.ladder else 5),
         label=label,
         max_clips=arguments.max_clips,
         seed=arguments.seed,
         options=options,
         batch_size=arguments.batch_size,
+        budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} predictions next to the originals, in {arguments.output}")

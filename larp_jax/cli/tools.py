@@ -10,6 +10,7 @@ from larp_jax.cli.arguments import (
     add_config,
     add_guidance,
     add_precision,
+    add_sample_budget,
     add_window,
     positive,
 )
@@ -112,6 +113,7 @@ def add_benchmark(commands) -> None:
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
     add_window(sampling)
+    add_sample_budget(sampling)
     sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
@@ -162,8 +164,14 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
     if arguments.tokenizer is not None:
         tokenizer = api.load_tokenizer(arguments.tokenizer)
         generator.check_tokenizer(tokenizer)
+    generator.assignment(arguments.budget, options)
     result = benchmark.benchmark_sample(
-        generator, options, tokenizer=tokenizer, batch_size=arguments.batch_size, seconds=arguments.seconds
+        generator,
+        options,
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        seconds=arguments.seconds,
+        budget=arguments.budget,
     )
     return result | changed
 

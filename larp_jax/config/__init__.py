@@ -10,7 +10,7 @@ from larp_jax.config.checks import (
     check_seed,
 )
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
-from larp_jax.config.ladder import RANDOM, Ladder
+from larp_jax.config.ladder import AUTO, RANDOM, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -51,6 +51,7 @@ from larp_jax.config.training import (
 )
 
 __all__ = [
+    "AUTO",
     "AdamConfig",
     "DataConfig",
     "DiscriminatorConfig",

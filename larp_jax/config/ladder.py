@@ -8,10 +8,12 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from larp_jax.config.checks import require
 from larp_jax.errors import InputError
 
+AUTO = "auto"  # the budget with which a generator, or a router, decides for each clip
 RANDOM = "random"  # the budget of a training run that draws an assignment for each clip and step
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
@@ -106,6 +108,12 @@ class Ladder:
             f"{name} {text} has {sum(lengths)} codes, above the tokenizer's {self.bucket}; give fewer",
         )
         return lengths
+
+    def named(self, budget: Any, codebook_size: int) -> Assignment:
+        """The assignment of a budget, text as for `budget` or a number, or the one with these numbers of codes."""
+        if isinstance(budget, (str, int)):
+            return self.budget(str(budget), codebook_size)
+        return self.checked(list(budget), "budget")
 
     def budget(self, text: str, codebook_size: int, name: str = "budget") -> Assignment:
         """The assignment that a budget stands for, the same for every clip.

@@ -346,6 +346,10 @@ class GeneratorConfig:
     frames are left out: separators replace their codes. Both are drawn independently. `path_dropout` is the rate of
     stochastic depth in the last block. If `codebook_size`, `num_tokens` or `num_classes` is 0, training sets it to the
     number of the tokenizer or the data.
+
+    With a `ladder` the clips have different numbers of codes: each of `blocks` blocks of frames has one of the numbers
+    of the ladder, and the generator writes it before their codes (arXiv 2603.12267). `num_tokens` is then the bucket,
+    the most codes of a clip. Training takes both from the codes.
     """
 
     size: str = "LP"
@@ -355,6 +359,8 @@ class GeneratorConfig:
     kv_heads: int = 0
     codebook_size: int = 8192
     num_tokens: int = 1024
+    blocks: int = 1
+    ladder: tuple[int, ...] = ()
     frame_prediction: bool = False
     condition: str = ""
     num_classes: int = 101
@@ -389,7 +395,17 @@ class GeneratorConfig:
             require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         for name in ("codebook_size", "num_tokens", "num_classes"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
-        check_positions(self.condition_tokens + self.num_tokens, "the condition")
+        check_positions(self.condition_tokens + self.symbols, "the condition")
+        if self.ladder and self.num_tokens:
+            self.adaptive.check()
+        require(
+            bool(self.ladder) or self.blocks == 1, f"model.blocks={self.blocks} needs model.ladder; set it to 1"
+        )
+        require(
+            not (self.ladder and self.has_frames),
+            f"model.condition={self.given!r} is for clips of one length; with a model.ladder set it to 'class' or"
+            " 'none': given frames are then the first blocks of the sequence",
+        )
         require(self.heads % self.kv_heads == 0, f"model.kv_heads={self.kv_heads} does not divide heads={self.heads}")
         require(self.codebook_size != 1, "model.codebook_size must be above 1, got 1")
         require(self.norm_epsilon > 0, f"model.norm_epsilon must be positive, got {self.norm_epsilon}")
@@ -434,6 +450,21 @@ class GeneratorConfig:
         if self.given == "none":
             return 1
         return self.num_classes + self.has_null_class if self.has_classes else 0
+
+    @property
+    def adaptive(self) -> Ladder | None:
+        """The numbers of codes that a clip may have; None if it is always `num_tokens`."""
+        return Ladder(self.ladder, self.blocks, self.num_tokens) if self.ladder else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of symbols of a sequence: the codes and, with a ladder, its lengths behind them."""
+        return self.codebook_size + len(self.ladder)
+
+    @property
+    def symbols(self) -> int:
+        """The most symbols of a sequence: the codes and, with a ladder, the length of each block."""
+        return self.num_tokens + (self.blocks if self.ladder else 0)
 
     @property
     def condition_tokens(self) -> int:

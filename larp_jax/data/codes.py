@@ -15,6 +15,8 @@ in order:
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
+  class_codes, class_codes_in_training: mean number of codes of each class (null: none), of the samples and of the
+    clips that the generator was trained on; only in sampled codes, if "packed".
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
@@ -276,6 +278,26 @@ def _read_packed(path: pathlib.Path, count: int, ladder: Ladder) -> dict[str, np
     return {"codes": packed, "lengths": lengths}
 
 
+def mean_by_label(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+    """The mean of the values [M] with each label; None where there are none. Labels [M] below 0 are left out."""
+    known = labels >= 0
+    counts = np.bincount(labels[known], minlength=classes)
+    totals = np.bincount(labels[known], values[known], minlength=classes)
+    return [total / count if count else None for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]
+
+
+def describe_class_codes(manifest: Mapping) -> str:
+    """The means of `class_codes` as text, such as `walk 210 (training 214), run 480 (training 471)`."""
+    names, trained = manifest["label_names"], manifest["class_codes_in_training"]
+    parts = []
+    for label, mean in enumerate(manifest["class_codes"]):
+        known = trained[label] if label < len(trained) else None
+        if mean is not None:
+            name = names[label] if label < len(names) else f"class {label}"
+            parts.append(f"{name} {mean:.0f}" + ("" if known is None else f" (training {known:.0f})"))
+    return ", ".join(parts)
+
+
 class CodeSet:
     """A folder of codes, in memory. Its manifest is read at once, its codes at the first use of `rows`.
 
@@ -327,6 +349,15 @@ class CodeSet:
     def labels(self) -> np.ndarray:
         """The class of each video, [V] int32."""
         return self._labels[self._order[self._first]]
+
+    def mean_codes(self, classes: int) -> list[float | None]:
+        """Mean number of codes of the videos of each class; None where a class has none.
+
+        Only for clips with different numbers of codes. The mean of a video is that of its rows, as in training.
+        """
+        totals = self.rows["lengths"].sum(axis=1, dtype=np.float64)[self._order]
+        videos = np.add.reduceat(totals, self._first) / self._counts
+        return mean_by_label(videos, self.labels(), classes)
 
     def some(self, count: int) -> dict[str, np.ndarray]:
         """At most `count` of the rows that are not mirrored, spread evenly over them; 0 for all of them."""

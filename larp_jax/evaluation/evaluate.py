@@ -20,7 +20,7 @@ from larp_jax.evaluation.metrics import Setting
 from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
 from larp_jax.inference.generate import Sampler, class_counts, load_pair
 from larp_jax.models.generator import Generator
-from larp_jax.models.generator_codes import encode_batch, score_batch
+from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import sharding
 from larp_jax.version import __version__
@@ -199,6 +199,11 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     if request.budget:
         raise InputError(f"--budget is for tokenizers, {request.checkpoint} holds a generator; leave it out")
     names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
+    if found.recipe.model.ladder and "cross_entropy" in names:
+        raise InputError(
+            f"{request.checkpoint} has a ladder: its cross_entropy depends on how many codes clips are given, and is"
+            " measured in training, with data.eval=tokens:DIR; choose --metrics fvd"
+        )
     if request.samples and "fvd" not in names:
         raise InputError("--samples is for --metrics fvd; leave it out")
     i3d = request.load_network("i3d") if "fvd" in names else None
@@ -223,9 +228,11 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     if i3d:
         classes = classes_for(generator, clips)
         evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=request.batch_size, progress=request.progress)
-        video_scores, video_protocol = evaluator.run(videos_for(sampler, clips, classes, folder=request.samples))
+        codes: dict[str, Any] = {}
+        videos = videos_for(sampler, clips, classes, folder=request.samples, described=codes)
+        video_scores, video_protocol = evaluator.run(videos)
         scores |= video_scores
-        described |= video_protocol | {"sampling": sampler.describe()}
+        described |= video_protocol | {"sampling": sampler.describe()} | codes
         given = [f"the first {cond_frames} frames of each clip"] if cond_frames else []
         if classes is not None:
             as_trained = generator.class_counts is not None and not cond_frames
@@ -258,8 +265,8 @@ def _next_code_scores(
     def codes(batch, params):
         return encode_batch(tokenizer.module(params), batch, cond_frames=cond_frames)
 
-    def score(params, batch):
-        return score_batch(nnx.merge(graphdef, params), batch)
+    def sums(params, batch):
+        return score_sums(config, score_batch(nnx.merge(graphdef, params), batch), batch)
 
     trees = found.params["generator"], jax.device_get(tokenizer.params)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
@@ -267,7 +274,7 @@ def _next_code_scores(
         rows = encoded_clips(codes, frozen, clips, mesh, batch_size=batch_size, progress=request.progress)
         if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
-        scores = NextCodeEvaluator(score, rows, mesh, batch_size=batch_size).run(params)
+        scores = NextCodeEvaluator(sums, rows, mesh, batch_size=batch_size).run(params)
     return scores, {"clips": len(rows["codes"]), "codes": {"K": config.codebook_size, "N": config.num_tokens}}
 
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from larp_jax import metrics
 from larp_jax.errors import InputError
 from larp_jax.evaluation.description import Description, Panel
-from larp_jax.evaluation.metrics import Average, Metric, Reconstructed, Usage
+from larp_jax.evaluation.metrics import Metric, Reconstructed, Usage
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.models.next_code import NextCode
 from larp_jax.models.pixels import as_float_video, to_uint8
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
@@ -159,7 +159,7 @@ class NextCodeEvaluator(Description):
     """How well a generator predicts the codes of clips, each from the codes before it, without dropout.
 
     Args:
-      score: `score(params, batch)` returns the `larp_jax.models.next_code.NextCode` of a batch of rows.
+      sums: `sums(params, batch)` returns the `larp_jax.models.generator_codes.score_sums` of a batch of rows.
       rows: arrays [M, ...] by name, the same on every process.
       mesh: where to compute.
       batch_size: rows at a time, over all processes.
@@ -169,6 +169,7 @@ class NextCodeEvaluator(Description):
     definitions: ClassVar = {
         "cross_entropy": "nats per code, of the clips' codes (the nearest of each latent) under the generator, given"
         " the condition and the codes before; float32, no dropout",
+        "length_cross_entropy": "nats per block, of its number of codes, given what comes before it",
         "top1": "share of these codes that the generator ranks first",
         "top5": "share of these codes that the generator ranks among the first five",
     }
@@ -179,37 +180,34 @@ class NextCodeEvaluator(Description):
 
     def __init__(
         self,
-        score: Callable[[dict, dict], NextCode],
+        sums: Callable[[dict, dict], dict[str, tuple[jax.Array, jax.Array]]],
         rows: Mapping[str, np.ndarray],
         mesh: Mesh,
         *,
         batch_size: int,
     ):
         self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
-
-        def evaluate(params, batch):
-            scored = score(params, batch)
-            values = {"cross_entropy": scored.cross_entropy}
-            values |= {f"top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
-            return {name: value.mean(axis=1) for name, value in values.items()}
-
-        self._evaluate = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
+        self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def run(self, params: dict) -> dict[str, float]:
         """`cross_entropy` (nats per code), `top1` and `top5`: means over all codes of all rows.
 
+        With a ladder also `length_cross_entropy` (nats per block).
+
         Args:
-          params: parameters for `score`, on the mesh.
+          params: parameters for `sums`, on the mesh.
         """
-        total, average = None, Average()
+        means: dict[str, metrics.Mean] = {}
         count = len(self._rows["codes"])
         local = self._batch_size // jax.process_count()
         for start in range(0, count, self._batch_size):
             numbers = np.arange(start, start + self._batch_size)
             mine = np.minimum(numbers, count - 1)[jax.process_index() * local :][:local]
             batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
-            total = average.add(total, self._evaluate(params, batch), numbers < count)
-        return {name: mean.compute() for name, mean in total.items()}
+            for name, values in self._evaluate(params, batch).items():
+                total, weight = (float(np.asarray(x, np.float64)[numbers < count].sum()) for x in values)
+                means[name] = means.get(name, metrics.Mean.empty()).merge(metrics.Mean(total, weight))
+        return {name: mean.compute() for name, mean in means.items()}
 
 
 def _local_shards(array: jax.Array) -> list:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +63,12 @@ def own_labels(generator: LoadedGenerator, clips: ClipSet, labels: np.ndarray) -
 
 
 def videos_for(
-    sampler: Sampler, clips: ClipSet, classes: np.ndarray | None = None, *, folder: str | os.PathLike | None = None
+    sampler: Sampler,
+    clips: ClipSet,
+    classes: np.ndarray | None = None,
+    *,
+    folder: str | os.PathLike | None = None,
+    described: dict[str, Any] | None = None,
 ) -> Iterator[np.ndarray]:
     """Generates a video for each clip, for `larp_jax.evaluation.fvd.FvdEvaluator.run`; sample i belongs to clip i.
 
@@ -72,6 +78,7 @@ def videos_for(
       classes: [clips] int, if the generator is given classes.
       folder: where to keep the codes, so that an interrupted evaluation can resume. `detokenize` reads the finished
         folder.
+      described: with a ladder, gets what the manifest of codes has of `class_codes`, after the last batch.
 
     Yields:
       Batches of the videos of this host, float32 [B, T, H, W, C] in [0, 1].
@@ -101,13 +108,15 @@ def videos_for(
                 given["clips"] = batch["video"][: len(rows)]
             if classes is not None:
                 given["classes"] = classes[rows]
-            codes = run.kept(number)
-            if codes is None:
-                codes = sampler.codes(rows, **given)
-                run.keep(number, codes)
-            videos = sampler.decode(codes)[real]
+            found = run.kept(number)
+            if found is None:
+                found = sampler.codes(rows, **given)
+                run.keep(number, found)
+            videos = sampler.decode(found)[real]
             progress.update(len(rows))
             yield videos
+        labels, names = (np.full(len(clips), -1), ()) if classes is None else (classes, sampler.class_names)
+        if described is not None:
+            described |= run.class_codes(labels)
         if folder is not None:
-            labels, names = (np.full(len(clips), -1), ()) if classes is None else (classes, sampler.class_names)
             run.finish(manifest_rows(labels, clips.clip.frames), names, sheet=True)

@@ -20,10 +20,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larp_jax import files
-from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_tokenizer
-from larp_jax.config import MeshConfig
+from larp_jax.api import LoadedGenerator, LoadedTokenizer, blocks_of, load_tokenizer
+from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
-from larp_jax.data.codes import SETTINGS, new_manifest, read_shard, shard_name, write_manifest, write_shard
+from larp_jax.data.codes import (
+    SETTINGS,
+    mean_by_label,
+    new_manifest,
+    read_shard,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
@@ -72,14 +80,18 @@ class Sampler:
       seed: seed of the random numbers.
       options: sampling options.
       batch_size: samples per batch.
-      cond_frames: number of given frames; for frame prediction only.
+      cond_frames: number of given frames; for frame prediction only. A generator with a ladder goes on from any first
+        blocks, or a picture.
+      budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
 
     Attributes:
       tokenizer: as given.
       batch_size: as given.
       step: training step of the generator.
       class_names: names of the generator's classes.
+      class_codes: with a ladder, mean numbers of codes of its training clips by class, if known.
       given_frames: number of frames that the generator is given.
+      has_lengths: whether samples have different numbers of codes.
 
     Raises:
       InputError: generator, tokenizer and options do not fit each other.
@@ -94,9 +106,13 @@ class Sampler:
         options: SamplingOptions,
         batch_size: int = 8,
         cond_frames: int = 0,
+        budget: str = AUTO,
     ):
         generator.check_tokenizer(tokenizer)
+        generator.assignment(budget, options)
         config, frames = generator.config, tokenizer.config.frames
+        if config.ladder and cond_frames:
+            blocks_of(tokenizer.config, cond_frames)
         if config.has_frames and not 0 < cond_frames < frames:
             raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
         for option, scale, null, missing in (
@@ -108,9 +124,10 @@ class Sampler:
                     f"{option} must be 1, because the generator was trained without {missing}; got {scale:g}"
                 )
         self.tokenizer, self.batch_size, self.step = tokenizer, batch_size, generator.step
-        self.class_names = generator.class_names
+        self.class_names, self.class_codes = generator.class_names, generator.class_codes
         self._generator, self._options, self.given_frames = generator, options, cond_frames
-        self._seed, self._key, self._passes = seed, rng.key(seed), []
+        self.has_lengths = bool(config.ladder)
+        self._seed, self._key, self._passes, self._budget = seed, rng.key(seed), [], budget
         # rounded up to a multiple of the number of devices
         self._padded = -(-batch_size // generator.batch_multiple) * generator.batch_multiple
 
@@ -126,11 +143,13 @@ class Sampler:
         del described["window"]  # which changes only the speed
         if self._options.frames_scale == 1.0:  # folders of earlier versions do not name it
             del described["frames_scale"]
+        if self.has_lengths:
+            described["budget"] = self._budget
         return described | ({"cond_frames": self.given_frames} if self.given_frames else {})
 
     def codes(
         self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
-    ) -> np.ndarray:
+    ) -> dict[str, np.ndarray]:
         """Samples codes.
 
         Args:
@@ -139,7 +158,7 @@ class Sampler:
           clips: [M, T, H, W, C] uint8 clips that start with the given frames, if the generator is given frames.
 
         Returns:
-          [M, N] int32 in [0, K).
+          Arrays by name as of `larp_jax.data.codes.read_shard`: `codes` [M, N] and, with a ladder, `lengths` [M, T].
         """
         rows = np.resize(np.arange(len(numbers)), self._padded)
         condition = {}
@@ -147,12 +166,16 @@ class Sampler:
             condition["classes"] = np.full(len(rows), -1) if classes is None else classes[rows]
         if self._generator.config.has_frames:
             condition["frames"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
+        elif self.given_frames:
+            given, budget = clips[rows][:, : self.given_frames], None if self._budget == AUTO else self._budget
+            condition["frames"] = self.tokenizer.encode_frames(given, budget=budget)
         indices = np.asarray(numbers)[rows]
-        codes, passes = self._generator.sample_counted(
-            **condition, indices=indices, key=self._key, **vars(self._options)
+        sampled = self._generator.sample_counted(
+            **condition, indices=indices, key=self._key, budget=self._budget, **vars(self._options)
         )
-        self._passes.append(int(passes))
-        return np.asarray(codes)[: len(numbers)]
+        self._passes.append(int(sampled.passes))
+        found = {"codes": sampled.codes, "lengths": sampled.lengths}
+        return {name: np.asarray(x)[: len(numbers)] for name, x in found.items() if x is not None}
 
     def report_passes(self) -> None:
         """With a window, logs how many codes a pass through the generator found on average."""
@@ -160,10 +183,11 @@ class Sampler:
             found = (self._generator.config.num_tokens - 1) / max(np.mean(self._passes), 1)
             logger.info("the generator found %.2f codes per pass", found)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Decodes codes [M, N], M at most `batch_size`, to videos [M, T, H, W, C], float32 in [0, 1]."""
-        padded = np.resize(codes, (self._padded, codes.shape[1]))
-        return np.asarray(self.tokenizer.decode(padded))[: len(codes)]
+    def decode(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Decodes what `codes` returns to videos [M, T, H, W, C], float32 in [0, 1]; M is at most `batch_size`."""
+        given = [rows[name] for name in ("codes", "lengths") if name in rows]
+        padded = [np.resize(x, (self._padded, x.shape[1])) for x in given]
+        return np.asarray(self.tokenizer.decode(*padded))[: len(rows["codes"])]
 
 
 def sample(
@@ -175,6 +199,7 @@ def sample(
     seed: int = 0,
     options: SamplingOptions,
     batch_size: int = 8,
+    budget: str = AUTO,
 ) -> dict[str, Any]:
     """Samples videos by class; batches that an earlier call wrote are kept and not sampled again.
 
@@ -189,6 +214,7 @@ def sample(
       seed: seed of the random numbers; sample i of a seed is independent of batch size and devices.
       options: sampling options.
       batch_size: samples per batch.
+      budget: as for `Sampler`.
 
     Returns:
       The manifest, as described in `larp_jax.data.codes`.
@@ -201,7 +227,7 @@ def sample(
     if trained is not None and (untrained := [label for label in sorted(counts) if label >= 0 and not trained[label]]):
         names = class_list(untrained, generator.class_names)
         logger.warning("no training video has the class %s: its samples are meaningless", names)
-    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size)
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, budget=budget)
     videos = [f"{_name(i, classes)}.mp4" for i in range(len(classes))]
     with SampleFolder("sample", sampler, output, len(classes), counts=class_counts(classes)) as run:
         share = [number for number in run.mine if not run.is_whole(number, [videos[i] for i in run.rows(number)])]
@@ -327,6 +353,7 @@ def predict(
     seed: int = 0,
     options: SamplingOptions,
     batch_size: int = 8,
+    budget: str = AUTO,
 ) -> dict[str, Any]:
     """Predicts how clips continue after their first frames; resumable like `sample`.
 
@@ -334,7 +361,7 @@ def predict(
     window of T frames, and the codes of the predictions.
 
     Args:
-      generator: a generator trained for frame prediction.
+      generator: a generator trained for frame prediction, or one with a ladder.
       tokenizer: the tokenizer that the generator was trained with.
       source: input, as for `larp_jax.data.inputs.Inputs`; each window is predicted from its own first frames.
       output: folder to write to, created if missing.
@@ -344,6 +371,7 @@ def predict(
       seed: as for `sample`.
       options: as for `sample`.
       batch_size: as for `sample`.
+      budget: as for `sample`; the given blocks have the most codes in equal blocks if it is `auto`.
 
     Returns:
       The manifest, as described in `larp_jax.data.codes`.
@@ -354,7 +382,9 @@ def predict(
     if label is None and generator.config.has_classes and not generator.config.has_null_class:
         raise InputError("this generator was trained without a null class: give the class of the clips, --classes C")
     config = tokenizer.config
-    sampler = Sampler(generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames)
+    sampler = Sampler(
+        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames, budget=budget
+    )
     clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
@@ -447,8 +477,8 @@ class SampleFolder:
         found = all((self.path / name).is_file() and files.size(self.path / name) for name in names)
         return self.kept(number, count) is not None and found
 
-    def kept(self, number: int, count: int | None = None) -> np.ndarray | None:
-        """The codes [M, N] of a batch; None if they are missing or damaged.
+    def kept(self, number: int, count: int | None = None) -> dict[str, np.ndarray] | None:
+        """The codes of a batch, as of `Sampler.codes`; None if they are missing or damaged.
 
         Args:
           number: number of the batch.
@@ -459,14 +489,29 @@ class SampleFolder:
         manifest = self._manifest(self._total)
         manifest["shards"][number]["rows"] = len(self.rows(number)) if count is None else count
         try:
-            return read_shard(self.path, manifest, number)["codes"]
+            return read_shard(self.path, manifest, number)
         except InputError as error:
             logger.warning("%s; sampling it again", str(error).partition(";")[0])
             return None
 
-    def keep(self, number: int, codes: np.ndarray) -> None:
-        """Writes the codes [M, N] of a batch, which marks it as done."""
-        write_shard(self._shard(number), {"codes": codes})
+    def keep(self, number: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Writes the codes of a batch, as of `Sampler.codes`, which marks it as done."""
+        write_shard(self._shard(number), rows)
+
+    def class_codes(self, labels: np.ndarray) -> dict[str, list[float | None]]:
+        """What the manifest has of `class_codes`, for samples of these classes; nothing without a ladder.
+
+        The samples that this host can read are counted: all of them if hosts share the folder.
+        """
+        found, totals = np.zeros(self._total, bool), np.zeros(self._total)
+        for number in self._batches if self._sampler.has_lengths else ():
+            if (kept := self.kept(number)) is not None:
+                rows = self.rows(number)
+                found[rows], totals[rows] = True, kept["lengths"].sum(axis=1)
+        if not found.any() or labels.max() < 0:
+            return {}
+        means = mean_by_label(totals[found], labels[found], int(labels.max()) + 1)
+        return {"class_codes": means, "class_codes_in_training": list(self._sampler.class_codes)}
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.path / shard_name(number, len(self._batches))
@@ -477,6 +522,7 @@ class SampleFolder:
         self._sampler.report_passes()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("all batches are written")
+        manifest |= self.class_codes(np.array([row["label"] for row in rows]))
         if jax.process_index() == 0:
             if sheet:
                 write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))
@@ -496,13 +542,14 @@ class SampleFolder:
             N=config.num_tokens,
             clip=config.clip_shape,
             sizes=sizes,
+            adaptive=config.adaptive,
         )
 
     def _first_videos(self, manifest: dict) -> list[np.ndarray]:
         """The first videos, uint8 [T, H, W, 3] each, decoded from codes, which an earlier call may have written."""
         videos = []
         for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
-            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number)["codes"])))
+            videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
         return videos[:SHEET_ROWS]
 
 

@@ -1,4 +1,7 @@
-"""The stage-2 generator: a Llama-like decoder over codes after a condition (LARP, section 4.1)."""
+"""The stage-2 generator: a Llama-like decoder over codes after a condition (LARP, section 4.1).
+
+With a ladder it also writes how many codes each block of frames has, see `larp_jax.models.sequence`.
+"""
 
 from collections.abc import Callable
 
@@ -14,6 +17,8 @@ from larp_jax.models.condition import Condition
 from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
 from larp_jax.models.layers import Dtype, Linear, rematerialized, run_stack, stack, unstack
+from larp_jax.models.packing import Layout
+from larp_jax.models.sequence import count_fitting, locate, mask_logits
 
 # Of one block: keys [B, kv heads, d, positions] and values [B, kv heads, positions, d] of the positions so far. The
 # products of one query with them read along the last axis and add up rows: a third faster on CPUs than sums along it.
@@ -146,6 +151,10 @@ def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array
 class Generator(nnx.Module):
     """Predicts each code from those before it and a condition.
 
+    With a ladder it predicts each symbol of a sequence, a code or the length of a block. A position then also tells the
+    block and the place in it of the symbol after it. They say what that symbol is about: a tokenizer's code belongs to
+    a place in a block, which, other than in sequences of one length, is not told by the position in the sequence.
+
     Args:
       config: sizes and options.
       rngs: `params` stream for the initial weights.
@@ -164,36 +173,60 @@ class Generator(nnx.Module):
             return nnx.Param(init(rngs.params(), (rows, c.width), jnp.float32))
 
         # the separator between condition and tokens has the last row
-        self.token_embedding = table(c.codebook_size + c.has_frames)
+        self.token_embedding = table(c.vocabulary + c.has_frames)
         self.class_embedding = table(c.class_rows) if c.class_rows else None
-        rows = c.condition_tokens + c.num_tokens - 1
-        self.positions = None if c.fixed_positions else table(rows, nnx.initializers.normal(0.02))
+        rows, small = c.condition_tokens + c.symbols - 1, nnx.initializers.normal(0.02)
+        self.positions = None if c.fixed_positions else table(rows, small)
         self.blocks = stack(c.depth, lambda r: GeneratorBlock(c, rngs=r, dtype=dtype), rngs)
         self.norm = RMSNorm(c.width, epsilon=c.norm_epsilon, dtype=dtype)
         self.head = Linear(
-            c.width, c.codebook_size, rngs=rngs, bias=False, kernel_init=nnx.initializers.zeros, dtype=dtype
+            c.width, c.vocabulary, rngs=rngs, bias=False, kernel_init=nnx.initializers.zeros, dtype=dtype
         )
+        self.block_positions = table(c.blocks, small) if c.ladder else None
+        self.place_positions = table(c.ladder[-1] + 1, small) if c.ladder else None
         self.config, self.remat = c, remat
 
-    def __call__(self, condition: Condition, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Logits of each next code.
+    def __call__(
+        self,
+        condition: Condition,
+        tokens: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of each next code, or with a ladder of each next symbol.
 
         Args:
           condition: the parts that the configuration asks for.
-          tokens: the first n < N codes, [B, n] int; training gives N - 1.
+          tokens: the first n < N codes or symbols, [B, n] int; training gives N - 1.
+          lengths: [B, T] int32 numbers of codes by block, with a ladder.
           key: turns on dropout of classes and activations.
 
         Returns:
-          [B, n + 1, K] float32: row i is about token i.
+          [B, n + 1, V] float32: row i is about token i. -inf is for symbols that cannot stand there.
         """
-        return self.head(self.features(condition, tokens, key=key)).astype(jnp.float32)
+        logits = self.head(self.features(condition, tokens, lengths, key=key)).astype(jnp.float32)
+        if lengths is None:
+            return logits
+        places = locate(lengths, logits.shape[1])
+        return mask_logits(self.config, logits, count_fitting(self.config, lengths, places))
 
-    def features(self, condition: Condition, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def features(
+        self,
+        condition: Condition,
+        tokens: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """What the head turns into logits, [B, n + 1, D]; arguments as in `__call__`."""
         c = self.config
         class_key, embed_key, block_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = jnp.concatenate([self.embed_condition(condition, key=class_key), self.embed_tokens(tokens)], axis=1)
         x = dropout(x, c.token_dropout, embed_key) + self.position_table()[: x.shape[1]]
+        if lengths is not None:
+            places = self.embed_places(locate(lengths, tokens.shape[1] + 1))
+            x = x.at[:, c.condition_tokens - 1 :].add(places)
         # the rate of stochastic depth rises from 0 in the first block to its full value in the last
         rates = jnp.linspace(0.0, c.path_dropout, c.depth)
         x = run_stack(self.blocks, x, rates, remat=self.remat, key=block_key)
@@ -208,7 +241,7 @@ class Generator(nnx.Module):
         return unstack(self.blocks)
 
     def prefill(self, blocks: list[GeneratorBlock], condition: Condition) -> tuple[jax.Array, list[Cache]]:
-        """Logits of the first code, [B, K] float32, and the cache of the condition's positions, by block.
+        """Logits of the first token, [B, V] float32, and the cache of the condition's positions, by block.
 
         Args:
           blocks: what `unstacked` returned.
@@ -216,6 +249,8 @@ class Generator(nnx.Module):
         """
         x = self.embed_condition(condition)
         x = x + self.position_table()[: x.shape[1]]
+        if self.config.ladder:
+            x = x.at[:, -1:].add(self.embed_places(locate(jnp.zeros((1, self.config.blocks), jnp.int32), 1)))
         caches = []
         for block in blocks:
             x, cache = block.with_cache(x)
@@ -223,17 +258,25 @@ class Generator(nnx.Module):
         return self.head(self.norm(x[:, -1])).astype(jnp.float32), caches
 
     def decode_step(
-        self, blocks: list[GeneratorBlock], tokens: jax.Array, caches: list[Cache], position: jax.Array
+        self,
+        blocks: list[GeneratorBlock],
+        tokens: jax.Array,
+        caches: list[Cache],
+        position: jax.Array,
+        places: Layout | None = None,
     ) -> tuple[jax.Array, list[Cache]]:
-        """Logits of the code after each of W tokens, [B, W, K] float32, and the caches with their keys and values.
+        """Logits of the token after each of W tokens, [B, W, V] float32, and the caches with their keys and values.
 
         Args:
           blocks: what `unstacked` returned.
-          tokens: [B, W] int, consecutive codes of each sample.
+          tokens: [B, W] int, consecutive codes or symbols of each sample.
           caches: by block, with room for W positions from `position` on; those are written, later ones not read.
           position: int scalar, the position of the first token, counted from the condition's first.
+          places: of the tokens after them, with a ladder.
         """
         x = self.embed_tokens(tokens) + self.position_table()[position + jnp.arange(tokens.shape[1])]
+        if places is not None:
+            x = x + self.embed_places(places)
         written = []
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.decode_step(x, cache, position)
@@ -267,9 +310,14 @@ class Generator(nnx.Module):
         """Codes [...] int -> [..., D] float32."""
         return self.token_embedding[...][tokens].astype(jnp.float32)
 
+    def embed_places(self, places: Layout) -> jax.Array:
+        """Block and place of the symbols after some positions -> [B, n, D] float32."""
+        block = jnp.minimum(places.block, self.config.blocks - 1)  # behind the end anything will do
+        return self.block_positions[...][block] + self.place_positions[...][places.place]
+
     def position_table(self) -> jax.Array:
         """[condition positions + N - 1, D] float32, learned or sine-cosine."""
         c = self.config
         if self.positions is not None:
             return self.positions[...]
-        return jnp.asarray(sincos_1d(np.arange(c.condition_tokens + c.num_tokens - 1), c.width), jnp.float32)
+        return jnp.asarray(sincos_1d(np.arange(c.condition_tokens + c.symbols - 1), c.width), jnp.float32)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from larp_jax.config import GeneratorConfig
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.next_code import NextCode, score_tokens
 from larp_jax.models.pixels import as_float_video, hold_last_frame
+from larp_jax.models.sequence import count_fitting, join, locate, mask_logits
 from larp_jax.models.tokenizer import Tokenizer
 
 
@@ -30,13 +32,46 @@ def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> 
 
 
 def score_batch(generator: Generator, batch: dict, *, key: jax.Array | None = None) -> NextCode:
-    """How the generator predicts the codes of a batch, [B, N] each.
+    """How the generator predicts the codes of a batch, [B, N] each; with a ladder its symbols, [B, N + T].
 
     Args:
       generator: the network.
-      batch: with `codes` and `label` [B] int32 (-1: none), and with `condition` if frames are given.
+      batch: with `codes` and `label` [B] int32 (-1: none), with `condition` if frames are given, and with `lengths`
+        [B, T] int32 if there is a ladder.
       key: turns on dropout.
     """
-    codes = batch["codes"]
-    features = generator.features(Condition.of_batch(generator.config, batch), codes[:, :-1], key=key)
-    return score_tokens(lambda x: generator.head(x).astype(jnp.float32), features, codes)
+    c, tokens, lengths, fitting = generator.config, batch["codes"], None, ()
+    if c.ladder:
+        lengths = batch["lengths"]
+        tokens = join(c, tokens, lengths)
+        fitting = (count_fitting(c, lengths, locate(lengths, c.symbols)),)
+    features = generator.features(Condition.of_batch(c, batch), tokens[:, :-1], lengths, key=key)
+
+    def logits(x, *fitting):
+        x = generator.head(x).astype(jnp.float32)
+        return mask_logits(c, x, *fitting) if fitting else x
+
+    return score_tokens(logits, features, tokens, *fitting)
+
+
+def score_sums(config: GeneratorConfig, scored: NextCode, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Sums of scores over the tokens of each clip, and numbers of these tokens: ([B], [B]) float32 by name.
+
+    `cross_entropy`, `top1` and `top5` are of codes; with a ladder `length_cross_entropy` is of lengths.
+
+    Args:
+      config: of the generator.
+      scored: of `score_batch`.
+      batch: the same.
+    """
+
+    def total(value, kind):
+        return jnp.where(kind, value, 0.0).sum(axis=1), kind.sum(axis=1, dtype=jnp.float32)
+
+    is_code, sums = jnp.ones(scored.rank.shape, bool), {}
+    if config.ladder:
+        places = locate(batch["lengths"], config.symbols)
+        is_code = places.valid & (places.place > 0)
+        sums["length_cross_entropy"] = total(scored.cross_entropy, places.valid & ~is_code)
+    sums["cross_entropy"] = total(scored.cross_entropy, is_code)
+    return sums | {f"top{n}": total(scored.rank < n, is_code) for n in (1, 5)}

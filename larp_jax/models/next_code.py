@@ -49,19 +49,24 @@ def next_code(
 
 
 def score_tokens(
-    logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, *, key: jax.Array | None = None
+    logits: Callable[..., jax.Array],
+    features: jax.Array,
+    targets: jax.Array,
+    *context: jax.Array,
+    key: jax.Array | None = None,
 ) -> NextCode:
     """Scores the predictions of a network against the actual codes [B, n], in chunks of tokens.
 
     Args:
-      logits: maps features [B, chunk, D] to logits [B, chunk, K] float32.
+      logits: maps features [B, chunk, D], and chunks of the context, to logits [B, chunk, K] float32.
       features: [B, n, D], outputs of the network.
       targets: the actual codes, int32.
+      context: what else the logits depend on, [B, n, ...] each.
       key: if given, also samples one code per token.
     """
 
-    def score(i, features, targets):
-        scores = logits(features)
+    def score(i, features, targets, *context):
+        scores = logits(features, *context)
         target = jnp.take_along_axis(scores, targets[..., None], axis=-1)
         cross_entropy = jax.nn.logsumexp(scores, axis=-1) - target[..., 0]
         # ties rank the lower index first, like argmax
@@ -72,4 +77,4 @@ def score_tokens(
             sampled = sample(jax.random.fold_in(key, i), jax.lax.stop_gradient(scores))
         return NextCode(cross_entropy, rank, sampled)
 
-    return map_token_chunks(score, features, targets)
+    return map_token_chunks(score, features, targets, *context)

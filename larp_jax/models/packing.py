@@ -36,13 +36,13 @@ def offsets(lengths: jax.Array) -> jax.Array:
     return jnp.pad(ends, ((0, 0), (1, 0)))
 
 
-def layout(lengths: jax.Array, size: int) -> Layout:
-    """The layout of sequences of this size with these lengths of blocks, [B, T] int32.
+def layout(lengths: jax.Array, size: int, start: jax.Array | int = 0) -> Layout:
+    """The layout of `size` codes of sequences with these lengths of blocks, [B, T] int32, from number `start` on.
 
-    Their sums must be at most `size`; what exceeds it is cut off.
+    The lengths may sum up to less or to more.
     """
     bounds = offsets(lengths)
-    number = jnp.arange(size, dtype=jnp.int32)
+    number = start + jnp.arange(size, dtype=jnp.int32)
     block = jnp.sum(number[None, :, None] >= bounds[:, None, 1:], axis=-1, dtype=jnp.int32)
     valid = block < lengths.shape[1]
     place = jnp.where(valid, number - jnp.take_along_axis(bounds, block, axis=1), 0)

@@ -4,24 +4,27 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from larp_jax.config import GeneratorConfig
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Cache, Generator, lengthen
 from larp_jax.models.layers import Dtype
 from larp_jax.models.paths import path_name
+from larp_jax.models.sequence import count_fitting, locate, split
 
 # The caches grow in so many parts, because every step reads them whole: four make 5/8 of the reads that one would,
 # eight 9/16 for twice the time to compile. Parts shorter than this many positions save nothing.
 CACHE_PARTS = 4
 SHORTEST_PART = 64
 
-# (codes [B, W], number of the first code to draw, caches) -> (codes drawn after them [B, W], caches)
-Predict = Callable[[jax.Array, jax.Array, list[Cache]], tuple[jax.Array, list[Cache]]]
+# (tokens [B, W], number of the first token to draw, caches; with a ladder lengths) -> (tokens drawn after them, caches)
+Predict = Callable[..., tuple[jax.Array, list[Cache]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,48 @@ class Plan:
     window: int
 
 
+class Sequences(NamedTuple):
+    """What has been sampled so far.
+
+    Attributes:
+      tokens: [B, n] int32 codes, or with a ladder symbols.
+      lengths: [B, T] int32 numbers of codes by block, 0 where they are not drawn yet; None without a ladder.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array | None = None
+
+    def with_tokens(self, config: GeneratorConfig, drawn: jax.Array, number: jax.Array | int) -> "Sequences":
+        """With tokens [B, 1] as number `number`."""
+        tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, drawn, number, axis=1)
+        if self.lengths is None:
+            return Sequences(tokens)
+        places = locate(self.lengths, 1, number)
+        is_length = (places.place == 0) & (places.block == jnp.arange(config.blocks))
+        found = jnp.asarray(config.ladder, jnp.int32)[drawn - config.codebook_size]
+        return Sequences(tokens, jnp.where(is_length, found, self.lengths))
+
+    def codes(self, config: GeneratorConfig) -> tuple[jax.Array, jax.Array | None]:
+        """Codes [B, N] and lengths."""
+        if self.lengths is None:
+            return self.tokens[:, : config.num_tokens], None
+        return split(config, self.tokens, self.lengths), self.lengths
+
+
+class Sampled(NamedTuple):
+    """Sampled sequences.
+
+    Attributes:
+      codes: [B, N] int32; with a ladder packed, and zero behind the end.
+      lengths: [B, T] int32 numbers of codes by block; None without a ladder.
+      passes: number of passes through the network after that of the condition, int32.
+    """
+
+    codes: jax.Array
+    lengths: jax.Array | None
+    passes: jax.Array
+
+
 def sample_codes(
     generator: Generator,
     condition: Condition,
@@ -101,11 +146,15 @@ def sample_codes(
     key: jax.Array,
     scalars: Mapping[str, jax.Array],
     plan: Plan,
-) -> tuple[jax.Array, jax.Array]:
+    known: jax.Array | None = None,
+) -> Sampled:
     """Samples sequences of codes; to be jitted, with `plan` static.
 
     Row i depends on `key`, `indices[i]` and its condition, not on the rows beside it. The random numbers of a code
     depend on its number in the sequence, so the codes are the same for every `plan.window`, except for rounding.
+
+    With a ladder a batch ends with its longest sequence. Guidance, temperature, top-k and top-p are then for codes
+    only: lengths are drawn as they are distributed given the condition, as a clip's are by what it shows.
 
     Args:
       generator: the network; parameters best in its dtype already, see `cast_params`.
@@ -114,63 +163,90 @@ def sample_codes(
       key: of the draws.
       scalars: of `SamplingOptions.scalars`.
       plan: of `SamplingOptions.plan`.
-
-    Returns:
-      Codes [B, N] int32, and the number of passes through the network after that of the condition, int32.
+      known: of `larp_jax.models.sequence.known_symbols`, with a ladder.
     """
     c = generator.config
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-
-    def draw(logits, number, guided):
-        """Codes [B, W] from `number` on, from logits [B, W, K], of G rows for each sample with guidance."""
-        if guided:
-            rows = [logits[i :: len(conditions)] for i in range(len(conditions))]
-            logits = rows[-1]
-            for name, more, less in reversed(list(zip(plan.scales, rows[:-1], rows[1:], strict=True))):
-                logits = logits + scalars[name] * (more - less)
-        numbers = number + jnp.arange(logits.shape[1])
-        keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(row_keys)
-        return draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
-
-    def predict(codes, number, caches, guided):
-        tokens = interleaved(*[codes] * len(conditions)) if guided else codes
-        logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1)
-        return draw(logits, number, guided), caches
-
     guided, conditions = plan.guided > 0, [condition]
     for name in plan.scales:
         last = conditions[-1]
         conditions.append(last.without_class() if name == "cfg_scale" else last.without_frames())
-    condition = jax.tree.map(interleaved, *conditions)
-    logits, caches = generator.prefill(blocks, condition)
-    codes = draw(logits[:, None], 0, guided)
-    codes, passes = jnp.pad(codes, ((0, 0), (0, c.num_tokens + plan.window - 2))), jnp.int32(0)
-    for start, stop in cache_parts(c.num_tokens, plan.guided):
+    groups = len(conditions)
+
+    def draw(logits, number, guided, lengths):
+        """Tokens [B, W] from `number` on, from logits [B, W, V], of G rows for each sample with guidance."""
+        rows = [logits[i::groups] for i in range(groups)] if guided else [logits]
+        logits = _guide(rows, scalars, plan)[..., : c.codebook_size]
+        numbers = number + jnp.arange(logits.shape[1])
+        keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(row_keys)
+        codes = draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
+        if lengths is None:
+            return codes
+        fitting = count_fitting(c, lengths, locate(lengths, 1, number))
+        drawn = jnp.where(fitting > 0, _draw_lengths(c, rows[0], fitting, keys), codes)
+        if known is None:
+            return drawn
+        given = jax.lax.dynamic_slice_in_dim(known, number, 1, axis=1)
+        return jnp.where(given < 0, drawn, given)
+
+    def predict(tokens, number, caches, lengths=None, *, guided):
+        places = None if lengths is None else locate(lengths, 1, number)
+        if guided:
+            tokens, places = jax.tree.map(lambda x: interleaved(*[x] * groups), (tokens, places))
+        logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1, places)
+        return draw(logits, number, guided, lengths), caches
+
+    logits, caches = generator.prefill(blocks, jax.tree.map(interleaved, *conditions))
+    lengths = jnp.zeros((len(indices), c.blocks), jnp.int32) if c.ladder else None
+    sequences = Sequences(jnp.zeros((len(indices), c.symbols + plan.window - 1), jnp.int32), lengths)
+    sequences = sequences.with_tokens(c, draw(logits[:, None], 0, guided, lengths), 0)
+    decode: Callable[..., tuple] = _decode_in_turn
+    if c.ladder:
+        decode = functools.partial(_decode_to_the_end, config=c)
+    elif plan.window > 1:
+        decode = functools.partial(_decode_in_windows, window=plan.window)
+    passes = jnp.int32(0)
+    for start, stop in cache_parts(c.symbols, plan.guided):
         if guided and start >= plan.guided:
-            guided, caches = False, jax.tree.map(lambda x: x[0 :: len(conditions)], caches)
+            guided, caches = False, jax.tree.map(lambda x: x[0::groups], caches)
         # the last window begins with the last code of the part
         caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
-        decode = _decode_in_turn if plan.window == 1 else functools.partial(_decode_in_windows, window=plan.window)
-        codes, caches, used = decode(functools.partial(predict, guided=guided), codes, caches, start, stop)
+        sequences, caches, used = decode(functools.partial(predict, guided=guided), sequences, caches, start, stop)
         passes += used
-    return codes[:, : c.num_tokens], passes
+    return Sampled(*sequences.codes(c), passes)
 
 
-def _decode_in_turn(predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int) -> tuple:
-    """Codes from number `start` up to `stop`, one after the other: (codes [B, N], caches, number of passes)."""
+def _guide(rows: list[jax.Array], scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
+    """Logits with guidance, from those of the conditions, the whole one first."""
+    logits = rows[-1]
+    for name, more, less in reversed(list(zip(plan.scales, rows[:-1], rows[1:], strict=False))):
+        logits = logits + scalars[name] * (more - less)
+    return logits
+
+
+def _draw_lengths(config: GeneratorConfig, logits: jax.Array, fitting: jax.Array, keys: jax.Array) -> jax.Array:
+    """Symbols of lengths [B, 1], among the first `fitting` [B, 1] of the ladder; any where that is 0."""
+    fits = jnp.arange(len(config.ladder)) < jnp.maximum(fitting, 1)
+    logits = jnp.where(fits, logits[:, 0, config.codebook_size :], -jnp.inf)
+    return config.codebook_size + jax.vmap(sample)(keys[:, 0], logits)[:, None]
+
+
+def _decode_in_turn(predict: Predict, sequences: Sequences, caches: list[Cache], start: int, stop: int) -> tuple:
+    """Tokens from number `start` up to `stop`, one after the other: (sequences, caches, number of passes)."""
 
     def step(carry, number):
         last, caches = carry
         drawn, caches = predict(last, number, caches)
         return (drawn, caches), drawn[:, 0]
 
-    (_, caches), drawn = jax.lax.scan(step, (codes[:, start - 1 : start], caches), jnp.arange(start, stop))
-    return codes.at[:, start:stop].set(drawn.T), caches, stop - start
+    tokens = sequences.tokens
+    (_, caches), drawn = jax.lax.scan(step, (tokens[:, start - 1 : start], caches), jnp.arange(start, stop))
+    return Sequences(tokens.at[:, start:stop].set(drawn.T)), caches, stop - start
 
 
 def _decode_in_windows(
-    predict: Predict, codes: jax.Array, caches: list[Cache], start: int, stop: int, *, window: int
+    predict: Predict, sequences: Sequences, caches: list[Cache], start: int, stop: int, *, window: int
 ) -> tuple:
     """What `_decode_in_turn` returns, in fewer passes: Jacobi decoding with fixed random numbers (arXiv 2510.24211).
 
@@ -187,9 +263,28 @@ def _decode_in_windows(
         codes = jax.lax.dynamic_update_slice_in_dim(codes, drawn, number, axis=1)
         return jnp.minimum(number + exact.min(), stop), codes, caches, passes + 1
 
-    begin = jnp.int32(start), codes, caches, jnp.int32(0)
+    begin = jnp.int32(start), sequences.tokens, caches, jnp.int32(0)
     _, codes, caches, passes = jax.lax.while_loop(lambda carry: carry[0] < stop, step, begin)
-    return codes, caches, passes
+    return Sequences(codes), caches, passes
+
+
+def _decode_to_the_end(
+    predict: Predict, sequences: Sequences, caches: list[Cache], start: int, stop: int, *, config: GeneratorConfig
+) -> tuple:
+    """What `_decode_in_turn` returns, with a ladder; it stops at the end of the longest sequence."""
+
+    def goes_on(carry):
+        number, (_, lengths), _ = carry
+        return (number < stop) & locate(lengths, 1, number).valid.any()
+
+    def step(carry):
+        number, sequences, caches = carry
+        last = jax.lax.dynamic_slice_in_dim(sequences.tokens, number - 1, 1, axis=1)
+        drawn, caches = predict(last, number, caches, sequences.lengths)
+        return number + 1, sequences.with_tokens(config, drawn, number), caches
+
+    number, sequences, caches = jax.lax.while_loop(goes_on, step, (jnp.int32(start), sequences, caches))
+    return sequences, caches, number - start
 
 
 def interleaved(*parts: jax.Array) -> jax.Array:
@@ -201,7 +296,7 @@ def interleaved(*parts: jax.Array) -> jax.Array:
 
 
 def cache_parts(num_tokens: int, guided: int) -> list[tuple[int, int]]:
-    """Codes after the first as (start, stop), cut where caches grow and where guidance ends."""
+    """Tokens after the first as (start, stop), cut where caches grow and where guidance ends."""
     length = max(SHORTEST_PART, -(-num_tokens // CACHE_PARTS))
     cuts = sorted({1, num_tokens, *range(length, num_tokens, length)} | ({guided} if guided else set()))
     return list(zip(cuts[:-1], cuts[1:], strict=True))

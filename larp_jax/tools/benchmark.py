@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
-from larp_jax.config import GeneratorConfig, MeshConfig, TokenizerRecipe
+from larp_jax.config import AUTO, GeneratorConfig, MeshConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
-from larp_jax.models.sampling import SamplingOptions
+from larp_jax.models.sampling import Plan, SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
@@ -408,6 +408,7 @@ def benchmark_sample(
     tokenizer: LoadedTokenizer | None = None,
     batch_size: int = 8,
     seconds: float = 10.0,
+    budget: str = AUTO,
 ) -> dict[str, Any]:
     """Measures how fast a generator samples on one device.
 
@@ -417,6 +418,7 @@ def benchmark_sample(
       tokenizer: if given, the time to the first clip is measured too, which it decodes.
       batch_size: samples per batch.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
 
     Returns:
       The settings, and medians of sampling one code after the other: `tokens_per_second` and `videos_per_second` of
@@ -425,6 +427,8 @@ def benchmark_sample(
       `megabytes_per_step` and `gigaflops_per_step`, the minimum of any implementation (each weight and the filled part
       of the caches read once; products with weights and caches), averaged over the codes; the same per second; the
       ceilings of the device, whose calls alternate with the samples; and the shares of the ceilings that are reached.
+      With a ladder, `tokens` is the mean number of codes of the samples, `bucket` the most codes, `single_video_tokens`
+      the codes of the single video, and `steps` the codes and lengths of the longest sample, where a batch ends.
 
       With a tokenizer `first_clip_seconds` and `first_clip_p95_seconds`: from the call to the pixels of one clip on the
       host, with the largest window. For each window W: `window_W_codes_per_pass` and `window_W_tokens_per_second` of
@@ -437,11 +441,11 @@ def benchmark_sample(
     def sample(rows, window):
         given, numbers = Condition.zeros(config, rows), np.arange(rows)
         classes = numbers % config.num_classes if config.has_classes else None
-        settings = vars(options) | {"window": window}
+        settings = vars(options) | {"window": window, "budget": budget}
         return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
 
     def first_clip():
-        return np.asarray(tokenizer.decode(sample(1, options.window)[0]))
+        return np.asarray(tokenizer.decode(*sample(1, options.window)[: 1 + bool(config.ladder)]))
 
     began = time.perf_counter()
     jax.block_until_ready(sample(batch_size, 1))
@@ -456,19 +460,25 @@ def benchmark_sample(
     times = {name: statistics.median(values) for name, values in taken.items()}
     late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
     ceiling, batch = ceilings.rates(times), times["batch", 1]
-    step = batch / config.num_tokens
-    megabytes, gigaflops = _least_work(config, options, batch_size, generator)
+    tokens, steps, lengths = config.num_tokens, config.num_tokens, {}
+    if config.ladder:
+        sampled, single = sample(batch_size, 1), sample(1, 1)
+        tokens, steps = float(sampled.lengths.sum(axis=1).mean()), int(sampled.passes) + 1
+        lengths = {"bucket": config.num_tokens, "single_video_tokens": int(single.lengths.sum()), "steps": steps}
+    step = batch / steps
+    megabytes, gigaflops = _least_work(generator, options.plan(config.symbols), batch_size, steps)
     result = {
         "size": config.size,
         "parameters_millions": generator.parameters / 1e6,
-        "tokens": config.num_tokens,
+        "tokens": tokens,
+        **lengths,
         "vocabulary": config.codebook_size,
         "batch_size": batch_size,
         "precision": precision,
         **vars(options),
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "tokens_per_second": batch_size / step,
+        "tokens_per_second": batch_size * tokens / batch,
         "videos_per_second": batch_size / batch,
         "single_video_seconds": times["single", 1],
         "single_video_p95_seconds": late["single", 1],
@@ -484,17 +494,26 @@ def benchmark_sample(
     }
     if tokenizer:
         result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
-    if len(windows) > 1:
-        for window in windows:
-            passes = {rows: int(sample(rows, window)[1]) for rows in (1, batch_size)}
-            result |= {
-                f"window_{window}_single_codes_per_pass": (config.num_tokens - 1) / passes[1],
-                f"window_{window}_single_video_seconds": times["single", window],
-                f"window_{window}_codes_per_pass": (config.num_tokens - 1) / passes[batch_size],
-                f"window_{window}_tokens_per_second": batch_size * config.num_tokens / times["batch", window],
-            }
-        result["fastest_window"] = min(windows, key=lambda window: times["single", window])
-        result["fastest_window_of_batches"] = min(windows, key=lambda window: times["batch", window])
+    return result | _speed_by_window(sample, windows, times, batch_size, config.num_tokens)
+
+
+def _speed_by_window(
+    sample: Callable, windows: list[int], times: Mapping[Any, float], batch_size: int, tokens: int
+) -> dict[str, Any]:
+    """The numbers of each window, see `benchmark_sample`; none if there is only one."""
+    result: dict[str, Any] = {}
+    if len(windows) == 1:
+        return result
+    for window in windows:
+        passes = {rows: int(sample(rows, window).passes) for rows in (1, batch_size)}
+        result |= {
+            f"window_{window}_single_codes_per_pass": (tokens - 1) / passes[1],
+            f"window_{window}_single_video_seconds": times["single", window],
+            f"window_{window}_codes_per_pass": (tokens - 1) / passes[batch_size],
+            f"window_{window}_tokens_per_second": batch_size * tokens / times["batch", window],
+        }
+    for name, what in (("fastest_window", "single"), ("fastest_window_of_batches", "batch")):
+        result[name] = min(windows, key=lambda window, what=what: times[what, window])
     return result
 
 
@@ -509,27 +528,29 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
     config, numbers = exact.config, np.arange(8)
     classes = numbers % config.num_classes if config.has_classes else None
     given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
-    sampled = exact.sample(**given, indices=numbers, key=rng.key(0))
-    logits, changed = (np.asarray(one.logits(sampled, **given)) for one in (exact, other))
-    codes, theirs = (
-        np.asarray(one.sample(**given, indices=numbers, key=rng.key(0), top_k=1)) for one in (exact, other)
-    )
+    sampled = exact.sample_counted(**given, indices=numbers, key=rng.key(0))
+    codes, lengths, _ = sampled
+    logits, changed = (np.asarray(one.logits(codes, lengths=lengths, **given)) for one in (exact, other))
+    if config.ladder:  # what may stand in the sequence, without what follows its end
+        ends = np.asarray(lengths).sum(axis=1, keepdims=True) + config.blocks
+        within = (np.arange(config.symbols) < ends)[..., None] & np.isfinite(logits)
+        logits, changed = logits[within], changed[within]
+    given |= {"indices": numbers, "key": rng.key(0), "top_k": 1}
+    codes, theirs = (np.asarray(one.sample_counted(**given).codes) for one in (exact, other))
     return {
         "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
         "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
     }
 
 
-def _least_work(
-    config: GeneratorConfig, options: SamplingOptions, batch_size: int, generator: LoadedGenerator
-) -> tuple[float, float]:
-    """Minimum (megabytes, gigaflops) of a sampling step, averaged over the codes."""
-    c = config
+def _least_work(generator: LoadedGenerator, plan: Plan, batch_size: int, steps: int) -> tuple[float, float]:
+    """Minimum (megabytes, gigaflops) of a sampling step, averaged over this many."""
+    c = generator.config
     head_width = c.width // c.heads
     per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
-    weights = c.depth * per_block + c.width * c.codebook_size
-    rows = batch_size * (1 + options.plan(c.num_tokens).guided / c.num_tokens)
-    positions = c.condition_tokens + (c.num_tokens - 1) / 2
+    weights = c.depth * per_block + c.width * c.vocabulary
+    rows = batch_size * (1 + len(plan.scales) * min(plan.guided, steps) / steps)
+    positions = c.condition_tokens + (steps - 1) / 2
     size = generator.dtype.itemsize
     read = (1 if generator.precision == "int8" else size) * weights
     read += size * rows * positions * c.depth * 2 * c.kv_heads * head_width

@@ -40,9 +40,14 @@ def described(folder: pathlib.Path) -> dict[str, Any]:
     totals = lengths.sum(axis=1)
     facts = [
         ("clips", f"{len(totals):,}"),
-        ("budget", str(found.manifest.get("budget") or "the most codes in equal blocks")),
         ("codes of a clip", f"{totals.mean():.1f} on average, {totals.min()} to {totals.max()}"),
     ]
+    if "generator_step" in found.manifest:
+        facts.insert(1, ("sampled by a generator", f"step {found.manifest['generator_step']:,}"))
+    else:
+        facts.insert(1, ("budget", str(found.manifest.get("budget") or "the most codes in equal blocks")))
+    if found.manifest.get("class_codes"):
+        facts.append(("codes by class", codes.describe_class_codes(found.manifest)))
     seconds = np.array([row["frames"] / row["fps"] if row["fps"] > 0 else np.nan for row in rows])
     if np.isfinite(seconds).all():
         facts.append(("codes per second of video", f"{totals.sum() / seconds.sum():.1f}"))

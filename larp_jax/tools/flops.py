@@ -93,11 +93,14 @@ def as_compiled(recipe: TokenizerRecipe) -> dict[str, float]:
 
 
 def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
-    """FLOPs per sequence of a stage-2 step from codes: `generator`. Causal attention is counted in full."""
-    c, tokens = config, config.condition_tokens + config.num_tokens - 1
+    """FLOPs per sequence of a stage-2 step from codes: `generator`. Causal attention is counted in full.
+
+    With a ladder every sequence costs as much as the longest, because all are packed into the same bucket.
+    """
+    c, tokens = config, config.condition_tokens + config.symbols - 1
     outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
     blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))
-    return {"generator": 3 * (blocks + _linear(c.num_tokens * c.width, c.codebook_size))}
+    return {"generator": 3 * (blocks + _linear(c.symbols * c.width, c.vocabulary))}
 
 
 def vgg_features(resolution: int) -> int:

@@ -183,6 +183,8 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
         shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
         if recipe.model.has_frames:
             shapes["condition"] = shapes["codes"]
+        if recipe.model.ladder:
+            shapes["lengths"] = (rows, recipe.model.blocks), jnp.int32
     else:
         shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
     placement = jax.sharding.NamedSharding(mesh, sharding.BATCH)
@@ -201,7 +203,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     width = 2 if recipe.precision == "bfloat16" else 4
     c = recipe.model
     if recipe.stage == "generator":
-        stacks, maps = [(c.condition_tokens + c.num_tokens - 1, c)], c.num_tokens * c.codebook_size * 4
+        stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
         stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]

@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import api, data
-from larp_jax.config import GeneratorRecipe, TokenizerConfig
-from larp_jax.data.codes import CodeSet
+from larp_jax.config import GeneratorRecipe, Ladder, TokenizerConfig
+from larp_jax.data.codes import CodeSet, ladder_of
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
@@ -28,7 +28,7 @@ from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
-from larp_jax.models.generator_codes import encode_batch, score_batch
+from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.next_code import NextCode
 from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions, sample_codes
@@ -51,7 +51,8 @@ class GeneratorStage:
     """A generator, trained on the codes of a frozen tokenizer.
 
     A batch contains `video`, uint8 or float [B, T, H, W, C], which the tokenizer encodes, or `codes`, [B, N] int32, and
-    for frame prediction also `condition`, [B, N] int32. `label` [B] int32 contains the classes (-1: none).
+    for frame prediction also `condition`, [B, N] int32, and with a ladder `lengths`, [B, T] int32. `label` [B] int32
+    contains the classes (-1: none).
 
     Args:
       recipe: its model is complete: no size is 0.
@@ -98,6 +99,44 @@ class GeneratorStage:
         """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
         return score_batch(self.module("generator", params), batch, key=key)
 
+    def sums(self, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Sums of these scores without dropout, see `score_sums`."""
+        return score_sums(self.recipe.model, self.score(params, batch), batch)
+
+    def gradient(self, params: dict, batch: dict, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+        """The gradient of the loss of a batch, and scalars to log.
+
+        The loss is the mean cross-entropy over the tokens of all clips, so each weighs the same. With a ladder that of
+        codes and that of lengths are also given apart.
+
+        Args:
+          params: `{"generator": ...}`.
+          batch: see the class.
+          key: turns on dropout.
+          frozen: as for `train_step`.
+        """
+        model = self.recipe.model
+        # of the whole batch, so that it does not matter in which part of it a clip is
+        codes = batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
+
+        def of_part(i, part):
+            part = self.codes(part, frozen)
+
+            def objective(params):
+                scored = self.score(params, part, jax.random.fold_in(key, i))
+                sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, part).items()}
+                loss = sums["cross_entropy"] / codes
+                logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
+                if model.ladder:
+                    length = sums["length_cross_entropy"]
+                    logs |= {"code_loss": loss, "length_loss": length / model.blocks}
+                    loss = (sums["cross_entropy"] + length) / (codes + model.blocks)
+                return loss, {"loss": loss, **logs}
+
+            return jax.grad(objective, has_aux=True)(params)
+
+        return common.mean_over_parts(of_part, self.recipe.accumulate, batch)
+
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.
 
@@ -112,18 +151,7 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-
-        def gradient(i, part):
-            part = self.codes(part, frozen)
-
-            def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
-                loss = scored.cross_entropy.mean()
-                return loss, {"loss": loss, **{f"top{n}": jnp.mean(scored.rank < n) for n in (1, 5)}}
-
-            return jax.grad(objective, has_aux=True)(state.params)
-
-        grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch)
+        grads, logs = self.gradient(state.params, batch, key, frozen)
         updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
@@ -155,7 +183,8 @@ class GeneratorTask:
             self._clip = common.clip_spec(config, recipe.data)
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
-            recipe = _with_sizes(recipe, config.quantizer.codebook_size, config.num_tokens, "the tokenizer")
+            sizes = config.quantizer.codebook_size, config.num_tokens, config.adaptive
+            recipe = _with_sizes(recipe, *sizes, "the tokenizer")
             if recipe.given_frames >= config.frames:
                 raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
         train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
@@ -173,6 +202,8 @@ class GeneratorTask:
         self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
         if isinstance(self._train, CodeSet) and recipe.given_frames:
             self.inputs += ("condition",)
+        if self.recipe.model.ladder:
+            self.inputs += ("lengths",)
         self.stage = self.stage_class(self.recipe, self._tokenizer)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         self.frozen = jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -184,11 +215,16 @@ class GeneratorTask:
         if parsed.kind != "tokens":
             if self._clip is None:
                 raise InputError(f"data {spec} needs the tokenizer; give its checkpoint, config.tokenizer=P")
+            if recipe.model.ladder:
+                raise InputError(
+                    f"data {spec}: training does not choose how many codes a clip gets; write them with larp-jax"
+                    " tokenize --budget, and give tokens:DIR"
+                )
             return open_clips(), recipe
         codes = CodeSet(parsed.name)
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
-        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], f"data {spec}")
+        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], ladder_of(manifest), f"data {spec}")
         wanted = recipe.given_frames
         if wanted not in (0, manifest.get("cond_frames")):
             raise InputError(
@@ -241,7 +277,7 @@ class GeneratorTask:
         if rows is not None:
             if self._class_counts is not None and not recipe.model.class_dropout and rows["label"].min() < 0:
                 raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
-            self._evaluator = NextCodeEvaluator(self.stage.score, rows, self._mesh, batch_size=recipe.data.batch_size)
+            self._evaluator = NextCodeEvaluator(self.stage.sums, rows, self._mesh, batch_size=recipe.data.batch_size)
         if self._tokenizer is not None:
             self._prepare_samples(rows)
 
@@ -292,9 +328,10 @@ class GeneratorTask:
         def sample(params, frozen, codes=None, **given):
             condition = Condition.of_batch(model, given)
             generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
-            key, plan = rng.key(self.recipe.seed), options.plan(model.num_tokens)
-            sampled, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
-            return [tokenizer.decode(x) for x in (codes, sampled) if x is not None]
+            key, plan = rng.key(self.recipe.seed), options.plan(model.symbols)
+            sampled, lengths, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+            originals = [] if codes is None else [tokenizer.decode(codes)]
+            return [*originals, tokenizer.decode(sampled, lengths)]
 
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
         self._sample_inputs = jax.device_put(inputs, sharding.batch_sharding(self._mesh))
@@ -305,6 +342,8 @@ class GeneratorTask:
         if self._class_counts is not None:
             found["class_counts"] = self._class_counts.tolist()
             found["class_names"] = list(self._train.label_names)
+            if self.recipe.model.ladder:
+                found["class_codes"] = self._train.mean_codes(self.recipe.model.num_classes)
         return found
 
     def resume(self, metadata):
@@ -340,11 +379,16 @@ def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> Generat
     return dataclasses.replace(recipe, tokenizer_fingerprint=name)
 
 
-def _with_sizes(recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, where: str) -> GeneratorRecipe:
+def _with_sizes(
+    recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, ladder: Ladder | None, where: str
+) -> GeneratorRecipe:
     """The recipe with the sizes of codes filled in; `InputError` if it has other sizes."""
-    found = {"codebook_size": codebook_size, "num_tokens": num_tokens}
+    found: dict[str, Any] = {"codebook_size": codebook_size, "num_tokens": num_tokens, "blocks": 1, "ladder": ()}
+    if ladder:
+        found |= {"blocks": ladder.blocks, "ladder": ladder.rungs}
+    unset = {"codebook_size": 0, "num_tokens": 0, "blocks": 1, "ladder": ()}
     for name, value in found.items():
         wanted = getattr(recipe.model, name)
-        if wanted not in (0, value):
-            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to 0")
+        if wanted not in (unset[name], value):
+            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to {unset[name]}")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))

@@ -332,6 +332,8 @@ class Checkpoint:
       tokenizer_fingerprint: for a generator, that of the tokenizer whose codes it was trained on; None if unknown.
       class_counts: for a generator, number of training clips per class, [classes] int64; None if unknown.
       class_names: for a generator, the classes of its training data in the order of their labels; empty if unknown.
+      class_codes: for a generator with a ladder, the mean number of codes of the training clips of each class, None
+        where there are none; empty if unknown.
     """
 
     path: pathlib.Path
@@ -343,6 +345,7 @@ class Checkpoint:
     tokenizer_fingerprint: str | None = None
     class_counts: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    class_codes: tuple[float | None, ...] = ()
 
     @classmethod
     def of(cls, path: pathlib.Path, recipe: Any, params: dict, known: Mapping[str, Any], **more) -> "Checkpoint":
@@ -362,6 +365,7 @@ class Checkpoint:
             step=operator.index(known.get("step", 0)),
             tokenizer_fingerprint=known.get("tokenizer_fingerprint"),
             class_names=names,
+            class_codes=tuple(mean if mean is None else float(mean) for mean in known.get("class_codes") or ()),
             **counts,
             **more,
         )
@@ -508,6 +512,9 @@ def _check_sizes(recipe: Any, arrays: Any) -> None:
         sizes["tokenizer/encoder/queries/block_table"] = model.blocks * model.encoder.width
         sizes["tokenizer/decoder/latent_positions/block_table"] = model.blocks * model.decoder.width
         sizes["prior/block_table"] = model.blocks * recipe.prior.width
+    elif model.ladder:
+        sizes["generator/block_positions"] = model.blocks * model.width
+        sizes["generator/place_positions"] = (model.ladder[-1] + 1) * model.width
     for path, size in sizes.items():
         if stored.get(path, size) != size:
             raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")

@@ -251,12 +251,12 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
     def linear(ours_name, released, inputs, outputs):
         return _linear(f"{path}/{ours_name}", f"{name}.{released}", inputs, outputs, bias=False, layers=n)
 
-    rows = c.codebook_size + c.has_frames
+    rows = c.vocabulary + c.has_frames
     yield Parameter("token_embedding", ("tok_embeddings.weight",), (rows, d), "k d -> k d")
     if c.class_rows:
         table = ("cls_embedding.embedding_table.weight",)
         yield Parameter("class_embedding", table, (c.class_rows, d), "k d -> k d")
-    rows = c.condition_tokens + c.num_tokens - 1
+    rows = c.condition_tokens + c.symbols - 1
     if c.fixed_positions:
         yield Table("abs_pe", (1, rows, d), lambda: sincos_1d(np.arange(rows), d))
     else:
@@ -269,7 +269,7 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
     yield from linear("mlp/up", "feed_forward.w3", d, c.mlp_width)
     yield from linear("mlp/down", "feed_forward.w2", c.mlp_width, d)
     yield from _norm("norm", "norm", d, bias=False)
-    yield from _linear("head", "output", d, c.codebook_size, bias=False)
+    yield from _linear("head", "output", d, c.vocabulary, bias=False)
 
 
 def model_tensors(config: TokenizerRecipe | GeneratorConfig) -> list[Parameter | Table]:

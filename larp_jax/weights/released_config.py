@@ -402,6 +402,8 @@ def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict,
             raise InputError(
                 f"the released layout has no model.condition={config.given!r}, only 'class' and 'frames'"
             )
+        if config.ladder:
+            raise InputError(f"the released layout has no model.ladder={config.ladder}: its clips have one length")
         flat = _write_fields(GENERATOR_FIELDS, config)
         if config.kv_heads == config.heads:
             flat["n_kv_head"] = None
