@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import files
-from larp_jax.config import GeneratorConfig, TokenizerConfig
+from larp_jax.config import TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
 from larp_jax.models import packing
