@@ -12,9 +12,12 @@ from test_generate import write_generator
 import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
-from larp_jax.data import codes as codes_on_disk, moving_shapes
+from larp_jax.data import ClipSpec, codes as codes_on_disk, moving_shapes
 from larp_jax.data.video import VideoFile, write_video
 from larp_jax.errors import InputError
+from larp_jax.evaluation import generated, protocols
+from larp_jax.inference import generate
+from larp_jax.models.sampling import SamplingOptions
 from larp_jax.training.tokenizer import TokenizerStage
 
 CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
@@ -170,6 +173,12 @@ def test_a_generator_samples_codes_of_different_lengths(run, adaptive, tmp_path,
     call("report", "--workdir", run, "--output", where("page.html"))
     assert f"still {means[0]:.0f} (training 4)" in (tmp_path / "page.html").read_text()
     shutil.rmtree(run / "samples")
+    options = SamplingOptions(cfg_scale=1.5)
+    sampler = generate.Sampler(larp_jax.load_generator(generator), adaptive, options=options, batch_size=4)
+    clips, described = protocols.ClipSet("moving_shapes:test", ClipSpec(8, 32), None, max_clips=4), {}
+    videos = list(generated.videos_for(sampler, clips, np.array([0, 2, 0, 2], np.int32), described=described))
+    assert np.concatenate(videos).shape == (4, 8, 32, 32, 3)
+    assert described["class_codes"][1] is None and 4 <= described["class_codes"][2] <= 12
 
     call("sample", "--num", 4, "--output", where("given"), "--budget", "2,8")
     assert codes_on_disk.CodeSet(where("given")).rows["lengths"].tolist() == [[2, 8]] * 4
