@@ -96,7 +96,7 @@ def refuse_url(text: str, what: str, *, buckets: bool = False) -> None:
             )
 
 
-_NO_SCHEMES = ("folder", "tokens", "tfds")  # kinds of data sets, which can be followed by an absolute path
+_NO_SCHEMES = ("folder", "tokens", "rewards", "tfds")  # kinds of data sets, which can be followed by an absolute path
 
 
 def check_output(

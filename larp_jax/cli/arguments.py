@@ -162,8 +162,8 @@ FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", 
 
 
 def _may_be_remote(name: str, text: str) -> bool:
-    """Whether a text may contain gs://: weights and codes, which this program wrote, but not videos."""
-    if name == "source" or "tokens:gs://" in text:
+    """Whether a text may contain gs://: weights, codes and rewards, which this program wrote, but not videos."""
+    if name == "source" or "tokens:gs://" in text or "rewards:gs://" in text:
         return True
     return name == "overrides" and not text.startswith("--config.data.")
 

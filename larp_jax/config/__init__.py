@@ -36,6 +36,7 @@ from larp_jax.config.recipes import (
     to_dict,
     unknown_key,
 )
+from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
     DataConfig,
@@ -67,7 +68,10 @@ __all__ = [
     "PRIOR_SIZES",
     "PriorConfig",
     "QuantizerConfig",
+    "ROUTER_SIZES",
     "Recipe",
+    "RouterConfig",
+    "RouterRecipe",
     "SIZED",
     "STAGES",
     "StartConfig",

@@ -124,12 +124,9 @@ class GeneratorStage:
             return jax.grad(objective, has_aux=True)(state.params)
 
         grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
-        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+        return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs
 
 
 # ---------------------------------------------------------------------------------------- what a run reads and measures
