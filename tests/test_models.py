@@ -222,7 +222,7 @@ def test_attention_on_cpu_drops_what_the_plain_form_drops(causal):
         return jnp.sum(attention.attention(q, k, v, causal=causal, dropout_rate=0.3, key=key) * weights)
 
     def plain(q, k, v):
-        return jnp.sum(attention._with_dropout(q, k, v, causal, 0.3, key) * weights)
+        return jnp.sum(attention._with_dropout(q, k, v, causal, None, 0.3, key) * weights)
 
     for a, b in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)

@@ -10,7 +10,7 @@ from larp_jax.config.checks import (
     check_seed,
 )
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
-from larp_jax.config.ladder import Ladder
+from larp_jax.config.ladder import RANDOM, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -67,6 +67,7 @@ __all__ = [
     "OptimConfig",
     "PRIOR_SIZES",
     "PriorConfig",
+    "RANDOM",
     "QuantizerConfig",
     "ROUTER_SIZES",
     "Recipe",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from larp_jax.config.checks import require
 from larp_jax.errors import InputError
 
+RANDOM = "random"  # the budget of a training run that draws an assignment for each clip and step
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
 Assignment = tuple[int, ...]

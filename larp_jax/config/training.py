@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from larp_jax.config.checks import at_least_0, check_seed, one_of, require, within
+from larp_jax.config.ladder import RANDOM
 from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorConfig, TokenizerConfig
 
 
@@ -220,9 +221,14 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe(Recipe):
-    """Settings of a training run of stage 1, which trains a tokenizer."""
+    """Settings of a training run of stage 1, which trains a tokenizer.
+
+    `budget` is how many codes the clips have in training if there is a `model.ladder`: `random`, any numbers that fit,
+    drawn for each clip and step; or the same for all, as `--budget` of `larp-jax tokenize`.
+    """
 
     stage: str = "tokenizer"
+    budget: str = RANDOM
     start: StartConfig = StartConfig()
     model: TokenizerConfig = TokenizerConfig()
     prior: PriorConfig = PriorConfig()
@@ -251,10 +257,12 @@ class TokenizerRecipe(Recipe):
             not start.continuous_steps or self.model.quantizer.has_codes,
             "start.continuous_steps needs codes, and model.quantizer.kind='kl' has none; set it to 0",
         )
-        rows, tokens = self.prior.positions, self.model.num_tokens
-        require(
-            not rows or rows >= tokens, f"prior.positions={rows} is less than model.num_tokens={tokens}; set it to 0"
-        )
+        rows, tokens = self.prior.positions, self.model.query_rows
+        needed = f"the largest of model.ladder, {tokens}" if self.model.ladder else f"model.num_tokens={tokens}"
+        require(not rows or rows >= tokens, f"prior.positions={rows} is less than {needed}; set it to 0")
+        if self.budget != RANDOM:
+            require(self.model.adaptive is not None, f"budget={self.budget} needs model.ladder; leave it out")
+            self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size, "budget")
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",

@@ -18,6 +18,7 @@ from larp_jax.evaluation.description import Description, Panel
 from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.next_code import next_code
+from larp_jax.models.packing import layout, mean_of_clips
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
@@ -315,7 +316,8 @@ class PriorScore(Average):
 
     def __init__(self, recipe: TokenizerRecipe):
         model = recipe.model
-        make = lambda: Prior(recipe.prior, model.num_tokens, model.quantizer.code_dim, rngs=nnx.Rngs(0))  # noqa: E731
+        sizes = model.query_rows, model.quantizer.code_dim
+        make = lambda: Prior(recipe.prior, *sizes, blocks=model.blocks, rngs=nnx.Rngs(0))  # noqa: E731
         self._graphdef, self._temperature = nnx.graphdef(nnx.eval_shape(make)), recipe.prior.temperature
 
     @classmethod
@@ -323,14 +325,18 @@ class PriorScore(Average):
         return cls(setting.recipe)
 
     def values(self, weights, batch):
-        return {name: value.mean(axis=1) for name, value in self.by_position(batch).items()}
+        valid = None if batch.quantized.valid is None else batch.quantized.valid[:, 1:]
+        return {name: mean_of_clips(value, valid) for name, value in self.by_position(batch).items()}
 
     def by_position(self, batch: Reconstructed) -> dict[str, jax.Array]:
         """The scores of each code 1 .. N-1: [B, N-1] by name."""
-        prior = nnx.merge(self._graphdef, batch.params["prior"])
+        prior, quantized = nnx.merge(self._graphdef, batch.params["prior"]), batch.quantized
+        known = None
+        if quantized.lengths is not None:
+            known = layout(quantized.lengths, quantized.z.shape[1])[:, :-1]
         scored = next_code(
-            prior(batch.quantized.z_q[:, :-1]),
-            batch.quantized.indices[:, 1:],
+            prior(quantized.z_q[:, :-1], layout=known),
+            quantized.indices[:, 1:],
             batch.tokenizer.quantizer.codebook,
             temperature=self._temperature,
         )

@@ -19,6 +19,7 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = False,
+    blocks: jax.Array | None = None,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -26,25 +27,29 @@ def attention(
 
     Chosen by lowering platform: the fused kernels of cuDNN on GPUs and of Pallas on TPUs if dtype and head width allow
     it, batched matrix products with a hand-written backward pass on CPUs, otherwise `jax.nn.dot_product_attention`.
+    With `blocks` there is no fused kernel: cuDNN's takes a mask only as a bias whose gradient it computes too, that of
+    Pallas only masks by equal segments.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       causal: whether queries attend only to their own and earlier positions.
+      blocks: [B, N] int32, the block of each position; queries attend only to their own and earlier blocks.
       dropout_rate: dropout rate of the probabilities; above 0, no fused kernel is used.
       key: random key of dropout; None turns it off.
     """
     rate = 0.0 if key is None else dropout_rate
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    plain = not rate and blocks is None and q.dtype in (jnp.bfloat16, jnp.float16)
     # every branch is traced on every platform, and tracing a fused kernel already needs its platform
-    cudnn = half and not rate and jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    pallas = half and not rate and _for_tpu()
+    cudnn = plain and jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    pallas = plain and _for_tpu()
 
     def general(q, k, v, implementation="xla"):
         if rate:
-            return _with_dropout(q, k, v, causal, rate, key)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+            return _with_dropout(q, k, v, causal, blocks, rate, key)
+        mask = None if blocks is None else _visible(blocks)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
 
     def on_gpu(q, k, v):
         return general(q, k, v, "cudnn" if cudnn else "xla")
@@ -55,16 +60,24 @@ def attention(
     def on_cpu(q, k, v):
         heads = q.shape[2]
         q, k, v = (rearrange(x, "b n h d -> (b h) n d") for x in (q, k, v))
-        y = _matmul_attention(causal, rate, q, k, v, seed(key) if rate else None)
+        rows = None if blocks is None else jnp.repeat(blocks, heads, axis=0)
+        y = _matmul_attention(causal, rate, q, k, v, rows, seed(key) if rate else None)
         return rearrange(y, "(b h) n d -> b n h d", h=heads)
 
     return jax.lax.platform_dependent(q, k, v, cpu=on_cpu, cuda=on_gpu, tpu=on_tpu, default=general)
 
 
-def _with_dropout(q, k, v, causal, rate, key):
+def _visible(blocks: jax.Array) -> jax.Array:
+    """[B, N] blocks -> bool [B, 1, queries, keys]: whether the key's block is not after the query's."""
+    return blocks[:, None, :, None] >= blocks[:, None, None, :]
+
+
+def _with_dropout(q, k, v, causal, blocks, rate, key):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if causal:
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    if blocks is not None:
+        scores = jnp.where(_visible(blocks), scores, -jnp.inf)
     probs = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", probs, v)
 
@@ -114,20 +127,26 @@ def _pallas_attention(q, k, v, causal):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul_attention(
-    causal: bool, rate: float, q: jax.Array, k: jax.Array, v: jax.Array, seed: jax.Array | None
+    causal: bool,
+    rate: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    blocks: jax.Array | None,
+    seed: jax.Array | None,
 ) -> jax.Array:
-    """[B, N, d] each -> [B, N, d]; if the rate is above 0, dropout of the probabilities by `seed`."""
-    return _matmul_attention_fwd(causal, rate, q, k, v, seed)[0]
+    """[B, N, d] each -> [B, N, d]; `blocks` [B, N]; if the rate is above 0, dropout of the probabilities by `seed`."""
+    return _matmul_attention_fwd(causal, rate, q, k, v, blocks, seed)[0]
 
 
-def _matmul_attention_fwd(causal, rate, q, k, v, seed):
-    scores = _scores(causal, q, k, "bqk")
+def _matmul_attention_fwd(causal, rate, q, k, v, blocks, seed):
+    scores = _scores(causal, q, k, blocks, "bqk")
     largest = jax.lax.optimization_barrier(scores.max(-1, keepdims=True))
     probs = jnp.exp(scores - largest)
     total = jax.lax.optimization_barrier(probs.sum(-1, keepdims=True))
     probs = _drop(probs, rate, seed, "bqk").astype(v.dtype)
     out = (jnp.einsum("bqk,bkd->bqd", probs, v).astype(jnp.float32) / total).astype(v.dtype)
-    return out, (q, k, v, seed, out, largest + jnp.log(total))
+    return out, (q, k, v, blocks, seed, out, largest + jnp.log(total))
 
 
 def _matmul_attention_bwd(causal, rate, residuals, dout):
@@ -136,8 +155,8 @@ def _matmul_attention_bwd(causal, rate, residuals, dout):
     XLA's CPU backend is several times slower when it contracts over the rows of both operands, and storing the
     probabilities of every layer takes longer than another matrix product.
     """
-    q, k, v, seed, out, normalizer = residuals
-    probs = jax.lax.optimization_barrier(jnp.exp(_scores(causal, q, k, "bkq") - normalizer.mT))
+    q, k, v, blocks, seed, out, normalizer = residuals
+    probs = jax.lax.optimization_barrier(jnp.exp(_scores(causal, q, k, blocks, "bkq") - normalizer.mT))
     dv = jnp.einsum("bkq,bqd->bkd", _drop(probs, rate, seed, "bkq").astype(v.dtype), dout)
     dprobs = _drop(jnp.einsum("bkd,bqd->bkq", v, dout).astype(jnp.float32), rate, seed, "bkq")
     # sum_k probs * dprobs = dout . out, which has d instead of N terms per row
@@ -145,16 +164,19 @@ def _matmul_attention_bwd(causal, rate, residuals, dout):
     dscores = jax.lax.optimization_barrier((probs * (dprobs - row) * q.shape[-1] ** -0.5).astype(q.dtype))
     dk = jnp.einsum("bkq,bqd->bkd", dscores, q)
     dq = jnp.einsum("bqk,bkd->bqd", jax.lax.optimization_barrier(dscores.mT), k)
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
-def _scores(causal: bool, q: jax.Array, k: jax.Array, order: str) -> jax.Array:
+def _scores(causal: bool, q: jax.Array, k: jax.Array, blocks: jax.Array | None, order: str) -> jax.Array:
     """q . k / sqrt(d) of all pairs, float32, axes in the given order; -inf if the key comes after the query."""
     operands = {"q": ("bqd", q * q.shape[-1] ** -0.5), "k": ("bkd", k)}
     (one, x), (other, y) = (operands[axis] for axis in order[1:])
     scores = jnp.einsum(f"{one},{other}->{order}", x, y).astype(jnp.float32)
     if causal:
         query, key = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, order.index(axis)) for axis in "qk")
+        scores = jnp.where(query >= key, scores, -jnp.inf)
+    if blocks is not None:
+        query, key = (jnp.expand_dims(blocks, 3 - order.index(axis)) for axis in "qk")
         scores = jnp.where(query >= key, scores, -jnp.inf)
     return scores
 

@@ -7,6 +7,7 @@ from einops import rearrange
 from flax import nnx
 
 from larp_jax.models.layers import Dtype, Linear
+from larp_jax.models.packing import Layout
 
 
 def patchify(video: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
@@ -63,6 +64,8 @@ class Positions1d(nnx.Module):
 
     A learned table is initialized from a normal distribution with standard deviation `init_std`, or if that is None as
     the sine-cosine table with base 10000: as in the released code, `base` applies only to fixed tables.
+
+    With several `blocks`, N is the number of rows of a block, and each block has a learned vector, see `at`.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Positions1d(nnx.Module):
         token_type: bool,
         base: float,
         init_std: float | None,
+        blocks: int = 1,
     ):
         if init_std is None:
             start = jnp.asarray(sincos_1d(np.arange(length), width), jnp.float32)
@@ -82,6 +86,11 @@ class Positions1d(nnx.Module):
             start = init_std * jax.random.normal(rngs.params(), (length, width), jnp.float32)
         self.table = nnx.Param(start) if learned else None
         self.token_type = _token_type(width, rngs) if token_type else None
+        self.block_table = nnx.data(None)
+        if blocks > 1:
+            # as large as the rows: entries of a sine-cosine table have the mean square 1/2
+            std = init_std if learned and init_std is not None else 0.5**0.5
+            self.block_table = nnx.Param(std * jax.random.normal(rngs.params(), (blocks, width), jnp.float32))
         self.length, self.width, self.base = length, width, base
 
     def __call__(self) -> jax.Array:
@@ -91,6 +100,13 @@ class Positions1d(nnx.Module):
         else:
             table = self.table[...]
         return table if self.token_type is None else table + self.token_type[...]
+
+    def at(self, layout: Layout) -> jax.Array:
+        """The rows of packed sequences, [B, N, D] float32: that of the place in the block, plus that of the block."""
+        rows = self()[layout.place]
+        if self.block_table is None:
+            return rows
+        return rows + jnp.take(self.block_table[...], layout.block, axis=0, mode="clip")  # padding has no block
 
 
 class Positions3d(nnx.Module):
@@ -110,7 +126,7 @@ class Positions3d(nnx.Module):
         self.grid, self.width = grid, width
 
     def __call__(self) -> jax.Array:
-        """The table, [t*h*w, D] float32."""
+        """The table, [t*h*w, D] float32, in (time, height, width) order."""
         if self.time is None:
             table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
         else:

@@ -159,11 +159,16 @@ class SelfAttention(nnx.Module):
         self.causal = causal
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable) -> jax.Array:
-        """Attention of norm(x), [B, N, D] -> [B, N, D]. `key` turns on dropout of the attention probabilities."""
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable, blocks: jax.Array | None = None
+    ) -> jax.Array:
+        """Attention of norm(x), [B, N, D] -> [B, N, D]; `blocks` as for `larp_jax.models.attention.attention`.
+
+        `key` turns on dropout of the attention probabilities.
+        """
         qkv = rematerialized(lambda x: self.qkv(norm(x)))(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        y = attention(q, k, v, causal=self.causal, dropout_rate=self.dropout_rate, key=key)
+        y = attention(q, k, v, causal=self.causal, blocks=blocks, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
 
@@ -222,10 +227,10 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
         self.residual_dropout = residual_dropout
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x [B, N, D] float32 -> the same shape; `key` turns on dropout."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, blocks: jax.Array | None = None) -> jax.Array:
+        """x [B, N, D] float32 -> the same shape; `key` turns on dropout, `blocks` [B, N] masks attention."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + dropout(self.attention(x, keys[0], norm=self.norm1), self.residual_dropout, keys[1])
+        x = x + dropout(self.attention(x, keys[0], norm=self.norm1, blocks=blocks), self.residual_dropout, keys[1])
         return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
 
 
@@ -233,7 +238,12 @@ REMAT = ("none", "block", "dots")
 
 
 def run_stack(
-    blocks: nnx.Module, x: jax.Array, *per_layer: jax.Array, remat: str = "none", key: jax.Array | None = None
+    blocks: nnx.Module,
+    x: jax.Array,
+    *per_layer: jax.Array,
+    shared: tuple[jax.Array, ...] = (),
+    remat: str = "none",
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Applies stacked blocks (leaves [depth, ...], see `stack`) to x with `lax.scan`, so that one block is compiled.
 
@@ -241,6 +251,7 @@ def run_stack(
       blocks: from `stack`.
       x: [B, N, D] float32, the residual stream.
       *per_layer: [depth, ...] each; block i is called with x, its key and slice i of each.
+      shared: further arguments, the same for all blocks.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: random key of dropout, split over the layers; None turns dropout off.
     """
@@ -250,7 +261,7 @@ def run_stack(
 
     def body(x, layer):
         params, key, *rest = layer
-        return nnx.merge(graphdef, params)(x, key, *rest), None
+        return nnx.merge(graphdef, params)(x, key, *rest, *shared), None
 
     if remat == "block":
         body = jax.checkpoint(body)
@@ -284,6 +295,6 @@ class Transformer(nnx.Module):
         self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
         self.remat = remat
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, N, D] float32 -> the same shape."""
-        return run_stack(self.blocks, x, remat=self.remat)
+    def __call__(self, x: jax.Array, blocks: jax.Array | None = None) -> jax.Array:
+        """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
+        return run_stack(self.blocks, x, shared=() if blocks is None else (blocks,), remat=self.remat)

@@ -48,6 +48,12 @@ def layout(lengths: jax.Array, size: int) -> Layout:
     return Layout(block, place, valid)
 
 
+def block_of_patches(lengths: jax.Array, patches: int) -> jax.Array:
+    """The block of each patch in (time, height, width) order, [B, patches] int32, for lengths [B, T]."""
+    rows, blocks = lengths.shape
+    return jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32) // (patches // blocks), (rows, patches))
+
+
 def mean_of_codes(x: jax.Array, valid: jax.Array | None) -> jax.Array:
     """The mean of x [B, N, ...] over the codes of each clip, then over clips: a scalar.
 
@@ -57,11 +63,15 @@ def mean_of_codes(x: jax.Array, valid: jax.Array | None) -> jax.Array:
       x: values.
       valid: [B, N] bool, which of them are codes; None for all.
     """
+    return jnp.mean(x) if valid is None else jnp.mean(mean_of_clips(x, valid))
+
+
+def mean_of_clips(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean over the codes of each clip, [B]; arguments as for `mean_of_codes`."""
+    x = x.reshape(*x.shape[:2], -1).mean(axis=-1)
     if valid is None:
-        return jnp.mean(x)
-    x = x.reshape(*valid.shape, -1).mean(axis=-1)
-    counts = jnp.maximum(valid.sum(axis=1), 1)
-    return jnp.mean(jnp.sum(jnp.where(valid, x, 0.0), axis=1) / counts)
+        return x.mean(axis=1)
+    return jnp.sum(jnp.where(valid, x, 0.0), axis=1) / jnp.maximum(valid.sum(axis=1), 1)
 
 
 def by_place(packed: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:

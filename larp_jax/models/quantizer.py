@@ -13,6 +13,7 @@ from larp_jax.config import QuantizerConfig
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.chunks import map_token_chunks
 from larp_jax.models.layers import LayerNorm, Linear
+from larp_jax.models.packing import layout, mean_of_codes
 
 KMEANS_ROUNDS = 10
 
@@ -29,6 +30,7 @@ class Quantized:
       indices: [B, N] int32 codes; None for the KL bottleneck.
       loss: scalar, the weighted bottleneck loss (`loss_q` of the released code).
       terms: the unweighted terms of the loss by name, scalars.
+      lengths: [B, T] int32, the numbers of codes by block if the codes are packed; None if all clips have N.
     """
 
     z: jax.Array
@@ -36,6 +38,12 @@ class Quantized:
     indices: jax.Array | None
     loss: jax.Array
     terms: dict[str, jax.Array]
+    lengths: jax.Array | None = None
+
+    @property
+    def valid(self) -> jax.Array | None:
+        """[B, N] bool, which of the indices are codes; None if all are."""
+        return None if self.lengths is None else layout(self.lengths, self.z.shape[1]).valid
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -104,6 +112,7 @@ class Quantizer(nnx.Module):
         key: jax.Array | None = None,
         temperature: jax.Array | float | None = None,
         share: jax.Array | float = 1.0,
+        lengths: jax.Array | None = None,
     ) -> Quantized:
         """Quantizes [B, N, d].
 
@@ -112,6 +121,7 @@ class Quantizer(nnx.Module):
           key: random key of sampling (`svq`, `kl`); None for deterministic codes (evaluation).
           temperature: sampling temperature tau; that of the configuration by default.
           share: weight of the codes in `z_q`, from 0 (only the latents) to 1 (only the codes); no effect for `kl`.
+          lengths: [B, T] int32 if the latents are packed; losses are means over codes, and the indices of padding 0.
         """
         if self.config.kind == "kl":
             return self._gaussian(projected, key)
@@ -123,16 +133,20 @@ class Quantizer(nnx.Module):
         indices = nearest_codes(
             z, codebook, key=key, temperature=temperature, l2_normalized=self.config.l2_normalized
         )
+        valid = None
+        if lengths is not None:
+            valid = layout(lengths, z.shape[1]).valid
+            indices = jnp.where(valid, indices, 0)
         codes = codebook[indices]
-        commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
-        codebook_loss = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+        commitment = mean_of_codes(jnp.square(jax.lax.stop_gradient(codes) - z), valid)
+        codebook_loss = mean_of_codes(jnp.square(codes - jax.lax.stop_gradient(z)), valid)
         loss = self.config.commitment_weight * commitment + self.config.codebook_weight * codebook_loss
         terms = {"commitment": commitment, "codebook": codebook_loss}
         if self.config.entropy_weight:
-            terms["entropy"] = entropy_loss(z, codebook, self.config.entropy_temperature)
+            terms["entropy"] = entropy_loss(z, codebook, self.config.entropy_temperature, valid)
             loss = loss + self.config.entropy_weight * terms["entropy"]
         z_q = z + share * jax.lax.stop_gradient(codes - z)
-        return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms)
+        return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms, lengths=lengths)
 
     def _gaussian(self, projected, key):
         mean, log_variance = mean_and_log_variance(projected)
@@ -156,18 +170,28 @@ def code_vectors(config: QuantizerConfig, embedding: jax.Array) -> jax.Array:
     return normalize(embedding) if config.l2_normalized else embedding
 
 
-def kmeans_codebook(config: QuantizerConfig, latents: jax.Array, key: jax.Array) -> jax.Array:
+def kmeans_codebook(
+    config: QuantizerConfig, latents: jax.Array, key: jax.Array, valid: jax.Array | None = None
+) -> jax.Array:
     """A codebook [K, d] by k-means of latents [B, N, d]: Lloyd's algorithm, initialized with random latents.
 
     Centers have unit length if the configuration normalizes latents. A center that is nearest to no latent is kept.
+    Latents that are padding, where `valid` [B, N] is false, are left out.
     """
     size, flat = config.codebook_size, latents.reshape(-1, latents.shape[-1])
-    start = jax.random.choice(key, flat, (size,), replace=size > len(flat))
+    if valid is None:
+        start = jax.random.choice(key, flat, (size,), replace=size > len(flat))
+    else:
+        order = jnp.argsort(jnp.where(valid.reshape(-1), jax.random.uniform(key, (len(flat),)), 2.0))
+        start = flat[order[jnp.arange(size) % valid.sum()]]
     # noise separates latents that were selected twice
     start = code_vectors(config, start + 1e-3 * jax.random.normal(key, start.shape))
 
     def improve(_, codes):
-        nearest = nearest_codes(latents, codes, l2_normalized=config.l2_normalized).reshape(-1)
+        nearest = nearest_codes(latents, codes, l2_normalized=config.l2_normalized)
+        if valid is not None:
+            nearest = jnp.where(valid, nearest, size)  # segments above the number of segments are dropped
+        nearest = nearest.reshape(-1)
         sums = jax.ops.segment_sum(flat, nearest, size)
         counts = jax.ops.segment_sum(jnp.ones(len(flat)), nearest, size)[:, None]
         return jnp.where(counts > 0, code_vectors(config, sums / jnp.maximum(counts, 1.0)), codes)
@@ -230,19 +254,24 @@ def affinities(z: jax.Array, codebook: jax.Array) -> jax.Array:
     return 2.0 * similarities(z, codebook) - jnp.sum(jnp.square(codebook), axis=-1)
 
 
-def entropy_loss(z: jax.Array, codebook: jax.Array, temperature: float) -> jax.Array:
+def entropy_loss(
+    z: jax.Array, codebook: jax.Array, temperature: float, valid: jax.Array | None = None
+) -> jax.Array:
     """Mean entropy of each token's softmax(-D / temperature) minus the entropy of their mean, as in the released code.
 
     D are the squared distances between latents [B, N, d] and codes [K, d]; for unit vectors, -D is twice the cosine up
     to a constant. The loss is in [-log K, log K], and small if each token is assigned to one code with certainty and
-    all codes are used equally.
+    all codes are used equally. Latents that are padding, where `valid` [B, N] is false, are left out; all clips count
+    the same.
     """
+    real = jnp.ones(z.shape[:2], bool) if valid is None else valid
+    weights = real / (len(z) * jnp.maximum(real.sum(axis=1, keepdims=True), 1))  # their sum is 1
 
-    def entropies(_, z):
+    def entropies(_, z, weights):
         log_probs = jax.nn.log_softmax(affinities(z, codebook) / temperature, axis=-1)
         probs = jnp.exp(log_probs)
-        return -jnp.sum(probs * log_probs, axis=-1), probs.mean(axis=0, keepdims=True)
+        return -weights * jnp.sum(probs * log_probs, axis=-1), jnp.einsum("bn,bnk->nk", weights, probs)[None]
 
-    sample_entropy, mean_probs = map_token_chunks(entropies, z)
-    mean_probs = mean_probs.mean(axis=(0, 1))
-    return sample_entropy.mean() + jnp.sum(mean_probs * jnp.log(mean_probs + 1e-5))
+    sample_entropy, mean_probs = map_token_chunks(entropies, z, weights)
+    mean_probs = mean_probs.sum(axis=(0, 1))
+    return sample_entropy.sum() + jnp.sum(mean_probs * jnp.log(mean_probs + 1e-5))

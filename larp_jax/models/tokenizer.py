@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax.config import TokenizerConfig
+from larp_jax.models import packing
 from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 from larp_jax.models.quantizer import Quantized, Quantizer
@@ -13,7 +14,8 @@ from larp_jax.models.quantizer import Quantized, Quantizer
 class Encoder(nnx.Module):
     """A transformer over [patches; queries]; the outputs at the queries are returned.
 
-    Without queries in the patchwise layout, where the outputs at the patches are returned.
+    Without queries in the patchwise layout, where the outputs at the patches are returned. With lengths, each block of
+    frames has the first of the queries, as many as its codes, and attends only to its own and earlier blocks.
     """
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
@@ -29,32 +31,41 @@ class Encoder(nnx.Module):
         queries = None
         if not c.is_patchwise:
             queries = Positions1d(
-                c.num_tokens,
+                c.query_rows,
                 c.encoder.width,
                 rngs=rngs,
                 learned=c.learned_encoder_latent_query_embed,
                 token_type=c.use_encoder_latent_query_token_type_embed,
                 base=c.latent_position_base,
                 init_std=c.query_init_std if c.encoder_query_gaussian_init else None,
+                blocks=c.blocks,
             )
         self.queries = queries
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
+        self.num_tokens = c.num_tokens
 
-    def __call__(self, video: jax.Array) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32."""
+    def __call__(self, video: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given."""
         patches = self.patch_embed(video) + self.patch_positions()
         if self.queries is None:
             return self.transformer(patches)
-        queries = self.queries()
-        queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
-        x = self.transformer(jnp.concatenate([patches, queries], axis=1))
+        if lengths is None:
+            queries, blocks = self.queries(), None
+            queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
+        else:
+            layout = packing.layout(lengths, self.num_tokens)
+            queries = self.queries.at(layout)
+            first = packing.block_of_patches(lengths, patches.shape[1])
+            blocks = jnp.concatenate([first, layout.block], axis=1)
+        x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks)
         return x[:, patches.shape[1] :]
 
 
 class Decoder(nnx.Module):
     """A transformer over [latents; patch queries]; the outputs at the patch queries are converted to pixels.
 
-    In the patchwise layout, the latents are added to the patch queries instead.
+    In the patchwise layout, the latents are added to the patch queries instead. With lengths, each block of frames
+    attends only to its own latents and patch queries and those of earlier blocks.
     """
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs, remat: str, dtype: Dtype):
@@ -63,13 +74,14 @@ class Decoder(nnx.Module):
         latent_positions = None
         if not c.is_patchwise:
             latent_positions = Positions1d(
-                c.num_tokens,
+                c.query_rows,
                 width,
                 rngs=rngs,
                 learned=c.learned_decoder_latent_pe,
                 token_type=c.use_decoder_latent_token_type_embed,
                 base=c.latent_position_base,
                 init_std=0.02,
+                blocks=c.blocks,
             )
         self.latent_positions = latent_positions
         self.patch_queries = Positions3d(
@@ -85,26 +97,39 @@ class Decoder(nnx.Module):
         self.head = Linear(
             width, pt * ph * pw * c.channels, rngs=rngs, kernel_init=nnx.initializers.zeros, dtype=dtype
         )
-        self.grid, self.patch = c.decoder_grid, c.decoder_patch
+        self.grid, self.patch, self.blocks = c.decoder_grid, c.decoder_patch, c.blocks
 
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped."""
-        patches = self.head(self.features(latents)).astype(jnp.float32)
-        return unpatchify(patches, self.grid, self.patch)
+    def __call__(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped.
 
-    def features(self, latents: jax.Array) -> jax.Array:
+        If the lengths are only those of the first blocks, the video is only their frames.
+        """
+        patches = self.head(self.features(latents, lengths)).astype(jnp.float32)
+        return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
+
+    def features(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
-        if self.latent_positions is None:
-            return self.norm(self.transformer(latents + self.patch_queries()))
-        latents = latents + self.latent_positions()
         queries = self.patch_queries()
+        if self.latent_positions is None:
+            return self.norm(self.transformer(latents + queries))
+        if lengths is None:
+            latents, blocks = latents + self.latent_positions(), None
+        else:
+            layout = packing.layout(lengths, latents.shape[1])
+            latents = latents + self.latent_positions.at(layout)
+            queries = queries[: len(queries) // self.blocks * lengths.shape[1]]
+            last = packing.block_of_patches(lengths, len(queries))
+            blocks = jnp.concatenate([layout.block, last], axis=1)
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
-        x = self.transformer(jnp.concatenate([latents, queries], axis=1))[:, latents.shape[1] :]
+        x = self.transformer(jnp.concatenate([latents, queries], axis=1), blocks)[:, latents.shape[1] :]
         return self.norm(x)
 
 
 class Tokenizer(nnx.Module):
     """Encodes videos to N discrete codes, and decodes them.
+
+    If the configuration has a ladder, `lengths` [B, T] int32 are the numbers of codes of each block of each clip, and
+    codes and latents are packed (`larp_jax.models.packing`). Without them, every clip gets the largest uniform numbers.
 
     Args:
       config: sizes and options.
@@ -125,6 +150,7 @@ class Tokenizer(nnx.Module):
     def __call__(
         self,
         video: jax.Array,
+        lengths: jax.Array | None = None,
         *,
         key: jax.Array | None = None,
         temperature: jax.Array | float | None = None,
@@ -134,6 +160,7 @@ class Tokenizer(nnx.Module):
 
         Args:
           video: [B, T, H, W, C] float in [0, 1].
+          lengths: numbers of codes, see the class.
           key: random key of sampling codes; None for deterministic codes.
           temperature: sampling temperature; that of the configuration by default.
           share: weight of the codes, against the latents, in the input of the decoder; see `Quantizer`.
@@ -141,17 +168,29 @@ class Tokenizer(nnx.Module):
         Returns:
           The reconstruction [B, T, H, W, C] float32 (not clamped) and the output of the quantizer.
         """
-        quantized = self.quantize(video, key=key, temperature=temperature, share=share)
-        return self.decode_latents(quantized.z_q), quantized
+        quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
+        return self.decode_latents(quantized.z_q, quantized.lengths), quantized
 
-    def quantize(self, video: jax.Array, **options) -> Quantized:
+    def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
         """The first half of `__call__`, with the same arguments."""
-        return self.quantizer(self.quantizer.project(self.encoder(video)), **options)
+        lengths = self._lengths(lengths, len(video))
+        return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
 
-    def decode_latents(self, z_q: jax.Array) -> jax.Array:
-        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped."""
-        return self.decoder(self.quantizer.expand(z_q))
+    def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
 
-    def decode(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped."""
-        return self.decode_latents(self.quantizer.lookup(indices))
+        If the lengths are only those of the first blocks, the video is only their frames.
+        """
+        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, len(z_q)))
+
+    def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""
+        return self.decode_latents(self.quantizer.lookup(indices), lengths)
+
+    def _lengths(self, lengths, rows):
+        ladder = self.config.adaptive
+        if ladder is None:
+            if lengths is not None:
+                raise ValueError("without a ladder, every clip has the same number of codes; leave out lengths")
+            return None
+        return jnp.tile(jnp.asarray(ladder.largest, jnp.int32), (rows, 1)) if lengths is None else lengths

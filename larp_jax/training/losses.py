@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from larp_jax.config import PriorConfig
 from larp_jax.models.next_code import next_code
+from larp_jax.models.packing import mean_of_codes
 
 
 def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) -> jax.Array:
@@ -24,6 +25,7 @@ def prior_loss(
     *,
     key: jax.Array | None,
     mix_ratio: jax.Array | float,
+    valid: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The cross-entropy of the prior over its rounds (section 3.3): round 1 reads the latents, later rounds a mixture.
 
@@ -39,10 +41,12 @@ def prior_loss(
       codebook: [K, d] unit vectors.
       key: random key of dropout and sampling; None for evaluation (no dropout, and only round 1).
       mix_ratio: scalar in [0, 1].
+      valid: [B, N] bool, which of the indices are codes if they are packed; the others are not predicted.
 
     Returns:
       The mean cross-entropy over rounds and positions 1..N-1, and round 1's `prior_top1` and `prior_top5` accuracy.
     """
+    valid = None if valid is None else valid[:, 1:]
     inputs, targets = z_q[:, :-1], indices[:, 1:]
     rounds = config.rounds if key is not None else 1
     losses, first, mix_key = [], None, None
@@ -54,23 +58,27 @@ def prior_loss(
         predicted = prior(inputs, key=dropout_key)
         next_key = sample_key if i + 1 < rounds else None
         scored = next_code(predicted, targets, codebook, temperature=config.temperature, key=next_key)
-        losses.append(scored.cross_entropy.mean())
+        losses.append(mean_of_codes(scored.cross_entropy, valid))
         first = first or scored
         if i + 1 < rounds:
             inputs = mix_sampled(z_q[:, :-1], scored.sampled, codebook, key=mix_key, ratio=mix_ratio)
-    metrics = {"prior_top1": jnp.mean(first.rank < 1), "prior_top5": jnp.mean(first.rank < 5)}
+    metrics = {f"prior_top{n}": mean_of_codes(first.rank < n, valid) for n in (1, 5)}
     return sum(losses) / len(losses), metrics
 
 
-def next_latent_loss(prior: Callable, z: jax.Array, *, key: jax.Array | None) -> jax.Array:
+def next_latent_loss(
+    prior: Callable, z: jax.Array, *, key: jax.Array | None, valid: jax.Array | None = None
+) -> jax.Array:
     """Mean squared error between predicted and actual next latents, a scalar (arXiv 2412.16326, section 3).
 
     Args:
       prior: as for `prior_loss`.
       z: [B, N, d] latents before quantization; inputs and targets, both with their gradients.
       key: random key of dropout; None for none.
+      valid: as for `prior_loss`.
     """
-    return jnp.mean(jnp.square(prior(z[:, :-1], key=key) - z[:, 1:]))
+    squares = jnp.square(prior(z[:, :-1], key=key) - z[:, 1:])
+    return mean_of_codes(squares, None if valid is None else valid[:, 1:])
 
 
 def mix_sampled(

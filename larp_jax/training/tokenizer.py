@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import data, metrics
-from larp_jax.config import TokenizerRecipe
+from larp_jax.config import RANDOM, TokenizerRecipe
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import ReconstructionEvaluator
@@ -27,6 +27,7 @@ from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.lpips import Lpips
+from larp_jax.models.packing import layout
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
@@ -39,6 +40,7 @@ from larp_jax.weights import checkpoint, networks
 
 logger = logging.getLogger(__name__)
 
+LENGTHS = 2  # number of the random key of lengths; sampling and the prior have the first two
 LECAM_DECAY = 0.999  # the released code
 MEAN_CLIP_CLIPS = 256
 
@@ -102,7 +104,13 @@ class TokenizerStage:
         r = self.recipe
         quantizer = r.model.quantizer
         return Prior(
-            r.prior, r.model.num_tokens, quantizer.code_dim, rngs=rngs, remat=r.remat, dtype=common.DTYPES[r.precision]
+            r.prior,
+            r.model.query_rows,
+            quantizer.code_dim,
+            blocks=r.model.blocks,
+            rngs=rngs,
+            remat=r.remat,
+            dtype=common.DTYPES[r.precision],
         )
 
     def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
@@ -142,8 +150,16 @@ class TokenizerStage:
           key: random key of the first centers.
         """
         tokenizer = self.module("tokenizer", state.params)
-        latents = jax.lax.map(lambda clips: tokenizer.quantize(as_float_video(clips)).z, video)
-        codebook = kmeans_codebook(self.recipe.model.quantizer, latents.reshape(-1, *latents.shape[2:]), key)
+
+        def encoded(part):
+            i, clips = part
+            video = as_float_video(clips)
+            quantized = tokenizer.quantize(video, self.lengths(video, jax.random.fold_in(key, i)))
+            return quantized.z, quantized.valid
+
+        found = jax.lax.map(encoded, (jnp.arange(len(video)), video))
+        latents, valid = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        codebook = kmeans_codebook(self.recipe.model.quantizer, latents, key, valid)
 
         def replaced(params):
             quantizer = params["tokenizer"]["quantizer"] | {"embedding": codebook}
@@ -253,6 +269,22 @@ class TokenizerStage:
         opt_state = opt_state | {"tokenizer": tokenizer_state}
         return TrainState(state.step + 1, params | model, opt_state, ema), logs
 
+    def lengths(self, video: jax.Array, key: jax.Array) -> jax.Array | None:
+        """Numbers of codes of each block in a training step, [B, T] int32; None if every clip has the same number.
+
+        Args:
+          video: float [B, T, H, W, C].
+          key: random key of the draw.
+        """
+        model, budget = self.recipe.model, self.recipe.budget
+        if model.adaptive is None:
+            return None
+        if budget != RANDOM:
+            fixed = model.adaptive.budget(budget, model.quantizer.codebook_size, "budget")
+            return jnp.tile(jnp.asarray(fixed, jnp.int32), (len(video), 1))
+        assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
+        return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
+
     def _forward(self, model: dict, *, video, step, key):
         """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs)).
 
@@ -262,7 +294,10 @@ class TokenizerStage:
         sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
         share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
-        reconstruction, quantized = tokenizer(video, key=sample_key, temperature=self.temperature(step), share=share)
+        lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS))
+        reconstruction, quantized = tokenizer(
+            video, lengths, key=sample_key, temperature=self.temperature(step), share=share
+        )
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * share * quantized.loss
@@ -272,7 +307,7 @@ class TokenizerStage:
             logs |= terms
         codes = None
         if quantized.indices is not None:
-            codes = metrics.code_counts(quantized.indices, recipe.model.quantizer.codebook_size)
+            codes = metrics.code_counts(quantized.indices, recipe.model.quantizer.codebook_size, quantized.valid)
             logs["usage_clip"] = metrics.codebook_usage(codes).mean()
             codes = codes.sum(axis=0).astype(jnp.float32)
         logs["loss"] = loss
@@ -280,13 +315,15 @@ class TokenizerStage:
 
     def _prior_losses(self, model: dict, quantized: Quantized, codebook, step, key) -> dict[str, jax.Array]:
         """`loss_prior`, unweighted, and the accuracy of the prior if it predicts codes."""
-        prior, config = self.module("prior", model), self.recipe.prior
+        prior, config, valid = self.module("prior", model), self.recipe.prior, quantized.valid
+        if quantized.lengths is not None:
+            prior = functools.partial(prior, layout=layout(quantized.lengths, quantized.z.shape[1])[:, :-1])
         passed = jax.lax.stop_gradient if config.detached else lambda x: x
         if config.objective == "latent":
-            return {"loss_prior": losses.next_latent_loss(prior, passed(quantized.z), key=key)}
+            return {"loss_prior": losses.next_latent_loss(prior, passed(quantized.z), key=key, valid=valid)}
         mix_ratio = self.mix_ratio(step)
         loss, accuracy = losses.prior_loss(
-            prior, config, passed(quantized.z_q), quantized.indices, codebook, key=key, mix_ratio=mix_ratio
+            prior, config, passed(quantized.z_q), quantized.indices, codebook, key=key, mix_ratio=mix_ratio, valid=valid
         )
         return {"loss_prior": loss, **accuracy}
 
