@@ -19,6 +19,7 @@ LAYERS = (
     {"evaluation"},
     {"inference"},
     {"api"},
+    {"allocation"},
     {"weights"},
     {"data"},
     {"runtime"},

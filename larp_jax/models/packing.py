@@ -48,6 +48,12 @@ def layout(lengths: jax.Array, size: int) -> Layout:
     return Layout(block, place, valid)
 
 
+def block_layout(block: int, lengths: jax.Array, size: int) -> Layout:
+    """The layout of the codes of one block alone: lengths [B] -> arrays [B, size], with padding at the end."""
+    place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(lengths), size))
+    return Layout(jnp.full_like(place, block), place, place < lengths[:, None])
+
+
 def block_of_patches(lengths: jax.Array, patches: int) -> jax.Array:
     """The block of each patch in (time, height, width) order, [B, patches] int32, for lengths [B, T]."""
     rows, blocks = lengths.shape
