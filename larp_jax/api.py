@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from larp_jax import files
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
+from larp_jax.models import packing
+from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.int8 import quantize_kernels, quantize_layers
@@ -27,6 +29,7 @@ from larp_jax.weights import checkpoint, importing
 from larp_jax.weights.fingerprint import digest, fingerprint
 from larp_jax.weights.tensors import compare_shapes
 
+Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
 PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
@@ -132,14 +135,14 @@ class LoadedTokenizer:
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
         self._graphdef = nnx.graphdef(module)
 
-        def encode(params, video, key):
-            return self.module(params).quantize(as_float_video(video), key=key).indices
+        def encode(params, video, lengths, key):
+            return self.module(params).quantize(as_float_video(video), lengths, key=key).indices
 
-        def decode(params, codes):
-            return jnp.clip(self.module(params).decode(codes), 0.0, 1.0)
+        def decode(params, codes, lengths):
+            return jnp.clip(self.module(params).decode(codes, lengths), 0.0, 1.0)
 
-        def reconstruct(params, video):
-            return jnp.clip(self.module(params)(as_float_video(video))[0], 0.0, 1.0)
+        def reconstruct(params, video, lengths):
+            return jnp.clip(self.module(params)(as_float_video(video), lengths)[0], 0.0, 1.0)
 
         self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
 
@@ -167,24 +170,72 @@ class LoadedTokenizer:
         self._need_codes()
         return np.asarray(code_vectors(self.config.quantizer, self._params["quantizer"]["embedding"]))
 
-    def encode(self, video: jax.Array | np.ndarray, key: jax.Array | None = None) -> jax.Array:
+    def encode(
+        self, video: jax.Array | np.ndarray, key: jax.Array | None = None, *, budget: Budget = None
+    ) -> Any:
         """Encodes videos to codes.
 
         Args:
           video: [B, T, H, W, C] uint8, or floats in [0, 1].
           key: samples codes as in training (at the configured temperature); None returns the nearest codes.
+          budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K).
+          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: such codes, those of each clip first and then
+          zeros; and their numbers by block of frames, [B, blocks] int32.
 
         Raises:
           ValueError: the video has another rank, size, dtype or range.
-          InputError: the tokenizer has continuous latents.
+          InputError: the tokenizer has continuous latents, or the budget does not fit it.
         """
         self._need_codes()
-        video, key = self._checked_video(video), None if key is None else rng.as_key(key)
+        video, key = checked_video(video, self.config.clip_shape), None if key is None else rng.as_key(key)
+        lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
-            return self._encode(self._params, self._split(video), key)
+            codes = self._encode(self._params, self._split(video), self._split(lengths), key)
+        return codes if lengths is None else (codes, lengths)
+
+    def assign(self, video: jax.Array | np.ndarray, budget: Budget = None) -> np.ndarray | None:
+        """How many codes each block of frames of each clip gets.
+
+        Args:
+          video: [B, T, H, W, C], as for `encode`.
+          budget: text as for `--budget`, such as "128", "32,64,32,32" or "bits=1024"; a number of codes; the numbers of
+            each block, for all clips [blocks] or each [B, blocks]; or None for the most codes in equal blocks.
+
+        Returns:
+          [B, blocks] int32; None if the tokenizer has no ladder and therefore the same number of codes for every clip.
+
+        Raises:
+          InputError: the budget does not fit the tokenizer.
+        """
+        if budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2:
+            lengths = self.assigner(budget)(video)
+            return None if lengths is None else np.asarray(lengths)
+        return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
+
+    def assigner(self, budget: Budget = None) -> Callable[[Any], jax.Array | None]:
+        """A function from videos [B, T, H, W, C] to the result of `assign`, which can be traced by `jax.jit`.
+
+        Args:
+          budget: as for `assign`, but not with a row for each clip.
+
+        Raises:
+          InputError: the budget does not fit the tokenizer.
+        """
+        ladder = self.config.adaptive
+        if ladder is None:
+            if budget is not None:
+                raise InputError(
+                    f"budget {budget}: this tokenizer has no model.ladder and gives every clip"
+                    f" {self.config.num_tokens} codes; leave it out"
+                )
+            return lambda video: None
+        if isinstance(budget, (str, int)):
+            fixed = ladder.budget(str(budget), self.config.quantizer.codebook_size)
+        else:
+            fixed = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
+        return lambda video: packing.repeated(fixed, len(video))
 
     def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
         """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.
@@ -205,29 +256,33 @@ class LoadedTokenizer:
             raise ValueError(f"frames must be [B, F, H, W, C] with F from 1 to {total - 1}, got shape {shape}")
         return self.encode(np.asarray(frames)[:, np.minimum(np.arange(total), np.shape(frames)[1] - 1)])
 
-    def decode(self, codes: jax.Array | np.ndarray) -> jax.Array:
+    def decode(self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray | None = None) -> jax.Array:
         """Decodes codes to videos.
 
         Args:
           codes: [B, N] integers in [0, K).
+          lengths: of tokenizers with a ladder, the numbers of codes by block, [B, blocks] integers, as `encode` returns
+            them. Those of the first blocks alone, [B, n], decode to the first frames.
 
         Returns:
-          [B, T, H, W, C] float32 in [0, 1].
+          [B, T, H, W, C] float32 in [0, 1]; of n blocks, n / blocks of the T frames.
 
         Raises:
-          ValueError: the codes have another rank, size, dtype or range.
+          ValueError: the codes or lengths have another rank, size, dtype or range, or do not belong together.
           InputError: the tokenizer has continuous latents.
         """
         self._need_codes()
         codes = self._checked_codes(codes)
+        lengths = checked_lengths(lengths, self.config.adaptive, len(codes))
         with rng.pinned(), jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._split(codes))
+            return self._decode(self._params, self._split(codes), self._split(lengths))
 
-    def reconstruct(self, video: jax.Array | np.ndarray) -> jax.Array:
+    def reconstruct(self, video: jax.Array | np.ndarray, *, budget: Budget = None) -> jax.Array:
         """Encodes and decodes videos in one pass; continuous latents are replaced by their means.
 
         Args:
           video: as for `encode`.
+          budget: as for `encode`.
 
         Returns:
           [B, T, H, W, C] float32 in [0, 1].
@@ -235,12 +290,13 @@ class LoadedTokenizer:
         Raises:
           ValueError: as for `encode`.
         """
-        video = self._checked_video(video)
+        video = checked_video(video, self.config.clip_shape)
+        lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
-            return self._reconstruct(self._params, self._split(video))
+            return self._reconstruct(self._params, self._split(video), self._split(lengths))
 
     def _split(self, batch):
-        if self._mesh is None or len(batch) % sharding.batch_parts(self._mesh):
+        if self._mesh is None or batch is None or len(batch) % sharding.batch_parts(self._mesh):
             return batch
         return jax.device_put(batch, sharding.batch_sharding(self._mesh))
 
@@ -250,22 +306,8 @@ class LoadedTokenizer:
                 "this tokenizer has continuous latents (quantizer.kind='kl') and therefore neither codes nor a codebook"
             )
 
-    def _checked_video(self, video):
-        expected = f"[B, {', '.join(map(str, self.config.clip_shape))}] of uint8, or floats in [0, 1]"
-        video = video if isinstance(video, jax.Array) else np.asarray(video)
-        if video.ndim != 5 or video.shape[1:] != self.config.clip_shape or not len(video):
-            raise ValueError(f"a video must be {expected}, got shape {list(video.shape)}")
-        if video.dtype == np.uint8:
-            return video
-        if not jnp.issubdtype(video.dtype, jnp.floating):
-            raise ValueError(f"a video must be {expected}, got {video.dtype}")
-        low, high = float(video.min()), float(video.max())
-        if not (low >= 0.0 and high <= 1.0):  # written this way to also reject NaN
-            raise ValueError(f"a video must be {expected}, got values from {low:g} to {high:g}")
-        return video.astype(np.float32)
-
     def _checked_codes(self, codes):
-        return _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
+        return checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
 
 
 class LoadedGenerator:
@@ -439,7 +481,7 @@ class LoadedGenerator:
         Raises:
           ValueError: an argument is not as described.
         """
-        codes = _checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
+        codes = checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.codebook_size)
         numbers = np.arange(len(codes))
         params, condition, *_ = self._arguments(classes, frames, numbers, rng.key(0), SamplingOptions())
         with self._precisely():
@@ -494,11 +536,11 @@ class LoadedGenerator:
                     f"{name} must be 1 for a generator trained without {missing}; got {getattr(options, name):g}"
                 )
         if classes is not None:
-            classes = _checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
+            classes = checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
         if frames is not None:
-            frames = _checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
+            frames = checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
         if indices is not None:
-            indices = _checked_integers("indices", indices, (), 0, 2**31)
+            indices = checked_integers("indices", indices, (), 0, 2**31)
         found = {"classes": classes, "frames": frames, "indices": indices}
         rows = {name: len(values) for name, values in found.items() if values is not None}
         if len(set(rows.values())) != 1:
@@ -527,17 +569,3 @@ def _checked_params(module: nnx.Module, params: Mapping, kind: str) -> dict:
     expected = by_name(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     compare_shapes(expected, by_name(dict(params)), f"the settings of the {kind}")
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
-
-
-def _checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:
-    """Checks integers in [low, high) and returns them as int32 [B, *row]."""
-    expected = f"[{', '.join(map(str, ('B', *row)))}] of integers in [{low}, {high})"
-    values = values if isinstance(values, jax.Array) else np.asarray(values)
-    if values.ndim != 1 + len(row) or values.shape[1:] != row or not len(values):
-        raise ValueError(f"{name} must be {expected}, got shape {list(values.shape)}")
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{name} must be {expected}, got {values.dtype}")
-    lowest, highest = int(values.min()), int(values.max())
-    if lowest < low or highest >= high:
-        raise ValueError(f"{name} must be {expected}, got values from {lowest} to {highest}")
-    return values.astype(np.int32)

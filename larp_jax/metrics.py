@@ -190,13 +190,16 @@ class CodeStatistics:
 
     @classmethod
     def of(cls, indices: np.ndarray, codebook_size: int, mask: np.ndarray | None = None) -> Self:
-        """Statistics of codes [B, N] in [0, codebook_size). `mask` [B] is 1 for real clips and 0 for padding."""
+        """Statistics of codes [B, N] in [0, codebook_size); negative ones are left out.
+
+        `mask` [B] is 1 for real clips and 0 for padding.
+        """
         indices = np.asarray(indices)
         if mask is not None:
             indices = indices[np.asarray(mask, bool)]
         num_tokens = indices.shape[1]
         cells = indices.astype(np.int64) + np.arange(num_tokens) * codebook_size
-        counts = np.bincount(cells.reshape(-1), minlength=num_tokens * codebook_size)
+        counts = np.bincount(cells[indices >= 0], minlength=num_tokens * codebook_size)
         return cls(counts.reshape(num_tokens, codebook_size))
 
     def merge(self, other: Self) -> Self:
@@ -209,12 +212,12 @@ class CodeStatistics:
         If the mean entropy of the codes at one position is far below the entropy over all positions, different
         positions use different codes.
         """
-        overall = self.counts.sum(axis=0)
+        overall, seen = self.counts.sum(axis=0), self.counts.any(axis=1)
         return {
             "usage": float(codebook_usage(overall)),
             "perplexity": float(perplexity(overall)),
             "kl_from_uniform": float(kl_from_uniform(overall)),
-            "position_entropy": float(self.position_entropy().mean()),
+            "position_entropy": float(self.position_entropy()[seen].mean()) if seen.any() else 0.0,
         }
 
     def position_entropy(self) -> np.ndarray:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from larp_jax.config import PriorConfig, QuantizerConfig, TokenizerConfig, TransformerConfig
 from larp_jax.models import attention, packing
+from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
@@ -169,3 +170,24 @@ def test_k_means_leaves_out_padding():
     assert codebook.max() < 2.0
     few = jnp.zeros_like(valid).at[0, :2].set(True)  # fewer latents than codes
     assert np.isfinite(kmeans_codebook(quantizer, latents, jax.random.key(1), few)).all()
+
+
+def test_anchored_places_are_spread_evenly_whatever_their_number():
+    learned = dict.fromkeys(
+        ("learned_encoder_patch_pe", "learned_decoder_latent_pe", "learned_decoder_patch_query_embed"), True
+    )
+    config = dataclasses.replace(CONFIG, resolution=64, ladder=(4, 16), num_tokens=32, **learned)
+    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    anchored_init(tokenizer)
+    for part, tokens in ((tokenizer.encoder.patch_positions, tokenizer.encoder.queries),
+                         (tokenizer.decoder.patch_queries, tokenizer.decoder.latent_positions)):  # fmt: skip
+        t, h, w = part.grid
+        table = np.asarray(part()).reshape(t, h * w, -1)
+        for block in range(2):
+            rows = tokens.table[...] + tokens.block_table[block]
+            near = np.argmax(np.einsum("nd,tpd->ntp", rows, table).reshape(16, -1), axis=1)
+            assert np.all(near // (h * w) // (t // 2) == block)
+            for count in (4, 16):  # every quadrant has as many
+                row, column = np.divmod(near[:count] % (h * w), w)
+                quadrants = np.bincount(2 * (row >= h // 2) + (column >= w // 2), minlength=4)
+                assert quadrants.tolist() == [count // 4] * 4

@@ -109,3 +109,17 @@ def test_errors(small, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file" / "tfds"))
     with pytest.raises(InputError, match="set TFDS_DATA_DIR to a folder with enough space"):
         open_source("moving_shapes")
+
+
+def test_busy_clips_move_as_much_as_their_label_says(small):
+    source = open_source("moving_shapes/busy:test", ClipSpec(24, 32))
+    assert source.label_names == moving_shapes.BUSY_LABELS
+    motion = collections.defaultdict(list)
+    for index in range(14):
+        clip, label = source.read_clip(index, 0, ClipSpec(24, 32))
+        expected, moving = moving_shapes.render_busy("test", index, 32)
+        assert np.array_equal(clip, expected) and label == moving == index % 7
+        motion[label].append(np.abs(np.diff(clip.astype(float), axis=0)).mean())
+        assert clip[0].std() > 5  # also a still clip has content
+    means = [np.mean(motion[label]) for label in range(7)]
+    assert means[0] == 0.0 and np.corrcoef(means, range(7))[0, 1] > 0.9

@@ -41,7 +41,7 @@ def test_budgets(text, lengths):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("129", "--budget 129 does not split into 4 equal blocks of the ladder; choose from 128, 256, 512, 1024, or"),
+    ("129", "budget 129 does not split into 4 equal blocks of the ladder; choose from 128, 256, 512, 1024, or"),
     ("32,64", "gives 2 numbers of codes, but a clip has 4"),
     ("32,64,32,48", "a block cannot have 48 codes; choose from 32, 64, 128, 256, 512"),
     ("512,512,64,32", "has 1120 codes, above the tokenizer's 1024"),

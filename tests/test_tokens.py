@@ -134,7 +134,7 @@ def in_rows(name, value):
         (lambda m: m.update(version=True), "version True, but only 1 to 2 are supported"),
         (lambda m: m.update(layout="other"), "layout .other., not .fixed. or .packed."),
         (lambda m: m.update(format="x"), "is not a manifest of codes"),
-        (lambda m: m.update(K=64), "K, N and clip are not those of the tokenizer"),
+        (lambda m: m.update(K=64), "K, N, clip or ladder are not those of the tokenizer"),
     ],
 )
 def test_manifests_that_are_wrong(tokenizer, codes, tmp_path, change, message):
@@ -232,7 +232,7 @@ def test_codes_of_different_lengths(packed):
     stored = np.load(folder / "codes-00000-of-00002.npz")
     assert stored["offsets"].tolist() == [0, 6, 18, 22] and len(stored["codes"]) == 22
     found = codes_on_disk.CodeSet(folder)
-    assert codes_on_disk.adaptive(found.manifest) == Ladder((2, 4, 8), 2, 12)
+    assert codes_on_disk.ladder_of(found.manifest) == Ladder((2, 4, 8), 2, 12)
     assert np.array_equal(found.rows["codes"], codes) and np.array_equal(found.rows["lengths"], lengths)
     batch = next(found.batches(batch_size=4, seed=0))
     rows = [codes.tolist().index(row.tolist()) for row in batch["codes"]]

@@ -91,6 +91,15 @@ def add_videos(sub, max_clips) -> None:
     add_batch_size(sub)
 
 
+def add_budget(sub) -> None:
+    """Adds --budget."""
+    sub.add_argument(
+        "--budget", metavar="B",
+        help="codes of a clip, for tokenizers with a ladder: a number in equal blocks such as 128, that of each block"
+        " such as 32,64,32,32, or bits=B for at most so many bits (default: the most codes in equal blocks)",
+    )  # fmt: skip
+
+
 def add_batch_size(sub) -> None:
     """Adds --batch-size."""
     sub.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default: 8)")

@@ -6,6 +6,7 @@ from larp_jax import files
 from larp_jax.cli.arguments import (
     SPEC,
     add_batch_size,
+    add_budget,
     add_checkpoint,
     add_command,
     add_guidance,
@@ -47,6 +48,7 @@ def add_evaluate(commands) -> None:
     )  # fmt: skip
     sub.add_argument("--output", metavar="FILE", help="JSON file for the metrics and their protocol")
     sub.add_argument("--max-clips", type=count, default=0, metavar="N", help="at most N clips; 0 for all (default)")
+    add_budget(sub)
     add_batch_size(sub)
     generators = sub.add_argument_group("generators")
     generators.add_argument("--tokenizer", metavar="P", help="the tokenizer that the generator was trained with")
@@ -64,7 +66,7 @@ def _evaluate(arguments):
     if arguments.output:
         files.check_output(arguments.output, ours=_is_evaluation)
     same = ("metrics", "tokenizer", "protocol", "training_data", "max_clips", "weights", "lpips", "i3d", "samples")
-    same += ("seed", "precision", "batch_size")
+    same += ("budget", "seed", "precision", "batch_size")
     result = larp_jax.evaluate(
         arguments.checkpoint,
         arguments.data,
@@ -107,6 +109,7 @@ def add_analyze(commands) -> None:
         "--ablated-clips", type=count, default=16, metavar="N",
         help="clips in which codes are replaced; each costs one decoding per position (default: 16)",
     )  # fmt: skip
+    add_budget(sub)
     sub.add_argument(
         "--replace", choices=("other", "common"), default="other",
         help="replace a code by that of another clip or by the most common one at the same position (default: other)",
@@ -125,6 +128,7 @@ def _analyze(arguments):
         arguments.output,
         max_clips=arguments.max_clips,
         ablated_clips=arguments.ablated_clips,
+        budget=arguments.budget,
         replace=arguments.replace,
         batch_size=arguments.batch_size,
     )

@@ -4,6 +4,7 @@ from larp_jax.cli.arguments import (
     CHECKPOINT,
     SPEC,
     add_batch_size,
+    add_budget,
     add_checkpoint,
     add_command,
     add_guidance,
@@ -28,6 +29,7 @@ def add_reconstruct(commands) -> None:
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=8)
+    add_budget(sub)
     sub.add_argument(
         "--fit", choices=("resize", "tile", "crop"), default="resize",
         help="how frames of files meet the model's square: squeeze whole frames to it, cover them with tiles at their"
@@ -45,6 +47,7 @@ def _reconstruct(arguments):
         arguments.input,
         arguments.output,
         fit=arguments.fit,
+        budget=arguments.budget,
         max_clips=arguments.max_clips,
         batch_size=arguments.batch_size,
     )
@@ -61,6 +64,7 @@ def add_tokenize(commands) -> None:
     )
     add_checkpoint(sub)
     add_videos(sub, max_clips=0)
+    add_budget(sub)
     sub.add_argument(
         "--windows", type=count, default=0, metavar="W",
         help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
@@ -85,11 +89,13 @@ def _tokenize(arguments):
         windows=arguments.windows,
         flips=arguments.flips,
         cond_frames=arguments.cond_frames,
+        budget=arguments.budget,
         batch_size=arguments.batch_size,
     )
     videos = len({row["source"] for row in manifest["rows"]})
     skipped = f", {len(manifest['skipped'])} skipped" if manifest["skipped"] else ""
-    print(f"{len(manifest['rows'])} clips of {videos} videos{skipped}, in {arguments.output}")
+    used = f", {manifest['mean_codes']:g} codes each on average" if "mean_codes" in manifest else ""
+    print(f"{len(manifest['rows'])} clips of {videos} videos{used}{skipped}, in {arguments.output}")
 
 
 def add_detokenize(commands) -> None:

@@ -107,7 +107,7 @@ class Ladder:
         )
         return lengths
 
-    def budget(self, text: str, codebook_size: int, name: str = "--budget") -> Assignment:
+    def budget(self, text: str, codebook_size: int, name: str = "budget") -> Assignment:
         """The assignment that a budget stands for, the same for every clip.
 
         Args:

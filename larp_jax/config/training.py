@@ -262,7 +262,7 @@ class TokenizerRecipe(Recipe):
         require(not rows or rows >= tokens, f"prior.positions={rows} is less than {needed}; set it to 0")
         if self.budget != RANDOM:
             require(self.model.adaptive is not None, f"budget={self.budget} needs model.ladder; leave it out")
-            self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size, "budget")
+            self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size)
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",

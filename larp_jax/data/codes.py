@@ -15,6 +15,7 @@ in order:
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
+  budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
     frames are from the video), `fps` (0: unknown), `label` (-1: none), and `flip` if the window is mirrored.
@@ -201,7 +202,7 @@ def _ladder_complaint(manifest: dict) -> str | None:
     return None
 
 
-def adaptive(manifest: dict) -> Ladder | None:
+def ladder_of(manifest: dict) -> Ladder | None:
     """The numbers of codes that the clips of a checked manifest may have; None if all have N."""
     if manifest.get("layout") != PACKED:
         return None
@@ -232,7 +233,7 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> dic
       InputError: the shard is missing, damaged, or does not match the manifest.
     """
     shard = manifest["shards"][number]
-    path, ladder = files.any_path(directory) / shard["file"], adaptive(manifest)
+    path, ladder = files.any_path(directory) / shard["file"], ladder_of(manifest)
     if ladder:
         rows = _read_packed(path, shard["rows"], ladder)
     else:

@@ -5,6 +5,9 @@ function of (split, number): the same scene on every machine and at every resolu
 
 The plain variant has no textures, larger shapes and one period for all clips: class, colors, size and phase determine a
 clip. Models that train for minutes can learn its shapes and motions.
+
+The busy variant has clips in which nothing moves and clips in which much does: its label is the number of small shapes
+that move, each along its own path, over one that does not.
 """
 
 import contextlib
@@ -25,8 +28,10 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("horizontal", "vertical", "diagonal", "orbit")
 LABELS = tuple(f"{shape}_{motion}" for shape, motion in itertools.product(SHAPES, MOTIONS))
 RESOLUTIONS = (32, 64, 128)
-PLAIN = "plain"
-CONFIGS = tuple(f"{variant}{size}" for variant in ("", PLAIN) for size in RESOLUTIONS)
+PLAIN, BUSY = "plain", "busy"
+CONFIGS = tuple(f"{variant}{size}" for variant in ("", PLAIN, BUSY) for size in RESOLUTIONS)
+MOST_MOVING = 6
+BUSY_LABELS = tuple(f"{count}_moving" for count in range(MOST_MOVING + 1))
 FRAMES = 24  # 1.5 times the usual clip, so that clips differ in their start
 SPLITS = {"train": 2048, "test": 256}
 PLAIN_PERIOD, PLAIN_REACH = 16, 0.22  # frames, and share of the frame
@@ -39,7 +44,7 @@ def prepare(config: str, resolution: int) -> str:
     Several processes may call it at once.
 
     Args:
-      config: one of `CONFIGS`. Empty or "plain": the smallest size of at least `resolution`, or else the largest.
+      config: one of `CONFIGS`. Empty, "plain" or "busy": the smallest size of at least `resolution`, or else the largest.
       resolution: resolution of the clips.
 
     Returns:
@@ -48,7 +53,7 @@ def prepare(config: str, resolution: int) -> str:
     Raises:
       InputError: the config does not exist, or the folder cannot be written.
     """
-    if config in ("", PLAIN):
+    if config in ("", PLAIN, BUSY):
         config += str(next((size for size in RESOLUTIONS if size >= resolution), RESOLUTIONS[-1]))
     if config not in CONFIGS:
         raise InputError(f"moving_shapes/{config} does not exist; choose one of {', '.join(CONFIGS)}")
@@ -80,7 +85,7 @@ def _generate(config: str, root: pathlib.Path) -> None:
 
 
 class MovingShapes(tfds.core.ShardBasedBuilder):
-    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16; the config is S or plainS.
+    """TFDS builder: `video` uint8 [24, S, S, 3], `label` one of 16 (or 7); the config is S, plainS or busyS.
 
     It writes shard by shard. A `GeneratorBasedBuilder` would keep a whole split in memory, or, above 1 GiB (888 clips
     at 128), in temporary files that need TensorFlow.
@@ -93,10 +98,11 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
     code_path = None
 
     def _info(self):
-        size = int(self.builder_config.name.removeprefix(PLAIN))
+        variant, size = _variant(self.builder_config.name)
         # Without encoding="bytes", TFDS stores uint8 tensors as lists of varints, which take 4 ms to parse.
         video = tfds.features.Tensor(shape=(FRAMES, size, size, 3), dtype=np.uint8, encoding="bytes")
-        features = {"video": video, "label": tfds.features.ClassLabel(names=LABELS)}
+        names = BUSY_LABELS if variant == BUSY else LABELS
+        features = {"video": video, "label": tfds.features.ClassLabel(names=names)}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -109,13 +115,20 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
 
     def _clips(self, split, start):
         config, count = self.builder_config.name, SPLITS[split]
-        size, draw = int(config.removeprefix(PLAIN)), render_plain if config.startswith(PLAIN) else render
+        variant, size = _variant(config)
+        draw = {"": render, PLAIN: render_plain, BUSY: render_busy}[variant]
         numbers = range(start, min(start + SHARD_CLIPS, count))
         what = f"generating moving_shapes/{config} {split}"
         with tqdm(numbers, desc=what, total=count, initial=start, unit="clip", leave=numbers.stop == count) as progress:
             for number in progress:
                 video, label = draw(split, number, size)
                 yield number, {"video": video, "label": label}
+
+
+def _variant(config: str) -> tuple[str, int]:
+    """The variant and the size of a config."""
+    variant = config.rstrip("0123456789")
+    return variant, int(config.removeprefix(variant))
 
 
 def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
@@ -179,12 +192,35 @@ def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     radius = rng.uniform(0.2, 0.26)
     angle = 2 * np.pi * (np.arange(FRAMES) / PLAIN_PERIOD + rng.random())
     along_x, along_y = _along(motion, angle, 1)
-    pixels = (np.arange(size) + 0.5) / size
-    u = ((pixels - 0.5 - PLAIN_REACH * along_x[:, None]) / radius)[:, None, :]
-    v = ((pixels - 0.5 - PLAIN_REACH * along_y[:, None]) / radius)[:, :, None]
-    distance = _distance(shape, *np.broadcast_arrays(u, v)) * radius * size
-    alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+    alpha = _opacity(shape, 0.5 + PLAIN_REACH * along_x, 0.5 + PLAIN_REACH * along_y, radius, size)
     return ((background + alpha * (color - background)) * 255 + 0.5).astype(np.uint8), label
+
+
+def render_busy(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
+    """`render` for the busy variant; the label is number % 7, of that many shapes that move."""
+    rng = np.random.default_rng([2 * len(SPLITS) + list(SPLITS).index(split), number])
+    moving = number % len(BUSY_LABELS)
+    hue = rng.random()
+    video = np.broadcast_to(_color(hue, rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.9)), (FRAMES, size, size, 3))
+    for i in range(moving + 1):
+        color = _color(hue + rng.uniform(0.25, 0.75), 0.9, rng.uniform(0.3, 0.95))
+        shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
+        radius, reach = (rng.uniform(0.16, 0.24), 0.0) if i == 0 else (rng.uniform(0.08, 0.13), rng.uniform(0.15, 0.3))
+        angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(8, 16) * rng.choice([-1, 1]) + rng.random())
+        along_x, along_y = _along(motion, angle, rng.choice([-1, 1]))
+        middle_x, middle_y = rng.uniform(0.3, 0.7, size=2)
+        alpha = _opacity(shape, middle_x + reach * along_x, middle_y + reach * along_y, radius, size)
+        video = video + alpha * (color - video)
+    return (video * 255 + 0.5).astype(np.uint8), moving
+
+
+def _opacity(shape: str, center_x: np.ndarray, center_y: np.ndarray, radius: float, size: int) -> np.ndarray:
+    """Opacity of a shape in frames of this size, antialiased: [T, S, S, 1] in [0, 1]; centers are [T]."""
+    pixels = (np.arange(size) + 0.5) / size
+    u = ((pixels - center_x[:, None]) / radius)[:, None, :]
+    v = ((pixels - center_y[:, None]) / radius)[:, :, None]
+    distance = _distance(shape, *np.broadcast_arrays(u, v)) * radius * size
+    return np.clip(0.5 - distance, 0, 1)[..., None]
 
 
 def _direction(angle: float) -> tuple[np.float32, np.float32]:

@@ -41,6 +41,7 @@ class _Request:
     checkpoint: str | os.PathLike
     data: str
     metrics: Sequence[str] | None
+    budget: str | None
     tokenizer: str | os.PathLike | None
     protocol: str | None
     training_data: str | None
@@ -67,6 +68,7 @@ def evaluate(
     data: str,
     *,
     metrics: Sequence[str] | None = None,
+    budget: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     protocol: str | None = None,
     training_data: str | None = None,
@@ -90,6 +92,7 @@ def evaluate(
       checkpoint: as for `larp_jax.load_tokenizer`, of a tokenizer or a generator.
       data: data set specification, such as `folder:videos/test`.
       metrics: names; by default all that apply to the checkpoint and need no additional network.
+      budget: how many codes clips have, as for `larp_jax.api.LoadedTokenizer.assign`; for tokenizers with a ladder.
       tokenizer: for a generator, the checkpoint of the tokenizer that it was trained with.
       protocol: name of a protocol that chooses the clips; by default all windows of the split `test`.
       training_data: for the protocol `held_out`, the data set whose videos are excluded; by default that of the
@@ -115,7 +118,7 @@ def evaluate(
     if training_data and protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
     request = _Request(
-        checkpoint=checkpoint, data=data, metrics=metrics, tokenizer=tokenizer, protocol=protocol,
+        checkpoint=checkpoint, data=data, metrics=metrics, budget=budget, tokenizer=tokenizer, protocol=protocol,
         training_data=training_data, max_clips=max_clips, weights=weights, lpips=lpips, i3d=i3d, samples=samples,
         seed=seed, options=options or SamplingOptions(), precision=precision, batch_size=batch_size, progress=progress,
     )  # fmt: skip
@@ -144,6 +147,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
     names.sort(key=lambda name: registry.METRICS[name].network != "")  # metrics without a network come first
     networks = {name: request.load_network(kind) for name in names if (kind := registry.METRICS[name].network)}
     tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
+    lengths = tokenizer.assigner(request.budget)
     clips = _clips(request, found, tokenizer.config)
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-request.batch_size // mesh.size) * mesh.size
@@ -167,6 +171,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
             mesh,
             metrics,
             batch_size=batch_size,
+            lengths=lambda params, video: lengths(video),
             progress=request.progress,
         )
         params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
@@ -181,6 +186,8 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
     for metric in metrics:
         described |= metric.describe()
     described["fingerprint"] = tokenizer.fingerprint
+    if tokenizer.config.adaptive:
+        described["budget"] = request.budget or "the most codes in equal blocks"
     codes = extras["codes"]
     return scores, described, {} if codes is None else {"entropy_by_position": codes.position_entropy().tolist()}
 
@@ -189,6 +196,8 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     """Scores, protocol, and further entries of the result."""
     if not request.tokenizer:
         raise InputError(f"{request.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
+    if request.budget:
+        raise InputError(f"--budget is for tokenizers, {request.checkpoint} holds a generator; leave it out")
     names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
     if request.samples and "fvd" not in names:
         raise InputError("--samples is for --metrics fvd; leave it out")

@@ -36,6 +36,8 @@ class ReconstructionEvaluator:
       mesh: where to compute.
       metrics: to compute.
       batch_size: clips at a time, over all processes.
+      lengths: `lengths(params, video)` returns how many codes each block of the clips has, [B, blocks] int32, of
+        tokenizers with a ladder; the most codes in equal blocks by default.
       progress: whether to show a bar.
     """
 
@@ -47,6 +49,7 @@ class ReconstructionEvaluator:
         metrics: Sequence[Metric],
         *,
         batch_size: int,
+        lengths: Callable[[dict, jax.Array], jax.Array | None] = lambda params, video: None,
         progress: bool = False,
     ):
         self._clips, self._mesh, self._metrics = clips, mesh, tuple(metrics)
@@ -56,7 +59,7 @@ class ReconstructionEvaluator:
         def evaluate(params, weights, video):
             video = as_float_video(video)
             tokenizer = module(params)
-            reconstruction, quantized = tokenizer(video)
+            reconstruction, quantized = tokenizer(video, lengths(params, video))
             reconstruction = jnp.clip(reconstruction, 0.0, 1.0)
             batch = Reconstructed(video, reconstruction, quantized, tokenizer, params)
             values = [metric.values(w, batch) for metric, w in zip(self._metrics, weights, strict=True)]

@@ -18,7 +18,7 @@ from larp_jax.evaluation.description import Description, Panel
 from larp_jax.evaluation.frechet import FeatureStatistics
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.next_code import next_code
-from larp_jax.models.packing import layout, mean_of_clips
+from larp_jax.models.packing import by_place, layout, mean_of_clips
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ class Need:
 
 CODES = Need("codes", lambda recipe, modules: recipe.model.quantizer.has_codes)
 TRAINED_PRIOR = Need("a trained prior", lambda recipe, modules: "prior" in modules and recipe.model.num_tokens > 1)
+LADDER = Need("a ladder", lambda recipe, modules: recipe.model.adaptive is not None)
 SSIM_FRAMES = Need(
     f"frames of at least {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}",
     lambda recipe, modules: recipe.model.resolution >= metrics.SSIM_WINDOW,
@@ -275,22 +276,37 @@ class Usage(Metric):
         Panel("Entropy of the codes at a position", "nats", {"position_entropy": "evaluation"}),
     )
 
-    def __init__(self, codebook_size: int):
-        self._size = codebook_size
+    def __init__(self, codebook_size: int, most: int = 0):
+        self._size, self._most = codebook_size, most
 
     @classmethod
     def create(cls, setting):
-        return cls(setting.recipe.model.quantizer.codebook_size)
+        model = setting.recipe.model
+        return cls(model.quantizer.codebook_size, model.query_rows)
 
     def values(self, weights, batch):
-        return batch.quantized.indices
+        return batch.quantized.indices, batch.quantized.lengths
 
     def add(self, total, values, mask):
-        statistics = metrics.CodeStatistics.of(np.asarray(values), self._size, mask)
+        codes, lengths = values
+        if lengths is not None:  # a position is a place in a block
+            codes = by_place(np.asarray(codes), np.asarray(lengths), self._most)
+        statistics = metrics.CodeStatistics.of(np.asarray(codes), self._size, mask)
         return total.merge(statistics) if total else statistics
 
     def scalars(self, total):
         return total.compute()
+
+
+class CodesUsed(Average):
+    """The number of codes, of tokenizers with a ladder."""
+
+    name = "codes"
+    definitions: ClassVar = {"codes": "number of codes of a clip, mean over clips"}
+    needs = (LADDER,)
+
+    def values(self, weights, batch):
+        return {"codes": batch.quantized.lengths.sum(axis=1).astype(jnp.float32)}
 
 
 class PriorScore(Average):

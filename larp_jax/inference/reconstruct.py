@@ -36,6 +36,7 @@ def reconstruct(
     output: str | os.PathLike,
     *,
     fit: str = "resize",
+    budget: str | None = None,
     max_clips: int = DATA_SET_CLIPS,
     batch_size: int = 4,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def reconstruct(
       fit: how frames of files meet the model's square: `resize` squeezes whole frames to it and stretches the
         reconstruction back; `tile` covers them with squares at their own size, blended where they overlap; `crop`
         scales the shorter side and reconstructs the center only.
+      budget: how many codes clips get, as for `LoadedTokenizer.assign`; for tokenizers with a ladder.
       max_clips: at most this many clips of a data set, spread evenly over it; 0 for all.
       batch_size: windows per batch.
 
@@ -66,6 +68,7 @@ def reconstruct(
     if fit not in FITS:
         raise InputError(f"--fit {fit} is not known; choose from {', '.join(FITS)}")
     config = tokenizer.config
+    tokenizer.assigner(budget)  # refuses a wrong budget before any work
     output = files.check_folder(output)
     clip = ClipSpec(frames=config.frames, resolution=config.resolution)
     inputs = Inputs(source, clip, max_clips=max_clips, whole=fit != "crop")
@@ -76,7 +79,7 @@ def reconstruct(
     with files.outputs(output, paths, ours=ours, inputs=sources, but=" and is not an earlier reconstruction") as folder:
         results = {}
         with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
-            windows = _reconstructions(tokenizer, inputs, fit, batch_size, progress)
+            windows = _reconstructions(tokenizer, inputs, fit, budget, batch_size, progress)
             for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
                 video = inputs.videos[number]
                 path = folder / f"{names[number]}.mp4"
@@ -89,6 +92,7 @@ def reconstruct(
         summary = {
             "definition": PSNR.format(size="at the model's resolution" if fit == "crop" else "at the video's size"),
             "fit": fit,
+            **({"budget": budget} if budget else {}),
             "tokenizer": tokenizer.fingerprint,
             "step": tokenizer.step,
             "clip": list(config.clip_shape),
@@ -105,7 +109,7 @@ def reconstruct(
 
 
 def _reconstructions(
-    tokenizer: LoadedTokenizer, inputs: Inputs, fit: str, batch_size: int, progress: Progress
+    tokenizer: LoadedTokenizer, inputs: Inputs, fit: str, budget: str | None, batch_size: int, progress: Progress
 ) -> Iterator[tuple[Window, np.ndarray]]:
     """(window, reconstruction) of each window; reconstructions are float32 [T, H, W, 3] in [0, 1]."""
     side = tokenizer.config.resolution
@@ -117,7 +121,7 @@ def _reconstructions(
         for start in range(0, len(squares), batch_size):
             batch = squares[start : start + batch_size]
             padded = np.resize(batch, (batch_size, *batch.shape[1:]))
-            found.append(np.asarray(tokenizer.reconstruct(padded))[: len(batch)])
+            found.append(np.asarray(tokenizer.reconstruct(padded, budget=budget))[: len(batch)])
         ends = np.cumsum([len(part) for part in parts])[:-1]
         for window, reconstructed in zip(group, np.split(np.concatenate(found), ends), strict=True):
             yield window, _assembled(reconstructed, window.frames.shape, fit)

@@ -16,6 +16,7 @@ from larp_jax.data.codes import (
     SETTINGS,
     SHARD_NAME,
     SHARD_ROWS,
+    ladder_of,
     new_manifest,
     read_manifest,
     read_shard,
@@ -38,6 +39,7 @@ def tokenize(
     windows: int = 0,
     flips: bool = False,
     cond_frames: int = 0,
+    budget: str | None = None,
     batch_size: int = 8,
     shard_rows: int = SHARD_ROWS,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def tokenize(
       flips: whether to add, after all others, the codes of all windows mirrored left to right.
       cond_frames: number of given frames for frame prediction. Adds the codes of each window with the last given frame
         repeated after them (`condition` in the shards); 0 for none.
+      budget: how many codes clips get, as for `LoadedTokenizer.assign`; for tokenizers with a ladder.
       batch_size: windows per batch.
       shard_rows: rows per shard.
 
@@ -68,15 +71,23 @@ def tokenize(
     config = tokenizer.config
     if not 0 <= cond_frames < config.frames:
         raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
+    if cond_frames and config.adaptive:
+        raise InputError(
+            "--cond-frames is for tokenizers without a ladder; leave it out: codes start with those of the first frames"
+        )
+    tokenizer.assigner(budget)  # refuses a wrong budget before any work
     output = files.check_folder(output)
     _check_free(output)
     clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     with files.claim(output), files.temporary_folder(output, "shards") as folder:
         _check_free(output)  # again, because another call may just have ended
-        rows, counts = _write_shards(tokenizer, inputs, folder, flips, cond_frames, batch_size, shard_rows)
+        rows, counts, used = _write_shards(
+            tokenizer, inputs, folder, flips, cond_frames, budget, batch_size, shard_rows
+        )
         if not rows:
             raise InputError(f"{source}: nothing in it can be read")
+        adaptive = {"budget": budget, "mean_codes": used / len(rows)} if config.adaptive else {}
         manifest = new_manifest(
             fingerprint=tokenizer.fingerprint,
             step=tokenizer.step,
@@ -84,10 +95,12 @@ def tokenize(
             N=config.num_tokens,
             clip=config.clip_shape,
             sizes=counts,
+            adaptive=config.adaptive,
             input=str(source),
             label_names=list(inputs.label_names),
             skipped=dict(inputs.skipped),
             cond_frames=cond_frames,
+            **adaptive,
             rows=rows,
         )
         for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
@@ -111,11 +124,16 @@ def _write_shards(
     folder: pathlib.Path,
     flips: bool,
     cond_frames: int,
+    budget: str | None,
     batch_size: int,
     shard_rows: int,
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Writes shards called 0, 1 and so on; returns (rows of the manifest, number of rows of each shard)."""
-    rows, pending, counts = [], [], []
+) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Writes shards called 0, 1 and so on.
+
+    Returns:
+      The rows of the manifest, the number of rows of each shard, and the number of codes of all clips.
+    """
+    rows, pending, counts, used = [], [], [], 0
 
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
@@ -128,10 +146,9 @@ def _write_shards(
         # reads the input once per orientation, because detokenize joins consecutive windows
         for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
             clips = clips[:, :, :, ::-1] if flip else clips
-            batch = {"codes": tokenizer.encode(clips)}
-            if cond_frames:
-                batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
+            batch = _encoded(tokenizer, clips, cond_frames, budget)
             pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
+            used += int(pending[-1]["lengths"].sum()) if "lengths" in batch else pending[-1]["codes"].size
             for window in found:
                 video = inputs.videos[window.video]
                 rows.append(
@@ -149,7 +166,18 @@ def _write_shards(
             progress.update(len(found))
     if pending:
         flush()
-    return rows, counts
+    return rows, counts, used
+
+
+def _encoded(tokenizer: LoadedTokenizer, clips: np.ndarray, cond_frames: int, budget: str | None) -> dict:
+    """The arrays of a shard for these clips."""
+    if tokenizer.config.adaptive:
+        codes, lengths = tokenizer.encode(clips, budget=budget)
+        return {"codes": codes, "lengths": lengths}
+    batch = {"codes": tokenizer.encode(clips)}
+    if cond_frames:
+        batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
+    return batch
 
 
 def detokenize(
@@ -178,10 +206,10 @@ def detokenize(
             f"{source} contains codes of tokenizer {manifest['fingerprint']}, not of {tokenizer.fingerprint}; give the"
             f" --checkpoint of {manifest['fingerprint']}"
         )
-    if (manifest["K"], manifest["N"], manifest["clip"]) != (
-        config.quantizer.codebook_size, config.num_tokens, list(config.clip_shape)
+    if (manifest["K"], manifest["N"], manifest["clip"], ladder_of(manifest)) != (
+        config.quantizer.codebook_size, config.num_tokens, list(config.clip_shape), config.adaptive
     ):  # fmt: skip
-        raise InputError(f"{source}/{MANIFEST}: K, N and clip are not those of the tokenizer; tokenize again")
+        raise InputError(f"{source}/{MANIFEST}: K, N, clip or ladder are not those of the tokenizer; tokenize again")
     rows = manifest["rows"]
     runs = list(_runs(rows))
     names = [f"{name}.mp4" for name in output_names([name for name, _ in runs])]
@@ -224,10 +252,11 @@ def _decoded(
 ) -> Iterator[np.ndarray]:
     """The clip of each row, float32 [T, H, W, 3] in [0, 1]."""
     for number in range(len(manifest["shards"])):
-        codes = read_shard(folder, manifest, number)["codes"]
-        for begin in range(0, len(codes), batch_size):
-            batch = codes[begin : begin + batch_size]
-            padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-            clips = np.asarray(tokenizer.decode(padded))[: len(batch)]
-            progress.update(len(batch))
+        shard = read_shard(folder, manifest, number)
+        total = len(shard["codes"])
+        for begin in range(0, total, batch_size):
+            numbers = np.minimum(np.arange(begin, begin + batch_size), total - 1)
+            lengths = shard["lengths"][numbers] if "lengths" in shard else None
+            clips = np.asarray(tokenizer.decode(shard["codes"][numbers], lengths))[: total - begin]
+            progress.update(len(clips))
             yield from clips

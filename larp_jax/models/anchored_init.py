@@ -64,10 +64,17 @@ def anchored_init(tokenizer: Tokenizer) -> None:
             )
         axes = [_axis_table(np.arange(n), n, width, axis) for axis, n in enumerate(tables.grid)]
         axes[0] = axes[0] + _kind(width, patches_are_sources)
-        anchors = _anchors(c.num_tokens, tables.grid, width) + _kind(width, not patches_are_sources)
+        if c.adaptive:
+            anchors, block_table = _anchors_of_blocks(c.query_rows, c.blocks, tables.grid, width)
+        else:
+            anchors, block_table = _anchors(c.num_tokens, tables.grid, width), np.zeros((1, width))
+        anchors += _kind(width, not patches_are_sources)
         for param, value in zip((tables.time, tables.height, tables.columns), axes, strict=True):
             param[...] = jnp.asarray(value, jnp.float32)
         tokens.table[...] = jnp.asarray(anchors, jnp.float32)
+        if tokens.block_table is not None:
+            tokens.block_table[...] = jnp.asarray(block_table, jnp.float32)
+        anchors = (block_table[:, None] + anchors).reshape(-1, width)
         directions = _attend_by_place(size, transformer, _sum(axes), anchors, tables.grid)
         # content is initially orthogonal to the directions from which attention reads positions
         free = np.eye(width) - directions @ directions.T
@@ -125,6 +132,27 @@ def _anchors(count: int, grid: tuple[int, int, int], width: int) -> np.ndarray:
     boxes = min(((t, h, count // t // h) for t in factors for h in factors if count % (t * h) == 0), key=elongation)
     sides = enumerate(zip(grid, boxes, strict=True))
     return _sum([_axis_table((np.arange(m) + 0.5) * n / m - 0.5, n, width, axis) for axis, (n, m) in sides])
+
+
+def _anchors_of_blocks(
+    count: int, blocks: int, grid: tuple[int, int, int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the places of a block, [count, width], and what each block adds to them, [blocks, width].
+
+    A block may use only the first of its places, so they are points of the Sobol sequence: any power of two of them is
+    spread evenly over the frame. In time, all are in the middle of their block.
+    """
+    index, points, direction = np.arange(count), np.zeros((2, count), np.int64), 1 << 31
+    bits = max(1, int(count - 1).bit_length())
+    for j in range(bits):
+        bit = index >> j & 1
+        points ^= np.stack([bit * (1 << 31 - j), bit * direction])
+        direction ^= direction >> 1
+    row, column = (points / 2**32 + 0.5**bits / 2) * np.array(grid[1:])[:, None] - 0.5
+    places = _axis_table(row, grid[1], width, 1) + _axis_table(column, grid[2], width, 2)
+    middles = (np.arange(blocks) + 0.5) * grid[0] / blocks - 0.5
+    times = _axis_table(middles, grid[0], width, 0)
+    return (places, times) if blocks > 1 else (places + times, np.zeros((1, width)))
 
 
 def _attend_by_place(

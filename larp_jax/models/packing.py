@@ -4,6 +4,7 @@ Arrays of this kind are called packed. They have the shape [B, N], where N is th
 the blocks, [B, T] int32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,11 @@ def block_layout(block: int, lengths: jax.Array, size: int) -> Layout:
     """The layout of the codes of one block alone: lengths [B] -> arrays [B, size], with padding at the end."""
     place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(lengths), size))
     return Layout(jnp.full_like(place, block), place, place < lengths[:, None])
+
+
+def repeated(assignment: Sequence[int], rows: int) -> jax.Array:
+    """The lengths [rows, T] int32 of clips that all have the same assignment."""
+    return jnp.tile(jnp.asarray(assignment, jnp.int32), (rows, 1))
 
 
 def block_of_patches(lengths: jax.Array, patches: int) -> jax.Array:

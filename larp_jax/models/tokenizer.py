@@ -242,4 +242,4 @@ class Tokenizer(nnx.Module):
             if lengths is not None:
                 raise ValueError("without a ladder, every clip has the same number of codes; leave out lengths")
             return None
-        return jnp.tile(jnp.asarray(ladder.largest, jnp.int32), (rows, 1)) if lengths is None else lengths
+        return packing.repeated(ladder.largest, rows) if lengths is None else lengths

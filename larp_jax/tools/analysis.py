@@ -8,7 +8,7 @@ uses, and how well the prior predicts them.
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from larp_jax.evaluation.evaluators import ReconstructionEvaluator
 from larp_jax.evaluation.metrics import PriorScore
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.evaluation.registry import available, default_metrics
-from larp_jax.metrics import SMALLEST_MSE, codebook_usage, perplexity
+from larp_jax.metrics import SMALLEST_MSE, CodeStatistics, codebook_usage, perplexity
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
@@ -71,6 +71,7 @@ def analyze(
     max_clips: int = 256,
     ablated_clips: int = 16,
     replace: str = "other",
+    budget: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
     """Analyzes what the token positions encode, and writes numbers and images.
@@ -86,6 +87,8 @@ def analyze(
       max_clips: maximum number of clips for the statistics of codes and prior, spread evenly over the data; 0 for all.
       ablated_clips: the same for the clips whose codes are replaced; each is decoded more than N times.
       replace: a key of `REPLACEMENTS`.
+      budget: how many codes the clips have, the same for all, as for `LoadedTokenizer.assign`; for tokenizers with a
+        ladder. N is then this number, and a position is the place in the sequence of all blocks.
       batch_size: clips decoded at a time.
 
     Returns:
@@ -109,7 +112,7 @@ def analyze(
     with files.outputs(
         output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is not an analysis"
     ) as folder:
-        result, patches, frames, counts = _analyze(found, clips, ablated, replace, batch_size)
+        result, patches, frames, counts = _analyze(found, clips, ablated, replace, budget, batch_size)
         with files.writing(folder / ARRAYS) as file:
             np.savez_compressed(file, patches=patches, frames=frames, counts=counts.astype(np.int32))
         write_png(folder / MAPS, ablation_picture(patches, frames))
@@ -125,23 +128,26 @@ def is_analysis(path: pathlib.Path) -> bool:
 
 
 def _analyze(
-    found: Checkpoint, clips: ClipSet, ablated: ClipSet, replace: str, batch_size: int
+    found: Checkpoint, clips: ClipSet, ablated: ClipSet, replace: str, budget: str | None, batch_size: int
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
     """The result of `analyze`, and the arrays that it writes: patches, frames, counts."""
     model = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
+    lengths = tokenizer.assigner(budget)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        summary, codes, prior_scores, count = _statistics(found, tokenizer, clips, mesh, batch_size)
-        videos, mine = _read(tokenizer, ablated, batch_size)
+        summary, codes, prior_scores, count = _statistics(found, tokenizer, lengths, clips, mesh, batch_size)
+        positions = len(codes.counts)
+        videos, mine = _read(tokenizer, budget, ablated, batch_size)
+        mine = mine[:, :positions]
         fill = np.roll(mine, len(mine) // 2, axis=0)  # neighboring clips may be from the same video
         if replace == "common":
             fill = np.broadcast_to(codes.counts.argmax(axis=1).astype(np.int32), mine.shape)
         elif len(mine) < 2:
             raise InputError("there is only one clip, and no other clip to take codes from; use --replace common")
-        probe = Probe(tokenizer, mesh, videos, mine, fill, batch_size=batch_size)
-        whole, alone, kept = _ablate(probe, model.num_tokens)
+        probe = Probe(tokenizer, mesh, videos, mine, fill, lengths, batch_size=batch_size)
+        whole, alone, kept = _ablate(probe, positions)
 
     error, patches, frames = alone
     by_position = {
@@ -159,7 +165,7 @@ def _analyze(
         "perplexity": float(perplexity(codes.counts.sum(axis=0))),
         "position_entropy": float(by_position["entropy"].mean()),
         "psnr_all_replaced": kept["psnr"]["first"][0],
-        "effective_positions": _effective_share(weights[None])[0] * model.num_tokens,
+        "effective_positions": _effective_share(weights[None])[0] * positions,
         "space": np.nansum(weights * by_position["space"]),
         "time": np.nansum(weights * by_position["time"]),
     }
@@ -174,6 +180,7 @@ def _analyze(
             "clips": count,
             "ablated_clips": len(mine),
             "replaced_by": REPLACEMENTS[replace],
+            **({"budget": budget or positions} if model.adaptive else {}),
             "definitions": DEFINITIONS,
             "fingerprint": tokenizer.fingerprint,
             "step": found.step,
@@ -191,6 +198,7 @@ class Probe:
       videos: uint8 [M, T, H, W, C].
       codes: [M, N] int32, the codes of the videos.
       fill: [M, N] int32, the replacements.
+      lengths: from `LoadedTokenizer.assigner`.
       batch_size: clips decoded at a time; a multiple of the number of devices.
     """
 
@@ -201,12 +209,13 @@ class Probe:
         videos: np.ndarray,
         codes: np.ndarray,
         fill: np.ndarray,
+        lengths: Callable[[jax.Array], jax.Array | None] = lambda rows: None,
         *,
         batch_size: int,
     ):
         self._tokenizer, self._mesh, self._batch_size = tokenizer, mesh, batch_size
         self._rows = {"video": videos, "codes": codes, "fill": fill}
-        measure = lambda params, batch, keep: _measure(tokenizer.module(params), batch, keep)  # noqa: E731
+        measure = lambda params, batch, keep: _measure(tokenizer.module(params), batch, keep, lengths)  # noqa: E731
         self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
 
     def calls(self, variants: int) -> int:
@@ -243,9 +252,9 @@ class Probe:
         return np.concatenate(errors, axis=1), patches / count, frames / count
 
 
-def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array):
+def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Callable):
     """For each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes by patch and frame."""
-    decode = lambda codes: jnp.clip(tokenizer.decode(codes), 0.0, 1.0)  # noqa: E731
+    decode = lambda codes: jnp.clip(tokenizer.decode(codes, lengths(codes)), 0.0, 1.0)  # noqa: E731
     video, whole = as_float_video(batch["video"]), decode(batch["codes"])
     pt, ph, pw = tokenizer.config.decoder_patch
 
@@ -259,7 +268,9 @@ def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Arr
     return jax.lax.map(variant, keep)
 
 
-def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, mesh: Mesh, batch_size: int):
+def _statistics(
+    found: Checkpoint, tokenizer: LoadedTokenizer, lengths: Callable, clips: ClipSet, mesh: Mesh, batch_size: int
+):
     """Summary scalars, code counts, scores of the prior by position, and the number of clips."""
     names = [name for name in available(found.recipe, found.params) if name in ("psnr", "usage", "prior")]
     metrics = default_metrics(names, found.recipe)
@@ -270,6 +281,7 @@ def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, m
         mesh,
         [*metrics, by_position] if by_position else metrics,
         batch_size=batch_size,
+        lengths=lambda params, video: lengths(video),
         progress=True,
     )
     params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
@@ -278,9 +290,11 @@ def _statistics(found: Checkpoint, tokenizer: LoadedTokenizer, clips: ClipSet, m
         raise InputError("no clip could be read; see the log for the reasons")
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     prior_scores = by_position.result if by_position else {}
+    counts = extras["codes"].counts
+    codes = CodeStatistics(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
     # code 0 has no prediction
-    prior_scores = {name: np.array([np.nan, *values]) for name, values in prior_scores.items()}
-    return summary, extras["codes"], prior_scores, extras["clips"]
+    prior_scores = {name: np.array([np.nan, *values])[: len(codes.counts)] for name, values in prior_scores.items()}
+    return summary, codes, prior_scores, extras["clips"]
 
 
 class PriorByPosition(PriorScore):
@@ -306,14 +320,17 @@ class PriorByPosition(PriorScore):
         return {}
 
 
-def _read(tokenizer: LoadedTokenizer, clips: ClipSet, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    tokenizer: LoadedTokenizer, budget: str | None, clips: ClipSet, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The clips that can be read, uint8 [M, T, H, W, C], and their codes [M, N] int32."""
     videos, codes = [], []
     with clips.batches(batch_size) as batches:
         for batch in batches:
             real = batch["mask"] > 0
             videos.append(batch["video"][real])
-            codes.append(np.asarray(tokenizer.encode(batch["video"]))[real])
+            found = tokenizer.encode(batch["video"], budget=budget)
+            codes.append(np.asarray(found[0] if tokenizer.config.adaptive else found)[real])
     return np.concatenate(videos), np.concatenate(codes)
 
 

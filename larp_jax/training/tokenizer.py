@@ -27,7 +27,7 @@ from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.lpips import Lpips
-from larp_jax.models.packing import layout
+from larp_jax.models.packing import layout, repeated
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.prior import Prior
@@ -276,14 +276,20 @@ class TokenizerStage:
           video: float [B, T, H, W, C].
           key: random key of the draw.
         """
+        ladder = self.recipe.model.adaptive
+        if ladder is None or self.recipe.budget != RANDOM:
+            return self.fixed_lengths(len(video))
+        assignments = jnp.asarray(ladder.assignments, jnp.int32)
+        return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
+
+    def fixed_lengths(self, rows: int) -> jax.Array | None:
+        """The lengths [rows, T] int32 in evaluation: as in training, or the largest uniform ones if it draws them."""
         model, budget = self.recipe.model, self.recipe.budget
         if model.adaptive is None:
             return None
-        if budget != RANDOM:
-            fixed = model.adaptive.budget(budget, model.quantizer.codebook_size, "budget")
-            return jnp.tile(jnp.asarray(fixed, jnp.int32), (len(video), 1))
-        assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
-        return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
+        if budget == RANDOM:
+            return repeated(model.adaptive.largest, rows)
+        return repeated(model.adaptive.budget(budget, model.quantizer.codebook_size), rows)
 
     def _forward(self, model: dict, *, video, step, key):
         """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs)).
@@ -458,6 +464,7 @@ class TokenizerTask:
             self._mesh,
             default_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
             batch_size=recipe.data.batch_size,
+            lengths=lambda params, video: self.stage.fixed_lengths(len(video)),
         )
 
     def batches(self, start_step):

@@ -477,9 +477,15 @@ def _check_sizes(recipe: Any, arrays: Any) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
     stored = {path_name(path): math.prod(x.shape) for path, x in leaves}
     model = recipe.model
-    for item in released.model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model):
-        if isinstance(item, released.Parameter) and stored.get(item.path, item.size) != item.size:
-            raise ValueError(f"{item.path} has {stored[item.path]} values, its settings require {item.size}")
+    items = released.model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model)
+    sizes = {item.path: item.size for item in items if isinstance(item, released.Parameter)}
+    if isinstance(recipe, TokenizerRecipe):  # the released layout has no blocks
+        sizes["tokenizer/encoder/queries/block_table"] = model.blocks * model.encoder.width
+        sizes["tokenizer/decoder/latent_positions/block_table"] = model.blocks * model.decoder.width
+        sizes["prior/block_table"] = model.blocks * recipe.prior.width
+    for path, size in sizes.items():
+        if stored.get(path, size) != size:
+            raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")
 
 
 def write_imported(directory: str | os.PathLike, recipe: Mapping, params: dict) -> None:

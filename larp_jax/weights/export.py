@@ -125,6 +125,8 @@ def codebook_manifest(
         "step": step,
         "fingerprint": fingerprint(config, params),
     }
+    if config.adaptive:
+        manifest |= {"blocks": config.blocks, "ladder": list(config.ladder)}
     if usage_counts is not None:
         manifest["usage_counts"] = [int(n) for n in usage_counts]
         if len(manifest["usage_counts"]) != q.codebook_size:
@@ -188,7 +190,8 @@ def export_stablehlo(
     """Writes `encode.bin` and `decode.bin`, functions that need only `jax.export` to run (see docs/export.md).
 
     `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: codes -> video, clamped to
-    [0, 1]. The files contain the weights, compute in float32 for any B, and run on CPUs, NVIDIA GPUs and TPUs.
+    [0, 1]. If the tokenizer has a ladder, both have the numbers of codes by block, [B, blocks] int32, as a second
+    argument. The files contain the weights, compute in float32 for any B, and run on CPUs, NVIDIA GPUs and TPUs.
     `manifest.json` is that of a codebook, with the version of JAX that wrote the files (`jax`, `calling_convention`).
 
     Args:
@@ -206,11 +209,11 @@ def export_stablehlo(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
     tokenizer = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
 
-    def encode(video):
-        return tokenizer.quantize(video).indices
+    def encode(video, *lengths):
+        return tokenizer.quantize(video, *lengths).indices
 
-    def decode(codes):
-        return jnp.clip(tokenizer.decode(codes), 0.0, 1.0)
+    def decode(codes, *lengths):
+        return jnp.clip(tokenizer.decode(codes, *lengths), 0.0, 1.0)
 
     try:
         import flatbuffers  # noqa: F401  (how jax.export serializes)
@@ -222,10 +225,11 @@ def export_stablehlo(
         encode: jax.ShapeDtypeStruct((batch, *config.clip_shape), jnp.float32),
         decode: jax.ShapeDtypeStruct((batch, config.num_tokens), jnp.int32),
     }
+    lengths = [jax.ShapeDtypeStruct((batch, config.blocks), jnp.int32)] if config.adaptive else []
     with files.new_folder(directory) as folder:
         with _without_locations():
             for function, shape in inputs.items():
-                exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape)
+                exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape, *lengths)
                 (folder / f"{function.__name__}.bin").write_bytes(exported.serialize())
         versions = {
             "jax": jax.__version__,

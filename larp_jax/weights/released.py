@@ -167,7 +167,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
     yield from _positions_1d(
         "encoder/queries",
         "encoder_latent_query_embed",
-        (c.num_tokens, c.encoder.width),
+        (c.query_rows, c.encoder.width),
         c.learned_encoder_latent_query_embed,
         "encoder_latent_query_token_type_embed" if c.use_encoder_latent_query_token_type_embed else None,
         c.latent_position_base,
@@ -188,7 +188,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
     yield from _positions_1d(
         "decoder/latent_positions",
         "decoder_latent_pe",
-        (1, c.num_tokens, c.decoder.width),
+        (1, c.query_rows, c.decoder.width),
         c.learned_decoder_latent_pe,
         "decoder_latent_token_type_embed" if c.use_decoder_latent_token_type_embed else None,
         c.latent_position_base,
@@ -295,7 +295,7 @@ def model_tensors(config: TokenizerRecipe | GeneratorConfig | RouterConfig) -> l
     else:
         parts = {"tokenizer": tokenizer_tensors(config.model)}
         if config.loss.prior_weight:
-            parts["prior"] = prior_tensors(config.prior, config.model.num_tokens, config.model.quantizer.code_dim)
+            parts["prior"] = prior_tensors(config.prior, config.model.query_rows, config.model.quantizer.code_dim)
     return [
         dataclasses.replace(item, path=f"{part}/{item.path}") if isinstance(item, Parameter) else item
         for part, items in parts.items()

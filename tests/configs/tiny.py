@@ -4,7 +4,7 @@ from larp_jax.config import default_recipe
 
 
 def get_config(variant: str = ""):
-    """Variant `plain` leaves out prior and discriminator."""
+    """Variant `plain` leaves out prior and discriminator, `adaptive` has two blocks of frames with 2, 4 or 8 codes."""
     config = default_recipe()
     config.steps = 6
     config.log_every = 1
@@ -30,6 +30,13 @@ def get_config(variant: str = ""):
     config.data.eval = "moving_shapes:test"
     config.data.batch_size = 8
     config.data.eval_clips = 8
+    if variant == "adaptive":
+        config.model.blocks, config.model.ladder, config.model.num_tokens = 2, (2, 4, 8), 12
+        config.model.learned_encoder_patch_pe = config.model.learned_decoder_latent_pe = True
+        config.model.learned_decoder_patch_query_embed = True
+        config.start.anchored = True
+        config.start.continuous_steps, config.start.kmeans_clips, config.start.ramp_steps = 2, 8, 1
+        config.loss.adversarial_weight = 0.0
     if variant == "plain":
         config.loss.prior_weight = config.loss.adversarial_weight = 0.0
     return config

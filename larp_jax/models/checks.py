@@ -1,0 +1,74 @@
+"""Checks of the arrays that users pass to the Python interface."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from larp_jax.config import Ladder
+
+
+def checked_video(video, clip_shape: tuple[int, ...]) -> np.ndarray | jax.Array:
+    """Checks a video [B, *clip_shape]; floats are returned as float32, uint8 unchanged.
+
+    Raises:
+      ValueError: it has another rank, size, dtype or range.
+    """
+    expected = f"[B, {', '.join(map(str, clip_shape))}] of uint8, or floats in [0, 1]"
+    video = video if isinstance(video, jax.Array) else np.asarray(video)
+    if video.ndim != 5 or video.shape[1:] != clip_shape or not len(video):
+        raise ValueError(f"a video must be {expected}, got shape {list(video.shape)}")
+    if video.dtype == np.uint8:
+        return video
+    if not jnp.issubdtype(video.dtype, jnp.floating):
+        raise ValueError(f"a video must be {expected}, got {video.dtype}")
+    low, high = float(video.min()), float(video.max())
+    if not (low >= 0.0 and high <= 1.0):  # written this way to also reject NaN
+        raise ValueError(f"a video must be {expected}, got values from {low:g} to {high:g}")
+    return video.astype(np.float32)
+
+
+def checked_lengths(lengths, ladder: Ladder | None, rows: int, *, whole: bool = False) -> np.ndarray | None:
+    """Checks numbers of codes by block and returns them as int32 [rows, blocks]; None without a ladder.
+
+    Args:
+      lengths: [rows, n] integers, of all blocks or of the first; None without a ladder.
+      ladder: that of the tokenizer; None if it has none.
+      rows: number of clips.
+      whole: whether all blocks must be given.
+
+    Raises:
+      ValueError: they have another shape or dtype, are not of the ladder, or exceed its bucket.
+    """
+    if ladder is None:
+        if lengths is not None:
+            raise ValueError("this tokenizer has no ladder and gives every clip the same number of codes")
+        return None
+    if lengths is None:
+        raise ValueError("this tokenizer has a ladder: give the lengths that encode returned with the codes")
+    blocks = np.shape(lengths)[-1] if np.ndim(lengths) == 2 else 0
+    if not 0 < blocks <= ladder.blocks or len(lengths) != rows or (whole and blocks < ladder.blocks):
+        others = "" if whole else ", or those of the first blocks"
+        raise ValueError(f"lengths must be [{rows}, {ladder.blocks}]{others}; got shape {list(np.shape(lengths))}")
+    lengths = np.asarray(checked_integers("lengths", lengths, (blocks,), ladder.rungs[0], ladder.rungs[-1] + 1))
+    wrong = ~np.isin(lengths, ladder.rungs).all(axis=1) | (lengths.sum(axis=1) > ladder.bucket)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"lengths {lengths[row].tolist()} of row {row} must be of the ladder {list(ladder.rungs)}, and at most"
+            f" {ladder.bucket} together"
+        )
+    return lengths
+
+
+def checked_integers(name: str, values, row: tuple[int, ...], low: int, high: int) -> np.ndarray | jax.Array:
+    """Checks integers in [low, high) and returns them as int32 [B, *row]."""
+    expected = f"[{', '.join(map(str, ('B', *row)))}] of integers in [{low}, {high})"
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    if values.ndim != 1 + len(row) or values.shape[1:] != row or not len(values):
+        raise ValueError(f"{name} must be {expected}, got shape {list(values.shape)}")
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"{name} must be {expected}, got {values.dtype}")
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < low or highest >= high:
+        raise ValueError(f"{name} must be {expected}, got values from {lowest} to {highest}")
+    return values.astype(np.int32)
