@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import files
+from larp_jax.allocation import Assigner
 from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig
 from larp_jax.errors import InputError
-from larp_jax.models import packing
 from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
@@ -22,6 +22,7 @@ from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
+from larp_jax.models.router import Router
 from larp_jax.models.sampling import SamplingOptions, cast_params, sample_codes
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
@@ -33,7 +34,13 @@ Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.a
 PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
 
 
-def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
+def load_tokenizer(
+    path: str | os.PathLike,
+    *,
+    weights: str = "ema",
+    mesh: Mesh | None = None,
+    router: str | os.PathLike | None = None,
+) -> "LoadedTokenizer":
     """Loads a trained tokenizer.
 
     Args:
@@ -41,9 +48,10 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
         released Hugging Face layout (`config.json` and `model.safetensors`).
       weights: `ema` for the EMA weights if the checkpoint has them, `raw` for the raw weights.
       mesh: devices for the parameters and for splitting batches; the default device without.
+      router: checkpoint of the router that chooses with the budget `auto`.
 
     Raises:
-      InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
+      InputError: a checkpoint does not exist, cannot be read, or is of another kind.
     """
     found = load_checkpoint(path, weights=weights)
     sampled = found.recipe.data
@@ -54,7 +62,15 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
         mesh=mesh,
         fps=sampled.fps,
         stride=sampled.stride,
+        router=None if router is None else load_router(router, weights=weights),
     )
+
+
+def load_router(path: str | os.PathLike, *, weights: str = "ema") -> tuple[Router, dict]:
+    """The module of a trained router, without its weights, and these; arguments and errors as for `load_tokenizer`."""
+    found = load_checkpoint(path, weights=weights, kind="router")
+    module = nnx.eval_shape(lambda: Router(found.recipe.model, rngs=nnx.Rngs(0)))
+    return module, _checked_params(module, found.params["router"], "router")
 
 
 def load_generator(
@@ -80,7 +96,7 @@ def load_checkpoint(
 ) -> checkpoint.Checkpoint:
     """Loads a checkpoint with its recipe and all its parameters. Arguments and errors are those of `load_tokenizer`.
 
-    `kind` is the model that it must contain: `tokenizer`, `generator`, or None for either.
+    `kind` is the model that it must contain: `tokenizer`, `generator` or `router`, or None for any.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
@@ -110,6 +126,7 @@ class LoadedTokenizer:
       mesh: devices for the parameters and for splitting batches whose size is divisible; the default device without.
       fps: rate at which its training clips were sampled; 0 for those of the videos.
       stride: every how many frames one was taken.
+      router: the module and parameters that choose with the budget `auto`, from `load_router`.
 
     Attributes:
       config: as given.
@@ -128,8 +145,10 @@ class LoadedTokenizer:
         mesh: Mesh | None = None,
         fps: float = 0.0,
         stride: int = 1,
+        router: tuple[Router, Mapping] | None = None,
     ):
         self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
+        self._router, self._assigners = router, {}
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
         params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
@@ -200,42 +219,47 @@ class LoadedTokenizer:
 
         Args:
           video: [B, T, H, W, C], as for `encode`.
-          budget: text as for `--budget`, such as "128", "32,64,32,32" or "bits=1024"; a number of codes; the numbers of
-            each block, for all clips [blocks] or each [B, blocks]; or None for the most codes in equal blocks.
+          budget: text as for `--budget`, such as "128", "32,64,32,32", "bits=1024", "auto" or "greedy:30"; a number of
+            codes; the numbers of each block, for all clips [blocks] or each [B, blocks]; or None for the most codes in
+            equal blocks.
 
         Returns:
           [B, blocks] int32; None if the tokenizer has no ladder and therefore the same number of codes for every clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer.
+          InputError: the budget does not fit the tokenizer, or needs a router or weights that are missing.
         """
-        if budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2:
-            lengths = self.assigner(budget)(video)
-            return None if lengths is None else np.asarray(lengths)
-        return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
+        if not (budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2):
+            return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
+        name = str(budget)
+        if name not in self._assigners:
+            assigner = self.assigner(budget)
+            self._assigners[name] = assigner.params, jax.jit(assigner)
+        params, assign = self._assigners[name]
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            lengths = assign({"tokenizer": self._params, **params}, self._split(video))
+        return None if lengths is None else np.asarray(lengths)
 
-    def assigner(self, budget: Budget = None) -> Callable[[Any], jax.Array | None]:
-        """A function from videos [B, T, H, W, C] to the result of `assign`, which can be traced by `jax.jit`.
+    def assigner(self, budget: Budget = None) -> Assigner:
+        """What `assign` computes, as a function that can be traced.
 
         Args:
           budget: as for `assign`, but not with a row for each clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer.
+          InputError: as for `assign`.
         """
-        ladder = self.config.adaptive
-        if ladder is None:
-            if budget is not None:
-                raise InputError(
-                    f"budget {budget}: this tokenizer has no model.ladder and gives every clip"
-                    f" {self.config.num_tokens} codes; leave it out"
-                )
-            return lambda video: None
+        ladder, chosen = self.config.adaptive, None
+        if ladder is None and budget is not None:
+            raise InputError(
+                f"budget {budget}: this tokenizer has no model.ladder and gives every clip {self.config.num_tokens}"
+                " codes; leave it out"
+            )
         if isinstance(budget, (str, int)):
-            fixed = ladder.budget(str(budget), self.config.quantizer.codebook_size)
-        else:
-            fixed = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
-        return lambda video: packing.repeated(fixed, len(video))
+            chosen = ladder.budget(str(budget), self.config.quantizer.codebook_size)
+        elif ladder is not None:
+            chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
+        return Assigner(self.config, chosen, self.module, self._router)
 
     def encode_frames(self, frames: jax.Array | np.ndarray) -> jax.Array:
         """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.

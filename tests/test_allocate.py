@@ -8,7 +8,8 @@ from flax import nnx
 from test_adaptive import CONFIG, noisy
 
 from larp_jax import metrics
-from larp_jax.allocation import BlockCoder
+from larp_jax.allocation import QualityTree, greedy_lengths
+from larp_jax.config import Greedy
 from larp_jax.models.tokenizer import Tokenizer
 
 LADDER = CONFIG.adaptive
@@ -22,20 +23,15 @@ def model():
     return lambda params: nnx.merge(graphdef, params), params, video
 
 
-@pytest.fixture(scope="module")
-def coder(model):
-    return BlockCoder(CONFIG, model[0])
-
-
 def reconstructed(model, lengths):
     """Reconstructions of all clips with these lengths, by the whole tokenizer."""
     module, params, video = model
     return jnp.clip(module(params)(video, jnp.asarray(lengths))[0], 0.0, 1.0)
 
 
-def test_the_tree_of_prefixes_gives_the_quality_of_full_decodes(coder, model):
-    _, params, video = model
-    found = coder.qualities(params, video)
+def test_the_tree_of_prefixes_gives_the_quality_of_full_decodes(model):
+    module, params, video = model
+    found = QualityTree(CONFIG, module).measure(params, video)
     assert found.keys() == {"psnr"} and found["psnr"].shape == (3, LADDER.count)
     assert found["psnr"].std() > 0.01
     for number, lengths in enumerate(LADDER.assignments):
@@ -45,8 +41,8 @@ def test_the_tree_of_prefixes_gives_the_quality_of_full_decodes(coder, model):
         np.testing.assert_allclose(found["psnr"][:, number], metrics.psnr(video, full), atol=1e-4)
 
 
-def test_greedy_gives_each_block_the_fewest_codes_that_reach_the_target(coder, model):
-    _, params, video = model
+def test_greedy_gives_each_block_the_fewest_codes_that_reach_the_target(model):
+    module, params, video = model
     blocks = np.stack(np.split(np.asarray(video), CONFIG.blocks, axis=1))
 
     def of_blocks(lengths):
@@ -54,14 +50,18 @@ def test_greedy_gives_each_block_the_fewest_codes_that_reach_the_target(coder, m
         return -10 * np.log10(np.square(full - blocks).mean((2, 3, 4, 5))).T
 
     every = np.stack([of_blocks(np.tile(x, (3, 1))) for x in LADDER.assignments])
-    target = float(np.median(every))
-    chosen = coder.greedy(params, video, "psnr", target)
-    assert all(tuple(row) in LADDER.assignments for row in chosen)
-    assert len({tuple(row) for row in chosen}) > 1
-    for clip, row in enumerate(chosen):
-        for block in range(CONFIG.blocks):
-            fewer = [x for x in LADDER.assignments if x[:block] == tuple(row[:block]) and x[block] < row[block]]
-            for other in fewer:  # no smaller number would do
-                assert every[LADDER.assignments.index(other), clip, block] < target
-    np.testing.assert_array_equal(coder.greedy(params, video, "psnr", -50.0), np.full((3, 2), 2))
-    np.testing.assert_array_equal(coder.greedy(params, video, "psnr", 99.0), np.tile([8, 4], (3, 1)))
+    choose = jax.jit(lambda target: greedy_lengths(module(params), video, Greedy("psnr", target)))
+    levels = np.sort(every, axis=None)
+    found = set()
+    for place in np.flatnonzero(np.diff(levels) > 1e-3)[::4]:
+        target = float(levels[place : place + 2].mean())
+        for clip, row in enumerate(np.asarray(choose(target))):
+            assert tuple(row) in LADDER.assignments
+            found.add(tuple(row))
+            for block in range(CONFIG.blocks):  # no smaller number would do
+                for other in LADDER.assignments:
+                    if other[:block] == tuple(row[:block]) and other[block] < row[block]:
+                        assert every[LADDER.assignments.index(other), clip, block] < target
+    assert len(found) > 2
+    np.testing.assert_array_equal(choose(-50.0), np.full((3, 2), 2))
+    np.testing.assert_array_equal(choose(99.0), np.tile([8, 4], (3, 1)))

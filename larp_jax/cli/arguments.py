@@ -96,8 +96,10 @@ def add_budget(sub) -> None:
     sub.add_argument(
         "--budget", metavar="B",
         help="codes of a clip, for tokenizers with a ladder: a number in equal blocks such as 128, that of each block"
-        " such as 32,64,32,32, or bits=B for at most so many bits (default: the most codes in equal blocks)",
+        " such as 32,64,32,32, bits=B for at most so many bits, auto for the choice of a router, or greedy:DB or"
+        " greedy:lpips=D for the fewest that reach this PSNR or LPIPS (default: the most codes in equal blocks)",
     )  # fmt: skip
+    sub.add_argument("--router", metavar="R", help="the router of --budget auto: a workdir or a checkpoint")
 
 
 def add_batch_size(sub) -> None:
@@ -164,7 +166,7 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples")  # may be in a bucket
+PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
 FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")

@@ -41,7 +41,7 @@ def _reconstruct(arguments):
     from larp_jax import api
     from larp_jax.inference import reconstruct
 
-    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
     reconstruct.reconstruct(
         tokenizer,
         arguments.input,
@@ -80,7 +80,7 @@ def _tokenize(arguments):
     from larp_jax import api
     from larp_jax.inference import tokenize
 
-    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
     manifest = tokenize.tokenize(
         tokenizer,
         arguments.input,

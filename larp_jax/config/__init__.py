@@ -10,7 +10,7 @@ from larp_jax.config.checks import (
     check_seed,
 )
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
-from larp_jax.config.ladder import RANDOM, Ladder
+from larp_jax.config.ladder import AUTO, RANDOM, Assignment, Greedy, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -51,7 +51,9 @@ from larp_jax.config.training import (
 )
 
 __all__ = [
+    "AUTO",
     "AdamConfig",
+    "Assignment",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
@@ -59,6 +61,7 @@ __all__ = [
     "GeneratorConfig",
     "GeneratorOptimConfig",
     "GeneratorRecipe",
+    "Greedy",
     "Ladder",
     "LossConfig",
     "MOST_POSITIONS",

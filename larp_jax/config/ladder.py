@@ -12,10 +12,26 @@ from collections.abc import Sequence
 from larp_jax.config.checks import require
 from larp_jax.errors import InputError
 
+GREEDY = "greedy"
 RANDOM = "random"  # the budget of a training run that draws an assignment for each clip and step
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
+AUTO = "auto"  # the budget of clips for which a router chooses
+
 Assignment = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The budget `greedy:TARGET`: the fewest codes with which each block reaches a quality.
+
+    Attributes:
+      metric: `psnr`, in dB and at least `target`; or `lpips`, at most `target`.
+      target: the quality.
+    """
+
+    metric: str
+    target: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +104,11 @@ class Ladder:
         """The uniform assignment with the most codes, used when no budget is given."""
         return self.uniform[-1]
 
+    def next_rungs(self, prefix: Sequence[int]) -> list[int]:
+        """Numbers of codes that the block after these blocks may have, so that those after it can have the fewest."""
+        room = self.bucket - sum(prefix) - (self.blocks - len(prefix) - 1) * self.rungs[0]
+        return [rung for rung in self.rungs if rung <= room]
+
     def checked(self, lengths: Sequence[int], name: str) -> Assignment:
         """The assignment; `InputError`, naming where it was given, if it is none of this ladder."""
         lengths = tuple(int(length) for length in lengths)
@@ -107,18 +128,26 @@ class Ladder:
         )
         return lengths
 
-    def budget(self, text: str, codebook_size: int, name: str = "budget") -> Assignment:
-        """The assignment that a budget stands for, the same for every clip.
+    def budget(self, text: str, codebook_size: int, name: str = "budget") -> "Assignment | Greedy | str":
+        """What a budget stands for.
 
         Args:
-          text: `128`, that many codes in equal blocks; `32,64,32,32`, the codes of each block; or `bits=1024`, the
-            most codes in equal blocks that need at most so many bits, log2(K) each.
+          text: `128`, that many codes in equal blocks; `32,64,32,32`, the codes of each block; `bits=1024`, the most
+            codes in equal blocks that need at most so many bits, log2(K) each; `auto`, the choice of a router; or
+            `greedy:30` or `greedy:lpips=0.2`, the fewest codes that reach this PSNR in dB, or LPIPS, in each block.
           codebook_size: K.
           name: where it was given, for messages.
+
+        Returns:
+          An assignment, the same for every clip; `AUTO`; or `Greedy`.
 
         Raises:
           InputError: it is no budget, or not one of this ladder.
         """
+        if text == AUTO:
+            return AUTO
+        if text.startswith(f"{GREEDY}:"):
+            return _greedy(text, name)
         totals = [sum(lengths) for lengths in self.uniform]
         kind, equals, number = text.replace(" ", "").rpartition("=")
         if equals and kind == "bits" and _is_number(number):
@@ -133,7 +162,7 @@ class Ladder:
         if equals or not all(part.isdecimal() for part in parts):
             raise InputError(
                 f"{name} {text} is not known; give a number of codes such as {totals[-1]}, the number of each block"
-                f" such as {','.join(map(str, self.uniform[0]))}, or bits=B"
+                f" such as {','.join(map(str, self.uniform[0]))}, bits=B, auto or greedy:DB"
             )
         if len(parts) > 1 or self.blocks == 1:
             return self.checked([int(part) for part in parts], name)
@@ -143,6 +172,17 @@ class Ladder:
             f" {', '.join(map(str, totals))}, or give the codes of each block, separated by commas",
         )
         return self.uniform[totals.index(int(number))]
+
+
+def _greedy(text: str, name: str) -> Greedy:
+    metric, equals, number = text.partition(":")[2].replace(" ", "").rpartition("=")
+    metric = metric if equals else "psnr"
+    if metric not in ("psnr", "lpips") or not _is_number(number) or (metric == "lpips" and float(number) <= 0):
+        raise InputError(
+            f"{name} {text} is not known; give the PSNR in dB that each block is to reach, such as greedy:30, or its"
+            " LPIPS, such as greedy:lpips=0.2"
+        )
+    return Greedy(metric, float(number))
 
 
 def _is_number(text: str) -> bool:
