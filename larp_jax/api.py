@@ -256,7 +256,7 @@ class LoadedTokenizer:
                 " codes; leave it out"
             )
         if isinstance(budget, (str, int)):
-            chosen = ladder.budget(str(budget), self.config.quantizer.codebook_size)
+            chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
         elif ladder is not None:
             chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
         return Assigner(self.config, chosen, self.module, self._router)

@@ -169,7 +169,7 @@ def add_processes(sub) -> None:
 PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
-FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
+FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "prepare")
 
 
 def _may_be_remote(name: str, text: str) -> bool:

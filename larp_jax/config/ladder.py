@@ -128,26 +128,40 @@ class Ladder:
         )
         return lengths
 
-    def budget(self, text: str, codebook_size: int, name: str = "budget") -> "Assignment | Greedy | str":
-        """What a budget stands for.
+    def goal(self, text: str, codebook_size: int, name: str = "budget") -> "Assignment | Greedy | str":
+        """What a budget stands for, also if it depends on the clip.
 
         Args:
-          text: `128`, that many codes in equal blocks; `32,64,32,32`, the codes of each block; `bits=1024`, the most
-            codes in equal blocks that need at most so many bits, log2(K) each; `auto`, the choice of a router; or
-            `greedy:30` or `greedy:lpips=0.2`, the fewest codes that reach this PSNR in dB, or LPIPS, in each block.
+          text: as for `budget`; or `auto`, the choice of a router; or `greedy:30` or `greedy:lpips=0.2`, the fewest
+            codes that reach this PSNR in dB, or LPIPS, in each block.
           codebook_size: K.
           name: where it was given, for messages.
 
         Returns:
-          An assignment, the same for every clip; `AUTO`; or `Greedy`.
+          An assignment, the same for every clip; `Greedy`; or `AUTO`.
 
         Raises:
-          InputError: it is no budget, or not one of this ladder.
+          InputError: as for `budget`.
         """
         if text == AUTO:
             return AUTO
         if text.startswith(f"{GREEDY}:"):
             return _greedy(text, name)
+        return self.budget(text, codebook_size, name, "bits=B, auto or greedy:DB")
+
+    def budget(self, text: str, codebook_size: int, name: str = "budget", others: str = "or bits=B") -> Assignment:
+        """The assignment that a budget stands for, the same for every clip.
+
+        Args:
+          text: `128`, that many codes in equal blocks; `32,64,32,32`, the codes of each block; or `bits=1024`, the
+            most codes in equal blocks that need at most so many bits, log2(K) each.
+          codebook_size: K.
+          name: where it was given, for messages.
+          others: the other forms that the message about an unknown budget lists.
+
+        Raises:
+          InputError: it is no budget, or not one of this ladder.
+        """
         totals = [sum(lengths) for lengths in self.uniform]
         kind, equals, number = text.replace(" ", "").rpartition("=")
         if equals and kind == "bits" and _is_number(number):
@@ -162,7 +176,7 @@ class Ladder:
         if equals or not all(part.isdecimal() for part in parts):
             raise InputError(
                 f"{name} {text} is not known; give a number of codes such as {totals[-1]}, the number of each block"
-                f" such as {','.join(map(str, self.uniform[0]))}, bits=B, auto or greedy:DB"
+                f" such as {','.join(map(str, self.uniform[0]))}, {others}"
             )
         if len(parts) > 1 or self.blocks == 1:
             return self.checked([int(part) for part in parts], name)

@@ -2,7 +2,8 @@
 
 A folder of rewards contains `rewards-00000-of-00012.npz` and so on, and `manifest.json`, which is written last: a
 folder without it is incomplete. Each shard has, for its clips, one array [M, A] float32 for each metric, `psnr` in dB
-or `lpips`, of the A assignments in the order of `Ladder.assignments`. The clips themselves are not stored, but named:
+or `lpips`, of the A assignments in the order of `Ladder.assignments`, and `windows` [M] int64, the numbers of its clips
+among those that were to be read. The clips themselves are not stored, but named:
 
   format, version: "larp_jax.rewards", 1.
   fingerprint, step: of the tokenizer.
@@ -111,19 +112,28 @@ def shard_name(number: int, count: int) -> str:
     return f"rewards-{number:05d}-of-{count:05d}.npz"
 
 
-def write_shard(path: str | os.PathLike, values: Mapping[str, np.ndarray]) -> None:
-    """Writes a shard atomically: `values` are [M, A] float32 by metric."""
+def write_shard(path: str | os.PathLike, values: Mapping[str, np.ndarray], windows: Sequence[int]) -> None:
+    """Writes a shard atomically.
+
+    Args:
+      path: file to write.
+      values: [M, A] float32 by metric.
+      windows: number of the window of each row, among all that were to be read.
+    """
     with files.writing(path) as file:
-        np.savez(file, **values)
+        np.savez(file, **values, windows=np.asarray(windows, np.int64))
 
 
-def read_shard(path: str | os.PathLike, rows: int, metrics: Sequence[str], ladder: Ladder) -> dict[str, np.ndarray]:
-    """What `write_shard` wrote; `InputError` if it is missing, damaged, or has other sizes."""
-    expected = {name: npz.Array(np.float32, (rows, len(ladder.assignments))) for name in metrics}
-    found = npz.read(path, expected, fix=AGAIN)
-    if not all(np.isfinite(x).all() for x in found.values()):
-        raise InputError(f"{path} contains values that are not finite; {AGAIN}")
-    return found
+def read_shard(
+    path: str | os.PathLike, metrics: Sequence[str], ladder: Ladder, rows: int | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What `write_shard` wrote; `InputError` if it is missing, damaged, or has other sizes. `rows` is M if known."""
+    expected = {name: npz.Array(np.float32, (rows, ladder.count)) for name in metrics}
+    found = npz.read(path, expected | {"windows": npz.Array(np.int64, (rows,))}, fix=AGAIN)
+    windows = found.pop("windows")
+    if any(len(x) != len(windows) or not np.isfinite(x).all() for x in found.values()):
+        raise InputError(f"{path} contains values that are not finite, or of other clips; {AGAIN}")
+    return found, windows
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
@@ -224,7 +234,7 @@ class RewardSet:
         """[M, A] float32 by metric; `InputError` if a shard is missing or damaged."""
         manifest = self.manifest
         shards = [
-            read_shard(self.path / shard["file"], shard["rows"], manifest["metrics"], self.ladder)
+            read_shard(self.path / shard["file"], manifest["metrics"], self.ladder, shard["rows"])[0]
             for shard in manifest["shards"]
         ]
         return {name: np.concatenate([shard[name] for shard in shards]) for name in manifest["metrics"]}

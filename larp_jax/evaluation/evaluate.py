@@ -123,7 +123,8 @@ def evaluate(
     request = _Request(
         checkpoint=checkpoint, data=data, metrics=metrics, budget=budget, router=router, tokenizer=tokenizer,
         protocol=protocol, training_data=training_data, max_clips=max_clips, weights=weights, lpips=lpips, i3d=i3d,
-        samples=samples, seed=seed, options=options or SamplingOptions(), precision=precision, batch_size=batch_size, progress=progress,
+        samples=samples, seed=seed, options=options or SamplingOptions(), precision=precision, batch_size=batch_size,
+        progress=progress,
     )  # fmt: skip
     found = api.load_checkpoint(checkpoint, weights=weights, kind=None)
     stages = {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}
