@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import re
+import typing
 
 from mkdocs.structure.files import File
 
@@ -25,7 +26,7 @@ def settings(cls, path: str):
     yield f"### `{path}`\n\n{prose(cls)}\n\n| setting | type | default |\n|---|---|---|\n"
     for field in leaves:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        yield f"| `{path}.{field.name}` | {field.type.__name__} | `{default!r}` |\n"
+        yield f"| `{path}.{field.name}` | {str(field.type) if typing.get_args(field.type) else field.type.__name__} | `{default!r}` |\n"
     yield "\n"
     for field in fields:
         if field not in leaves:

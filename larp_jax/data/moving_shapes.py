@@ -44,7 +44,7 @@ def prepare(config: str, resolution: int) -> str:
     Several processes may call it at once.
 
     Args:
-      config: one of `CONFIGS`. Empty, "plain" or "busy": the smallest size of at least `resolution`, or else the largest.
+      config: one of `CONFIGS`. Empty or a variant alone: the smallest size of at least `resolution`, or the largest.
       resolution: resolution of the clips.
 
     Returns:
@@ -152,16 +152,11 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     radius = rng.uniform(0.15, 0.19)
     center_x, center_y = _path(rng, motion)
 
-    # Only a box around the shape is rendered: [T, 2 * half, 2 * half] pixels; dx and dy are in radii from its center.
-    half = int(np.ceil(1.3 * radius * size)) + 1
-    left, top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
-    offsets = np.arange(-half, half) + 0.5
-    dx = (((left[:, None] + offsets) / size - center_x[:, None]) / radius).astype(np.float32)[:, None, :]
-    dy = (((top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
+    box = _Box(center_x, center_y, radius, size)
+    dx, dy = box.offsets
     cos, sin = _direction(rng.uniform(-0.2, 0.2))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    # Antialiasing: opacity changes over one pixel across the edge.
-    alpha = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius * size), 0, 1)[..., None]
+    alpha = _opacity(_distance(shape, u, v) * np.float32(radius * size))
 
     opposite = hue + 0.5 + rng.uniform(-0.08, 0.08)
     if day:
@@ -170,14 +165,33 @@ def render(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
         light, dark = _color(opposite, 0.45, 1.0), _color(opposite + 0.08, 0.9, 0.75)
     cos, sin = _direction(rng.uniform(0, np.pi))
     stripes = 0.5 + 0.5 * np.sin(np.float32(rng.uniform(4, 6)) * (cos * u + sin * v))[..., None]
-    box = dark + stripes * (light - dark)
+    video = box.paste(np.repeat(background[None], FRAMES, axis=0), dark + stripes * (light - dark), alpha)
+    return (video * 255 + 0.5).astype(np.uint8), label
 
-    # The border takes the parts of the box that are outside the frame.
-    video = np.repeat(np.pad(background, ((half, half), (half, half), (0, 0)))[None], FRAMES, axis=0)
-    for frame, y, x, pixels, opacity in zip(video, top, left, box, alpha, strict=True):
-        under = frame[y : y + 2 * half, x : x + 2 * half]
-        under += opacity * (pixels - under)
-    return (video[:, half:-half, half:-half] * 255 + 0.5).astype(np.uint8), label
+
+class _Box:
+    """The part of each frame around a shape, [T, 2 * half, 2 * half] pixels: only these are rendered.
+
+    Centers (x, y), [T] each, and the radius are fractions of the frame, whose side is `size` pixels.
+    """
+
+    def __init__(self, center_x: np.ndarray, center_y: np.ndarray, radius: float, size: int):
+        self._half = half = int(np.ceil(1.3 * radius * size)) + 1
+        self._left, self._top = (np.floor(center * size).astype(int) for center in (center_x, center_y))
+        offsets = np.arange(-half, half) + 0.5
+        dx = (((self._left[:, None] + offsets) / size - center_x[:, None]) / radius).astype(np.float32)[:, None, :]
+        dy = (((self._top[:, None] + offsets) / size - center_y[:, None]) / radius).astype(np.float32)[:, :, None]
+        self.offsets = dx, dy  # in radii from the center
+
+    def paste(self, video: np.ndarray, pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        """The video [T, S, S, 3] with pixels of this opacity, [T, 2 * half, 2 * half, 3 and 1], over it."""
+        half = self._half
+        # the border takes the parts of the box that are outside the frame
+        video = np.pad(video, ((0, 0), (half, half), (half, half), (0, 0)))
+        for frame, y, x, over, opacity in zip(video, self._top, self._left, pixels, alpha, strict=True):
+            under = frame[y : y + 2 * half, x : x + 2 * half]
+            under += opacity * (over - under)
+        return video[:, half:-half, half:-half]
 
 
 def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
@@ -192,7 +206,10 @@ def render_plain(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     radius = rng.uniform(0.2, 0.26)
     angle = 2 * np.pi * (np.arange(FRAMES) / PLAIN_PERIOD + rng.random())
     along_x, along_y = _along(motion, angle, 1)
-    alpha = _opacity(shape, 0.5 + PLAIN_REACH * along_x, 0.5 + PLAIN_REACH * along_y, radius, size)
+    pixels = (np.arange(size) + 0.5) / size
+    u = ((pixels - 0.5 - PLAIN_REACH * along_x[:, None]) / radius)[:, None, :]
+    v = ((pixels - 0.5 - PLAIN_REACH * along_y[:, None]) / radius)[:, :, None]
+    alpha = _opacity(_distance(shape, *np.broadcast_arrays(u, v)) * radius * size)
     return ((background + alpha * (color - background)) * 255 + 0.5).astype(np.uint8), label
 
 
@@ -201,7 +218,8 @@ def render_busy(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
     rng = np.random.default_rng([2 * len(SPLITS) + list(SPLITS).index(split), number])
     moving = number % len(BUSY_LABELS)
     hue = rng.random()
-    video = np.broadcast_to(_color(hue, rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.9)), (FRAMES, size, size, 3))
+    background = _color(hue, rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.9))
+    video = np.tile(background, (FRAMES, size, size, 1))
     for i in range(moving + 1):
         color = _color(hue + rng.uniform(0.25, 0.75), 0.9, rng.uniform(0.3, 0.95))
         shape, motion = SHAPES[rng.integers(len(SHAPES))], MOTIONS[rng.integers(len(MOTIONS))]
@@ -209,17 +227,14 @@ def render_busy(split: str, number: int, size: int) -> tuple[np.ndarray, int]:
         angle = 2 * np.pi * (np.arange(FRAMES) / rng.uniform(8, 16) * rng.choice([-1, 1]) + rng.random())
         along_x, along_y = _along(motion, angle, rng.choice([-1, 1]))
         middle_x, middle_y = rng.uniform(0.3, 0.7, size=2)
-        alpha = _opacity(shape, middle_x + reach * along_x, middle_y + reach * along_y, radius, size)
-        video = video + alpha * (color - video)
+        box = _Box(middle_x + reach * along_x, middle_y + reach * along_y, radius, size)
+        alpha = _opacity(_distance(shape, *np.broadcast_arrays(*box.offsets)) * np.float32(radius * size))
+        video = box.paste(video, np.broadcast_to(color, (*alpha.shape[:-1], 3)), alpha)
     return (video * 255 + 0.5).astype(np.uint8), moving
 
 
-def _opacity(shape: str, center_x: np.ndarray, center_y: np.ndarray, radius: float, size: int) -> np.ndarray:
-    """Opacity of a shape in frames of this size, antialiased: [T, S, S, 1] in [0, 1]; centers are [T]."""
-    pixels = (np.arange(size) + 0.5) / size
-    u = ((pixels - center_x[:, None]) / radius)[:, None, :]
-    v = ((pixels - center_y[:, None]) / radius)[:, :, None]
-    distance = _distance(shape, *np.broadcast_arrays(u, v)) * radius * size
+def _opacity(distance: np.ndarray) -> np.ndarray:
+    """Opacity [..., 1] by signed distances to the edge in pixels: it changes over one pixel across the edge."""
     return np.clip(0.5 - distance, 0, 1)[..., None]
 
 

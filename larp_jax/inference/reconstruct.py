@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from larp_jax import files
 from larp_jax.api import LoadedTokenizer
+from larp_jax.config import Ladder
 from larp_jax.data import ClipSpec
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.video import frame_grid, write_png, write_video
@@ -28,6 +29,7 @@ PSNR = "10 log10(1 / MSE) in dB over all pixels of the video's frames in [0, 1],
 FITS = ("resize", "tile", "crop")
 DATA_SET_CLIPS = 8
 GRID_COLUMNS = 8
+BAR_COLOR = (33, 102, 172)
 
 
 def reconstruct(
@@ -43,7 +45,8 @@ def reconstruct(
     """Reconstructs videos of any length and size, window by window, in memory independent of their length.
 
     For each video, writes NAME.mp4 (original left, reconstruction right, at the video's frame rate) and NAME.png (up to
-    8 frames of the original, those of the reconstruction below), and prints its PSNR. Also writes `psnr.json`.
+    8 frames of the original, those of the reconstruction below), and prints its PSNR. Also writes `psnr.json`. If the
+    tokenizer has a ladder, bars in NAME.png show how many of its most codes the block of a frame has.
 
     Files keep their shape; clips of data sets are the squares of evaluation.
 
@@ -59,8 +62,8 @@ def reconstruct(
       batch_size: windows per batch.
 
     Returns:
-      The contents of `psnr.json`: `videos` by name with `psnr`, `frames` and `output`; `mean_psnr`; `skipped`; `files`,
-      all files written to the folder by this call and earlier ones.
+      The contents of `psnr.json`: `videos` by name with `psnr`, `frames`, `output` and, with a ladder, `codes`, their
+      number; `mean_psnr`; `skipped`; `files`, all files written to the folder by this call and earlier ones.
 
     Raises:
       InputError: nothing can be read, or the output would overwrite files that are not reconstructions.
@@ -80,13 +83,16 @@ def reconstruct(
         results = {}
         with Progress(inputs.windows, description="reconstruct", unit="clip") as progress:
             windows = _reconstructions(tokenizer, inputs, fit, budget, batch_size, progress)
-            for number, group in itertools.groupby(windows, key=lambda pair: pair[0].video):
+            for number, group in itertools.groupby(windows, key=lambda found: found[0].video):
                 video = inputs.videos[number]
                 path = folder / f"{names[number]}.mp4"
                 files.make_folder(path.parent)
-                score, frames = _write_pair(path, group, video.windows * config.frames, playable_fps(video.fps))
+                expected = video.windows * config.frames
+                score, frames, codes = _write_pair(path, group, expected, playable_fps(video.fps), config.adaptive)
                 results[video.name] = {"psnr": score, "frames": frames, "output": path.relative_to(folder).as_posix()}
-                tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames")
+                results[video.name] |= {"codes": codes} if config.adaptive else {}
+                with_codes = f", {codes} codes" if config.adaptive else ""
+                tqdm.write(f"{video.name}: {score:.2f} dB over {frames} frames{with_codes}")
         if not results:
             raise InputError(f"{source}: nothing in it can be read")
         summary = {
@@ -110,21 +116,29 @@ def reconstruct(
 
 def _reconstructions(
     tokenizer: LoadedTokenizer, inputs: Inputs, fit: str, budget: str | None, batch_size: int, progress: Progress
-) -> Iterator[tuple[Window, np.ndarray]]:
-    """(window, reconstruction) of each window; reconstructions are float32 [T, H, W, 3] in [0, 1]."""
+) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
+    """(window, reconstruction, codes) of each window.
+
+    Reconstructions are float32 [T, H, W, 3] in [0, 1]. The numbers of codes are [squares, blocks], of each square that
+    the model saw; without a ladder, all of a square in one block.
+    """
     side = tokenizer.config.resolution
     windows = (window for rows, _ in inputs.batches(1) for window in rows)
     while group := list(itertools.islice(windows, batch_size)):
         parts = [_squares(window.frames, side, fit) for window in group]
         squares = np.concatenate(parts)
-        found = []
+        found, lengths = [], []
         for start in range(0, len(squares), batch_size):
             batch = squares[start : start + batch_size]
             padded = np.resize(batch, (batch_size, *batch.shape[1:]))
-            found.append(np.asarray(tokenizer.reconstruct(padded, budget=budget))[: len(batch)])
+            given = tokenizer.assign(padded, budget)
+            found.append(np.asarray(tokenizer.reconstruct(padded, budget=given))[: len(batch)])
+            fixed = np.full((len(batch), 1), tokenizer.config.num_tokens)
+            lengths.append(fixed if given is None else given[: len(batch)])
         ends = np.cumsum([len(part) for part in parts])[:-1]
-        for window, reconstructed in zip(group, np.split(np.concatenate(found), ends), strict=True):
-            yield window, _assembled(reconstructed, window.frames.shape, fit)
+        split = (np.split(np.concatenate(arrays), ends) for arrays in (found, lengths))
+        for window, reconstructed, numbers in zip(group, *split, strict=True):
+            yield window, _assembled(reconstructed, window.frames.shape, fit), numbers
         progress.update(len(group))
 
 
@@ -169,21 +183,34 @@ def _resized(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _write_pair(
-    path: pathlib.Path, windows: Iterator[tuple[Window, np.ndarray]], expected: int, fps: float
-) -> tuple[float, int]:
-    """Writes the video and the image of an input of about `expected` frames; returns (PSNR, number of frames)."""
+    path: pathlib.Path,
+    windows: Iterator[tuple[Window, np.ndarray, np.ndarray]],
+    expected: int,
+    fps: float,
+    ladder: Ladder | None,
+) -> tuple[float, int, int]:
+    """Writes the video and the image of an input of about `expected` frames.
+
+    Returns:
+      PSNR, number of frames and number of codes.
+    """
     shown = set(np.linspace(0, expected - 1, GRID_COLUMNS).round().astype(int))
     grid = []
-    error, frames = 0.0, 0
+    error, frames, codes = 0.0, 0, 0
 
     def side_by_side():
-        nonlocal error, frames
-        for window, reconstruction in windows:
-            for original, reconstructed in zip(window.frames[: window.valid], reconstruction, strict=False):
+        nonlocal error, frames, codes
+        for window, reconstruction, lengths in windows:
+            codes += int(lengths.sum())
+            shares = lengths.mean(axis=0) / (ladder.rungs[-1] if ladder else 1)
+            for i, (original, reconstructed) in enumerate(
+                zip(window.frames[: window.valid], reconstruction, strict=False)
+            ):
                 error += float(np.mean(np.square(reconstructed - original / np.float32(255)), dtype=np.float64))
                 pair = original, to_uint8(reconstructed)
                 if frames in shown:
-                    grid.append(pair)
+                    bar = [_bar(original.shape, shares[i * len(shares) // len(reconstruction)])] if ladder else []
+                    grid.append((*pair, *bar))
                 frames += 1
                 yield np.concatenate(pair, axis=1)
 
@@ -192,4 +219,11 @@ def _write_pair(
         path.with_name(f"{path.name.removesuffix('.mp4')}.png"),
         frame_grid([np.stack(row) for row in zip(*grid, strict=True)]),
     )
-    return -10.0 * float(np.log10(max(error / frames, SMALLEST_MSE))), frames
+    return -10.0 * float(np.log10(max(error / frames, SMALLEST_MSE))), frames, codes
+
+
+def _bar(shape: tuple[int, ...], share: float) -> np.ndarray:
+    """An image of this shape with a bar from below of this share of its height, uint8."""
+    bar = np.full(shape, 240, np.uint8)
+    bar[shape[0] - round(shape[0] * share) :] = BAR_COLOR
+    return bar

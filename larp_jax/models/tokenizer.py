@@ -198,7 +198,7 @@ class Tokenizer(nnx.Module):
 
     def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
         """The first half of `__call__`, with the same arguments."""
-        lengths = self._lengths(lengths, len(video))
+        lengths = self._lengths(lengths, video.shape[0])
         return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
 
     def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -206,7 +206,7 @@ class Tokenizer(nnx.Module):
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, len(z_q)))
+        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
 
     def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""

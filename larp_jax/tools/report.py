@@ -16,7 +16,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.evaluation.registry import every_metric
 from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
-from larp_jax.tools import analysis, charts, experiment_results
+from larp_jax.tools import analysis, charts, code_lengths, experiment_results
 from larp_jax.tools.charts import Chart, Series, is_number
 from larp_jax.training.writers import read_metrics
 from larp_jax.version import __version__
@@ -107,6 +107,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         videos=_videos(workdir, notes),
         codebook=_codebook(workdir, notes),
         **_results(workdir, notes),
+        code_folders=_code_folders(workdir, notes),
         settings=_settings(config),
         notes=notes,
     )
@@ -289,6 +290,17 @@ def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
             kind = type(error).__name__
             notes.append(f"{name} does not have the format that larp-jax writes ({kind}: {reason(error)})")
     return {"evaluations": evaluations, "analyses": analyses}
+
+
+def _code_folders(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Where the codes went, of each folder of codes of different lengths in the workdir."""
+    found = []
+    for folder in code_lengths.folders(workdir):
+        try:
+            found.append(code_lengths.described(folder))
+        except InputError as error:
+            notes.append(reason(error))
+    return found
 
 
 def _evaluation(name: str, held: Mapping) -> dict[str, Any]:
