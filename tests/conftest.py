@@ -56,8 +56,7 @@ def videos_dir() -> pathlib.Path:
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
     """Runs of the same recipe in one process share their stage, and so its compiled programs."""
-    from larp_jax.training.generator import GeneratorTask
-    from larp_jax.training.tokenizer import TokenizerTask
+    from larp_jax.training.stages import TASKS
 
     stages = {}
 
@@ -76,7 +75,7 @@ def shared_programs():
         return staticmethod(stage_of)
 
     with pytest.MonkeyPatch.context() as patch:
-        for task in (TokenizerTask, GeneratorTask):
+        for task in TASKS.values():
             patch.setattr(task, "stage_class", share(task.stage_class))
         yield
 
@@ -108,6 +107,22 @@ def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(own / "tfds"))
         yield own / "run"
+
+
+@pytest.fixture(scope="session")
+def adaptive_run(tmp_path_factory, shared_programs) -> pathlib.Path:
+    """Workdir of a run of tests/configs/tiny.py:adaptive, a tokenizer with a ladder."""
+    from larp_jax import cli
+    from larp_jax.data import moving_shapes
+
+    folder = tmp_path_factory.mktemp("adaptive")
+    config = pathlib.Path(__file__).parent / "configs" / "tiny.py:adaptive"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        with pytest.MonkeyPatch.context() as small:
+            small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+            assert cli.main(["train", "--config", str(config), "--workdir", str(folder / "run")]) == 0
+        yield folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A tokenizer with a ladder from training to codes on disk, on the command line and in Python."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -18,14 +17,8 @@ CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shared_programs):
-    """Workdir of a run of tests/configs/tiny.py:adaptive."""
-    folder = tmp_path_factory.mktemp("adaptive")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
-        patch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
-        assert cli.main(["train", "--config", f"{CONFIG}:adaptive", "--workdir", str(folder / "run")]) == 0
-        yield folder / "run"
+def run(adaptive_run):
+    return adaptive_run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def test_training_draws_assignments(run, adaptive):
     assert recipe.model == adaptive.config
     stage = TokenizerStage(recipe)
     clips = np.zeros((4096, 1))
-    drawn, again, other = (np.asarray(stage.lengths(clips, jax.random.key(i))) for i in (0, 0, 1))
+    drawn, again, other = (np.asarray(stage.lengths(clips, jax.random.key(i), {})) for i in (0, 0, 1))
     assert np.array_equal(drawn, again) and not np.array_equal(drawn, other)
     rows, counts = np.unique(drawn, axis=0, return_counts=True)
     assert rows.tolist() == [list(x) for x in recipe.model.adaptive.assignments]
