@@ -120,7 +120,8 @@ def test_allocate_writes_what_a_single_clip_gives_and_continues(allocated, adapt
         for lengths in (found.ladder.assignments[0], tuple(row["lengths"])):
             whole = tokenizer.reconstruct(video[None], budget=lengths)
             psnr = metrics.psnr(video[None] / np.float32(255), whole)
-            np.testing.assert_allclose(found.values["psnr"][number, found.ladder.assignments.index(lengths)], psnr, atol=1e-3)
+            measured = found.values["psnr"][number, found.ladder.assignments.index(lengths)]
+            np.testing.assert_allclose(measured, psnr, atol=1e-3)
         assert row["reward"] == pytest.approx(found.rewards[number].max())
 
     again = shutil.copytree(output, tmp_path / "again")

@@ -9,11 +9,9 @@ import pytest
 import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
-from larp_jax.data import codes as codes_on_disk, moving_shapes
+from larp_jax.data import codes as codes_on_disk
 from larp_jax.errors import InputError
 from larp_jax.training.tokenizer import TokenizerStage
-
-CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
