@@ -148,7 +148,8 @@ class LoadedTokenizer:
         router: tuple[Router, Mapping] | None = None,
     ):
         self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
-        self._router, self._assigners = router, {}
+        self._router = router
+        self._assigners: dict[str, tuple] = {}  # parameters and compiled function of each budget
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
         params = _checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
@@ -255,7 +256,7 @@ class LoadedTokenizer:
                 f"budget {budget}: this tokenizer has no model.ladder and gives every clip {self.config.num_tokens}"
                 " codes; leave it out"
             )
-        if isinstance(budget, (str, int)):
+        if ladder is not None and isinstance(budget, (str, int)):
             chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
         elif ladder is not None:
             chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")

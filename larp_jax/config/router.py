@@ -5,7 +5,7 @@ import functools
 
 from larp_jax.config.checks import require
 from larp_jax.config.ladder import Ladder
-from larp_jax.config.models import NUMBERS, TransformerConfig, from_size
+from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, from_size
 from larp_jax.config.training import GeneratorOptimConfig, Recipe
 
 # EVATok names its router ViT-S, here with the width, depth and heads of Touvron et al. 2020 (arXiv 2012.12877). It has
@@ -52,6 +52,11 @@ class RouterConfig:
         """`InputError` if a setting is open, which only training on rewards fills in."""
         for name in ("frames", "resolution", "num_tokens", "blocks", "ladder"):
             require(bool(getattr(self, name)), f"model.{name} must be given, because no rewards say it")
+
+    def for_tokenizer(self, tokenizer: TokenizerConfig) -> "RouterConfig":
+        """These settings for the clips and assignments of a tokenizer with a ladder."""
+        same = ("frames", "resolution", "num_tokens", "blocks", "ladder")
+        return dataclasses.replace(self, **{name: getattr(tokenizer, name) for name in same})
 
     @functools.cached_property
     def adaptive(self) -> Ladder:
