@@ -26,7 +26,8 @@ def settings(cls, path: str):
     yield f"### `{path}`\n\n{prose(cls)}\n\n| setting | type | default |\n|---|---|---|\n"
     for field in leaves:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        yield f"| `{path}.{field.name}` | {str(field.type) if typing.get_args(field.type) else field.type.__name__} | `{default!r}` |\n"
+        kind = str(field.type) if typing.get_args(field.type) else field.type.__name__
+        yield f"| `{path}.{field.name}` | {kind} | `{default!r}` |\n"
     yield "\n"
     for field in fields:
         if field not in leaves:
