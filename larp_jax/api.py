@@ -251,14 +251,15 @@ class LoadedTokenizer:
           InputError: as for `assign`.
         """
         ladder, chosen = self.config.adaptive, None
-        if ladder is None and budget is not None:
-            raise InputError(
-                f"budget {budget}: this tokenizer has no model.ladder and gives every clip {self.config.num_tokens}"
-                " codes; leave it out"
-            )
-        if ladder is not None and isinstance(budget, (str, int)):
+        if ladder is None:
+            if budget is not None:
+                raise InputError(
+                    f"budget {budget}: this tokenizer has no model.ladder and gives every clip"
+                    f" {self.config.num_tokens} codes; leave it out"
+                )
+        elif isinstance(budget, (str, int)):
             chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
-        elif ladder is not None:
+        else:
             chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
         return Assigner(self.config, chosen, self.module, self._router)
 
