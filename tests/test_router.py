@@ -153,7 +153,7 @@ def test_budgets_that_depend_on_the_clip(folders, adaptive_run, tmp_path, capsys
          "--budget", "greedy:10", code=2)  # fmt: skip
     assert "gives clips different numbers of codes" in capsys.readouterr().err
     call("evaluate", "--checkpoint", folders / "run", "--data", "moving_shapes:test", code=2)
-    assert "holds a router; give its tokenizer as --checkpoint" in capsys.readouterr().err
+    assert "holds a router; give its tokenizer, with --budget auto" in capsys.readouterr().err
 
 
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):

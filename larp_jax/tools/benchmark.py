@@ -271,9 +271,8 @@ def benchmark_codec(
             calls["router"] = _router_choice(router, batch, precision, mesh)
         times = _times_in_turns(calls, seconds)
     count, ceiling = flops.codec(config)[what], ceilings.rates(times)
-    choice = {}
-    if router is not None:
-        choice = {"router_ms": 1e3 * times["router"], "router_share": times["router"] / times["batch"]}
+    share = times.get("router", 0.0) / times["batch"]
+    choice = {} if router is None else {"router_ms": 1e3 * times["router"], "router_share": share}
     return {
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "clip": list(config.clip_shape),
