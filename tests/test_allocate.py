@@ -97,23 +97,23 @@ def call(*arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def allocated(adaptive_run, tmp_path_factory):
+def allocated(untrained, tmp_path_factory):
     """Rewards of 12 clips under a tokenizer of tests/configs/tiny.py:adaptive, in three shards."""
     folder = tmp_path_factory.mktemp("allocated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocate, "SHARD_CLIPS", 5)
-        command = ["allocate", "--checkpoint", adaptive_run, "--data", "moving_shapes", "--max-clips", 12]
+        command = ["allocate", "--checkpoint", untrained, "--data", "moving_shapes", "--max-clips", 12]
         call(*command, "--metric", "psnr", "--output", folder / "out")
     return folder / "out", command
 
 
-def test_allocate_writes_what_a_single_clip_gives_and_continues(allocated, adaptive_run, tmp_path, monkeypatch, capsys):
+def test_allocate_writes_what_a_single_clip_gives_and_continues(allocated, untrained, tmp_path, monkeypatch, capsys):
     output, command = allocated
     monkeypatch.setattr(allocate, "SHARD_CLIPS", 5)
     found = rewards.RewardSet(output)
     manifest = found.manifest
     assert [shard["rows"] for shard in manifest["shards"]] == [5, 5, 2] and manifest["statistics"]["clips"] == 12
-    tokenizer = larp_jax.load_tokenizer(adaptive_run)
+    tokenizer = larp_jax.load_tokenizer(untrained)
     for number in (0, 11):
         row = manifest["rows"][number]
         video, _ = found.source.read_clip(row["video"], row["start"], found.clip)
@@ -141,23 +141,30 @@ def test_allocate_writes_what_a_single_clip_gives_and_continues(allocated, adapt
     capsys.readouterr()
     call(*command, "--max-clips", 6, "--metric", "psnr", "--output", output, code=2)
     assert "was started with max_clips 12, not 6" in capsys.readouterr().err
-    call("allocate", "--checkpoint", adaptive_run, "--data", f"rewards:{output}", "--output", tmp_path / "x", code=2)
+    call("allocate", "--checkpoint", untrained, "--data", f"rewards:{output}", "--output", tmp_path / "x", code=2)
     assert "contains rewards, on which only routers train" in capsys.readouterr().err
 
 
-def test_processes_share_the_clips(allocated, adaptive_run, tmp_path, monkeypatch):
-    """The share of each of two hosts, one after the other in this process."""
-    output, command = allocated
+def test_two_hosts_give_what_one_gives(allocated, untrained, tmp_path, monkeypatch):
+    """Both in this process: the second works while the first waits for it."""
+    output, _ = allocated
+    tokenizer, written, host = larp_jax.load_tokenizer(untrained), [], [0]
+
+    def run():
+        return allocate.allocate(tokenizer, "moving_shapes", tmp_path / "out", metric="psnr", max_clips=12)
+
+    def wait(name):
+        if host[0] == 0:
+            host[0] = 1
+            assert run() == {}
+            host[0] = 0
+
+    write = rewards.write_shard
+    monkeypatch.setattr(rewards, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
     monkeypatch.setattr(allocate, "SHARD_CLIPS", 5)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(batches.multihost_utils, "sync_global_devices", lambda name: None)
-    measured = []
-    write = rewards.write_shard
-    monkeypatch.setattr(rewards, "write_shard", lambda path, *rest: (measured.append(path.name), write(path, *rest)))
-    tokenizer = larp_jax.load_tokenizer(adaptive_run)
-    for process in (1, 0):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found = allocate.allocate(tokenizer, "moving_shapes", tmp_path / "out", metric="psnr", max_clips=12)
-        assert bool(found) == (process == 0)
-    assert measured == [f"rewards-0000{i}-of-00003.npz" for i in (1, 0, 2)]
-    assert found == rewards.read_manifest(output)
+    monkeypatch.setattr(jax, "process_index", lambda: host[0])
+    monkeypatch.setattr(batches.multihost_utils, "sync_global_devices", wait)
+    assert run() == rewards.read_manifest(output)
+    assert written == [f"rewards-0000{i}-of-00003.npz" for i in (0, 2, 1)]
+    np.testing.assert_array_equal(rewards.RewardSet(tmp_path / "out").rewards, rewards.RewardSet(output).rewards)

@@ -1,6 +1,7 @@
 """A tokenizer with a ladder from training to codes on disk, on the command line and in Python."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,14 +10,22 @@ import pytest
 import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
-from larp_jax.data import codes as codes_on_disk
+from larp_jax.data import codes as codes_on_disk, moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.training.tokenizer import TokenizerStage
 
+CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
+
 
 @pytest.fixture(scope="module")
-def run(adaptive_run):
-    return adaptive_run
+def run(tmp_path_factory, shared_programs):
+    """Workdir of a run of tests/configs/tiny.py:adaptive."""
+    folder = tmp_path_factory.mktemp("adaptive")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        patch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+        assert cli.main(["train", "--config", f"{CONFIG}:adaptive", "--workdir", str(folder / "run")]) == 0
+        yield folder / "run"
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,12 @@ def call(*arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def folders(adaptive_run, tmp_path_factory):
+def folders(untrained, tmp_path_factory):
     """Rewards of training and test clips, and a router trained on them."""
     folder = tmp_path_factory.mktemp("router")
     for split, count in (("train", 16), ("test", 8)):
         data = ["--data", f"moving_shapes:{split}", "--max-clips", count, "--output", folder / split]
-        call("allocate", "--checkpoint", adaptive_run, "--metric", "psnr", *data)
+        call("allocate", "--checkpoint", untrained, "--metric", "psnr", "--length-weight", 0, *data)
     call("train", "--config", TINY, "--workdir", folder / "run", *data_of(folder))
     return folder
 
@@ -117,8 +117,8 @@ def test_scores_are_those_of_the_choices(folders):
     assert scores["eval/reward_share_uniform"] == pytest.approx(max(uniform) / best, rel=1e-4)
 
 
-def test_budgets_that_depend_on_the_clip(folders, adaptive_run, tmp_path, capsys):
-    tokenizer = larp_jax.load_tokenizer(adaptive_run, router=folders / "run")
+def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
+    tokenizer = larp_jax.load_tokenizer(untrained, router=folders / "run")
     clips = rewards.RewardSet(folders / "test")
     video = np.stack([clips.source.read_clip(i, 0, clips.clip)[0] for i in range(4)])
     levels = np.sort(clips.values["psnr"], axis=None)
@@ -127,11 +127,11 @@ def test_budgets_that_depend_on_the_clip(folders, adaptive_run, tmp_path, capsys
         assert codes.shape == (4, 12) and lengths.sum(axis=1).max() <= 12
         assert {tuple(row) for row in lengths} <= set(clips.ladder.assignments)
         np.testing.assert_array_equal(lengths, tokenizer.assign(video, budget))
-    tokenize = ["tokenize", "--checkpoint", adaptive_run, "--input", "moving_shapes:test", "--max-clips", 4, "--output"]
+    tokenize = ["tokenize", "--checkpoint", untrained, "--input", "moving_shapes:test", "--max-clips", 4, "--output"]
     call(*tokenize, tmp_path / "auto", "--budget", "auto", "--router", folders / "run")
     manifest = read_manifest(tmp_path / "auto")
     assert manifest["budget"] == "auto"
-    some = ["evaluate", "--checkpoint", adaptive_run, "--data", "moving_shapes:test", "--max-clips", 8, "--output"]
+    some = ["evaluate", "--checkpoint", untrained, "--data", "moving_shapes:test", "--max-clips", 8, "--output"]
     call(*some, tmp_path / "e.json", "--budget", "auto", "--router", folders / "run", "--batch-size", 8)
     assert json.loads((tmp_path / "e.json").read_text())["metrics"]["codes"] == logged(folders / "run")[3]["eval/codes"]
     call(*some, tmp_path / "e.json", "--budget", "greedy:0", "--batch-size", 8)
@@ -144,12 +144,12 @@ def test_budgets_that_depend_on_the_clip(folders, adaptive_run, tmp_path, capsys
         return capsys.readouterr().err
 
     assert "budget auto needs a router" in refused("--budget", "auto")
-    assert "holds a tokenizer; give a router" in refused("--budget", "auto", "--router", adaptive_run)
+    assert "holds a tokenizer; give a router" in refused("--budget", "auto", "--router", untrained)
     assert "no checkpoint in" in refused("--budget", "auto", "--router", tmp_path / "missing")
     assert "give the PSNR in dB" in refused("--budget", "greedy:much")
     assert "give the PSNR in dB" in refused("--budget", "greedy:ssim=0.9")
     assert "bits=B, auto or greedy:DB" in refused("--budget", "few")
-    call("analyze", "--checkpoint", adaptive_run, "--data", "moving_shapes:test", "--output", tmp_path / "y",
+    call("analyze", "--checkpoint", untrained, "--data", "moving_shapes:test", "--output", tmp_path / "y",
          "--budget", "greedy:10", code=2)  # fmt: skip
     assert "gives clips different numbers of codes" in capsys.readouterr().err
     call("evaluate", "--checkpoint", folders / "run", "--data", "moving_shapes:test", code=2)

@@ -136,9 +136,14 @@ def read_shard(
     return found, windows
 
 
+def new_manifest(**contents) -> dict[str, Any]:
+    """A manifest in the current version; `contents` are the other keys at the top of this module."""
+    return {"format": FORMAT, "version": VERSION, **contents}
+
+
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest, which marks the folder as complete; its shards must exist."""
-    files.write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest})
+    files.write_json(directory / MANIFEST, manifest)
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def evaluate(
     found = api.load_checkpoint(checkpoint, weights=weights, kind=None)
     stages = {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}
     if found.recipe.stage not in stages:
-        raise InputError(f"{checkpoint} holds a {found.recipe.stage}; give its tokenizer, with --budget auto --router R")
+        raise InputError(f"{checkpoint} holds a {found.recipe.stage}; give its tokenizer, with --budget auto")
     scores, described, more = stages[found.recipe.stage](request, found)
     definitions = {"clips": CLIPS} | registry.definitions()
     described |= {

@@ -103,7 +103,7 @@ def allocate(
                 progress.update(len(numbers))
         manifest = {}
         if run.is_last():
-            manifest = _manifest(run.path, count, described, reward, source, windows)
+            manifest = rewards.new_manifest(**_contents(run.path, count, described, reward, source, windows))
             rewards.write_manifest(run.path, manifest)
     return manifest
 
@@ -157,10 +157,10 @@ def _is_whole(path, metrics: list[str], ladder) -> bool:
     return True
 
 
-def _manifest(
+def _contents(
     folder, count: int, described: dict[str, Any], reward: Reward, source: data.Source, windows: list[tuple[int, int]]
 ) -> dict[str, Any]:
-    """The manifest of a folder whose shards are complete."""
+    """What the manifest of a folder says whose shards are complete."""
     ladder = rewards.ladder_of(described)
     names = [rewards.shard_name(number, count) for number in range(count)]
     shards = [rewards.read_shard(folder / name, described["metrics"], ladder) for name in names]
