@@ -157,14 +157,11 @@ def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
 
 
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):
-    adaptive = ["train", "--config", f"{CONFIGS / 'tiny.py'}:adaptive", "--config.steps=3"]
+    adaptive = ["train", "--config", f"{CONFIGS / 'tiny.py'}:adaptive", "--config.steps=3", "--config.loss.prior_weight=0"]
     under = [*adaptive, "--config.budget=auto", f"--config.router={folders / 'run'}"]
     call(*under, "--workdir", tmp_path / "run")
     lines = logged(tmp_path / "run")
     assert lines[2]["eval/codes"] == logged(folders / "run")[3]["eval/codes"]
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
-    call(*under, "--workdir", tmp_path / "run")
-    assert logged(tmp_path / "run") == lines
     other = shutil.copytree(folders / "run", tmp_path / "moved")  # the same router at another place
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
     call(*adaptive, "--config.budget=auto", f"--config.router={other}", "--workdir", tmp_path / "run")
