@@ -8,10 +8,10 @@ layers of width 512 with 8 heads and a decoder of 12 layers of width 768 with 12
 unit length, commitment weight 0.25; random numbers of codes in the first stage, Kinetics-600 and UCF101.
 
 Not stated, or different here: the networks are LARP's stack over [patches; queries] with one block-causal mask, not
-cross-attention, and SVQ with LARP's prior take the place of plain VQ (--config.model.quantizer.kind=vq,
---config.loss.prior_weight=0); a clip has at most 1024 codes; the paper's alignment with video features and its
-discriminator on a frozen network are not part of this recipe. Steps, batch, rates and the other losses are LARP's. This
-recipe has not been run to completion yet.
+cross-attention (105 M parameters, not 145 M), and SVQ with LARP's prior take the place of plain VQ
+(--config.model.quantizer.kind=vq, --config.loss.prior_weight=0). A clip has at most 1024 codes, which 472 of the 625
+assignments fit. The paper's alignment with video features and its discriminator on a frozen network are not part of
+this recipe. Steps, batch, rates and the other losses are LARP's. This recipe has not been run to completion yet.
 
 Data: as for configs/larp_l_long.py. Attention with a mask runs without fused kernels (docs/adaptive.md): if memory does
 not suffice, use --config.accumulate=2 (4, 8) or --config.remat=block.
