@@ -1,6 +1,6 @@
 """A router that chooses how many codes a clip gets, at the size of EVATok (arXiv 2603.12267).
 
-    larp-jax allocate --checkpoint runs/evatok --data DATA --output runs/evatok_rewards
+    larp-jax allocate --checkpoint runs/evatok --data folder:videos --output runs/evatok_rewards
     larp-jax train --config configs/router.py --workdir runs/router --config.data.train=rewards:runs/evatok_rewards
 
     larp-jax allocate --checkpoint runs/adaptive --data moving_shapes/busy:train --output runs/adaptive_rewards
