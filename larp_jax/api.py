@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import files
+from larp_jax.allocation import Assigner
 from larp_jax.config import TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
-from larp_jax.models import packing
 from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
+from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
@@ -27,7 +28,13 @@ from larp_jax.weights.fingerprint import fingerprint
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
 
 
-def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh | None = None) -> "LoadedTokenizer":
+def load_tokenizer(
+    path: str | os.PathLike,
+    *,
+    weights: str = "ema",
+    mesh: Mesh | None = None,
+    router: str | os.PathLike | None = None,
+) -> "LoadedTokenizer":
     """Loads a trained tokenizer.
 
     Args:
@@ -36,9 +43,10 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
         hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, which is downloaded and cached.
       weights: `ema` for the EMA weights if the checkpoint has them, `raw` for the raw weights.
       mesh: devices for the parameters and for splitting batches; the default device without.
+      router: checkpoint of the router that chooses with the budget `auto`.
 
     Raises:
-      InputError: the checkpoint does not exist, cannot be read, or is not one of a tokenizer.
+      InputError: a checkpoint does not exist, cannot be read, or is of another kind.
       HubError: the hub does not answer.
     """
     found = load_checkpoint(path, weights=weights)
@@ -50,7 +58,15 @@ def load_tokenizer(path: str | os.PathLike, *, weights: str = "ema", mesh: Mesh 
         mesh=mesh,
         fps=sampled.fps,
         stride=sampled.stride,
+        router=None if router is None else load_router(router, weights=weights),
     )
+
+
+def load_router(path: str | os.PathLike, *, weights: str = "ema") -> tuple[Router, dict]:
+    """The module of a trained router, without its weights, and these; arguments and errors as for `load_tokenizer`."""
+    found = load_checkpoint(path, weights=weights, kind="router")
+    module = nnx.eval_shape(lambda: Router(found.recipe.model, rngs=nnx.Rngs(0)))
+    return module, checked_params(module, found.params["router"], "router")
 
 
 def load_generator(
@@ -76,7 +92,7 @@ def load_checkpoint(
 ) -> checkpoint.Checkpoint:
     """Loads a checkpoint with its recipe and all its parameters. Arguments and errors are those of `load_tokenizer`.
 
-    `kind` is the model that it must contain: `tokenizer`, `generator`, or None for either.
+    `kind` is the model that it must contain: `tokenizer`, `generator` or `router`, or None for any.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"weights={weights!r} is not known; choose ema or raw")
@@ -120,6 +136,7 @@ class LoadedTokenizer:
       mesh: devices for the parameters and for splitting batches whose size is divisible; the default device without.
       fps: rate at which its training clips were sampled; 0 for those of the videos.
       stride: every how many frames one was taken.
+      router: the module and parameters that choose with the budget `auto`, from `load_router`.
 
     Attributes:
       config: as given.
@@ -138,8 +155,11 @@ class LoadedTokenizer:
         mesh: Mesh | None = None,
         fps: float = 0.0,
         stride: int = 1,
+        router: tuple[Router, Mapping] | None = None,
     ):
         self.config, self.step, self._mesh, self.fps, self.stride = config, step, mesh, fps, stride
+        self._router = router
+        self._assigners: dict[str, tuple] = {}  # parameters and compiled function of each budget
         module = nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
         params = checked_params(module, params, "tokenizer")
         self._params = jax.device_put(params, mesh and sharding.param_shardings(params, mesh))
@@ -210,39 +230,48 @@ class LoadedTokenizer:
 
         Args:
           video: [B, T, H, W, C], as for `encode`.
-          budget: text as for `--budget`, such as "128", "32,64,32,32" or "bits=1024"; a number of codes; the numbers of
-            each block, for all clips [blocks] or each [B, blocks]; or None for the most codes in equal blocks.
+          budget: text as for `--budget`, such as "128", "32,64,32,32", "bits=1024", "auto" or "greedy:30"; a number of
+            codes; the numbers of each block, for all clips [blocks] or each [B, blocks]; or None for the most codes in
+            equal blocks.
 
         Returns:
           [B, blocks] int32; None if the tokenizer has no ladder and therefore the same number of codes for every clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer.
+          InputError: the budget does not fit the tokenizer, or needs a router or weights that are missing.
         """
-        if budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2:
-            lengths = self.assigner(budget)(video)
-            return None if lengths is None else np.asarray(lengths)
-        return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
+        if not (budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2):
+            return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
+        name = str(budget)
+        if name not in self._assigners:
+            assigner = self.assigner(budget)
+            self._assigners[name] = assigner.params, jax.jit(assigner)
+        params, assign = self._assigners[name]
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            lengths = assign({"tokenizer": self._params, **params}, self._split(video))
+        return None if lengths is None else np.asarray(lengths)
 
-    def assigner(self, budget: Budget = None) -> Callable[[Any], jax.Array | None]:
-        """A function from videos [B, T, H, W, C] to the result of `assign`, which can be traced by `jax.jit`.
+    def assigner(self, budget: Budget = None) -> Assigner:
+        """What `assign` computes, as a function that can be traced.
 
         Args:
           budget: as for `assign`, but not with a row for each clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer.
+          InputError: as for `assign`.
         """
-        ladder = self.config.adaptive
+        ladder, chosen = self.config.adaptive, None
         if ladder is None:
             if budget is not None:
                 raise InputError(
                     f"budget {budget}: this tokenizer has no model.ladder and gives every clip"
                     f" {self.config.num_tokens} codes; leave it out"
                 )
-            return lambda video: None
-        fixed = ladder.largest if budget is None else ladder.named(budget, self.config.quantizer.codebook_size)
-        return lambda video: packing.repeated(fixed, len(video))
+        elif isinstance(budget, (str, int)):
+            chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
+        else:
+            chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
+        return Assigner(self.config, chosen, self.module, self._router)
 
     def encode_frames(self, frames: jax.Array | np.ndarray, *, budget: Budget = None) -> Any:
         """Encodes the first frames of clips, as generators are given them: the last is held still to the clip's end.

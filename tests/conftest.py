@@ -56,8 +56,7 @@ def videos_dir() -> pathlib.Path:
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
     """Runs of the same recipe in one process share their stage, and so its compiled programs."""
-    from larp_jax.training.generator import GeneratorTask
-    from larp_jax.training.tokenizer import TokenizerTask
+    from larp_jax.training.stages import TASKS
 
     stages = {}
 
@@ -76,7 +75,7 @@ def shared_programs():
         return staticmethod(stage_of)
 
     with pytest.MonkeyPatch.context() as patch:
-        for task in (TokenizerTask, GeneratorTask):
+        for task in TASKS.values():
             patch.setattr(task, "stage_class", share(task.stage_class))
         yield
 
@@ -108,6 +107,35 @@ def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(own / "tfds"))
         yield own / "run"
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> pathlib.Path:
+    """A checkpoint of the tokenizer of tests/configs/tiny.py:adaptive with random weights; moving shapes are small."""
+    import runpy
+
+    from flax import nnx
+
+    from larp_jax.config import parse_recipe, to_dict
+    from larp_jax.data import ClipSpec, moving_shapes, open_source
+    from larp_jax.models.tokenizer import Tokenizer
+    from larp_jax.weights import checkpoint
+
+    folder = tmp_path_factory.mktemp("adaptive")
+    config = runpy.run_path(str(pathlib.Path(__file__).parent / "configs" / "tiny.py"))["get_config"]("adaptive")
+    recipe = parse_recipe(config)
+    params = nnx.to_pure_dict(nnx.state(Tokenizer(recipe.model, rngs=nnx.Rngs(0)), nnx.Param))
+    leaves, tree = jax.tree.flatten(params)  # noise, because some weights start at zero
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    params = {"tokenizer": jax.tree.unflatten(tree, leaves)}
+    checkpoint.write_imported(folder / "tokenizer", to_dict(recipe), params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        with pytest.MonkeyPatch.context() as small:
+            small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+            open_source("moving_shapes", ClipSpec(8, 32))
+        yield folder / "tokenizer"
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def found(data, tmp_path_factory):
     start = StartConfig(anchored=True)
     recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, **learned), start=start)
     stage, key = TokenizerStage(recipe), jax.random.key(0)
-    state = jax.jit(stage.set_codebook)(jax.jit(stage.init)(key), clips(data, 11)[None], key)
+    state = jax.jit(stage.set_codebook)(jax.jit(stage.init)(key), clips(data, 11)[None], key, {})
     head = state.params["tokenizer"]["decoder"]["head"]  # zero in a fresh decoder
     head["kernel"] = 0.03 * jax.random.normal(key, head["kernel"].shape)
     head["bias"] = jnp.full_like(head["bias"], 0.5)

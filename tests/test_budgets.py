@@ -54,7 +54,7 @@ def test_training_draws_assignments(run, adaptive):
     assert recipe.model == adaptive.config
     stage = TokenizerStage(recipe)
     clips = np.zeros((4096, 1))
-    drawn, again, other = (np.asarray(stage.lengths(clips, jax.random.key(i))) for i in (0, 0, 1))
+    drawn, again, other = (np.asarray(stage.lengths(clips, jax.random.key(i), {})) for i in (0, 0, 1))
     assert np.array_equal(drawn, again) and not np.array_equal(drawn, other)
     rows, counts = np.unique(drawn, axis=0, return_counts=True)
     assert rows.tolist() == [list(x) for x in recipe.model.adaptive.assignments]

@@ -20,7 +20,7 @@ from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import probe, resize_frames, write_png, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, generated, protocols
-from larp_jax.inference import generate
+from larp_jax.inference import batches, generate
 from larp_jax.inference.tokenize import detokenize
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
@@ -181,7 +181,7 @@ def test_each_host_takes_its_share(by_class, tokenizer, tmp_path, monkeypatch):
             assert not (tmp_path / "manifest.json").exists()
             monkeypatch.setattr(jax, "process_index", lambda: 0)
 
-    monkeypatch.setattr(generate.multihost_utils, "sync_global_devices", other_host)
+    monkeypatch.setattr(batches.multihost_utils, "sync_global_devices", other_host)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sample()
     names = [f"codes-{i:05d}-of-00003.npz" for i in range(3)]

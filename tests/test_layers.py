@@ -20,6 +20,7 @@ LAYERS = (
     {"inference"},
     {"api"},
     {"generator_api"},
+    {"allocation"},
     {"weights"},
     {"data"},
     {"runtime"},

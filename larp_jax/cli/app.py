@@ -26,6 +26,7 @@ COMMANDS = (
     inference.add_reconstruct,
     inference.add_tokenize,
     inference.add_detokenize,
+    inference.add_allocate,
     inference.add_sample,
     inference.add_predict,
     weights.add_export,

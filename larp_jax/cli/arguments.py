@@ -1,6 +1,7 @@
 """Arguments that commands share, the types of their values, and checks of paths."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -99,8 +100,10 @@ def add_budget(sub) -> None:
     sub.add_argument(
         "--budget", metavar="B",
         help="codes of a clip, for tokenizers with a ladder: a number in equal blocks such as 128, that of each block"
-        " such as 32,64,32,32, or bits=B for at most so many bits (default: the most codes in equal blocks)",
+        " such as 32,64,32,32, bits=B for at most so many bits, auto for the choice of a router, or greedy:DB or"
+        " greedy:lpips=D for the fewest that reach this PSNR or LPIPS (default: the most codes in equal blocks)",
     )  # fmt: skip
+    sub.add_argument("--router", metavar="R", help="the router of --budget auto: a workdir or a checkpoint")
 
 
 def add_batch_size(sub) -> None:
@@ -176,12 +179,13 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "output", "samples")  # may be in a bucket
-MODELS = ("checkpoint", "tokenizer", "source")  # may be repositories of the hub
+PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
+MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories of the hub
+_READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
-FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "sample", "predict", "prepare")
+FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "prepare")
 
 
 def _allowed(name: str, text: str) -> tuple[str, ...]:
@@ -189,7 +193,7 @@ def _allowed(name: str, text: str) -> tuple[str, ...]:
     if name == "overrides" and text.startswith(MODEL_SETTINGS):
         return storage.SCHEME, hub.SCHEME
     written = name == "overrides" and not text.startswith("--config.data.")
-    return (storage.SCHEME,) if name == "source" or "tokens:gs://" in text or written else ()
+    return (storage.SCHEME,) if name == "source" or _READS_BUCKETS.search(text) or written else ()
 
 
 def check_paths(arguments: argparse.Namespace) -> None:

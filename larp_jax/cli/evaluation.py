@@ -66,7 +66,7 @@ def _evaluate(arguments):
     if arguments.output:
         files.check_output(arguments.output, ours=_is_evaluation)
     same = ("metrics", "tokenizer", "protocol", "training_data", "max_clips", "weights", "lpips", "i3d", "samples")
-    same += ("budget", "seed", "precision", "batch_size")
+    same += ("budget", "router", "seed", "precision", "batch_size")
     result = larp_jax.evaluate(
         arguments.checkpoint,
         arguments.data,

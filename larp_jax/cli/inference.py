@@ -16,6 +16,7 @@ from larp_jax.cli.arguments import (
     count,
     positive,
 )
+from larp_jax.cli.output import print_table
 from larp_jax.errors import InputError
 
 
@@ -42,7 +43,7 @@ def _reconstruct(arguments):
     from larp_jax import api
     from larp_jax.inference import reconstruct
 
-    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
     reconstruct.reconstruct(
         tokenizer,
         arguments.input,
@@ -81,7 +82,7 @@ def _tokenize(arguments):
     from larp_jax import api
     from larp_jax.inference import tokenize
 
-    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
     manifest = tokenize.tokenize(
         tokenizer,
         arguments.input,
@@ -121,6 +122,53 @@ def _detokenize(arguments):
     tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
     written = tokenize.detokenize(tokenizer, arguments.input, arguments.output, batch_size=arguments.batch_size)
     print(f"{len(written)} videos, in {arguments.output}")
+
+
+def add_allocate(commands) -> None:
+    """Adds the command allocate."""
+    sub = add_command(
+        commands,
+        "allocate",
+        _allocate,
+        "measure clips with every number of codes, and find the best, from which a router learns",
+        "--checkpoint runs/adaptive --data moving_shapes/busy:train --output runs/adaptive_rewards",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--data", required=True, metavar="SPEC", help=f"{SPEC}; the split train by default")
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
+    )
+    sub.add_argument(
+        "--metric", choices=("lpips", "psnr"), help="the quality of a reward (default: lpips if its weights are found)"
+    )
+    sub.add_argument("--lpips", metavar="FILE", help="weights of LPIPS (default: where larp-jax doctor looks)")
+    sub.add_argument(
+        "--quality-weight", type=float, default=1.2, metavar="W", help="how much quality counts (default: 1.2)"
+    )
+    sub.add_argument("--length-weight", type=float, default=0.8, metavar="W", help="how much codes cost (default: 0.8)")
+    sub.add_argument(
+        "--max-clips", type=count, default=0, metavar="N",
+        help="at most N clips, spread evenly over the data set; 0 for all (default)",
+    )  # fmt: skip
+    add_batch_size(sub)
+    add_processes(sub)
+
+
+def _allocate(arguments):
+    from larp_jax import api
+    from larp_jax.inference import allocate
+
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights)
+    names = ("metric", "quality_weight", "length_weight", "lpips", "max_clips", "batch_size")
+    manifest = allocate.allocate(
+        tokenizer, arguments.data, arguments.output, **{name: getattr(arguments, name) for name in names}
+    )
+    if manifest:  # the other hosts have none
+        found = manifest["statistics"]
+        lengths = ",".join(map(str, found["uniform"].pop("lengths")))
+        print_table({f"best_{name}": x for name, x in found["best"].items()})
+        print_table({f"uniform_{name}": x for name, x in found["uniform"].items()})
+        print(f"{found['clips']} clips, the best uniform assignment is {lengths}; in {arguments.output}")
 
 
 def _add_generation(sub, what) -> None:

@@ -1,5 +1,6 @@
 """The commands experiment, plan, benchmark, report and doctor."""
 
+import argparse
 from typing import Any
 
 from larp_jax import files
@@ -110,6 +111,9 @@ def add_benchmark(commands) -> None:
     models = sub.add_argument_group("benchmark encode, decode and sample")
     add_batch_size(models)
     add_precision(models)
+    models.add_argument(
+        "--router", metavar="FILE[:VARIANT]", help="for benchmark encode: recipe of a router, to time its choice"
+    )
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
     add_window(sampling)
@@ -180,7 +184,12 @@ def _benchmark_tokenizer(arguments) -> dict[str, Any]:
     from larp_jax.tools import benchmark
     from larp_jax.training import common
 
-    recipe = _recipe_of("tokenizer", arguments)
+    recipe, router = _recipe_of("tokenizer", arguments), None
+    if arguments.router is not None:
+        if arguments.what != "encode" or not recipe.model.ladder:
+            raise InputError("--router is for benchmark encode of a tokenizer with model.ladder; leave it out")
+        given = argparse.Namespace(config=arguments.router, overrides=[], command=arguments.command)
+        router = load_recipe(given).model.for_tokenizer(recipe.model)
     if arguments.what == "train":
         return benchmark.benchmark_train(recipe, seconds=arguments.seconds)
     if arguments.what == "data":
@@ -197,6 +206,7 @@ def _benchmark_tokenizer(arguments) -> dict[str, Any]:
     return benchmark.benchmark_codec(
         recipe,
         arguments.what,
+        router=router,
         batch_size=arguments.batch_size,
         precision=arguments.precision,
         seconds=arguments.seconds,

@@ -10,7 +10,7 @@ from larp_jax.config.checks import (
     check_seed,
 )
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
-from larp_jax.config.ladder import AUTO, RANDOM, Ladder
+from larp_jax.config.ladder import AUTO, RANDOM, Assignment, Greedy, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
     NUMBERS,
@@ -37,6 +37,7 @@ from larp_jax.config.recipes import (
     to_dict,
     unknown_key,
 )
+from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
     DataConfig,
@@ -53,6 +54,7 @@ from larp_jax.config.training import (
 __all__ = [
     "AUTO",
     "AdamConfig",
+    "Assignment",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
@@ -60,6 +62,7 @@ __all__ = [
     "GeneratorConfig",
     "GeneratorOptimConfig",
     "GeneratorRecipe",
+    "Greedy",
     "Ladder",
     "LossConfig",
     "MOST_POSITIONS",
@@ -70,7 +73,10 @@ __all__ = [
     "PriorConfig",
     "RANDOM",
     "QuantizerConfig",
+    "ROUTER_SIZES",
     "Recipe",
+    "RouterConfig",
+    "RouterRecipe",
     "SIZED",
     "STAGES",
     "StartConfig",

@@ -14,10 +14,26 @@ from larp_jax.config.checks import require
 from larp_jax.errors import InputError
 
 AUTO = "auto"  # the budget with which a generator, or a router, decides for each clip
+GREEDY = "greedy"
 RANDOM = "random"  # the budget of a training run that draws an assignment for each clip and step
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
+AUTO = "auto"  # the budget of clips for which a router chooses
+
 Assignment = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The budget `greedy:TARGET`: the fewest codes with which each block reaches a quality.
+
+    Attributes:
+      metric: `psnr`, in dB and at least `target`; or `lpips`, at most `target`.
+      target: the quality.
+    """
+
+    metric: str
+    target: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +106,11 @@ class Ladder:
         """The uniform assignment with the most codes, used when no budget is given."""
         return self.uniform[-1]
 
+    def next_rungs(self, prefix: Sequence[int]) -> list[int]:
+        """Numbers of codes that the block after these blocks may have, so that those after it can have the fewest."""
+        room = self.bucket - sum(prefix) - (self.blocks - len(prefix) - 1) * self.rungs[0]
+        return [rung for rung in self.rungs if rung <= room]
+
     def checked(self, lengths: Sequence[int], name: str) -> Assignment:
         """The assignment; `InputError`, naming where it was given, if it is none of this ladder."""
         lengths = tuple(int(length) for length in lengths)
@@ -115,7 +136,28 @@ class Ladder:
             return self.budget(str(budget), codebook_size)
         return self.checked(list(budget), "budget")
 
-    def budget(self, text: str, codebook_size: int, name: str = "budget") -> Assignment:
+    def goal(self, text: str, codebook_size: int, name: str = "budget") -> "Assignment | Greedy | str":
+        """What a budget stands for, also if it depends on the clip.
+
+        Args:
+          text: as for `budget`; or `auto`, the choice of a router; or `greedy:30` or `greedy:lpips=0.2`, the fewest
+            codes that reach this PSNR in dB, or LPIPS, in each block.
+          codebook_size: K.
+          name: where it was given, for messages.
+
+        Returns:
+          An assignment, the same for every clip; `Greedy`; or `AUTO`.
+
+        Raises:
+          InputError: as for `budget`.
+        """
+        if text == AUTO:
+            return AUTO
+        if text.startswith(f"{GREEDY}:"):
+            return _greedy(text, name)
+        return self.budget(text, codebook_size, name, "bits=B, auto or greedy:DB")
+
+    def budget(self, text: str, codebook_size: int, name: str = "budget", others: str = "or bits=B") -> Assignment:
         """The assignment that a budget stands for, the same for every clip.
 
         Args:
@@ -123,6 +165,7 @@ class Ladder:
             most codes in equal blocks that need at most so many bits, log2(K) each.
           codebook_size: K.
           name: where it was given, for messages.
+          others: the other forms that the message about an unknown budget lists.
 
         Raises:
           InputError: it is no budget, or not one of this ladder.
@@ -141,7 +184,7 @@ class Ladder:
         if equals or not all(part.isdecimal() for part in parts):
             raise InputError(
                 f"{name} {text} is not known; give a number of codes such as {totals[-1]}, the number of each block"
-                f" such as {','.join(map(str, self.uniform[0]))}, or bits=B"
+                f" such as {','.join(map(str, self.uniform[0]))}, {others}"
             )
         if len(parts) > 1 or self.blocks == 1:
             return self.checked([int(part) for part in parts], name)
@@ -151,6 +194,17 @@ class Ladder:
             f" {', '.join(map(str, totals))}, or give the codes of each block, separated by commas",
         )
         return self.uniform[totals.index(int(number))]
+
+
+def _greedy(text: str, name: str) -> Greedy:
+    metric, equals, number = text.partition(":")[2].replace(" ", "").rpartition("=")
+    metric = metric if equals else "psnr"
+    if metric not in ("psnr", "lpips") or not _is_number(number) or (metric == "lpips" and float(number) <= 0):
+        raise InputError(
+            f"{name} {text} is not known; give the PSNR in dB that each block is to reach, such as greedy:30, or its"
+            " LPIPS, such as greedy:lpips=0.2"
+        )
+    return Greedy(metric, float(number))
 
 
 def _is_number(text: str) -> bool:

@@ -8,6 +8,7 @@ import typing
 
 from larp_jax.config.checks import one_of, require
 from larp_jax.config.models import GENERATOR_SIZES, NUMBERS, PRIOR_SIZES, TOKENIZER_SIZES
+from larp_jax.config.router import ROUTER_SIZES, RouterRecipe
 from larp_jax.config.training import GeneratorRecipe, TokenizerRecipe
 from larp_jax.errors import InputError
 
@@ -17,9 +18,10 @@ logger = logging.getLogger(__name__)
 SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
     "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
     "generator": {"model": (GENERATOR_SIZES, ("model",))},
+    "router": {"model": (ROUTER_SIZES, ("model",))},
 }
 
-STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
+STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe, "router": RouterRecipe}
 
 
 def default_recipe(stage: str = "tokenizer"):

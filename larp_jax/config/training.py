@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from larp_jax.config.checks import at_least_0, check_seed, one_of, require, within
-from larp_jax.config.ladder import RANDOM
+from larp_jax.config.ladder import AUTO, RANDOM
 from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorConfig, TokenizerConfig
 
 
@@ -227,11 +227,13 @@ class TokenizerRecipe(Recipe):
     """Settings of a training run of stage 1, which trains a tokenizer.
 
     `budget` is how many codes the clips have in training if there is a `model.ladder`: `random`, any numbers that fit,
-    drawn for each clip and step; or the same for all, as `--budget` of `larp-jax tokenize`.
+    drawn for each clip and step; the same for all, as `--budget` of `larp-jax tokenize`; or `auto`, the choice of the
+    trained router at the path `router`.
     """
 
     stage: str = "tokenizer"
     budget: str = RANDOM
+    router: str = ""
     start: StartConfig = StartConfig()
     model: TokenizerConfig = TokenizerConfig()
     prior: PriorConfig = PriorConfig()
@@ -265,6 +267,11 @@ class TokenizerRecipe(Recipe):
         require(not rows or rows >= tokens, f"prior.positions={rows} is less than {needed}; set it to 0")
         if self.budget != RANDOM:
             require(self.model.adaptive is not None, f"budget={self.budget} needs model.ladder; leave it out")
+        require(
+            (self.budget == AUTO) == bool(self.router),
+            f"budget={self.budget} and router={self.router!r}: budget=auto and the path of a router belong together",
+        )
+        if self.budget not in (RANDOM, AUTO):
             self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size)
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),

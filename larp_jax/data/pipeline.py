@@ -212,6 +212,47 @@ def eval_batches(
     return Batches(source, _iterate(clips, rows.local, workers=0))
 
 
+def window_batches(
+    source: Source,
+    clip: ClipSpec,
+    windows: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless training batches of given windows: epoch by epoch, without replacement, unflipped.
+
+    What holds for the batches of `train_batches` holds for these.
+
+    Args:
+      source: the data set.
+      clip: length and size of the clips.
+      windows: (video, first frame) of each clip.
+      batch_size: clips per step over all processes.
+      seed: seed of the order.
+      start_step: step to begin at.
+      workers: as for `train_batches`.
+      process_index: index of this process.
+      process_count: number of processes; divides `batch_size`.
+
+    Returns:
+      Iterator over {"video": uint8 [B, T, H, W, 3], "label": int32 [B] (-1: none), "row": int32 [B], number of the
+      window} with B = batch_size / process_count.
+
+    Raises:
+      InputError: the batch cannot be split. The iterator raises it if a window cannot be read.
+    """
+    import grain
+
+    rows = _LocalRows(batch_size, process_index, process_count, start_step)
+    read = _ReadChosen(source, clip, windows, rows, _Epochs(0, len(windows), seed))
+    return Batches(source, _iterate(grain.MapDataset.range(rows.count).map(read), rows.local, workers))
+
+
 def choose_windows(
     source: Source, clip: ClipSpec, max_clips: int = 0, *, leave_out: Collection[int] = ()
 ) -> list[tuple[int, int]]:
@@ -307,6 +348,29 @@ class _ReadWindow:
             "fps": np.float32(self._source.fps(index)),
             "name": self._source.name(index),
         }
+
+
+class _ReadChosen:
+    """Reads a training clip that is one of given windows."""
+
+    def __init__(
+        self,
+        source: Source,
+        clip: ClipSpec,
+        windows: Sequence[tuple[int, int]],
+        rows: _LocalRows,
+        order: _Epochs,
+    ):
+        self._source, self._clip, self._windows, self._rows, self._order = source, clip, windows, rows, order
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        row = self._order(self._rows(number))
+        index, start = self._windows[row]
+        try:
+            video, label = self._source.read_clip(index, start, self._clip)
+        except InputError as error:
+            raise InputError(f"frame {start} of {self._source.name(index)}: {error}") from error
+        return {"video": video, "label": np.int32(label), "row": np.int32(row)}
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ _NAME_AND_SPLIT = re.compile(
 _KIND = r"(?:tfds:|folder:|moving_shapes(?:[:/+]|$))"
 _JOINT = re.compile(rf"\+(?=(?:[\d.]+\*)?{_KIND})")
 _WEIGHT = re.compile(rf"(?P<weight>[\d.]+)\*(?={_KIND})")
-_BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens)(?::|$)|{_KIND})")
+_BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens|rewards)(?::|$)|{_KIND})")
+# Kinds of folders that this program writes, also to buckets.
+WRITTEN = ("tokens", "rewards")
 # Suffixes of lists of videos, the inputs of `larp-jax prepare`.
 LISTS = (".csv", ".txt")
 
@@ -33,8 +35,8 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds", "moving_shapes", "mixture", or "tokens" for codes instead of videos.
-      name: path of the folder (of videos or of codes); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
+      kind: "folder", "tfds", "moving_shapes", "mixture", "tokens" for codes instead of videos, or "rewards".
+      name: path of the folder (of videos, codes or rewards); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
         moving_shapes, which may be empty.
       split: the TFDS split; empty if the text names none.
       parts: the data sets of a mixture, at least two.
@@ -60,9 +62,10 @@ class DataSpec:
 def parse_spec(text: str) -> DataSpec:
     """Parses `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
 
-    `tokens:PATH` names codes written by `larp-jax tokenize`. PATH is used unchanged, including colons; a leading ~ is
-    the home folder. NAME may be the folder of a data set, such as one written by `larp-jax prepare`. In the mixture
-    `A+B`, the two data sets are one list; in `0.7*A+0.3*B`, seven of ten clips are from A.
+    `tokens:PATH` names codes written by `larp-jax tokenize`, `rewards:PATH` those of `larp-jax allocate`. PATH is used
+    unchanged, including colons; a leading ~ is the home folder. NAME may be the folder of a data set, such as one
+    written by `larp-jax prepare`. In the mixture `A+B`, the two data sets are one list; in `0.7*A+0.3*B`, seven of ten
+    clips are from A.
 
     Raises:
       InputError: the text has none of these forms; the message suggests the nearest one.
@@ -87,11 +90,11 @@ def parse_spec(text: str) -> DataSpec:
 
 def _parse_one(text: str) -> DataSpec:
     kind, colon, rest = text.partition(":")
-    if kind in ("folder", "tokens", "tfds"):
-        storage.refuse_url(rest, "data", allowed=(storage.SCHEME,) if kind == "tokens" else ())
+    if kind in ("folder", *WRITTEN, "tfds"):
+        storage.refuse_url(rest, "data", allowed=(storage.SCHEME,) if kind in WRITTEN else ())
     elif "://" in text:
         storage.refuse_url(text, "data")
-    if kind in ("folder", "tokens") and rest:
+    if kind in ("folder", *WRITTEN) and rest:
         return DataSpec(kind, os.path.expanduser(rest))
     if kind == "tfds" and (match := _NAME_AND_SPLIT.fullmatch(rest)) and match["name"].strip("/"):
         return DataSpec("tfds", match["name"].rstrip("/"), match["split"] or "")
@@ -118,7 +121,7 @@ def spec_of(text: str) -> DataSpec | None:
 
 
 def _suggestion(text: str, kind: str, rest: str) -> str:
-    if kind in ("folder", "tfds", "tokens"):
+    if kind in ("folder", "tfds", *WRITTEN):
         return f"write a name after {kind}:"
     if not text:
         return "give the name of one"

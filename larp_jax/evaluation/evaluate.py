@@ -42,6 +42,7 @@ class _Request:
     data: str
     metrics: Sequence[str] | None
     budget: str | None
+    router: str | os.PathLike | None
     tokenizer: str | os.PathLike | None
     protocol: str | None
     training_data: str | None
@@ -69,6 +70,7 @@ def evaluate(
     *,
     metrics: Sequence[str] | None = None,
     budget: str | None = None,
+    router: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
     protocol: str | None = None,
     training_data: str | None = None,
@@ -93,6 +95,7 @@ def evaluate(
       data: data set specification, such as `folder:videos/test`.
       metrics: names; by default all that apply to the checkpoint and need no additional network.
       budget: how many codes clips have, as for `larp_jax.api.LoadedTokenizer.assign`; for tokenizers with a ladder.
+      router: checkpoint of the router that chooses with the budget `auto`.
       tokenizer: for a generator, the checkpoint of the tokenizer that it was trained with.
       protocol: name of a protocol that chooses the clips; by default all windows of the split `test`.
       training_data: for the protocol `held_out`, the data set whose videos are excluded; by default that of the
@@ -118,12 +121,15 @@ def evaluate(
     if training_data and protocol != "held_out":
         raise InputError("--training-data is for --protocol held_out; leave it out")
     request = _Request(
-        checkpoint=checkpoint, data=data, metrics=metrics, budget=budget, tokenizer=tokenizer, protocol=protocol,
-        training_data=training_data, max_clips=max_clips, weights=weights, lpips=lpips, i3d=i3d, samples=samples,
-        seed=seed, options=options or SamplingOptions(), precision=precision, batch_size=batch_size, progress=progress,
+        checkpoint=checkpoint, data=data, metrics=metrics, budget=budget, router=router, tokenizer=tokenizer,
+        protocol=protocol, training_data=training_data, max_clips=max_clips, weights=weights, lpips=lpips, i3d=i3d,
+        samples=samples, seed=seed, options=options or SamplingOptions(), precision=precision, batch_size=batch_size,
+        progress=progress,
     )  # fmt: skip
     found = api.load_checkpoint(checkpoint, weights=weights, kind=None)
     stages = {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}
+    if found.recipe.stage not in stages:
+        raise InputError(f"{checkpoint} holds a {found.recipe.stage}; give its tokenizer, with --budget auto")
     scores, described, more = stages[found.recipe.stage](request, found)
     definitions = {"clips": CLIPS} | registry.definitions()
     described |= {
@@ -146,8 +152,10 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
     names = registry.choose(request.metrics, registry.available(found.recipe, found.params), "tokenizer")
     names.sort(key=lambda name: registry.METRICS[name].network != "")  # metrics without a network come first
     networks = {name: request.load_network(kind) for name in names if (kind := registry.METRICS[name].network)}
-    tokenizer = api.LoadedTokenizer(found.recipe.model, found.params["tokenizer"], step=found.step)
-    lengths = tokenizer.assigner(request.budget)
+    router = None if request.router is None else api.load_router(request.router, weights=request.weights)
+    model = found.recipe.model
+    tokenizer = api.LoadedTokenizer(model, found.params["tokenizer"], step=found.step, router=router)
+    assign = tokenizer.assigner(request.budget)
     clips = _clips(request, found, tokenizer.config)
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-request.batch_size // mesh.size) * mesh.size
@@ -171,10 +179,10 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
             mesh,
             metrics,
             batch_size=batch_size,
-            lengths=lambda params, video: lengths(video),
+            lengths=assign,
             progress=request.progress,
         )
-        params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}
+        params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")} | assign.params
         scores, extras = evaluator.run(jax.device_put(params, sharding.param_shardings(params, mesh)))
     if not extras["clips"]:
         raise InputError(f"--data {request.data}: none of its clips could be read; see the log for the reasons")
@@ -196,7 +204,7 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     """Scores, protocol, and further entries of the result."""
     if not request.tokenizer:
         raise InputError(f"{request.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
-    if request.budget:
+    if request.budget or request.router:
         raise InputError(f"--budget is for tokenizers, {request.checkpoint} holds a generator; leave it out")
     names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
     if found.recipe.model.ladder and "cross_entropy" in names:

@@ -6,6 +6,7 @@ import numpy as np
 
 from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
+from larp_jax.evaluation.allocation import RouterEvaluator
 from larp_jax.evaluation.description import Description
 from larp_jax.evaluation.evaluators import NextCodeEvaluator
 from larp_jax.evaluation.fvd import FvdEvaluator
@@ -30,9 +31,10 @@ GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator]] = {
 
 
 def every_metric() -> Iterator[type[Description]]:
-    """The metrics of tokenizers, then those of generators."""
+    """The metrics of tokenizers, then those of generators and routers."""
     yield from METRICS.values()
     yield from GENERATOR_METRICS.values()
+    yield RouterEvaluator
 
 
 def definitions() -> dict[str, str]:

@@ -5,7 +5,6 @@ batch by batch, and an interrupted call can be continued: `settings.json` descri
 are written after its videos, and the manifest is written last.
 """
 
-import contextlib
 import csv
 import difflib
 import itertools
@@ -13,29 +12,21 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer, blocks_of, load_tokenizer
 from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
-from larp_jax.data.codes import (
-    SETTINGS,
-    mean_by_label,
-    new_manifest,
-    read_shard,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
+from larp_jax.data.codes import mean_by_label, new_manifest, read_shard, shard_name, write_manifest, write_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
+from larp_jax.inference.batches import BatchFolder
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import rng, sharding
@@ -431,8 +422,8 @@ def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> I
         yield batch
 
 
-class SampleFolder:
-    """A folder that is written batch by batch; as a context manager, it locks the folder against other calls.
+class SampleFolder(BatchFolder):
+    """A folder of samples.
 
     Attributes:
       path: the folder.
@@ -450,23 +441,8 @@ class SampleFolder:
         **settings,
     ):
         self._sampler, self._total, self._batch_size = sampler, total, sampler.batch_size
-        self.path = files.check_folder(output, option)
-        self._settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
-        self._option = option
-        self._batches = range(-(-total // self._batch_size))
-        self.mine = self._batches[jax.process_index() :: jax.process_count()]
-
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:  # on behalf of all processes
-                stack.enter_context(files.claim(self.path, self._option))
-                _check_settings(self.path, self._settings, self._option)
-            files.make_folder(self.path, self._option)
-            self._resources = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._resources.close()
+        settings = {"command": command, "batch_size": self._batch_size, **sampler.describe(), **settings}
+        super().__init__(output, settings, -(-total // self._batch_size), content="samples", option=option)
 
     def rows(self, number: int) -> range:
         """Rows of a batch."""
@@ -504,7 +480,7 @@ class SampleFolder:
         The samples that this host can read are counted: all of them if hosts share the folder.
         """
         found, totals = np.zeros(self._total, bool), np.zeros(self._total)
-        for number in self._batches if self._sampler.has_lengths else ():
+        for number in range(self._count) if self._sampler.has_lengths else ():
             if (kept := self.kept(number)) is not None:
                 rows = self.rows(number)
                 found[rows], totals[rows] = True, kept["lengths"].sum(axis=1)
@@ -514,16 +490,15 @@ class SampleFolder:
         return {"class_codes": means, "class_codes_in_training": list(self._sampler.class_codes)}
 
     def _shard(self, number: int) -> pathlib.Path:
-        return self.path / shard_name(number, len(self._batches))
+        return self.path / shard_name(number, self._count)
 
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
         manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
         self._sampler.report_passes()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("all batches are written")
+        is_last = self.is_last()
         manifest |= self.class_codes(np.array([row["label"] for row in rows]))
-        if jax.process_index() == 0:
+        if is_last:
             if sheet:
                 write_png(self.path / SHEET, frame_grid(self._first_videos(manifest)))
             write_manifest(self.path, manifest)
@@ -551,21 +526,3 @@ class SampleFolder:
         for number in range(min(len(manifest["shards"]), -(-SHEET_ROWS // self._batch_size))):
             videos += list(to_uint8(self._sampler.decode(read_shard(self.path, manifest, number))))
         return videos[:SHEET_ROWS]
-
-
-def _check_settings(folder: pathlib.Path, settings: dict, option: str) -> None:
-    """Writes the settings to a new folder; `InputError` if the folder contains anything else."""
-    path = folder / SETTINGS
-    if not path.exists():
-        if not files.is_empty(folder):
-            raise InputError(f"{folder} is not empty and contains no samples of an earlier call; name another {option}")
-        files.write_json(path, settings)
-        return
-    known = files.json_object(path)
-    if not known:
-        raise InputError(f"{path} cannot be read; name another {option}")
-    for name in sorted(settings.keys() | known.keys()):
-        if settings.get(name) != known.get(name):
-            raise InputError(
-                f"{folder} was started with {name} {known.get(name)}, not {settings.get(name)}; name another {option}"
-            )

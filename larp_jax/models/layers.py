@@ -5,7 +5,8 @@ statistics of norms, softmaxes and the residual stream stay in float32: rounding
 every layer would change more codes than bfloat16 products do. Modules do not depend on meshes, losses or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,20 @@ class LayerNorm(nnx.Module):
         return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
+class Memory(NamedTuple):
+    """What later positions attend to.
+
+    Attributes:
+      keys: [B, M, H, d], with a leading axis for the layers of a stack.
+      values: the same.
+      seen: [B, M] bool, whether a position is attended to; false for padding.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    seen: jax.Array
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention; one matrix product computes q, k and v, with columns [q; k; v], heads contiguous.
 
@@ -170,6 +185,23 @@ class SelfAttention(nnx.Module):
         q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
         y = attention(q, k, v, causal=self.causal, blocks=blocks, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
+
+
+    def extend(self, x: jax.Array, memory: Memory, *, norm: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of norm(x) to itself and to earlier positions, without dropout.
+
+        Args:
+          x: [B, N, D].
+          memory: of the earlier positions, M of them, with `seen` [B, M + N] also of these.
+          norm: layer norm.
+
+        Returns:
+          [B, N, D], and the keys and values of x, [B, N, H, d] each.
+        """
+        q, k, v = rearrange(self.qkv(norm(x)), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in ((memory.keys, k), (memory.values, v)))
+        y = jax.nn.dot_product_attention(q, keys, values, mask=memory.seen[:, None, None, :])
+        return self.out(rearrange(y, "b n h d -> b n (h d)")), k, v
 
 
 def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
@@ -233,6 +265,12 @@ class Block(nnx.Module):
         x = x + dropout(self.attention(x, keys[0], norm=self.norm1, blocks=blocks), self.residual_dropout, keys[1])
         return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
 
+    def extend(self, x: jax.Array, memory: Memory) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, N, D] float32 -> the same shape, and its keys and values; see `SelfAttention.extend`."""
+        y, keys, values = self.attention.extend(x, memory, norm=self.norm1)
+        x = x + y
+        return x + self.mlp(x, norm=self.norm2), keys, values
+
 
 REMAT = ("none", "block", "dots")
 
@@ -293,8 +331,34 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
         self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
-        self.remat = remat
+        self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
     def __call__(self, x: jax.Array, blocks: jax.Array | None = None) -> jax.Array:
         """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
         return run_stack(self.blocks, x, shared=() if blocks is None else (blocks,), remat=self.remat)
+
+    def extend(self, x: jax.Array, seen: jax.Array, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
+        """Applies the transformer to positions that attend to themselves and to earlier ones, as with `blocks`.
+
+        Args:
+          x: [B, N, D] float32.
+          seen: [B, N] bool, which of them are attended to.
+          past: what earlier calls returned for earlier positions, in any order.
+
+        Returns:
+          The same shape as x, and the memory of these positions.
+        """
+        graphdef, layers = nnx.split(self.blocks)
+        empty = jnp.zeros((len(jax.tree.leaves(layers)[0]), len(x), 0, *self.head_shape), self.dtype)
+        keys, values = (
+            jnp.concatenate([empty, *(getattr(memory, name) for memory in past)], axis=2) for name in ("keys", "values")
+        )
+        everything = jnp.concatenate([*(memory.seen for memory in past), seen], axis=1)
+
+        def body(x, layer):
+            params, keys, values = layer
+            x, *own = nnx.merge(graphdef, params).extend(x, Memory(keys, values, everything))
+            return x, own
+
+        x, (keys, values) = jax.lax.scan(body, x, (layers, keys, values))
+        return x, Memory(keys, values, seen)

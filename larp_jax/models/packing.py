@@ -49,6 +49,12 @@ def layout(lengths: jax.Array, size: int, start: jax.Array | int = 0) -> Layout:
     return Layout(block, place, valid)
 
 
+def block_layout(block: int, lengths: jax.Array, size: int) -> Layout:
+    """The layout of the codes of one block alone: lengths [B] -> arrays [B, size], with padding at the end."""
+    place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(lengths), size))
+    return Layout(jnp.full_like(place, block), place, place < lengths[:, None])
+
+
 def repeated(assignment: Sequence[int], rows: int) -> jax.Array:
     """The lengths [rows, T] int32 of clips that all have the same assignment."""
     return jnp.tile(jnp.asarray(assignment, jnp.int32), (rows, 1))

@@ -1,5 +1,8 @@
 """The LARP tokenizer: encoder with holistic queries, quantizer and decoder (LARP, arXiv 2410.21264, section 3.2)."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +10,7 @@ from flax import nnx
 from larp_jax.config import TokenizerConfig
 from larp_jax.models import packing
 from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
-from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
+from larp_jax.models.layers import Dtype, LayerNorm, Linear, Memory, Transformer
 from larp_jax.models.quantizer import Quantized, Quantizer
 
 
@@ -59,6 +62,16 @@ class Encoder(nnx.Module):
             blocks = jnp.concatenate([first, layout.block], axis=1)
         x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks)
         return x[:, patches.shape[1] :]
+
+    def extend(self, frames: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
+        """The frames of the block after `past`, [B, T / blocks, H, W, C] -> [B, N, D] for its layout [B, N]."""
+        patches = self.patch_embed(frames)
+        count = patches.shape[1]
+        patches = patches + self.patch_positions()[len(past) * count :][:count]
+        seen = jnp.concatenate([jnp.ones((len(frames), count), bool), layout.valid], axis=1)
+        x = jnp.concatenate([patches, self.queries.at(layout)], axis=1)
+        x, memory = self.transformer.extend(x, seen, past)
+        return x[:, count:], memory
 
 
 class Decoder(nnx.Module):
@@ -124,6 +137,18 @@ class Decoder(nnx.Module):
         x = self.transformer(jnp.concatenate([latents, queries], axis=1), blocks)[:, latents.shape[1] :]
         return self.norm(x)
 
+    def extend(self, latents: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
+        """Latents [B, N, D] of the block after `past`, in this layout -> its frames, not clamped."""
+        grid = (self.grid[0] // self.blocks, *self.grid[1:])
+        count = math.prod(grid)
+        queries = self.patch_queries()[len(past) * count :][:count]
+        queries = jnp.broadcast_to(queries, (len(latents), *queries.shape))
+        seen = jnp.concatenate([layout.valid, jnp.ones((len(latents), count), bool)], axis=1)
+        x = jnp.concatenate([latents + self.latent_positions.at(layout), queries], axis=1)
+        x, memory = self.transformer.extend(x, seen, past)
+        patches = self.head(self.norm(x[:, latents.shape[1] :])).astype(jnp.float32)
+        return unpatchify(patches, grid, self.patch), memory
+
 
 class Tokenizer(nnx.Module):
     """Encodes videos to N discrete codes, and decodes them.
@@ -186,6 +211,30 @@ class Tokenizer(nnx.Module):
     def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""
         return self.decode_latents(self.quantizer.lookup(indices), lengths)
+
+    def extend(
+        self, frames: jax.Array, lengths: jax.Array, past: Sequence[tuple[Memory, Memory]]
+    ) -> tuple[jax.Array, jax.Array, tuple[Memory, Memory]]:
+        """Encodes and decodes one block, given what it attends to of the blocks before: their keys and values.
+
+        Equal to what `__call__` computes for this block, whatever the blocks after it are.
+
+        Args:
+          frames: of the block, [B, T / blocks, H, W, C] float in [0, 1].
+          lengths: [B] int32, numbers of codes of the block.
+          past: what this method returned for each block before.
+
+        Returns:
+          Codes [B, largest number of the ladder] int32 (0 after the block's own), the reconstructed frames (not
+          clamped), and the memory of the block in encoder and decoder.
+        """
+        layout = packing.block_layout(len(past), lengths, self.config.query_rows)
+        encoders, decoders = [memory for memory, _ in past], [memory for _, memory in past]
+        h, of_encoder = self.encoder.extend(frames, layout, encoders)
+        codes = self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).indices
+        latents = self.quantizer.expand(self.quantizer.lookup(codes))
+        reconstruction, of_decoder = self.decoder.extend(latents, layout, decoders)
+        return codes, reconstruction, (of_encoder, of_decoder)
 
     def _lengths(self, lengths, rows):
         ladder = self.config.adaptive

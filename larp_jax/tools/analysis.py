@@ -8,7 +8,7 @@ uses, and how well the prior predicts them.
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from einops import reduce
 from jax.sharding import Mesh
 
 from larp_jax import files
+from larp_jax.allocation import Assigner
 from larp_jax.api import LoadedTokenizer
-from larp_jax.config import MeshConfig
+from larp_jax.config import Assignment, MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.video import write_png
 from larp_jax.errors import InputError
@@ -28,6 +29,7 @@ from larp_jax.evaluation.metrics import PriorScore
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.metrics import SMALLEST_MSE, CodeStatistics, codebook_usage, perplexity
+from larp_jax.models.packing import repeated
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
@@ -135,9 +137,11 @@ def _analyze(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    lengths = tokenizer.assigner(budget)
+    assign = tokenizer.assigner(budget)
+    if model.adaptive and assign.fixed is None:
+        raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        summary, codes, prior_scores, count = _statistics(found, tokenizer, lengths, clips, mesh, batch_size)
+        summary, codes, prior_scores, count = _statistics(found, tokenizer, assign, clips, mesh, batch_size)
         positions = len(codes.counts)
         videos, mine = _read(tokenizer, budget, ablated, batch_size)
         mine = mine[:, :positions]
@@ -146,7 +150,7 @@ def _analyze(
             fill = np.broadcast_to(codes.counts.argmax(axis=1).astype(np.int32), mine.shape)
         elif len(mine) < 2:
             raise InputError("there is only one clip, and no other clip to take codes from; use --replace common")
-        probe = Probe(tokenizer, mesh, videos, mine, fill, lengths, batch_size=batch_size)
+        probe = Probe(tokenizer, mesh, videos, mine, fill, assign.fixed, batch_size=batch_size)
         whole, alone, kept = _ablate(probe, positions)
 
     error, patches, frames = alone
@@ -198,7 +202,7 @@ class Probe:
       videos: uint8 [M, T, H, W, C].
       codes: [M, N] int32, the codes of the videos.
       fill: [M, N] int32, the replacements.
-      lengths: from `LoadedTokenizer.assigner`.
+      lengths: the numbers of codes of each block, if the tokenizer has a ladder.
       batch_size: clips decoded at a time; a multiple of the number of devices.
     """
 
@@ -209,7 +213,7 @@ class Probe:
         videos: np.ndarray,
         codes: np.ndarray,
         fill: np.ndarray,
-        lengths: Callable[[jax.Array], jax.Array | None] = lambda rows: None,
+        lengths: Assignment | None = None,
         *,
         batch_size: int,
     ):
@@ -252,9 +256,12 @@ class Probe:
         return np.concatenate(errors, axis=1), patches / count, frames / count
 
 
-def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Callable):
+def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Assignment | None):
     """For each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes by patch and frame."""
-    decode = lambda codes: jnp.clip(tokenizer.decode(codes, lengths(codes)), 0.0, 1.0)  # noqa: E731
+
+    def decode(codes):
+        return jnp.clip(tokenizer.decode(codes, lengths and repeated(lengths, len(codes))), 0.0, 1.0)
+
     video, whole = as_float_video(batch["video"]), decode(batch["codes"])
     pt, ph, pw = tokenizer.config.decoder_patch
 
@@ -269,7 +276,7 @@ def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Arr
 
 
 def _statistics(
-    found: Checkpoint, tokenizer: LoadedTokenizer, lengths: Callable, clips: ClipSet, mesh: Mesh, batch_size: int
+    found: Checkpoint, tokenizer: LoadedTokenizer, assign: Assigner, clips: ClipSet, mesh: Mesh, batch_size: int
 ):
     """Summary scalars, code counts, scores of the prior by position, and the number of clips."""
     names = [name for name in available(found.recipe, found.params) if name in ("psnr", "usage", "prior")]
@@ -281,7 +288,7 @@ def _statistics(
         mesh,
         [*metrics, by_position] if by_position else metrics,
         batch_size=batch_size,
-        lengths=lambda params, video: lengths(video),
+        lengths=assign,
         progress=True,
     )
     params = {name: tree for name, tree in found.params.items() if name in ("tokenizer", "prior")}

@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
-from larp_jax.config import AUTO, GeneratorConfig, MeshConfig, TokenizerRecipe
+from larp_jax.config import AUTO, GeneratorConfig, MeshConfig, RouterConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
 from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
+from larp_jax.models.router import Router
 from larp_jax.models.sampling import Plan, SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
@@ -208,7 +209,13 @@ def _without_gan(recipe: TokenizerRecipe) -> TokenizerRecipe:
 
 
 def benchmark_codec(
-    recipe: TokenizerRecipe, what: str, *, batch_size: int = 8, precision: str = "float32", seconds: float = 10.0
+    recipe: TokenizerRecipe,
+    what: str,
+    *,
+    batch_size: int = 8,
+    precision: str = "float32",
+    seconds: float = 10.0,
+    router: RouterConfig | None = None,
 ) -> dict[str, Any]:
     """Measures how fast a tokenizer with random weights encodes clips of noise or decodes random codes.
 
@@ -220,9 +227,11 @@ def benchmark_codec(
       batch_size: clips per call, over all devices; rounded up to a multiple of their number.
       precision: compute precision.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      router: for `encode`, a router for these clips, whose choice is timed in turns with the encoding.
 
     Returns:
-      The settings, and by name: `batch_ms` (median), `clips_per_second`; `gflops_clip`, `compiler_flops_share`,
+      The settings, and by name: `batch_ms` (median), `clips_per_second`; with a router `router_ms` and `router_share`,
+      its time divided by that of the encoding; `gflops_clip`, `compiler_flops_share`,
       `ceiling_tflops_second` and `mfu` as in `benchmark_train`; `memory_mb` of the compiled program on one device; and
       the ceiling of memory bandwidth (`ceiling_gigabytes_second`).
 
@@ -258,8 +267,12 @@ def benchmark_codec(
         program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
         ceilings = _Ceilings(mesh, precision)
         calls = ceilings.programs | {"batch": lambda: program.compiled(params, batch)}
+        if router is not None:
+            calls["router"] = _router_choice(router, batch, precision, mesh)
         times = _times_in_turns(calls, seconds)
     count, ceiling = flops.codec(config)[what], ceilings.rates(times)
+    share = times.get("router", 0.0) / times["batch"]
+    choice = {} if router is None else {"router_ms": 1e3 * times["router"], "router_share": share}
     return {
         "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "clip": list(config.clip_shape),
@@ -268,12 +281,24 @@ def benchmark_codec(
         "precision": precision,
         "batch_ms": 1e3 * times["batch"],
         "clips_per_second": clips / times["batch"],
+        **choice,
         "gflops_clip": count / 1e9,
         "compiler_flops_share": program.flops / (flops.codec_as_compiled(config)[what] * clips / mesh.size),
         **ceiling,
         "mfu": count * clips / times["batch"] / 1e12 / ceiling["ceiling_tflops_second"],
         "memory_mb": program.memory / 1e6,
     }
+
+
+def _router_choice(config: RouterConfig, video: jax.Array, precision: str, mesh) -> Callable[[], jax.Array]:
+    """A call in which a router with random weights chooses for clips on the mesh."""
+    make = lambda: Router(config, rngs=nnx.Rngs(0), dtype=DTYPES[precision])  # noqa: E731
+    graphdef = nnx.graphdef(nnx.eval_shape(make))
+    params = jax.jit(
+        lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=sharding.replicated(mesh)
+    )()
+    choose = jax.jit(lambda params, video: nnx.merge(graphdef, params).lengths(as_float_video(video)))
+    return lambda: choose(params, video)
 
 
 class _Program:

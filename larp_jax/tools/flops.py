@@ -7,7 +7,7 @@ For a product y = x w, each required gradient, of x or of w, costs as many FLOPs
 import dataclasses
 import math
 
-from larp_jax.config import GeneratorConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
+from larp_jax.config import GeneratorConfig, RouterConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.lpips import STAGES
 
@@ -101,6 +101,20 @@ def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
     outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
     blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))
     return {"generator": 3 * (blocks + _linear(c.symbols * c.width, c.vocabulary))}
+
+
+def router(config: RouterConfig) -> float:
+    """FLOPs per clip of a router's choice."""
+    c = config
+    size = TransformerConfig(width=c.width, depth=c.depth, heads=c.heads)
+    patches = math.prod(c.grid)
+    return _linear(math.prod(c.clip_shape), c.width) + _stack(size, 1 + patches) + _linear(c.width, c.adaptive.count)
+
+
+def router_train_step(config: RouterConfig) -> dict[str, float]:
+    """FLOPs per clip of a step that trains a router: `router`."""
+    pixels = _linear(math.prod(config.clip_shape), config.width)
+    return {"router": 3 * router(config) - pixels}  # no gradient with respect to pixels
 
 
 def vgg_features(resolution: int) -> int:

@@ -173,11 +173,13 @@ def model_flops(recipe) -> dict[str, float]:
     """FLOPs per clip or sequence of a step of any stage, by part, from `larp_jax.tools.flops`."""
     if recipe.stage == "generator":
         return flops.generator_train_step(recipe.model)
+    if recipe.stage == "router":
+        return flops.router_train_step(recipe.model)
     return flops.train_step(recipe)
 
 
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the batch of a step: videos for a tokenizer, codes for a generator."""
+    """Shapes, dtypes and shardings of the batch of a step: videos, codes for a generator, or videos and rewards."""
     rows = recipe.data.batch_size
     if recipe.stage == "generator":
         shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
@@ -185,6 +187,9 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
             shapes["condition"] = shapes["codes"]
         if recipe.model.ladder:
             shapes["lengths"] = (rows, recipe.model.blocks), jnp.int32
+    elif recipe.stage == "router":
+        shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
+        shapes["rewards"] = ((rows, recipe.model.adaptive.count), jnp.float32)
     else:
         shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
     placement = jax.sharding.NamedSharding(mesh, sharding.BATCH)
@@ -204,6 +209,8 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     c = recipe.model
     if recipe.stage == "generator":
         stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
+    elif recipe.stage == "router":
+        stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
         stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]

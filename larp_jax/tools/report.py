@@ -55,6 +55,8 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Prior: cross-entropy", "nats", {"train/loss_prior": "training"}),
     ("Prior: accuracy", "share", {"train/prior_top1": "top 1", "train/prior_top5": "top 5"}),
     ("Accuracy of the next code", "share", {"train/top1": "top 1", "train/top5": "top 5"}),
+    ("Rewards of a batch", "", {"train/reward": "chosen", "train/reward_best": "best"}),
+    ("Best assignment chosen", "share", {"train/assignment_top1": "training"}),
     ("Adversarial losses", "", {"train/loss_adversarial": "tokenizer", "train/loss_discriminator": "discriminator"}),
     ("Logits of the discriminator", "", {"train/logits_real": "real", "train/logits_fake": "reconstruction"}),
     ("Learning rate", "", {"train/learning_rate": ""}),
@@ -67,7 +69,8 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"time/start": "start", "time/evaluation": "evaluation", "time/checkpoint": "checkpoint"},
     ),
 )
-FORMATS = {name: f"{{:{spec}}}" for name, spec in {"psnr": ".2f", "ssim": ".3f", "usage": ".1%", "top1": ".1%"}.items()}
+_SPECS = {"psnr": ".2f", "ssim": ".3f", "usage": ".1%", "top1": ".1%", "reward_share": ".1%"}
+FORMATS = {name: f"{{:{spec}}}" for name, spec in (_SPECS | {"reward_share_uniform": ".1%"}).items()}
 
 
 def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> pathlib.Path:
@@ -144,6 +147,8 @@ def _run(config: Mapping | None, rows: list[dict]) -> dict[str, Any]:
         ("eval/perplexity", "perplexity, evaluation"),
         ("eval/cross_entropy", "cross-entropy, evaluation (nats)"),
         ("eval/top1", "top-1 accuracy, evaluation"),
+        ("eval/reward_share", "share of the best reward, evaluation"),
+        ("eval/reward_share_uniform", "that of the best uniform assignment"),
         ("train/loss", "loss"),
     ):
         if name in latest:

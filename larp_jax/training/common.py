@@ -1,4 +1,4 @@
-"""What both stages share: parts of a batch, training clips, the identity of data, scores."""
+"""What stages share: parts of a batch, training clips, the identity of data, scores."""
 
 import hashlib
 import logging
@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from larp_jax import data
 from larp_jax.config import DataConfig, GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax.state import TrainState
 from larp_jax.training.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,16 @@ def mean_over_parts(f: Callable, parts: int, x):
 
     total, _ = jax.lax.scan(add, total, (jnp.arange(parts), x))
     return jax.tree.map(lambda y: y / parts, total)
+
+
+def updated(
+    state: TrainState, grads: dict, optimizer: optax.GradientTransformation, name: str, ema_decay: float
+) -> TrainState:
+    """The state after an update of its only module, `name`, by the gradients of `state.params`."""
+    updates, opt_state = optimizer.update(grads, state.opt_state[name], state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay) if state.ema else {}
+    return TrainState(state.step + 1, params, {name: opt_state}, ema)
 
 
 def data_identity(names: Iterable[str]) -> dict[str, Any]:

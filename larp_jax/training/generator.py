@@ -152,12 +152,9 @@ class GeneratorStage:
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
         grads, logs = self.gradient(state.params, batch, key, frozen)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state["generator"], state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
-        return TrainState(state.step + 1, params, {"generator": opt_state}, ema), logs
+        return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs
 
 
 # ---------------------------------------------------------------------------------------- what a run reads and measures

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from larp_jax import data
 from larp_jax.state import TrainState
 from larp_jax.training.generator import GeneratorTask
+from larp_jax.training.router import RouterTask
 from larp_jax.training.tokenizer import TokenizerTask
 from larp_jax.training.writers import MetricWriter
 
@@ -81,4 +82,4 @@ class Task(Protocol):
 
 
 # By the stage's name in a recipe.
-TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
+TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask, "generator": GeneratorTask, "router": RouterTask}

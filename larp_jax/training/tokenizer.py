@@ -9,6 +9,7 @@ import difflib
 import functools
 import logging
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import data, metrics
-from larp_jax.config import RANDOM, TokenizerRecipe
+from larp_jax import api, data, metrics
+from larp_jax.allocation import check_router
+from larp_jax.config import AUTO, RANDOM, TokenizerRecipe
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import ReconstructionEvaluator
@@ -37,6 +39,7 @@ from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
 from larp_jax.training import common, losses, optim
 from larp_jax.weights import checkpoint, networks
+from larp_jax.weights.fingerprint import digest
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,9 @@ class TokenizerStage:
         self._make = make
         frozen = {"lpips": self._make_lpips} if loss.perceptual != "none" else {}
         self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in (make | frozen).items()}
+        self._router_params = None
+        if recipe.router:
+            self._abstract["router"], self._router_params = _load_router(recipe)
         self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
         self._check_multipliers()
         self.optimizer = optim.make_optimizer(recipe.optim, recipe.steps)
@@ -141,20 +147,21 @@ class TokenizerStage:
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
-    def set_codebook(self, state: TrainState, video: jax.Array, key: jax.Array) -> TrainState:
+    def set_codebook(self, state: TrainState, video: jax.Array, key: jax.Array, frozen: dict) -> TrainState:
         """The state with the k-means of the latents of clips as its codebook.
 
         Args:
           state: may be donated.
           video: uint8 [parts, B, T, H, W, C]; the parts are encoded one after the other.
           key: random key of the first centers.
+          frozen: as returned by `frozen`.
         """
         tokenizer = self.module("tokenizer", state.params)
 
         def encoded(part):
             i, clips = part
             video = as_float_video(clips)
-            quantized = tokenizer.quantize(video, self.lengths(video, jax.random.fold_in(key, i)))
+            quantized = tokenizer.quantize(video, self.lengths(video, jax.random.fold_in(key, i), frozen))
             return quantized.z, quantized.valid
 
         found = jax.lax.map(encoded, (jnp.arange(len(video)), video))
@@ -169,19 +176,20 @@ class TokenizerStage:
         return dataclasses.replace(state, params=replaced(state.params), ema=ema)
 
     def frozen(self) -> dict:
-        """Weights that steps read and never change, by module: `lpips` if the recipe has a perceptual loss.
+        """Weights that steps read and never change, by module: `lpips` with a perceptual loss, `router` if it chooses.
 
         Raises:
           InputError: the file of weights is missing or damaged.
         """
         name = self.recipe.loss.perceptual
+        frozen = {} if self._router_params is None else {"router": self._router_params}
         if name == "none":
-            return {}
+            return frozen
         try:
             lpips = networks.load_lpips(None if name == "lpips" else name)
         except InputError as error:
             raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
-        return {"lpips": nnx.to_pure_dict(nnx.state(lpips, nnx.Param))}
+        return frozen | {"lpips": nnx.to_pure_dict(nnx.state(lpips, nnx.Param))}
 
     def frozen_shapes(self) -> dict:
         """Shapes and dtypes of what `frozen` returns, without its file."""
@@ -214,7 +222,8 @@ class TokenizerStage:
         def forward(i, video):
             """(reconstruction, the other losses), pullback, (codes, logs)"""
             video = as_float_video(video)
-            f = functools.partial(self._forward, video=video, step=state.step + 1, key=jax.random.fold_in(key, i))
+            part_key = jax.random.fold_in(key, i)
+            f = functools.partial(self._forward, video=video, step=state.step + 1, key=part_key, frozen=frozen)
             return jax.vjp(f, model, has_aux=True)
 
         if recipe.accumulate == 1:
@@ -269,29 +278,27 @@ class TokenizerStage:
         opt_state = opt_state | {"tokenizer": tokenizer_state}
         return TrainState(state.step + 1, params | model, opt_state, ema), logs
 
-    def lengths(self, video: jax.Array, key: jax.Array) -> jax.Array | None:
-        """Numbers of codes of each block in a training step, [B, T] int32; None if every clip has the same number.
+    def lengths(self, video: jax.Array, key: jax.Array | None, frozen: dict) -> jax.Array | None:
+        """Numbers of codes of each block, [B, T] int32; None if every clip has the same number.
 
         Args:
           video: float [B, T, H, W, C].
-          key: random key of the draw.
+          key: random key of the draw; None for the largest uniform numbers in its place, as in evaluation.
+          frozen: as returned by `frozen`.
         """
-        ladder = self.recipe.model.adaptive
-        if ladder is None or self.recipe.budget != RANDOM:
-            return self.fixed_lengths(len(video))
-        assignments = jnp.asarray(ladder.assignments, jnp.int32)
-        return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
-
-    def fixed_lengths(self, rows: int) -> jax.Array | None:
-        """The lengths [rows, T] int32 in evaluation: as in training, or the largest uniform ones if it draws them."""
         model, budget = self.recipe.model, self.recipe.budget
         if model.adaptive is None:
             return None
-        if budget == RANDOM:
-            return repeated(model.adaptive.largest, rows)
-        return repeated(model.adaptive.budget(budget, model.quantizer.codebook_size), rows)
+        if budget == AUTO:
+            return self.module("router", frozen).lengths(video)
+        if budget != RANDOM:
+            return repeated(model.adaptive.budget(budget, model.quantizer.codebook_size), len(video))
+        if key is None:
+            return repeated(model.adaptive.largest, len(video))
+        assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
+        return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
 
-    def _forward(self, model: dict, *, video, step, key):
+    def _forward(self, model: dict, *, video, step, key, frozen):
         """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs)).
 
         `step` counts from 1, as the schedules do.
@@ -300,7 +307,7 @@ class TokenizerStage:
         sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
         share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
-        lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS))
+        lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS), frozen)
         reconstruction, quantized = tokenizer(
             video, lengths, key=sample_key, temperature=self.temperature(step), share=share
         )
@@ -337,7 +344,7 @@ class TokenizerStage:
         """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
         weights = self.recipe.loss
         terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
-        if frozen:
+        if "lpips" in frozen:
             lpips, frames = self.module("lpips", frozen), slice(None)
             if weights.perceptual_frames:
                 frames = jax.random.choice(key, video.shape[1], (weights.perceptual_frames,), replace=False)
@@ -407,6 +414,16 @@ class TokenizerStage:
         return quality
 
 
+def _load_router(recipe: TokenizerRecipe) -> tuple[nnx.Module, dict]:
+    """Module and parameters of the recipe's router; `InputError` if it cannot be read or is of other clips."""
+    try:
+        module, params = api.load_router(os.path.expanduser(recipe.router))
+        check_router(module.config, recipe.model)
+    except InputError as error:
+        raise InputError(f"router={recipe.router}: {error}") from error
+    return module, params
+
+
 def _model(params: dict) -> dict:
     """All modules but the discriminator: tokenizer and prior."""
     return {name: x for name, x in params.items() if name != "discriminator"}
@@ -427,6 +444,8 @@ class TokenizerTask:
         self.recipe, self._mesh = recipe, mesh
         self.stage = self.stage_class(recipe)
         self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
+        router = self.frozen.get("router")
+        self._router = None if router is None else digest("", jax.device_get(router))
         model = recipe.model
         self._clip = common.clip_spec(model, recipe.data)
         source = data.open_source(recipe.data.train, self._clip)
@@ -443,7 +462,7 @@ class TokenizerTask:
         clips = jax.device_put(clips.reshape(-1, part, *clips.shape[1:]), sharding.replicated(self._mesh))
         logger.info("step %d: the codebook becomes the k-means of the latents of %d clips", step, clips.shape[0] * part)
         set_codebook = jax.jit(self.stage.set_codebook, donate_argnums=0, out_shardings=placement)
-        return set_codebook(state, clips, jax.random.fold_in(key, step))
+        return set_codebook(state, clips, jax.random.fold_in(key, step), self.frozen)
 
     def open_evaluation(self, workdir):
         """Opens the evaluation clips, and computes the mean training clip or reads it from the workdir."""
@@ -464,7 +483,7 @@ class TokenizerTask:
             self._mesh,
             default_metrics(available(recipe, self.stage.graphdefs), recipe, mean_clip=mean_clip),
             batch_size=recipe.data.batch_size,
-            lengths=lambda params, video: self.stage.fixed_lengths(len(video)),
+            lengths=lambda params, video: self.stage.lengths(video, None, params),
         )
 
     def batches(self, start_step):
@@ -484,7 +503,8 @@ class TokenizerTask:
         """Writes the scores of reconstructions, and examples next to their originals; returns the scores."""
         if self._evaluator is None:
             return {}
-        scores, extras = self._evaluator.run(state.ema or state.params)
+        router = {name: x for name, x in self.frozen.items() if name == "router"}
+        scores, extras = self._evaluator.run((state.ema or state.params) | router)
         self._code_counts = None if extras["codes"] is None else extras["codes"].counts.sum(axis=0)
         common.write_scores(scores, step, writer)
         if scores["psnr"] < scores["psnr_mean_clip"] + 0.1 and step > self._coded_from + self.recipe.steps // 10:
@@ -501,12 +521,17 @@ class TokenizerTask:
         return scores
 
     def metadata(self):
-        """Identity of the training data, and how often the last evaluation used each code."""
+        """Identity of the training data and of the router, and how often the last evaluation used each code."""
         counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
-        return {"data": self._identity} | counts
+        router = {} if self._router is None else {"router_fingerprint": self._router}
+        return {"data": self._identity} | counts | router
 
     def resume(self, metadata):
-        """Restores the code counts; warns if the training data has changed."""
+        """Restores the code counts; checks that the router is the same; warns if the training data has changed."""
+        if self._router != metadata.get("router_fingerprint", self._router):
+            raise InputError(
+                f"router={self.recipe.router} is another than before; give that one, or another --workdir"
+            )
         common.warn_if_data_changed(metadata, self._identity)
         if (counts := metadata.get("code_counts")) is not None:
             self._code_counts = np.asarray(counts, np.int64)

@@ -15,7 +15,7 @@ import time
 import jax
 
 from larp_jax import files, storage
-from larp_jax.config import TRAINING_FIELDS, GeneratorRecipe, TokenizerRecipe, differences, parse_recipe, to_dict
+from larp_jax.config import TRAINING_FIELDS, Recipe, differences, parse_recipe, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.runtime.clock import Clock
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 # Settings, and groups of them, that may change when a run continues: the run is the same, though not bit by bit.
 # `size` is only a label: the width, depth and heads that it stands for are compared.
 MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "tracker", "mesh",
-              "remat", "accumulate", "precision", "tokenizer", "data.eval", "data.workers", "data.eval_clips", "optim",
-              "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
+              "remat", "accumulate", "precision", "tokenizer", "router", "data.eval", "data.workers", "data.eval_clips",
+              "optim", "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
               "loss.adversarial_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
@@ -56,9 +56,7 @@ class Diverged(RuntimeError):
 
 
 @rng.pinned()
-def train(
-    recipe: TokenizerRecipe | GeneratorRecipe, workdir: str | os.PathLike, *, profile: int = 0
-) -> dict[str, float]:
+def train(recipe: Recipe, workdir: str | os.PathLike, *, profile: int = 0) -> dict[str, float]:
     """Trains a stage to its last step, from the newest checkpoint in the workdir if there is one.
 
     Args:

@@ -14,6 +14,7 @@ from larp_jax.config import (
     DiscriminatorConfig,
     GeneratorConfig,
     PriorConfig,
+    RouterConfig,
     TokenizerConfig,
     TokenizerRecipe,
     TransformerConfig,
@@ -272,10 +273,25 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
     yield from _linear("head", "output", d, c.vocabulary, bias=False)
 
 
-def model_tensors(config: TokenizerRecipe | GeneratorConfig) -> list[Parameter | Table]:
+def router_tensors(config: RouterConfig) -> Iterator[Parameter | Table]:
+    """A router; there is no released one, so the names are chosen here."""
+    d = config.width
+    yield from _linear("patch_embed/proj", "patch_embed", math.prod(config.patch) * 3, d)
+    learned = {"time": "time", "height": "height", "columns": "columns"}
+    yield from _positions_3d("patch_positions", "", learned, True, None, config.grid, d)
+    yield Parameter("class_token", ("class_token",), (d,))
+    size = TransformerConfig(width=d, depth=config.depth, heads=config.heads)
+    yield from _transformer("transformer", "transformer", size)
+    yield from _norm("norm", "norm", d)
+    yield from _linear("head", "head", d, config.adaptive.count)
+
+
+def model_tensors(config: TokenizerRecipe | GeneratorConfig | RouterConfig) -> list[Parameter | Table]:
     """The tensors of a released file; parameter paths start with the key in `TrainState.params`."""
     if isinstance(config, GeneratorConfig):
         parts = {"generator": generator_tensors(config)}
+    elif isinstance(config, RouterConfig):
+        parts = {"router": router_tensors(config)}
     else:
         parts = {"tokenizer": tokenizer_tensors(config.model)}
         if config.loss.prior_weight:

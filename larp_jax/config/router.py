@@ -1,0 +1,104 @@
+"""Settings of the router, which chooses how many codes a clip gets, and of its training (EVATok, arXiv 2603.12267)."""
+
+import dataclasses
+import functools
+
+from larp_jax.config.checks import require
+from larp_jax.config.ladder import Ladder
+from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, from_size
+from larp_jax.config.training import GeneratorOptimConfig, Recipe
+
+# EVATok names its router ViT-S, here with the width, depth and heads of Touvron et al. 2020 (arXiv 2012.12877). It has
+# 19.9 M parameters; how patches are made is not stated.
+ROUTER_SIZES = {"S": (384, 12, 6)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """The router: a transformer over patches of a clip with a class token, and one output for each assignment.
+
+    `size` selects width, depth and heads; each can be overridden. Patches are larger than those of a tokenizer: the
+    router tells still clips from busy ones, and should cost little. If `frames`, `resolution`, `num_tokens`, `blocks`
+    and `ladder` are 0 or empty, training sets them to those of the tokenizer, which the rewards name.
+    """
+
+    size: str = "S"
+    width: int = 0
+    depth: int = 0
+    heads: int = 0
+    patch_frames: int = 4
+    patch_size: int = 32
+    frames: int = 0
+    resolution: int = 0
+    num_tokens: int = 0
+    blocks: int = 0
+    ladder: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        numbers = from_size("model.size", self.size, ROUTER_SIZES, self.width, self.depth, self.heads)
+        for name, value in zip(NUMBERS, numbers, strict=True):
+            object.__setattr__(self, name, value)
+        TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
+        for name in ("frames", "resolution", "num_tokens", "blocks"):
+            require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        for whole, part in (("frames", "patch_frames"), ("resolution", "patch_size")):
+            size, patch = getattr(self, whole), getattr(self, part)
+            require(patch > 0, f"model.{part} must be positive, got {patch}")
+            require(size % patch == 0, f"model.{whole}={size} is not divisible by model.{part}={patch}; change it")
+        if self.ladder and self.blocks and self.num_tokens:
+            self.adaptive.check()
+
+    def check_complete(self) -> None:
+        """`InputError` if a setting is open, which only training on rewards fills in."""
+        for name in ("frames", "resolution", "num_tokens", "blocks", "ladder"):
+            require(bool(getattr(self, name)), f"model.{name} must be given, because no rewards say it")
+
+    def for_tokenizer(self, tokenizer: TokenizerConfig) -> "RouterConfig":
+        """These settings for the clips and assignments of a tokenizer with a ladder."""
+        same = ("frames", "resolution", "num_tokens", "blocks", "ladder")
+        return dataclasses.replace(self, **{name: getattr(tokenizer, name) for name in same})
+
+    @functools.cached_property
+    def adaptive(self) -> Ladder:
+        """The assignments that the router chooses from."""
+        return Ladder(self.ladder, self.blocks, self.num_tokens)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch (time, height, width)."""
+        return self.patch_frames, self.patch_size, self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Number of patches (time, height, width)."""
+        side = self.resolution // self.patch_size
+        return self.frames // self.patch_frames, side, side
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Shape [T, H, W, C] of a clip."""
+        return self.frames, self.resolution, self.resolution, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterRecipe(Recipe):
+    """Settings of a training run of a router.
+
+    `data.train` and `data.eval` are `rewards:DIR`, written by `larp-jax allocate`; they name the clips. The clips are
+    not mirrored, and sampled as they were for their rewards. `tokenizer_fingerprint` is set when training starts; if
+    given, it is checked.
+    """
+
+    stage: str = "router"
+    tokenizer_fingerprint: str = ""
+    steps: int = 50_000
+    model: RouterConfig = RouterConfig()
+    optim: GeneratorOptimConfig = GeneratorOptimConfig()
+    best_metric: str = "reward_share"
+
+    def __post_init__(self):
+        super().__post_init__()
+        data = self.data
+        for name, default in (("flip", False), ("fps", 0.0), ("stride", 1)):
+            value = getattr(data, name)
+            require(value == default, f"data.{name}={value} is that of the rewards for a router; leave it out")
