@@ -30,6 +30,9 @@ from larp_jax.weights.checkpoint import Checkpoint
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
+# What the ceilings are measured with: the width of the matrices, and the numbers to read over all devices of a CPU or
+# on each other device.
+CPU_WORK, DEVICE_WORK = (2048, 2**26), (8192, 2**28)
 
 
 def benchmark_data(
@@ -349,9 +352,10 @@ class _Ceilings:
 
     def __init__(self, mesh, precision: str):
         on_cpu = jax.default_backend() == "cpu"
+        width, numbers = CPU_WORK if on_cpu else DEVICE_WORK
         # emulated CPU devices share the cores and the memory of one machine
-        width, count = (2048, max(1, 8 // mesh.size)) if on_cpu else (8192, 8)
-        numbers = 2**26 // mesh.size if on_cpu else 2**28
+        share = mesh.size if on_cpu else 1
+        count, numbers = max(1, 8 // share), numbers // share
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
 
         def full(shape, value, dtype):
@@ -455,9 +459,7 @@ def benchmark_sample(
     taken = _all_times_in_turns(calls, seconds)
     times = {name: statistics.median(values) for name, values in taken.items()}
     late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
-    ceiling, batch = ceilings.rates(times), times["batch", 1]
-    step = batch / config.num_tokens
-    megabytes, gigaflops = _least_work(config, options, batch_size, generator)
+    batch = times["batch", 1]
     result = {
         "size": config.size,
         "parameters_millions": generator.parameters / 1e6,
@@ -468,33 +470,18 @@ def benchmark_sample(
         **vars(options),
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "tokens_per_second": batch_size / step,
+        "tokens_per_second": batch_size * config.num_tokens / batch,
         "videos_per_second": batch_size / batch,
         "single_video_seconds": times["single", 1],
         "single_video_p95_seconds": late["single", 1],
         "compile_seconds": first - batch,
-        "step_ms": 1e3 * step,
-        "megabytes_per_step": megabytes,
-        "gigabytes_per_second": megabytes / step / 1e3,
-        "gigaflops_per_step": gigaflops,
-        "gigaflops_per_second": gigaflops / step,
-        **ceiling,
-        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
-        "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
+        **_work_per_step(generator, options, batch_size, batch / config.num_tokens, ceilings.rates(times)),
     }
     if tokenizer:
         result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
     if len(windows) > 1:
-        for window in windows:
-            passes = {rows: int(sample(rows, window)[1]) for rows in (1, batch_size)}
-            result |= {
-                f"window_{window}_single_codes_per_pass": (config.num_tokens - 1) / passes[1],
-                f"window_{window}_single_video_seconds": times["single", window],
-                f"window_{window}_codes_per_pass": (config.num_tokens - 1) / passes[batch_size],
-                f"window_{window}_tokens_per_second": batch_size * config.num_tokens / times["batch", window],
-            }
-        result["fastest_window"] = min(windows, key=lambda window: times["single", window])
-        result["fastest_window_of_batches"] = min(windows, key=lambda window: times["batch", window])
+        passes = {(rows, window): int(sample(rows, window)[1]) for rows in (1, batch_size) for window in windows}
+        result |= _windows(times, passes, batch_size, config.num_tokens)
     return result
 
 
@@ -520,11 +507,41 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
     }
 
 
-def _least_work(
-    config: GeneratorConfig, options: SamplingOptions, batch_size: int, generator: LoadedGenerator
-) -> tuple[float, float]:
+def _work_per_step(
+    generator: LoadedGenerator, options: SamplingOptions, batch_size: int, step: float, ceiling: dict[str, float]
+) -> dict[str, float]:
+    """The least work of a sampling step that takes `step` seconds, its rates, and their shares of the ceilings."""
+    megabytes, gigaflops = _least_work(generator, options, batch_size)
+    return {
+        "step_ms": 1e3 * step,
+        "megabytes_per_step": megabytes,
+        "gigabytes_per_second": megabytes / step / 1e3,
+        "gigaflops_per_step": gigaflops,
+        "gigaflops_per_second": gigaflops / step,
+        **ceiling,
+        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
+        "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
+    }
+
+
+def _windows(times: Mapping, passes: Mapping[tuple[int, int], int], batch_size: int, tokens: int) -> dict[str, float]:
+    """Results by window, from the seconds of each program and the passes of the model by (rows, window)."""
+    result, windows = {}, sorted({window for _, window in passes})
+    for window in windows:
+        result |= {
+            f"window_{window}_single_codes_per_pass": (tokens - 1) / passes[1, window],
+            f"window_{window}_single_video_seconds": times["single", window],
+            f"window_{window}_codes_per_pass": (tokens - 1) / passes[batch_size, window],
+            f"window_{window}_tokens_per_second": batch_size * tokens / times["batch", window],
+        }
+    result["fastest_window"] = min(windows, key=lambda window: times["single", window])
+    result["fastest_window_of_batches"] = min(windows, key=lambda window: times["batch", window])
+    return result
+
+
+def _least_work(generator: LoadedGenerator, options: SamplingOptions, batch_size: int) -> tuple[float, float]:
     """Minimum (megabytes, gigaflops) of a sampling step, averaged over the codes."""
-    c = config
+    c = generator.config
     head_width = c.width // c.heads
     per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
     weights = c.depth * per_block + c.width * c.codebook_size
