@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from data_helpers import moving_frames
 from test_train import as_if_killed, assert_same_weights, rows, steps, train
 
 from larp_jax.data import ClipSpec, limits, pipeline, train_batches, video
 from larp_jax.errors import InputError
+from larp_jax.state import TrainState
 from larp_jax.weights import checkpoint
 
 
@@ -119,6 +121,22 @@ def test_damage_shows_when_a_checkpoint_is_used(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_best_checkpoint_survives_restarts(tmp_path):
+    def save(**scores):
+        manager = checkpoint.CheckpointManager(tmp_path, keep=1, best_metric="psnr")
+        for step, value in scores.items():
+            state = TrainState(np.int32(int(step[1:])), {"a": {"x": np.ones(3, np.float32)}}, {}, {})
+            manager.save(state, {"config": {}}, {} if value is None else {"psnr": value})
+        manager.close()
+        return sorted(checkpoint.steps(tmp_path))
+
+    assert save(_1=1.0, _2=5.0, _3=2.0) == [2, 3]
+    assert save(_4=None) == [2, 4]
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text('{"ps')
+    assert save(_5=3.0) == [5]
+    assert save(_6=4.0, _7=1.0) == [6, 7]
+
+
 def test_a_full_disk(trained, tmp_path, capsys):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)
     limit = max(path.stat().st_size for path in (workdir / "metrics.jsonl", workdir / "config.json")) + 4096

@@ -120,6 +120,17 @@ def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     assert_same_weights(workdir, trained)
 
 
+def test_a_run_killed_before_it_removed_old_checkpoints(trained, tmp_path):
+    """The next start removes what the last save should have removed: all but the newest and the best."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    scores = workdir / "checkpoints" / "6" / "metrics" / "metrics"
+    better = {name: value + 1 for name, value in json.loads(scores.read_text()).items()}
+    (workdir / "checkpoints" / "2" / "metrics").mkdir()
+    (workdir / "checkpoints" / "2" / "metrics" / "metrics").write_text(json.dumps(better))
+    assert train(workdir, "--config.keep=1") == 0
+    assert steps(workdir) == [2, 6]
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys, monkeypatch):
     workdir = as_if_killed(trained, tmp_path / "run", newest=2)

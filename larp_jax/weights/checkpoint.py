@@ -83,25 +83,33 @@ class CheckpointManager:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if self._remote and jax.process_index() == 0:
-            _settle(self._root)
+        if jax.process_index() == 0:
+            if self._remote:
+                _settle(self._root)
+            self._remove_damaged_scores()
         _everywhere("")  # all processes wait for the first
         keeping = ocp.checkpoint_managers
+        score = lambda metrics: metrics[self._best_metric]  # noqa: E731
         options = ocp.CheckpointManagerOptions(
+            best_fn=score,  # only with it, scores are written and known when the run continues
             preservation_policy=keeping.AnyPreservationPolicy(
                 [
                     keeping.LatestN(self._keep),
-                    keeping.BestN(
-                        get_metric_fn=lambda metrics: metrics[self._best_metric],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
+                    keeping.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
             cleanup_tmp_directories=not self._remote,  # incomplete checkpoints of a killed run
             async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )
         return ocp.CheckpointManager(self._root, options=options)
+
+    def _remove_damaged_scores(self) -> None:
+        """Removes files of scores that Orbax could not read: their checkpoints count as damaged, others do not."""
+        for path in self._root.glob("*/metrics/metrics"):
+            try:
+                float(read_json(path)[self._best_metric])
+            except (ValueError, TypeError, KeyError):
+                path.unlink()
 
     def _finish(self) -> None:
         """Adds the checksums to a checkpoint that is completely written but not yet renamed or marked as complete."""
@@ -155,6 +163,7 @@ class CheckpointManager:
                     found = reason(error)
                 else:
                     self._put_aside(damaged, step)
+                    self._remove_old()
                     return restored
             damaged[step] = found
         if damaged:
@@ -174,6 +183,17 @@ class CheckpointManager:
         if damaged:
             _everywhere("")  # all processes wait for the first
             self._manager.reload()
+
+    def _remove_old(self) -> None:
+        """Removes what the newest save should have removed, if the run was killed between the two."""
+        steps = sorted(self._manager.all_steps())
+        if len(steps) <= self._keep:
+            return
+        scores = {step: (self._manager.metrics(step) or {}).get(self._best_metric) for step in steps}
+        best = max((score for score in scores.values() if score is not None), default=None)
+        for step in steps[: -self._keep]:
+            if best is None or scores[step] != best:
+                self._manager.delete(step)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata given to `save`."""
