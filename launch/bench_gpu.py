@@ -16,7 +16,7 @@ import time
 from larp_jax.config import default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.models.sampling import SamplingOptions
-from larp_jax.tools import benchmark
+from larp_jax.tools import benchmark, benchmark_sampling
 
 
 def recipes(small: bool):
@@ -79,8 +79,8 @@ def main() -> None:
             )
     measure(
         "sample",
-        lambda: benchmark.benchmark_sample(
-            benchmark.untrained_generator(generator.model, precision="bfloat16"),
+        lambda: benchmark_sampling.benchmark_sample(
+            benchmark_sampling.untrained_generator(generator.model, precision="bfloat16"),
             SamplingOptions(cfg_scale=1.25),
             batch_size=8 if arguments.small else 64,
             seconds=arguments.seconds,

@@ -12,6 +12,7 @@ the loopback, and the uninterrupted one its own on the disk.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -196,36 +198,37 @@ def _without_times(workdir: pathlib.Path) -> list[dict]:
     return [without_times(json.loads(line)) for line in lines]
 
 
+def uninterrupted(folder: pathlib.Path, make: Callable[..., Training], progress=print) -> pathlib.Path:
+    """The workdir, in this folder, of a run that is not killed. `make` makes a run of a workdir."""
+    # A compiled step may round differently from the same step loaded from the cache: all runs that count load it.
+    for name in ("warm_up", "uninterrupted"):
+        began, training = time.monotonic(), make(folder / name / "run")
+        if training.start().wait() != 0:
+            raise SystemExit(f"the {name} run fails; see {training.log}")
+        progress(f"{name}: {time.monotonic() - began:.0f} s")
+    return training.workdir
+
+
 def chaos(
     folder: pathlib.Path,
+    make: Callable[..., Training],
+    whole: pathlib.Path,
     *,
     kills: int,
     seed: int,
-    steps: int,
-    workers: int,
-    variant: str = "",
     progress=print,
     bucket: pathlib.Path | None = None,
 ) -> list[str]:
-    """Runs the whole test in a folder; returns the differences at the end, none if nothing was lost.
+    """Kills and restarts runs in a folder; returns how they differ from an uninterrupted one, none if nothing was lost.
 
-    `progress` is called with each line of progress. `bucket` is the folder of a bucket for the killed runs.
+    `make` makes a run of a workdir, and `whole` is the workdir of the run that was not killed. `progress` is called
+    with each line of progress. `bucket` is the folder of a bucket for the killed runs.
     """
-    videos = folder / "videos"
-    make_videos(videos)
-    uninterrupted = Training(folder / "uninterrupted" / "run", videos, steps, workers, variant)
-    # A compiled step may round differently from the same step loaded from the cache: all runs that count load it.
-    warm_up = Training(folder / "warm_up" / "run", videos, steps, workers, variant)
-    if warm_up.start().wait() != 0:
-        raise SystemExit(f"the first run fails; see {warm_up.log}")
     began = time.monotonic()
-    if uninterrupted.start().wait() != 0:
-        raise SystemExit(f"the uninterrupted run fails; see {uninterrupted.log}")
-    progress(f"uninterrupted: {steps} steps in {time.monotonic() - began:.0f} s")
     rng, done, found, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), [], 0
     while sum(done.values()) < kills:
         number += 1
-        training = Training(folder / f"killed_{number}" / "run", videos, steps, workers, variant, bucket)
+        training = make(folder / f"killed_{number}" / "run", root=bucket)
         ended = False
         while not ended and sum(done.values()) < kills:
             moment = rng.choice(list(MOMENTS))
@@ -239,7 +242,7 @@ def chaos(
             progress(f"{sum(done.values())}: {moment}, {end} at step {rows and rows[-1]['step']}")
         if not ended and training.start().wait() != 0:
             raise SystemExit(f"the run fails; see {training.log}")
-        found += [f"run {number}: {text}" for text in differences(uninterrupted.workdir, training.workdir)]
+        found += [f"run {number}: {text}" for text in differences(whole, training.workdir)]
         progress(f"run {number}: {'equal' if not found else found[-1]}")
     progress(f"{sum(done.values())} kills ({', '.join(f'{n} {moment}' for moment, n in done.items())}), {number} runs,")
     progress(f"{len(found)} differences, {time.monotonic() - began:.0f} s")
@@ -258,16 +261,22 @@ def main() -> int:
     parser.add_argument("--keep", metavar="DIR", help="folder for runs and logs, which are kept (default: temporary)")
     arguments = parser.parse_args()
     folder = pathlib.Path(arguments.keep or tempfile.mkdtemp(prefix="chaos"))
-    options = {name: getattr(arguments, name) for name in ("kills", "seed", "steps", "workers", "variant")}
+    settings = {name: getattr(arguments, name) for name in ("steps", "workers", "variant")}
+    make = functools.partial(Training, videos=folder / "videos", **settings)
+    say = functools.partial(print, flush=True)
     try:
         with contextlib.ExitStack() as stack:
+            bucket = None
             if arguments.bucket:
                 import gcs
 
                 server = stack.enter_context(gcs.Server(folder / "gcs"))
                 os.environ.update(server.environment)
-                options["bucket"] = server.root
-            found = chaos(folder, **options, progress=lambda text: print(text, flush=True))
+                bucket = server.root
+            make_videos(folder / "videos")
+            whole = uninterrupted(folder, make, say)
+            options = {"kills": arguments.kills, "seed": arguments.seed, "bucket": bucket, "progress": say}
+            found = chaos(folder, make, whole, **options)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)

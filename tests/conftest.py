@@ -1,7 +1,6 @@
 """Fixtures and settings of all tests: eight emulated CPU devices, a compilation cache, folders of reference data."""
 
 import contextlib
-import dataclasses
 import fcntl
 import gc
 import os
@@ -12,7 +11,7 @@ import sys
 # Set before jax is imported, so that the processes that tests start use the cache too.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tests compile more programs than they run, so fast compilation matters more than fast programs.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if sys.version_info < (3, 12):  # jax 0.10: MLIR is set up for every fusion, which is half the time; a later XLA has no
@@ -59,11 +58,13 @@ def shared_programs():
     from larp_jax.training.stages import TASKS
 
     stages = {}
+    # of no effect on a step, apart from whether there is an init_from
+    files = {"data": None, "seed": 0, "eval_every": 0, "save_every": 0, "keep": 0, "tokenizer": ""}
 
     def share(make):
         def stage_of(recipe, *others):
-            read = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=0))  # no part of a step
-            key = (make, repr((read, *others)))
+            values = vars(recipe) | files | {"init_from": bool(recipe.init_from)}
+            key = (make, repr((values, *others)))
             if key not in stages:
                 while len(stages) > 3:
                     stages.pop(next(iter(stages)))  # its programs take memory
@@ -144,6 +145,24 @@ def tokenizer(trained):
     from larp_jax import load_tokenizer
 
     return load_tokenizer(trained)
+
+
+@pytest.fixture
+def narrow_vgg(monkeypatch):
+    """The networks of LPIPS are narrow, because convolutions of the smallest features are slow in tests."""
+    from larp_jax.models import lpips
+    from larp_jax.weights import lpips as conversion
+
+    for module in (lpips, conversion):
+        monkeypatch.setattr(module, "STAGES", [[8] * len(stage) for stage in lpips.STAGES])
+
+
+@pytest.fixture
+def small_ceilings(monkeypatch):
+    """Benchmarks measure the ceilings of this machine with little work."""
+    from larp_jax.tools import benchmark
+
+    monkeypatch.setattr(benchmark, "CPU_WORK", (256, 2**20))
 
 
 @pytest.fixture(scope="session")

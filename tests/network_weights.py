@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from larp_jax.models.lpips import STAGES
+from larp_jax.models import lpips
 
 VGG_INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
@@ -32,14 +32,15 @@ def fill(shapes: dict[str, tuple], seed: int) -> dict[str, np.ndarray]:
 
 def vgg_tensors() -> dict[str, np.ndarray]:
     shapes, inputs = {}, 3
-    for index, width in zip(VGG_INDICES, (width for stage in STAGES for width in stage), strict=True):
+    for index, width in zip(VGG_INDICES, (width for stage in lpips.STAGES for width in stage), strict=True):
         shapes |= {f"features.{index}.weight": (width, inputs, 3, 3), f"features.{index}.bias": (width,)}
         inputs = width
     return fill(shapes, 61)
 
 
 def head_tensors(reference: pathlib.Path) -> dict[str, np.ndarray]:
-    heads = np.split(np.load(reference / "lpips" / "io.npz")["lin"], np.cumsum([64, 128, 256, 512]))
+    ends = np.cumsum([stage[-1] for stage in lpips.STAGES])
+    heads = np.split(np.load(reference / "lpips" / "io.npz")["lin"][: ends[-1]], ends[:-1])
     return {f"lin{i}.model.1.weight": head[None, :, None, None] for i, head in enumerate(heads)}
 
 

@@ -171,15 +171,6 @@ def test_training_goes_on_while_saves_fail(copied, trained, bucket_server, capsy
     assert_same_weights(copied, trained)
 
 
-@pytest.mark.slow
-def test_chaos_in_a_bucket(tmp_path, bucket_server):
-    said = []
-    found = chaos.chaos(
-        tmp_path, kills=2, seed=7, steps=8, workers=0, variant="plain", progress=said.append, bucket=bucket_server.root
-    )
-    assert found == [] and any("killed at step" in line for line in said)
-
-
 def test_arrays_of_a_state_survive_the_trip(bucket):
     """A checkpoint of one array, so that failures of larger tests can be told from those of the store."""
     x = np.arange(12, dtype=np.float32).reshape(3, 4)

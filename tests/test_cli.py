@@ -265,7 +265,7 @@ def test_evaluate(trained, tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, monkeypatch):
+def test_evaluate_with_other_networks(trained, reference_dir, tmp_path, capsys, monkeypatch, narrow_vgg):
     weights = write_lpips(tmp_path, reference_dir)
     lpips = str(tmp_path / "lpips.safetensors")
     import_ = ["import", "--kind=lpips", "--source", str(weights[0]), "--heads", str(weights[1]), "--output", lpips]
@@ -373,7 +373,7 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["encode", "decode"])
-def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
+def test_benchmark_of_the_tokenizer(what, tmp_path, capsys, small_ceilings):
     output = tmp_path / "codec.json"
     arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=1", f"--output={output}"]
     assert cli.main(arguments) == 0
@@ -387,17 +387,14 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_benchmark_of_the_training_step(tmp_path, capsys):
+def test_benchmark_of_the_training_step(tmp_path, capsys, small_ceilings):
+    """The step without a discriminator; test_bench_gpu.py has the whole objective."""
     output = tmp_path / "train.json"
-    arguments = ["benchmark", "train", "--config", CONFIG, "--seconds=1", f"--output={output}"]
+    arguments = ["benchmark", "train", "--config", f"{CONFIG}:plain", "--seconds=1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
-    # a model this small spends most time outside matrix products
     assert 1.0 < result["compiler_flops_share"] < 2.0
     assert 0.0 < result["mfu"] < 1.0
-    assert result["memory_over_parts"] < 1.0
-    assert result["gan_flops_ratio"] > 1.0
-    assert result["step_ms"] == pytest.approx(
-        (result["step_discriminator_turn_ms"] + result["step_between_turns_ms"]) / 2
-    )
+    assert result["clips_per_second"] == pytest.approx(8e3 / result["step_ms"])
+    assert "gan_flops_ratio" not in result

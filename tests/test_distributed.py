@@ -22,17 +22,17 @@ from larp_jax.runtime import distributed
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py:plain")
 
-# A command line with four devices that can kill itself, as `kill -9` does, before it writes a given step. Only Python
-# prints to standard output: Gloo (C++), which prints there too, gets standard error.
+# Command lines with four devices, one after the other, that can kill themselves, as `kill -9` does, before they write a
+# given step. Only Python prints to standard output: Gloo (C++), which prints there too, gets standard error.
 WORKER = """
-import os, signal, sys
+import json, os, signal, sys
 sys.stdout = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from larp_jax import cli
 from larp_jax.training import train
-dies_at = int(sys.argv.pop(1))
+dies_at, commands, flags = map(json.loads, sys.argv[1:])
 write = train.Run._write
 def write_or_die(self, pending, progress):
     if dies_at and pending and pending[0] == dies_at:
@@ -40,15 +40,16 @@ def write_or_die(self, pending, progress):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(self, pending, progress)
 train.Run._write = write_or_die
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(next(filter(None, (cli.main(words + flags * (words is commands[0])) for words in commands)), 0))
 """
 
 
-def together(*arguments, dies_at=0):
+def together(*commands, dies_at=0):
     """Return codes, outputs and errors of two processes, and the seconds that the first survived the second.
 
-    The second dies before it writes the step given.
+    They run the commands one after the other, and join for the first. The second dies before it writes the step given.
     """
+    commands = json.dumps([[str(word) for word in command] for command in commands])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -61,7 +62,7 @@ def together(*arguments, dies_at=0):
     processes = []
     for i in range(2):
         flags = ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
-        command = [sys.executable, "-c", WORKER, str(i * dies_at), *map(str, arguments), *flags]
+        command = [sys.executable, "-c", WORKER, str(i * dies_at), commands, json.dumps(flags)]
         processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         )
@@ -89,14 +90,14 @@ def one_process(tmp_path, monkeypatch):
 def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_path):
     workdir = tmp_path / "two"
     command = ["train", "--config", CONFIG, "--workdir", workdir]
-    ((code, _, errors), (victim, _, _)), survived = together(*command, dies_at=5)
+    ((code, _, errors), (victim, _, _)), survived = together(command, dies_at=5)
     assert victim == -9 and code not in (0, None), errors
     assert survived < 60
     assert re.search("(another process|process 1) of this run has ended|another task died", errors), errors
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"2", "4"}
     alone = shutil.copytree(workdir, tmp_path / "alone")
 
-    ((code, printed, errors), (other, silent, _)), _ = together(*command)
+    ((code, printed, errors), (other, silent, _)), _ = together(command)
     assert (code, other) == (0, 0), errors
     assert "continuing" in errors and "trained to step 6" in printed and not silent
     # the same number of devices in another number of processes
@@ -110,23 +111,17 @@ def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_p
             for name in one:
                 assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
 
-    arguments = ["--data", "moving_shapes:test", "--max-clips", "12"]
-    ((code, printed, errors), (other, silent, _)), _ = together(
-        "evaluate", "--checkpoint", workdir, *arguments, "--output", tmp_path / "two.json"
-    )
-    assert (code, other, silent) == (0, 0, ""), errors
-    command = ["evaluate", "--checkpoint", str(workdir), *arguments, "--output", str(tmp_path / "one.json")]
-    assert cli.main(command) == 0
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one["protocol"] == two["protocol"] and one["protocol"]["clips"] == 12
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
-
+    evaluate = ["evaluate", "--checkpoint", str(workdir), "--data", "moving_shapes:test", "--max-clips", "12"]
     metadata = {"tokenizer_fingerprint": load_tokenizer(workdir).fingerprint}
     generator = write_generator(tmp_path / "generator", metadata)
-    arguments = [f"--checkpoint={generator}", f"--tokenizer={workdir}", "--num=5", "--batch-size=2", "--seed=3"]
-    ((code, printed, errors), (other, silent, _)), _ = together("sample", *arguments, "--output", tmp_path / "by_two")
+    sample = ["sample", f"--checkpoint={generator}", f"--tokenizer={workdir}", "--num=5", "--batch-size=2", "--seed=3"]
+    to = lambda by: ([*evaluate, f"--output={tmp_path / by}.json"], [*sample, f"--output={tmp_path / by}"])  # noqa: E731
+    ((code, printed, errors), (other, silent, _)), _ = together(*to("by_two"))
     assert (code, other, silent) == (0, 0, ""), errors
-    assert cli.main(["sample", *arguments, "--output", str(tmp_path / "by_one")]) == 0
+    assert [cli.main(command) for command in to("by_one")] == [0, 0]
+    one, two = (json.loads((tmp_path / f"{by}.json").read_text()) for by in ("by_one", "by_two"))
+    assert one["protocol"] == two["protocol"] and one["protocol"]["clips"] == 12
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
     names = [{path.name for path in (tmp_path / by).iterdir()} for by in ("by_two", "by_one")]
     assert names[0] == names[1] and sum(name.endswith(".mp4") for name in names[0]) == 5
     np.testing.assert_array_equal(all_codes(tmp_path / "by_two"), all_codes(tmp_path / "by_one"))

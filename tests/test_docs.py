@@ -174,6 +174,7 @@ def test_the_examples_of_changing_the_code(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "trained to step 2" in result.stdout
+    assert "eval/motion" in (tmp_path / "runs" / "changed" / "metrics.jsonl").read_text("utf-8")
     if shutil.which("ruff"):
         subprocess.run(["ruff", "check", "--quiet", f"--config={ROOT / 'pyproject.toml'}", "larp_jax"], cwd=tmp_path,
                        check=True)  # fmt: skip

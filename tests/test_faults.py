@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import chaos
 import numpy as np
 import pytest
 from data_helpers import moving_frames
@@ -212,26 +211,3 @@ def test_frames_of_absurd_size_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "LIMITS", {"max_pixels": str(63 * 64)})
     with pytest.raises(InputError, match=r"a\.mp4: "):
         video.probe(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------- chaos
-
-
-@pytest.mark.slow
-def test_chaos(tmp_path):
-    said = []
-    assert chaos.chaos(tmp_path, kills=2, seed=7, steps=8, workers=0, variant="plain", progress=said.append) == []
-    assert "0 differences" in said[-1] and any("killed at step" in line for line in said)
-
-
-def test_chaos_sees_differences(trained, tmp_path):
-    workdir = shutil.copytree(trained, tmp_path / "run")
-    assert chaos.differences(trained, workdir) == []
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    changed = json.loads(lines[3]) | {"train/loss": 0.0}
-    (workdir / "metrics.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]))
-    (workdir / "left_over.tmp").touch()
-    flip_a_bit(largest_file(workdir / "checkpoints" / "6" / "optimizer"))
-    found = chaos.differences(trained, workdir)
-    assert found[0] == "files: {'left_over.tmp'}" and found[1] == "step 4: train/loss"
-    assert "differs from its checksum" in found[2]

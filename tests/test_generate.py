@@ -519,7 +519,7 @@ def test_evaluations_that_are_refused(by_class, predictor, trained, real, refere
 
 
 @pytest.mark.slow
-def test_benchmark(by_class, trained, tmp_path, capsys):
+def test_benchmark(by_class, trained, tmp_path, capsys, small_ceilings):
     config = f"--config={app.__file__.replace('larp_jax/cli/app.py', 'configs/generator_s.py')}"
     small = ["--config.model.width=48", "--config.model.depth=1", "--config.model.num_tokens=4"]
     output = tmp_path / "sample.json"

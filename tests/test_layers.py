@@ -14,22 +14,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "larp_jax"
 LAYERS = (
     {"cli"},
     {"tools"},
-    {"training"},
-    {"larp_jax"},
+    {"training", "larp_jax"},
     {"evaluation"},
     {"inference"},
     {"api"},
-    {"generator_api"},
-    {"allocation"},
-    {"weights"},
-    {"data"},
-    {"runtime"},
-    {"models"},
-    {"config"},
-    {"metrics", "state", "npz"},
-    {"files"},
-    {"hub", "storage"},
-    {"errors", "version"},
+    {"generator_api", "allocation"},
+    {"weights", "data"},
+    {"runtime", "npz"},
+    {"models", "files"},
+    {"config", "metrics", "storage", "hub"},
+    {"state", "errors", "version"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -98,6 +92,14 @@ def f():
     found = imports("larp_jax.training.losses", source)
     assert found == {"larp_jax.cli", "larp_jax.metrics", "larp_jax.errors", "larp_jax.models.prior"}
     assert {name for name in found if points_up("larp_jax.training.losses", name)} == {"larp_jax.cli"}
+
+
+def test_functions_and_modules_are_short():
+    for path in MODULES.values():
+        source = path.read_text("utf-8")
+        assert source.count("\n") <= 600, path
+        functions = [x for x in ast.walk(ast.parse(source)) if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        assert not [f.name for f in functions if f.end_lineno - f.lineno >= 80], path
 
 
 def defined_twice(source: str) -> list[str]:

@@ -170,17 +170,17 @@ def test_the_base_applies_only_to_fixed_tables():
     assert 0.015 < start[1].std() < 0.025
 
 
-@pytest.mark.parametrize("remat", layers.REMAT)
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialisation_changes_no_gradient():
     video = clip(SMALL)
 
     def gradients(remat):
         graphdef, params = nnx.split(Tokenizer(SMALL, rngs=nnx.Rngs(0), remat=remat))
         params["decoder"]["head"]["kernel"][...] = jnp.ones_like(params["decoder"]["head"]["kernel"][...])
-        return jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(video)[0]).mean())(params)
+        return jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(video)[0]).mean()))(params)
 
-    ours, plain = gradients(remat), gradients("none")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
+    plain = gradients("none")
+    for remat in layers.REMAT[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradients(remat), plain)
 
 
 def test_order_of_patches_and_pixels():

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from data_helpers import moving_frames
@@ -12,7 +13,7 @@ from larp_jax.data import ClipSpec
 from larp_jax.data.inputs import Inputs, output_names
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
-from larp_jax.inference.reconstruct import _assembled, _squares, reconstruct
+from larp_jax.inference.reconstruct import _assembled, _resized, _squares, reconstruct
 from larp_jax.inference.tokenize import detokenize, tokenize
 
 
@@ -81,6 +82,13 @@ def test_a_perfect_model_reconstructs_any_shape(tmp_path, fit, error):
         assert parts.shape[1:] == (8, 32, 32, 3)
         again = _assembled(parts, shape.shape, fit)
         assert np.abs(again - shape / 255.0).max() < error
+
+
+@pytest.mark.parametrize("old, new", [((40, 70), (32, 32)), ((32, 32), (20, 90))])
+def test_resizing_is_that_of_jax(old, new):
+    video = np.random.default_rng(0).random((2, *old, 3), np.float32)
+    expected = jax.image.resize(video, (2, *new, 3), "bilinear", antialias=True)
+    np.testing.assert_allclose(_resized(video, new), expected, atol=2e-6)
 
 
 def test_a_data_set(tokenizer, tmp_path):

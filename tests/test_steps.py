@@ -180,7 +180,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
 
 
 @pytest.mark.slow
-def test_perceptual_weights_are_an_argument_and_frames_may_be_sampled():
+def test_perceptual_weights_are_an_argument_and_frames_may_be_sampled(narrow_vgg):
     recipe = dataclasses.replace(
         RECIPE, loss=LossConfig(adversarial_weight=0.0, prior_weight=0.0, perceptual_frames=1, perceptual_weight=2.0)
     )

@@ -251,8 +251,8 @@ def test_starting_from_weights_after_a_run_without_checkpoint(trained, tmp_path,
 
     # resuming does not load it again
     monkeypatch.setattr(warm_start, "read", None)
-    assert train(workdir, *(text.replace("steps=1", "steps=2") for text in start)) == 0
-    assert steps(workdir)[-1] == 2
+    assert train(workdir, *start) == 0
+    assert "continuing" in capsys.readouterr().err and steps(workdir) == [1]
 
 
 def recipe_of(trained, **changes):

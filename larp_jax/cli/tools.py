@@ -151,25 +151,25 @@ def _recipe_of(stage: str, arguments):
 def _benchmark_sample(arguments) -> dict[str, Any]:
     from larp_jax import api
     from larp_jax.cli.inference import sampling_options
-    from larp_jax.tools import benchmark
+    from larp_jax.tools import benchmark_sampling
 
     options, precision = sampling_options(arguments), arguments.precision
     changed = {}
     if arguments.checkpoint is None:
         if options.window > 1:
             raise InputError("--window depends on what the generator has learned: give --checkpoint, not --config")
-        generator = benchmark.untrained_generator(_recipe_of("generator", arguments).model, precision=precision)
+        generator = benchmark_sampling.untrained_generator(_recipe_of("generator", arguments).model, precision=precision)
     else:
         found = api.load_checkpoint(arguments.checkpoint, kind="generator")
         generator = api.LoadedGenerator.of(found, precision=precision)
         if precision != "float32":
-            changed = benchmark.precision_change(found, precision)
+            changed = benchmark_sampling.precision_change(found, precision)
     tokenizer = None
     if arguments.tokenizer is not None:
         tokenizer = api.load_tokenizer(arguments.tokenizer)
         generator.check_tokenizer(tokenizer)
     generator.assignment(arguments.budget, options)
-    result = benchmark.benchmark_sample(
+    result = benchmark_sampling.benchmark_sample(
         generator,
         options,
         tokenizer=tokenizer,

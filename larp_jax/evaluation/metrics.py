@@ -1,4 +1,4 @@
-"""Metrics of reconstructions. Each is one class and one entry of `METRICS` in `larp_jax.evaluation.registry`."""
+"""Metrics of reconstructions. Each is one class and one entry of `METRICS`, at the end."""
 
 import dataclasses
 from collections.abc import Callable, Container, Mapping
@@ -358,3 +358,8 @@ class PriorScore(Average):
         )
         values = {"prior_cross_entropy": scored.cross_entropy}
         return values | {f"prior_top{n}": (scored.rank < n).astype(jnp.float32) for n in (1, 5)}
+
+
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric for metric in (Psnr, Ssim, LpipsDistance, ReconstructionFvd, Usage, CodesUsed, PriorScore)
+}

@@ -10,21 +10,8 @@ from larp_jax.evaluation.allocation import RouterEvaluator
 from larp_jax.evaluation.description import Description
 from larp_jax.evaluation.evaluators import NextCodeEvaluator
 from larp_jax.evaluation.fvd import FvdEvaluator
-from larp_jax.evaluation.metrics import (
-    CodesUsed,
-    LpipsDistance,
-    Metric,
-    PriorScore,
-    Psnr,
-    ReconstructionFvd,
-    Setting,
-    Ssim,
-    Usage,
-)
+from larp_jax.evaluation.metrics import METRICS, Metric, Setting
 
-METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Psnr, Ssim, LpipsDistance, ReconstructionFvd, Usage, CodesUsed, PriorScore)
-}
 GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator]] = {
     metric.name: metric for metric in (FvdEvaluator, NextCodeEvaluator)
 }

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -178,8 +177,18 @@ def _resized(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Frames [T, H, W, 3] in [0, 1] at another size (bilinear, antialiased)."""
     if video.shape[1:3] == size:
         return video
-    resized = jax.image.resize(video, (len(video), *size, video.shape[-1]), "bilinear")
-    return np.clip(np.asarray(resized), 0.0, 1.0)  # rounding exceeds the range
+    # in NumPy: a compiled function would be compiled again for every size of video
+    rows, columns = (_bilinear(old, new) for old, new in zip(video.shape[1:3], size, strict=True))
+    tall = (rows @ video.reshape(*video.shape[:2], -1)).reshape(len(video), size[0], *video.shape[2:])
+    return np.clip(columns @ tall, 0.0, 1.0)  # rounding exceeds the range
+
+
+def _bilinear(old: int, new: int) -> np.ndarray:
+    """[new, old] weights of pixels of one axis: triangles whose radius is a pixel of the coarser of both grids."""
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    distances = np.abs(centers[:, None] - np.arange(old)) / max(old / new, 1.0)
+    weights = np.maximum(0.0, 1.0 - distances)
+    return np.float32(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _write_pair(

@@ -127,7 +127,7 @@ class Quantizer(nnx.Module):
             return self._gaussian(projected, key)
         z = normalize(projected) if self.config.l2_normalized else projected
         codebook = self.codebook
-        if self.config.kind == "vq":
+        if self.config.kind != "svq":
             key = None
         temperature = self.config.temperature if temperature is None else temperature
         indices = nearest_codes(

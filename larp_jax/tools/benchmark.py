@@ -1,7 +1,6 @@
 """Measures throughput: medians after a warm-up, as dictionaries that `format_table` prints."""
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,25 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from larp_jax.api import LoadedGenerator, LoadedTokenizer
-from larp_jax.config import AUTO, GeneratorConfig, MeshConfig, RouterConfig, TokenizerRecipe
+from larp_jax.config import MeshConfig, RouterConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
 from larp_jax.errors import InputError
-from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Generator
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.router import Router
-from larp_jax.models.sampling import Plan, SamplingOptions
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
 from larp_jax.training.common import DTYPES
 from larp_jax.training.tokenizer import TokenizerStage
-from larp_jax.weights.checkpoint import Checkpoint
 
 WINDOWS = 5
 CLIPS_TIMED_ALONE = 64
+# What the ceilings are measured with: the width of the matrices, and the numbers to read over all devices of a CPU or
+# on each other device.
+CPU_WORK, DEVICE_WORK = (2048, 2**26), (8192, 2**28)
 
 
 def benchmark_data(
@@ -155,7 +152,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         whole = _Step(recipe, mesh)
         every = recipe.loss.discriminator_every if has_gan else 1
         first_update = -(-recipe.loss.adversarial_start // every) * every
-        ceilings = _Ceilings(mesh, recipe.precision)
+        ceilings = Ceilings(mesh, recipe.precision)
         programs = ceilings.programs | {"update": lambda: whole(first_update)}
         if every > 1:
             programs["between"] = lambda: whole(first_update + 1)
@@ -265,7 +262,7 @@ def benchmark_codec(
         else:
             function, batch = decode, jax.jit(random_codes, out_shardings=rows)()
         program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
-        ceilings = _Ceilings(mesh, precision)
+        ceilings = Ceilings(mesh, precision)
         calls = ceilings.programs | {"batch": lambda: program.compiled(params, batch)}
         if router is not None:
             calls["router"] = _router_choice(router, batch, precision, mesh)
@@ -369,14 +366,15 @@ def _noise_clips(recipe: TokenizerRecipe, count: int, mesh) -> jax.Array:
     return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))()
 
 
-class _Ceilings:
+class Ceilings:
     """Speed limits of the devices of a mesh, measured on all at once: products of square matrices, reading memory."""
 
     def __init__(self, mesh, precision: str):
         on_cpu = jax.default_backend() == "cpu"
+        width, numbers = CPU_WORK if on_cpu else DEVICE_WORK
         # emulated CPU devices share the cores and the memory of one machine
-        width, count = (2048, max(1, 8 // mesh.size)) if on_cpu else (8192, 8)
-        numbers = 2**26 // mesh.size if on_cpu else 2**28
+        share = mesh.size if on_cpu else 1
+        count, numbers = max(1, 8 // share), numbers // share
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
 
         def full(shape, value, dtype):
@@ -401,11 +399,11 @@ class _Ceilings:
 
 
 def _times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, float]:
-    """Median seconds of each program, see `_all_times_in_turns`."""
-    return {name: statistics.median(taken) for name, taken in _all_times_in_turns(programs, seconds).items()}
+    """Median seconds of each program, see `all_times_in_turns`."""
+    return {name: statistics.median(taken) for name, taken in all_times_in_turns(programs, seconds).items()}
 
 
-def _all_times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, list[float]]:
+def all_times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dict[str, list[float]]:
     """Seconds of each call of each program; calls of all alternate, and a call ends when its result is ready."""
     times = {name: [] for name in programs}
     for _ in range(2):
@@ -418,169 +416,6 @@ def _all_times_in_turns(programs: Mapping[str, Callable], seconds: float) -> dic
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - began)
     return times
-
-
-def untrained_generator(config: GeneratorConfig, *, precision: str = "float32") -> LoadedGenerator:
-    """A generator with random weights, to measure how fast it samples."""
-    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
-    return LoadedGenerator(config, params, precision=precision)
-
-
-def benchmark_sample(
-    generator: LoadedGenerator,
-    options: SamplingOptions,
-    *,
-    tokenizer: LoadedTokenizer | None = None,
-    batch_size: int = 8,
-    seconds: float = 10.0,
-    budget: str = AUTO,
-) -> dict[str, Any]:
-    """Measures how fast a generator samples on one device.
-
-    Args:
-      generator: the generator. Its speed does not depend on its weights, except with windows.
-      options: sampling options. Windows of 2, 4, and so on up to `window` are measured beside sampling without.
-      tokenizer: if given, the time to the first clip is measured too, which it decodes.
-      batch_size: samples per batch.
-      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
-      budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
-
-    Returns:
-      The settings, and medians of sampling one code after the other: `tokens_per_second` and `videos_per_second` of
-      whole batches, including the prefill; `single_video_seconds` of a batch of one, and the 95th percentile of its
-      calls, `single_video_p95_seconds`; `compile_seconds`; `step_ms`, the time for one token of every sample;
-      `megabytes_per_step` and `gigaflops_per_step`, the minimum of any implementation (each weight and the filled part
-      of the caches read once; products with weights and caches), averaged over the codes; the same per second; the
-      ceilings of the device, whose calls alternate with the samples; and the shares of the ceilings that are reached.
-      With a ladder, `tokens` is the mean number of codes of the samples, `bucket` the most codes, `single_video_tokens`
-      the codes of the single video, and `steps` the codes and lengths of the longest sample, where a batch ends.
-
-      With a tokenizer `first_clip_seconds` and `first_clip_p95_seconds`: from the call to the pixels of one clip on the
-      host, with the largest window. For each window W: `window_W_codes_per_pass` and `window_W_tokens_per_second` of
-      batches, `window_W_single_codes_per_pass` and `window_W_single_video_seconds`; and the `fastest_window` for a
-      single video and the `fastest_window_of_batches`, 1 if none pays.
-    """
-    config, precision = generator.config, generator.precision
-    windows = [2**i for i in range(options.window.bit_length()) if 2**i < options.window] + [options.window]
-
-    def sample(rows, window):
-        given, numbers = Condition.zeros(config, rows), np.arange(rows)
-        classes = numbers % config.num_classes if config.has_classes else None
-        settings = vars(options) | {"window": window, "budget": budget}
-        return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
-
-    def first_clip():
-        return np.asarray(tokenizer.decode(*sample(1, options.window)[: 1 + bool(config.ladder)]))
-
-    began = time.perf_counter()
-    jax.block_until_ready(sample(batch_size, 1))
-    first = time.perf_counter() - began
-    with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
-        ceilings = _Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), str(generator.dtype))
-    calls = ceilings.programs | {"first clip": first_clip} if tokenizer else dict(ceilings.programs)
-    for window in windows:
-        calls["batch", window] = lambda window=window: sample(batch_size, window)
-        calls["single", window] = lambda window=window: sample(1, window)
-    taken = _all_times_in_turns(calls, seconds)
-    times = {name: statistics.median(values) for name, values in taken.items()}
-    late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
-    ceiling, batch = ceilings.rates(times), times["batch", 1]
-    tokens, steps, lengths = config.num_tokens, config.num_tokens, {}
-    if config.ladder:
-        sampled, single = sample(batch_size, 1), sample(1, 1)
-        tokens, steps = float(sampled.lengths.sum(axis=1).mean()), int(sampled.passes) + 1
-        lengths = {"bucket": config.num_tokens, "single_video_tokens": int(single.lengths.sum()), "steps": steps}
-    step = batch / steps
-    megabytes, gigaflops = _least_work(generator, options.plan(config.symbols), batch_size, steps)
-    result = {
-        "size": config.size,
-        "parameters_millions": generator.parameters / 1e6,
-        "tokens": tokens,
-        **lengths,
-        "vocabulary": config.codebook_size,
-        "batch_size": batch_size,
-        "precision": precision,
-        **vars(options),
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "tokens_per_second": batch_size * tokens / batch,
-        "videos_per_second": batch_size / batch,
-        "single_video_seconds": times["single", 1],
-        "single_video_p95_seconds": late["single", 1],
-        "compile_seconds": first - batch,
-        "step_ms": 1e3 * step,
-        "megabytes_per_step": megabytes,
-        "gigabytes_per_second": megabytes / step / 1e3,
-        "gigaflops_per_step": gigaflops,
-        "gigaflops_per_second": gigaflops / step,
-        **ceiling,
-        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
-        "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
-    }
-    if tokenizer:
-        result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
-    return result | _speed_by_window(sample, windows, times, batch_size, config.num_tokens)
-
-
-def _speed_by_window(
-    sample: Callable, windows: list[int], times: Mapping[Any, float], batch_size: int, tokens: int
-) -> dict[str, Any]:
-    """The numbers of each window, see `benchmark_sample`; none if there is only one."""
-    result: dict[str, Any] = {}
-    if len(windows) == 1:
-        return result
-    for window in windows:
-        passes = {rows: int(sample(rows, window).passes) for rows in (1, batch_size)}
-        result |= {
-            f"window_{window}_single_codes_per_pass": (tokens - 1) / passes[1],
-            f"window_{window}_single_video_seconds": times["single", window],
-            f"window_{window}_codes_per_pass": (tokens - 1) / passes[batch_size],
-            f"window_{window}_tokens_per_second": batch_size * tokens / times["batch", window],
-        }
-    for name, what in (("fastest_window", "single"), ("fastest_window_of_batches", "batch")):
-        result[name] = min(windows, key=lambda window, what=what: times[what, window])
-    return result
-
-
-def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
-    """How a generator's precision changes what it predicts, compared with float32, on 8 samples of its own.
-
-    Returns:
-      `logits_deviation`, the root mean square of the change over the standard deviation of the logits, and
-      `equal_greedy_codes`, the share of the codes of greedy sampling before the first that differs.
-    """
-    exact, other = (LoadedGenerator.of(found, precision=p) for p in ("float32", precision))
-    config, numbers = exact.config, np.arange(8)
-    classes = numbers % config.num_classes if config.has_classes else None
-    given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
-    sampled = exact.sample_counted(**given, indices=numbers, key=rng.key(0))
-    codes, lengths, _ = sampled
-    logits, changed = (np.asarray(one.logits(codes, lengths=lengths, **given)) for one in (exact, other))
-    if config.ladder:  # what may stand in the sequence, without what follows its end
-        ends = np.asarray(lengths).sum(axis=1, keepdims=True) + config.blocks
-        within = (np.arange(config.symbols) < ends)[..., None] & np.isfinite(logits)
-        logits, changed = logits[within], changed[within]
-    given |= {"indices": numbers, "key": rng.key(0), "top_k": 1}
-    codes, theirs = (np.asarray(one.sample_counted(**given).codes) for one in (exact, other))
-    return {
-        "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
-        "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
-    }
-
-
-def _least_work(generator: LoadedGenerator, plan: Plan, batch_size: int, steps: int) -> tuple[float, float]:
-    """Minimum (megabytes, gigaflops) of a sampling step, averaged over this many."""
-    c = generator.config
-    head_width = c.width // c.heads
-    per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
-    weights = c.depth * per_block + c.width * c.vocabulary
-    rows = batch_size * (1 + len(plan.scales) * min(plan.guided, steps) / steps)
-    positions = c.condition_tokens + (steps - 1) / 2
-    size = generator.dtype.itemsize
-    read = (1 if generator.precision == "int8" else size) * weights
-    read += size * rows * positions * c.depth * 2 * c.kv_heads * head_width
-    multiplied = rows * (weights + positions * c.depth * 2 * c.width)
-    return read / 1e6, 2 * multiplied / 1e9
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -1,0 +1,196 @@
+"""Measures how fast a generator samples, and what a lower precision changes."""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.config import AUTO, GeneratorConfig, MeshConfig
+from larp_jax.models.condition import Condition
+from larp_jax.models.generator import Generator
+from larp_jax.models.sampling import Plan, SamplingOptions
+from larp_jax.runtime import rng, sharding
+from larp_jax.tools.benchmark import Ceilings, all_times_in_turns
+from larp_jax.weights.checkpoint import Checkpoint
+
+
+def untrained_generator(config: GeneratorConfig, *, precision: str = "float32") -> LoadedGenerator:
+    """A generator with random weights, to measure how fast it samples."""
+    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
+    return LoadedGenerator(config, params, precision=precision)
+
+
+def benchmark_sample(
+    generator: LoadedGenerator,
+    options: SamplingOptions,
+    *,
+    tokenizer: LoadedTokenizer | None = None,
+    batch_size: int = 8,
+    seconds: float = 10.0,
+    budget: str = AUTO,
+) -> dict[str, Any]:
+    """Measures how fast a generator samples on one device.
+
+    Args:
+      generator: the generator. Its speed does not depend on its weights, except with windows.
+      options: sampling options. Windows of 2, 4, and so on up to `window` are measured beside sampling without.
+      tokenizer: if given, the time to the first clip is measured too, which it decodes.
+      batch_size: samples per batch.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
+
+    Returns:
+      The settings, and medians of sampling one code after the other: `tokens_per_second` and `videos_per_second` of
+      whole batches, including the prefill; `single_video_seconds` of a batch of one, and the 95th percentile of its
+      calls, `single_video_p95_seconds`; `compile_seconds`; `step_ms`, the time for one token of every sample;
+      `megabytes_per_step` and `gigaflops_per_step`, the minimum of any implementation (each weight and the filled part
+      of the caches read once; products with weights and caches), averaged over the codes; the same per second; the
+      ceilings of the device, whose calls alternate with the samples; and the shares of the ceilings that are reached.
+      With a ladder, `tokens` is the mean number of codes of the samples, `bucket` the most codes, `single_video_tokens`
+      the codes of the single video, and `steps` the codes and lengths of the longest sample, where a batch ends.
+
+      With a tokenizer `first_clip_seconds` and `first_clip_p95_seconds`: from the call to the pixels of one clip on the
+      host, with the largest window. For each window W: `window_W_codes_per_pass` and `window_W_tokens_per_second` of
+      batches, `window_W_single_codes_per_pass` and `window_W_single_video_seconds`; and the `fastest_window` for a
+      single video and the `fastest_window_of_batches`, 1 if none pays.
+    """
+    config, precision = generator.config, generator.precision
+    windows = [2**i for i in range(options.window.bit_length()) if 2**i < options.window] + [options.window]
+
+    def sample(rows, window):
+        given, numbers = Condition.zeros(config, rows), np.arange(rows)
+        classes = numbers % config.num_classes if config.has_classes else None
+        settings = vars(options) | {"window": window, "budget": budget}
+        return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
+
+    def first_clip():
+        return np.asarray(tokenizer.decode(*sample(1, options.window)[: 1 + bool(config.ladder)]))
+
+    began = time.perf_counter()
+    jax.block_until_ready(sample(batch_size, 1))
+    first = time.perf_counter() - began
+    with jax.default_matmul_precision("float32" if precision == "float32" else "default"):
+        ceilings = Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), str(generator.dtype))
+    calls = ceilings.programs | {"first clip": first_clip} if tokenizer else dict(ceilings.programs)
+    for window in windows:
+        calls["batch", window] = lambda window=window: sample(batch_size, window)
+        calls["single", window] = lambda window=window: sample(1, window)
+    taken = all_times_in_turns(calls, seconds)
+    times = {name: statistics.median(values) for name, values in taken.items()}
+    late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
+    batch, tokens, steps, lengths = times["batch", 1], config.num_tokens, config.num_tokens, {}
+    if config.ladder:
+        sampled, single = sample(batch_size, 1), sample(1, 1)
+        tokens, steps = float(sampled.lengths.sum(axis=1).mean()), int(sampled.passes) + 1
+        lengths = {"bucket": config.num_tokens, "single_video_tokens": int(single.lengths.sum()), "steps": steps}
+    work = _least_work(generator, options.plan(config.symbols), batch_size, steps)
+    result = {
+        **_described(generator, tokens, lengths, batch_size),
+        **vars(options),
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "tokens_per_second": batch_size * tokens / batch,
+        "videos_per_second": batch_size / batch,
+        "single_video_seconds": times["single", 1],
+        "single_video_p95_seconds": late["single", 1],
+        "compile_seconds": first - batch,
+        **_rates_per_step(work, batch / steps, ceilings.rates(times)),
+    }
+    if tokenizer:
+        result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
+    if len(windows) > 1:
+        passes = {(rows, window): int(sample(rows, window).passes) for rows in (1, batch_size) for window in windows}
+        result |= _windows(times, passes, batch_size, config.num_tokens)
+    return result
+
+
+def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
+    """How a generator's precision changes what it predicts, compared with float32, on 8 samples of its own.
+
+    Returns:
+      `logits_deviation`, the root mean square of the change over the standard deviation of the logits, and
+      `equal_greedy_codes`, the share of the codes of greedy sampling before the first that differs.
+    """
+    exact, other = (LoadedGenerator.of(found, precision=p) for p in ("float32", precision))
+    config, numbers = exact.config, np.arange(8)
+    classes = numbers % config.num_classes if config.has_classes else None
+    given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
+    sampled = exact.sample_counted(**given, indices=numbers, key=rng.key(0))
+    codes, lengths, _ = sampled
+    logits, changed = (np.asarray(one.logits(codes, lengths=lengths, **given)) for one in (exact, other))
+    if config.ladder:  # what may stand in the sequence, without what follows its end
+        ends = np.asarray(lengths).sum(axis=1, keepdims=True) + config.blocks
+        within = (np.arange(config.symbols) < ends)[..., None] & np.isfinite(logits)
+        logits, changed = logits[within], changed[within]
+    given |= {"indices": numbers, "key": rng.key(0), "top_k": 1}
+    codes, theirs = (np.asarray(one.sample_counted(**given).codes) for one in (exact, other))
+    return {
+        "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
+        "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
+    }
+
+
+def _described(
+    generator: LoadedGenerator, tokens: float, lengths: Mapping[str, float], batch_size: int
+) -> dict[str, Any]:
+    """The generator and its samples, for the result."""
+    return {
+        "size": generator.config.size,
+        "parameters_millions": generator.parameters / 1e6,
+        "tokens": tokens,
+        **lengths,
+        "vocabulary": generator.config.codebook_size,
+        "batch_size": batch_size,
+        "precision": generator.precision,
+    }
+
+
+def _rates_per_step(work: tuple[float, float], step: float, ceiling: dict[str, float]) -> dict[str, float]:
+    """The least work of a sampling step that takes `step` seconds, its rates, and their shares of the ceilings."""
+    megabytes, gigaflops = work
+    return {
+        "step_ms": 1e3 * step,
+        "megabytes_per_step": megabytes,
+        "gigabytes_per_second": megabytes / step / 1e3,
+        "gigaflops_per_step": gigaflops,
+        "gigaflops_per_second": gigaflops / step,
+        **ceiling,
+        "share_of_bandwidth_ceiling": megabytes / step / 1e3 / ceiling["ceiling_gigabytes_second"],
+        "share_of_matmul_ceiling": gigaflops / step / 1e3 / ceiling["ceiling_tflops_second"],
+    }
+
+
+def _windows(times: Mapping, passes: Mapping[tuple[int, int], int], batch_size: int, tokens: int) -> dict[str, float]:
+    """Results by window, from the seconds of each program and the passes of the model by (rows, window)."""
+    result, windows = {}, sorted({window for _, window in passes})
+    for window in windows:
+        result |= {
+            f"window_{window}_single_codes_per_pass": (tokens - 1) / passes[1, window],
+            f"window_{window}_single_video_seconds": times["single", window],
+            f"window_{window}_codes_per_pass": (tokens - 1) / passes[batch_size, window],
+            f"window_{window}_tokens_per_second": batch_size * tokens / times["batch", window],
+        }
+    result["fastest_window"] = min(windows, key=lambda window: times["single", window])
+    result["fastest_window_of_batches"] = min(windows, key=lambda window: times["batch", window])
+    return result
+
+
+def _least_work(generator: LoadedGenerator, plan: Plan, batch_size: int, steps: int) -> tuple[float, float]:
+    """Minimum (megabytes, gigaflops) of a sampling step, averaged over this many."""
+    c = generator.config
+    head_width = c.width // c.heads
+    per_block = c.width * (2 * c.heads + 2 * c.kv_heads) * head_width + 3 * c.width * c.mlp_width
+    weights = c.depth * per_block + c.width * c.vocabulary
+    rows = batch_size * (1 + len(plan.scales) * min(plan.guided, steps) / steps)
+    positions = c.condition_tokens + (steps - 1) / 2
+    size = generator.dtype.itemsize
+    read = (1 if generator.precision == "int8" else size) * weights
+    read += size * rows * positions * c.depth * 2 * c.kv_heads * head_width
+    multiplied = rows * (weights + positions * c.depth * 2 * c.width)
+    return read / 1e6, 2 * multiplied / 1e9
