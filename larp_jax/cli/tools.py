@@ -158,7 +158,8 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
     if arguments.checkpoint is None:
         if options.window > 1:
             raise InputError("--window depends on what the generator has learned: give --checkpoint, not --config")
-        generator = benchmark_sampling.untrained_generator(_recipe_of("generator", arguments).model, precision=precision)
+        model = _recipe_of("generator", arguments).model
+        generator = benchmark_sampling.untrained_generator(model, precision=precision)
     else:
         found = api.load_checkpoint(arguments.checkpoint, kind="generator")
         generator = api.LoadedGenerator.of(found, precision=precision)

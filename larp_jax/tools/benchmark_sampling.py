@@ -14,7 +14,7 @@ from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.config import AUTO, GeneratorConfig, MeshConfig
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
-from larp_jax.models.sampling import Plan, SamplingOptions
+from larp_jax.models.sampling import Plan, Sampled, SamplingOptions
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools.benchmark import Ceilings, all_times_in_turns
 from larp_jax.weights.checkpoint import Checkpoint
@@ -86,9 +86,7 @@ def benchmark_sample(
     late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
     batch, tokens, steps, lengths = times["batch", 1], config.num_tokens, config.num_tokens, {}
     if config.ladder:
-        sampled, single = sample(batch_size, 1), sample(1, 1)
-        tokens, steps = float(sampled.lengths.sum(axis=1).mean()), int(sampled.passes) + 1
-        lengths = {"bucket": config.num_tokens, "single_video_tokens": int(single.lengths.sum()), "steps": steps}
+        tokens, steps, lengths = _lengths(sample(batch_size, 1), sample(1, 1), config.num_tokens)
     work = _least_work(generator, options.plan(config.symbols), batch_size, steps)
     result = {
         **_described(generator, tokens, lengths, batch_size),
@@ -134,6 +132,13 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
         "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
         "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
     }
+
+
+def _lengths(samples: Sampled, single: Sampled, bucket: int) -> tuple[float, int, dict[str, int]]:
+    """The mean number of codes of samples, the steps that they take, and what the result says of them."""
+    steps = int(samples.passes) + 1
+    found = {"bucket": bucket, "single_video_tokens": int(single.lengths.sum()), "steps": steps}
+    return float(samples.lengths.sum(axis=1).mean()), steps, found
 
 
 def _described(
