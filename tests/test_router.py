@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import shutil
 
 import chaos
@@ -156,8 +157,18 @@ def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
     assert "holds a router; give its tokenizer, with --budget auto" in capsys.readouterr().err
 
 
+def test_the_table_of_the_docs(folders, untrained, tmp_path, capsys):
+    table = runpy.run_path(str(CONFIGS.parents[1] / "docs" / "adaptive_table.py"))
+    table["main"](str(untrained), str(folders / "run"), str(folders / "test"), str(tmp_path / "clips.png"))
+    said, scores = capsys.readouterr().out, logged(folders / "run")[3]
+    assert f"| auto | {scores['eval/codes']:.1f} |" in said and "rank correlation of codes and motion" in said
+    assert f"reward_share: {scores['eval/reward_share']:.4f}" in said
+    assert (tmp_path / "clips.png").stat().st_size > 1000
+
+
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):
-    adaptive = ["train", "--config", f"{CONFIGS / 'tiny.py'}:adaptive", "--config.steps=3", "--config.loss.prior_weight=0"]
+    config = f"{CONFIGS / 'tiny.py'}:adaptive"
+    adaptive = ["train", "--config", config, "--config.steps=3", "--config.loss.prior_weight=0"]
     under = [*adaptive, "--config.budget=auto", f"--config.router={folders / 'run'}"]
     call(*under, "--workdir", tmp_path / "run")
     lines = logged(tmp_path / "run")
