@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -134,19 +135,34 @@ def test_names_of_slices():
         plan._chip("2x9:4x4")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[tpu]'")
-def test_a_plan_for_two_slices_lists_the_traffic_between_them(tmp_path):
-    """In a process of its own, because libtpu cannot be unloaded."""
-    output = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "larp_jax", "plan", "--config", TINY, "--topology", "2xv5e:2x4"]
-    result = subprocess.run(
-        [*command, "--config.data.batch_size=32", f"--output={output}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def plan_for_tpus(output, *arguments):
+    """The plan of a process of its own: libtpu cannot be unloaded, and refuses this process's flags for CPUs."""
+    command = [sys.executable, "-m", "larp_jax", "plan", *arguments, "--config.data.batch_size=32"]
+    command.append(f"--output={output}")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "between slices: all-reduce" in result.stdout
-    found = json.loads(output.read_text())
+    return json.loads(output.read_text()), result.stdout
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e '.[tpu]'"
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_for_one_slice(tmp_path):
+    found, said = plan_for_tpus(tmp_path / "plan.json", "--config", f"{TINY}:plain", "--topology", "v5e:2x4")
+    assert found["mesh"] == {"dcn": 1, "data": 8, "fsdp": 1, "model": 1} and found["fits"]
+    assert "network" not in found and "between slices" not in said
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_for_two_slices_lists_the_traffic_between_them(tmp_path):
+    found, said = plan_for_tpus(tmp_path / "plan.json", "--config", TINY, "--topology", "2xv5e:2x4")
+    assert "between slices: all-reduce" in said
     assert found["mesh"] == {"dcn": 2, "data": 8, "fsdp": 1, "model": 1}
     assert {c["chips"] for c in found["network"]} == {2} and {c["chips"] for c in found["collectives"]} == {8}
     # each chip sends its eighth of the gradients; small arrays are sent whole

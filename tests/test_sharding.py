@@ -84,7 +84,7 @@ def test_very_small_models_may_be_replicated():
 def test_a_mesh_axis_may_be_part_of_an_axis_of_the_slice(shape):
     chips = [
         # devices of a mesh must be hashable
-        type("Chip", (), dict(id=i, coords=at, core_on_chip=0, platform="tpu", device_kind="TPU v5p", slice_index=0))()
+        type("Chip", (), dict(id=i, coords=at, core_on_chip=0, platform="tpu", device_kind="TPU v5p"))()
         for i, at in enumerate(itertools.product(range(4), repeat=3))
     ]
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), chips)

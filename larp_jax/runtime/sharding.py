@@ -47,8 +47,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     slices = collections.defaultdict(list)
     for device in devices:
-        # JAX also numbers the hosts of GPUs as slices, but their axes may span hosts
-        slices[device.slice_index if device.platform == "tpu" else 0].append(device)
+        # JAX also numbers the hosts of GPUs as slices, but their axes may span hosts; a single slice has no number
+        slices[getattr(device, "slice_index", 0) if device.platform == "tpu" else 0].append(device)
     shape = config.shape(len(devices) // len(slices))
     grids = [
         mesh_utils.create_device_mesh(shape, slices[number], allow_split_physical_axes=True)
