@@ -150,9 +150,10 @@ def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
     assert "give the PSNR in dB" in refused("--budget", "greedy:much")
     assert "give the PSNR in dB" in refused("--budget", "greedy:ssim=0.9")
     assert "bits=B, auto or greedy:DB" in refused("--budget", "few")
-    call("analyze", "--checkpoint", untrained, "--data", "moving_shapes:test", "--output", tmp_path / "y",
-         "--budget", "greedy:10", code=2)  # fmt: skip
-    assert "gives clips different numbers of codes" in capsys.readouterr().err
+    for budget in ("greedy:10", "auto"):
+        call("analyze", "--checkpoint", untrained, "--data", "moving_shapes:test", "--output", tmp_path / "y",
+             "--budget", budget, code=2)  # fmt: skip
+        assert "gives clips different numbers of codes" in capsys.readouterr().err
     call("evaluate", "--checkpoint", folders / "run", "--data", "moving_shapes:test", code=2)
     assert "holds a router; give its tokenizer, with --budget auto" in capsys.readouterr().err
 
