@@ -46,7 +46,8 @@ def main(checkpoint: str, router: str, directory: str, picture: str) -> None:
         print(f"\nuniform codes at the {name} of auto: {same:.1f}; auto has {1 - codes.mean() / same:.1%} fewer\n")
 
     motion = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(1, 2, 3, 4))
-    print(f"rank correlation of codes and motion: {spearmanr(codes, motion).statistic:.3f}")
+    correlation = f"{spearmanr(codes, motion).statistic:.3f}" if np.ptp(codes) else "all clips have the same codes"
+    print(f"rank correlation of codes and motion: {correlation}")
     for name, value in scores(clips, rows, chosen).items():
         print(f"{name}: {value:.4f}")
 

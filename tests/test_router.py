@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import shutil
 
 import chaos
@@ -149,16 +150,26 @@ def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
     assert "give the PSNR in dB" in refused("--budget", "greedy:much")
     assert "give the PSNR in dB" in refused("--budget", "greedy:ssim=0.9")
     assert "bits=B, auto or greedy:DB" in refused("--budget", "few")
-    call("analyze", "--checkpoint", untrained, "--data", "moving_shapes:test", "--output", tmp_path / "y",
-         "--budget", "greedy:10", code=2)  # fmt: skip
-    assert "gives clips different numbers of codes" in capsys.readouterr().err
+    for budget in ("greedy:10", "auto"):
+        call("analyze", "--checkpoint", untrained, "--data", "moving_shapes:test", "--output", tmp_path / "y",
+             "--budget", budget, code=2)  # fmt: skip
+        assert "gives clips different numbers of codes" in capsys.readouterr().err
     call("evaluate", "--checkpoint", folders / "run", "--data", "moving_shapes:test", code=2)
     assert "holds a router; give its tokenizer, with --budget auto" in capsys.readouterr().err
 
 
+def test_the_table_of_the_docs(folders, untrained, tmp_path, capsys):
+    table = runpy.run_path(str(CONFIGS.parents[1] / "docs" / "adaptive_table.py"))
+    table["main"](str(untrained), str(folders / "run"), str(folders / "test"), str(tmp_path / "clips.png"))
+    said, scores = capsys.readouterr().out, logged(folders / "run")[3]
+    assert f"| auto | {scores['eval/codes']:.1f} |" in said and "rank correlation of codes and motion" in said
+    assert f"reward_share: {scores['eval/reward_share']:.4f}" in said
+    assert (tmp_path / "clips.png").stat().st_size > 1000
+
+
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):
-    adaptive = ["train", "--config", f"{CONFIGS / 'tiny.py'}:adaptive", "--config.steps=3"]
-    adaptive.append("--config.loss.prior_weight=0")
+    config = f"{CONFIGS / 'tiny.py'}:adaptive"
+    adaptive = ["train", "--config", config, "--config.steps=3", "--config.loss.prior_weight=0"]
     under = [*adaptive, "--config.budget=auto", f"--config.router={folders / 'run'}"]
     call(*under, "--workdir", tmp_path / "run")
     lines = logged(tmp_path / "run")

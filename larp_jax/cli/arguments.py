@@ -96,7 +96,7 @@ def add_videos(sub, max_clips) -> None:
 
 
 def add_budget(sub) -> None:
-    """Adds --budget."""
+    """Adds --budget and --router."""
     sub.add_argument(
         "--budget", metavar="B",
         help="codes of a clip, for tokenizers with a ladder: a number in equal blocks such as 128, that of each block"

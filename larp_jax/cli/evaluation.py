@@ -109,7 +109,11 @@ def add_analyze(commands) -> None:
         "--ablated-clips", type=count, default=16, metavar="N",
         help="clips in which codes are replaced; each costs one decoding per position (default: 16)",
     )  # fmt: skip
-    add_budget(sub)
+    sub.add_argument(
+        "--budget", metavar="B",
+        help="codes of every clip, for tokenizers with a ladder: 128, 32,64,32,32 or bits=B (default: the most codes in"
+        " equal blocks)",
+    )  # fmt: skip
     sub.add_argument(
         "--replace", choices=("other", "common"), default="other",
         help="replace a code by that of another clip or by the most common one at the same position (default: other)",

@@ -137,9 +137,10 @@ def _analyze(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    assign = tokenizer.assigner(budget)
-    if model.adaptive and assign.fixed is None:
+    ladder, size = model.adaptive, model.quantizer.codebook_size
+    if ladder and budget and not isinstance(ladder.goal(budget, size, "--budget"), tuple):
         raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
+    assign = tokenizer.assigner(budget)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         summary, codes, prior_scores, count = _statistics(found, tokenizer, assign, clips, mesh, batch_size)
         positions = len(codes.counts)
