@@ -179,8 +179,12 @@ def _resized(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return video
     # in NumPy: a compiled function would be compiled again for every size of video
     rows, columns = (_bilinear(old, new) for old, new in zip(video.shape[1:3], size, strict=True))
-    tall = (rows @ video.reshape(*video.shape[:2], -1)).reshape(len(video), size[0], *video.shape[2:])
-    return np.clip(columns @ tall, 0.0, 1.0)  # rounding exceeds the range
+    if len(rows) > rows.shape[1]:  # the rows, whose products are large matrices, where frames are larger
+        video = columns @ video
+    video = (rows @ video.reshape(*video.shape[:2], -1)).reshape(len(video), size[0], *video.shape[2:])
+    if video.shape[2] != size[1]:
+        video = columns @ video
+    return np.clip(video, 0.0, 1.0)  # rounding exceeds the range
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
