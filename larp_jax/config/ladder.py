@@ -18,8 +18,6 @@ GREEDY = "greedy"
 RANDOM = "random"  # the budget of a training run that draws an assignment for each clip and step
 MOST_ASSIGNMENTS = 2**16  # all of them are listed, and a router has an output for each
 
-AUTO = "auto"  # the budget of clips for which a router chooses
-
 Assignment = tuple[int, ...]
 
 
