@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from larp_jax.config import TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
 from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
+from larp_jax.models.layers import Memory
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.router import Router
@@ -123,6 +124,20 @@ def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
     return -(-frames // size)
 
 
+def _in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Parts [B, n, ...] of any n as parts of n = size; the last frame is repeated at the end."""
+    waiting = None
+    for part in parts:
+        if np.ndim(part) != 5:
+            raise ValueError(f"frames must be [B, n, H, W, C], got shape {list(np.shape(part))}")
+        waiting = part if waiting is None else np.concatenate([waiting, part], axis=1)
+        while waiting.shape[1] >= size:
+            yield waiting[:, :size]
+            waiting = waiting[:, size:]
+    if waiting is not None and waiting.shape[1]:
+        yield waiting[:, np.minimum(np.arange(size), waiting.shape[1] - 1)]
+
+
 class LoadedTokenizer:
     """A tokenizer with its weights.
 
@@ -174,7 +189,15 @@ class LoadedTokenizer:
         def reconstruct(params, video, lengths):
             return jnp.clip(self.module(params)(as_float_video(video), lengths)[0], 0.0, 1.0)
 
+        def encode_block(params, frames, lengths, past):
+            return self.module(params).encode_block(as_float_video(frames), lengths, past)
+
+        def decode_block(params, codes, lengths, past):
+            frames, memory = self.module(params).decode_block(codes, lengths, past)
+            return jnp.clip(frames, 0.0, 1.0), memory
+
         self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
+        self._encode_block, self._decode_block = jax.jit(encode_block), jax.jit(decode_block)
 
     @property
     def params(self) -> dict:
@@ -324,6 +347,110 @@ class LoadedTokenizer:
         with rng.pinned(), jax.default_matmul_precision("float32"):
             return self._decode(self._params, self._split(codes), self._split(lengths))
 
+    def encode_block(
+        self, frames: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, past: Sequence[Memory] = ()
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """Encodes one block of frames, given what the encoder keeps of the blocks of the clip before it.
+
+        Args:
+          frames: [B, T / blocks, H, W, C] uint8, or floats in [0, 1].
+          lengths: [B] integers, numbers of codes of the ladder.
+          past: what this method returned for the block before; empty for the first of a clip.
+
+        Returns:
+          Codes [B, R] int32, where R is the largest number of the ladder, 0 after those of the block; and the new past.
+
+        Raises:
+          ValueError: an argument is not as described.
+          InputError: the tokenizer has no ladder.
+        """
+        config, lengths = self.config, self._checked_block(lengths, past)
+        frames = checked_video(frames, (config.frames // config.blocks, *config.clip_shape[1:]))
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            codes, memory = self._encode_block(self._params, frames, lengths, tuple(past))
+        return codes, (*past, memory)
+
+    def decode_block(
+        self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, past: Sequence[Memory] = ()
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """Decodes what `encode_block` returns, block after block, to frames [B, T / blocks, H, W, C] float32 in [0, 1].
+
+        Args:
+          codes: [B, R] integers.
+          lengths: [B] integers.
+          past: what this method returned for the block before; empty for the first of a clip.
+
+        Returns:
+          The frames and the new past.
+
+        Raises:
+          ValueError: an argument is not as described.
+          InputError: the tokenizer has no ladder.
+        """
+        config, lengths = self.config, self._checked_block(lengths, past)
+        codes = checked_integers("codes", codes, (config.query_rows,), 0, config.quantizer.codebook_size)
+        with rng.pinned(), jax.default_matmul_precision("float32"):
+            frames, memory = self._decode_block(self._params, codes, lengths, tuple(past))
+        return frames, (*past, memory)
+
+    def encode_stream(
+        self, frames: Iterable[np.ndarray], *, budget: str | int | Sequence[int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Encodes videos of any length block by block, in memory that does not grow; blocks do not overlap.
+
+        With a ladder, codes of a block are those that `encode` returns for its clip, T frames each from the start on,
+        and there are as soon as the block is. Without one, a block is a whole clip.
+
+        Args:
+          frames: consecutive parts of B videos, [B, n, H, W, C] each as for `encode`, with any n.
+          budget: as for `assign`, but the same for all clips: neither `auto` nor `greedy`, which need whole clips.
+
+        Yields:
+          For each block its codes, [B, n] int32. A block that is not complete at the end holds its last frame still.
+
+        Raises:
+          ValueError: frames are not as described.
+          InputError: the tokenizer has continuous latents, or the budget does not fit it.
+        """
+        self._need_codes()
+        assignment, config = self.assigner(budget).fixed, self.config
+        if config.ladder and assignment is None:
+            raise InputError(f"budget {budget} depends on whole clips; give numbers of codes to encode block by block")
+        past: tuple[Memory, ...] = ()
+        for number, block in enumerate(_in_blocks(frames, config.frames // config.blocks)):
+            if assignment is None:
+                yield np.asarray(self.encode(block))
+                continue
+            place = number % config.blocks
+            length = assignment[place]
+            codes, past = self.encode_block(block, np.full(len(block), length), past if place else ())
+            yield np.asarray(codes)[:, :length]
+
+    def decode_stream(self, codes: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Decodes what `encode_stream` yields, block by block.
+
+        Args:
+          codes: of each block, [B, n] integers in [0, K).
+
+        Yields:
+          The frames of each block, [B, F, H, W, C] float32 in [0, 1].
+
+        Raises:
+          ValueError: codes are not as described.
+          InputError: the tokenizer has continuous latents.
+        """
+        self._need_codes()
+        config = self.config
+        past: tuple[Memory, ...] = ()
+        for number, block in enumerate(codes):
+            if not config.ladder:
+                yield np.asarray(self.decode(block))
+                continue
+            lengths = np.full(len(block), block.shape[1])
+            padded = np.pad(block, ((0, 0), (0, max(0, config.query_rows - block.shape[1]))))
+            frames, past = self.decode_block(padded, lengths, past if number % config.blocks else ())
+            yield np.asarray(frames)
+
     def reconstruct(self, video: jax.Array | np.ndarray, *, budget: Budget = None) -> jax.Array:
         """Encodes and decodes videos in one pass; continuous latents are replaced by their means.
 
@@ -346,6 +473,16 @@ class LoadedTokenizer:
         if self._mesh is None or batch is None or len(batch) % sharding.batch_parts(self._mesh):
             return batch
         return jax.device_put(batch, sharding.batch_sharding(self._mesh))
+
+    def _checked_block(self, lengths, past: Sequence[Memory]):
+        """Lengths [B] of the block after `past`, as int32."""
+        ladder = self.config.adaptive
+        if ladder is None:
+            raise InputError("this tokenizer has no blocks of frames; give one that was trained with model.ladder")
+        if len(past) >= ladder.blocks:
+            raise ValueError(f"a clip has {ladder.blocks} blocks; begin the next one with an empty past")
+        found = checked_lengths(np.asarray(lengths)[:, None], ladder, len(lengths))
+        return None if found is None else found[:, 0]
 
     def _need_codes(self) -> None:
         if not self.config.quantizer.has_codes:

@@ -17,7 +17,7 @@ from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
-from larp_jax.models.sampling import Sampled, SamplingOptions, cast_params, sample_codes
+from larp_jax.models.sampling import First, Sampled, SamplingOptions, cast_params, sample_codes
 from larp_jax.models.sequence import join, known_symbols
 from larp_jax.runtime import rng, sharding
 from larp_jax.weights import checkpoint
@@ -26,6 +26,10 @@ from larp_jax.weights.tensors import compare_shapes
 
 Budget = str | int | Sequence[int]  # see `LoadedGenerator.sample`
 PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
+NO_BLOCKS = (
+    "this generator samples whole clips, not blocks of frames; give one that was trained on codes of a tokenizer with"
+    " model.ladder, as configs/generator_adaptive.py"
+)
 
 
 class HasCodes(Protocol):
@@ -104,8 +108,8 @@ class LoadedGenerator:
         self._graphdef = nnx.graphdef(module)
         self._params = jax.device_put(cast, mesh and sharding.param_shardings(cast, mesh))
 
-        def sample(params, condition, indices, key, scalars, known, plan):
-            return sample_codes(self.module(params), condition, indices, key, scalars, plan, known)
+        def sample(params, condition, indices, key, scalars, known, plan, first=None):
+            return sample_codes(self.module(params), condition, indices, key, scalars, plan, known, first)
 
         def logits(params, condition, codes, lengths):
             tokens = codes if lengths is None else join(config, codes, lengths)
@@ -208,6 +212,54 @@ class LoadedGenerator:
         arguments = self._arguments(classes, frames, indices, rng.as_key(key), chosen, budget)
         with rng.pinned(), self._precisely():
             return self._sample(*arguments, chosen.plan(self.config.symbols))
+
+    def sample_block(
+        self,
+        classes: Sequence[int] | np.ndarray | None = None,
+        *,
+        key: jax.Array,
+        frames: tuple | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        budget: Budget = AUTO,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Samples one block of frames, the one after given first blocks, with a program for all blocks.
+
+        Block after block with one key, these are the codes that `sample` returns, except for rounding. The class may
+        be another one for each block.
+
+        Args:
+          classes: as for `sample`.
+          key: as for `sample`.
+          frames: packed codes [B, N] and lengths [B, n] of the first n blocks, below the T of a clip; None for none.
+          indices: as for `sample`.
+          budget: as for `sample`.
+          **options: as for `sample`, without `cfg_interval` and `window`.
+
+        Returns:
+          Packed codes [B, N] and lengths [B, n + 1] int32, of the given blocks and this one.
+
+        Raises:
+          ValueError: as for `sample`.
+          InputError: the generator has no ladder, or an option is for whole clips.
+        """
+        ladder, chosen = self.config.adaptive, SamplingOptions(**options)
+        if ladder is None:
+            raise InputError(NO_BLOCKS)
+        if chosen.cfg_interval >= 0:
+            raise InputError(f"cfg_interval {chosen.cfg_interval} counts the codes of whole clips; leave it out")
+        *arguments, known = self._arguments(classes, frames, indices, rng.as_key(key), chosen, budget)
+        own = np.zeros((len(known), 0), np.int32) if frames is None else np.asarray(frames[1])
+        count = own.shape[1]
+        if count == ladder.blocks:
+            raise ValueError(f"the given frames are all {count} blocks of a clip; none is left to sample")
+        lengths = np.pad(own, ((0, 0), (0, ladder.blocks - count))).astype(np.int32)
+        if self._mesh is not None:
+            lengths = jax.device_put(lengths, sharding.batch_sharding(self._mesh))
+        with rng.pinned(), self._precisely():
+            first = First(lengths, np.int32(count))
+            found = self._sample(*arguments, known, chosen.plan(self.config.symbols), first)
+        return found.codes, found.lengths[:, : count + 1]
 
     def logits(
         self,

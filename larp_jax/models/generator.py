@@ -240,22 +240,37 @@ class Generator(nnx.Module):
         """
         return unstack(self.blocks)
 
-    def prefill(self, blocks: list[GeneratorBlock], condition: Condition) -> tuple[jax.Array, list[Cache]]:
-        """Logits of the first token, [B, V] float32, and the cache of the condition's positions, by block.
+    def prefill(
+        self,
+        blocks: list[GeneratorBlock],
+        condition: Condition,
+        symbols: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        number: jax.Array | int = 0,
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Logits of a token, [B, V] float32, and the cache of all positions before it, by block.
 
         Args:
           blocks: what `unstacked` returned.
           condition: as in `__call__`.
+          symbols: with a ladder, [B, n] int of which the first `number` are known; the cache has room for all of them.
+          lengths: [B, T], of the blocks in which the known symbols lie, 0 where they are not known yet.
+          number: int scalar, the number of the token.
         """
-        x = self.embed_condition(condition)
+        c, x = self.config, self.embed_condition(condition)
+        if symbols is not None:
+            x = jnp.concatenate([x, self.embed_tokens(symbols)], axis=1)
         x = x + self.position_table()[: x.shape[1]]
-        if self.config.ladder:
-            x = x.at[:, -1:].add(self.embed_places(locate(jnp.zeros((1, self.config.blocks), jnp.int32), 1)))
+        if c.ladder:
+            lengths = jnp.zeros((1, c.blocks), jnp.int32) if lengths is None else lengths
+            first = c.condition_tokens - 1
+            x = x.at[:, first:].add(self.embed_places(locate(lengths, x.shape[1] - first)))
         caches = []
         for block in blocks:
             x, cache = block.with_cache(x)
             caches.append(cache)
-        return self.head(self.norm(x[:, -1])).astype(jnp.float32), caches
+        last = jax.lax.dynamic_index_in_dim(x, c.condition_tokens - 1 + number, axis=1, keepdims=False)
+        return self.head(self.norm(last)).astype(jnp.float32), caches
 
     def decode_step(
         self,

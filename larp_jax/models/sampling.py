@@ -13,7 +13,7 @@ from larp_jax.config import GeneratorConfig
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Cache, Generator, lengthen
+from larp_jax.models.generator import Cache, Generator, GeneratorBlock, lengthen
 from larp_jax.models.layers import Dtype
 from larp_jax.models.paths import path_name
 from larp_jax.models.sequence import count_fitting, locate, split
@@ -125,6 +125,18 @@ class Sequences(NamedTuple):
         return split(config, self.tokens, self.lengths), self.lengths
 
 
+class First(NamedTuple):
+    """The first blocks of sequences of which the next is to be sampled.
+
+    Attributes:
+      lengths: [B, T] int32, 0 from the next block on.
+      blocks: int32 scalar, their number, from 0 to T - 1.
+    """
+
+    lengths: jax.Array
+    blocks: jax.Array
+
+
 class Sampled(NamedTuple):
     """Sampled sequences.
 
@@ -147,6 +159,7 @@ def sample_codes(
     scalars: Mapping[str, jax.Array],
     plan: Plan,
     known: jax.Array | None = None,
+    first: First | None = None,
 ) -> Sampled:
     """Samples sequences of codes; to be jitted, with `plan` static.
 
@@ -164,15 +177,13 @@ def sample_codes(
       scalars: of `SamplingOptions.scalars`.
       plan: of `SamplingOptions.plan`.
       known: of `larp_jax.models.sequence.known_symbols`, with a ladder.
+      first: with a ladder, samples only the block after these, which are known; they are read in one pass.
     """
     c = generator.config
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-    guided, conditions = plan.guided > 0, [condition]
-    for name in plan.scales:
-        last = conditions[-1]
-        conditions.append(last.without_class() if name == "cfg_scale" else last.without_frames())
-    groups = len(conditions)
+    conditions = _conditions(condition, plan)
+    guided, groups = plan.guided > 0, len(conditions)
 
     def draw(logits, number, guided, lengths):
         """Tokens [B, W] from `number` on, from logits [B, W, V], of G rows for each sample with guidance."""
@@ -197,7 +208,12 @@ def sample_codes(
         logits, caches = generator.decode_step(blocks, tokens, caches, c.condition_tokens + number - 1, places)
         return draw(logits, number, guided, lengths), caches
 
-    logits, caches = generator.prefill(blocks, jax.tree.map(interleaved, *conditions))
+    whole = jax.tree.map(interleaved, *conditions)
+    if first is not None and known is not None:
+        read = functools.partial(_read, generator, blocks, whole, groups)
+        steps = functools.partial(draw, guided=guided), functools.partial(predict, guided=guided)
+        return _sample_block(c, first, known, read, *steps)
+    logits, caches = generator.prefill(blocks, whole)
     lengths = jnp.zeros((len(indices), c.blocks), jnp.int32) if c.ladder else None
     sequences = Sequences(jnp.zeros((len(indices), c.symbols + plan.window - 1), jnp.int32), lengths)
     sequences = sequences.with_tokens(c, draw(logits[:, None], 0, guided, lengths), 0)
@@ -215,6 +231,63 @@ def sample_codes(
         sequences, caches, used = decode(functools.partial(predict, guided=guided), sequences, caches, start, stop)
         passes += used
     return Sampled(*sequences.codes(c), passes)
+
+
+def _conditions(condition: Condition, plan: Plan) -> list[Condition]:
+    """The condition, and for each scale of guidance what is left of the one before without its part."""
+    conditions = [condition]
+    for name in plan.scales:
+        last = conditions[-1]
+        conditions.append(last.without_class() if name == "cfg_scale" else last.without_frames())
+    return conditions
+
+
+def _read(
+    generator: Generator,
+    blocks: list[GeneratorBlock],
+    condition: Condition,
+    groups: int,
+    sequences: Sequences,
+    number: jax.Array,
+) -> tuple[jax.Array, list[Cache]]:
+    """Logits of symbol `number`, from those before it, and caches for whole sequences.
+
+    The first symbol needs only the condition.
+    """
+    symbols, lengths = jax.tree.map(lambda x: interleaved(*[x] * groups), tuple(sequences))
+
+    def all_symbols():
+        return generator.prefill(blocks, condition, symbols[:, :-1], lengths, number)
+
+    def none():
+        logits, caches = generator.prefill(blocks, condition)
+        return logits, [lengthen(cache, generator.config.condition_tokens + symbols.shape[1] - 1) for cache in caches]
+
+    return jax.lax.cond(number > 0, all_symbols, none)
+
+
+def _sample_block(
+    config: GeneratorConfig,
+    first: First,
+    known: jax.Array,
+    read: Callable[..., tuple[jax.Array, list[Cache]]],
+    draw: Callable[..., jax.Array],
+    predict: Predict,
+) -> Sampled:
+    """Samples the block after the first ones.
+
+    It begins where the shortest sequence goes on; rows with longer ones know the symbols from there on. Rows that end
+    earlier than others draw symbols of the next block, which are left out.
+    """
+    sequences = Sequences(jnp.maximum(known, 0), first.lengths)
+    number = first.lengths.sum(axis=1, dtype=jnp.int32).min() + first.blocks
+    logits, caches = read(sequences, number)
+    sequences = sequences.with_tokens(config, draw(logits[:, None], number, lengths=sequences.lengths), number)
+    (tokens, lengths), _, passes = _decode_to_the_end(
+        predict, sequences, caches, number + 1, config.symbols, config=config, blocks=first.blocks + 1
+    )
+    lengths = jnp.where(jnp.arange(config.blocks) <= first.blocks, lengths, 0)
+    return Sampled(split(config, tokens, lengths), lengths, passes)
 
 
 def _guide(rows: list[jax.Array], scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
@@ -269,13 +342,21 @@ def _decode_in_windows(
 
 
 def _decode_to_the_end(
-    predict: Predict, sequences: Sequences, caches: list[Cache], start: int, stop: int, *, config: GeneratorConfig
+    predict: Predict,
+    sequences: Sequences,
+    caches: list[Cache],
+    start: int | jax.Array,
+    stop: int,
+    *,
+    config: GeneratorConfig,
+    blocks: int | jax.Array | None = None,
 ) -> tuple:
-    """What `_decode_in_turn` returns, with a ladder; it stops at the end of the longest sequence."""
+    """What `_decode_in_turn` returns, with a ladder; it stops at the end of the longest sequence of so many blocks."""
+    blocks = config.blocks if blocks is None else blocks
 
     def goes_on(carry):
         number, (_, lengths), _ = carry
-        return (number < stop) & locate(lengths, 1, number).valid.any()
+        return (number < stop) & (locate(lengths, 1, number).block < blocks).any()
 
     def step(carry):
         number, sequences, caches = carry

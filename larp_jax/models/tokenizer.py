@@ -228,13 +228,26 @@ class Tokenizer(nnx.Module):
           Codes [B, largest number of the ladder] int32 (0 after the block's own), the reconstructed frames (not
           clamped), and the memory of the block in encoder and decoder.
         """
-        layout = packing.block_layout(len(past), lengths, self.config.query_rows)
-        encoders, decoders = [memory for memory, _ in past], [memory for _, memory in past]
-        h, of_encoder = self.encoder.extend(frames, layout, encoders)
-        codes = self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).indices
-        latents = self.quantizer.expand(self.quantizer.lookup(codes))
-        reconstruction, of_decoder = self.decoder.extend(latents, layout, decoders)
+        codes, of_encoder = self.encode_block(frames, lengths, [memory for memory, _ in past])
+        reconstruction, of_decoder = self.decode_block(codes, lengths, [memory for _, memory in past])
         return codes, reconstruction, (of_encoder, of_decoder)
+
+    def encode_block(
+        self, frames: jax.Array, lengths: jax.Array, past: Sequence[Memory]
+    ) -> tuple[jax.Array, Memory]:
+        """The first half of `extend`: codes and the memory in the encoder, which is all that `past` contains."""
+        h, memory = self.encoder.extend(frames, self._block_layout(lengths, past), past)
+        return self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).indices, memory
+
+    def decode_block(
+        self, codes: jax.Array, lengths: jax.Array, past: Sequence[Memory]
+    ) -> tuple[jax.Array, Memory]:
+        """The second half of `extend`: frames and the memory in the decoder, which is all that `past` contains."""
+        latents = self.quantizer.expand(self.quantizer.lookup(codes))
+        return self.decoder.extend(latents, self._block_layout(lengths, past), past)
+
+    def _block_layout(self, lengths, past):
+        return packing.block_layout(len(past), lengths, self.config.query_rows)
 
     def _lengths(self, lengths, rows):
         ladder = self.config.adaptive
