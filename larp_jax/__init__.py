@@ -8,13 +8,15 @@ from larp_jax.version import __version__
 if typing.TYPE_CHECKING:
     from larp_jax.api import LoadedGenerator, LoadedTokenizer, load_generator, load_tokenizer
     from larp_jax.evaluation.evaluate import evaluate
+    from larp_jax.inference.stream import Stream
 
-__all__ = ["LoadedGenerator", "LoadedTokenizer", "__version__", "evaluate", "load_generator", "load_tokenizer"]
+_ABOVE = {"Stream": "inference.stream", "evaluate": "evaluation.evaluate"}  # the modules of what is not in api
+__all__ = ["LoadedGenerator", "LoadedTokenizer", "Stream", "__version__"]
+__all__ += ["evaluate", "load_generator", "load_tokenizer"]
 
 
 def __getattr__(name: str):
     # imported on first use, so that `import larp_jax` alone does not import JAX
     if name in __all__:
-        module = "larp_jax.evaluation.evaluate" if name == "evaluate" else "larp_jax.api"
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(f"larp_jax.{_ABOVE.get(name, 'api')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,7 @@ COMMANDS = (
     inference.add_allocate,
     inference.add_sample,
     inference.add_predict,
+    inference.add_stream,
     weights.add_export,
     weights.add_import,
     data.add_prepare,

@@ -111,8 +111,11 @@ def add_batch_size(sub) -> None:
     sub.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default: 8)")
 
 
-def add_sampling(sub, what) -> None:
-    """Adds the options of sampling, except guidance. `what` is the name of a result, such as "prediction"."""
+def add_sampling(sub, what, *, clips=True) -> None:
+    """Adds the options of sampling, except guidance.
+
+    `what` is the name of a result, such as "prediction"; `clips` adds the options for whole clips.
+    """
     sub.add_argument(
         "--seed", type=seed, default=0, help=f"random seed; {what} i of a seed is always the same (default: 0)"
     )
@@ -124,7 +127,8 @@ def add_sampling(sub, what) -> None:
         "--top-p", type=float, default=1.0, metavar="P",
         help="sample from the smallest set of codes with probability above P (default: 1, all)",
     )  # fmt: skip
-    add_window(sub)
+    if clips:
+        add_window(sub)
     add_precision(sub)
 
 
@@ -153,12 +157,17 @@ def add_precision(sub) -> None:
     )  # fmt: skip
 
 
-def add_guidance(sub, default) -> None:
-    """Adds the options of classifier-free guidance; `default` is that of the scale."""
+def add_cfg_scale(sub, default) -> None:
+    """Adds --cfg-scale with this default."""
     sub.add_argument(
         "--cfg-scale", type=float, default=default, metavar="S",
         help=f"classifier-free guidance scale; 1 turns guidance off (default: {default:g})",
     )  # fmt: skip
+
+
+def add_guidance(sub, default) -> None:
+    """Adds the options of classifier-free guidance; `default` is that of the scale."""
+    add_cfg_scale(sub, default)
     sub.add_argument(
         "--frames-scale", type=float, default=1.0, metavar="S",
         help="guidance scale of the given frames, for generators trained with model.frames_dropout (default: 1)",
@@ -185,7 +194,9 @@ _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this pro
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
 TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
-FOLDER_WRITERS = ("analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "prepare")
+FOLDER_WRITERS = (
+    "analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "stream", "prepare"
+)  # fmt: skip
 
 
 def _allowed(name: str, text: str) -> tuple[str, ...]:

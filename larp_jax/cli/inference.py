@@ -1,10 +1,11 @@
-"""The commands reconstruct, tokenize, detokenize, sample and predict."""
+"""The commands reconstruct, tokenize, detokenize, allocate, sample, predict and stream."""
 
 from larp_jax.cli.arguments import (
     CHECKPOINT,
     SPEC,
     add_batch_size,
     add_budget,
+    add_cfg_scale,
     add_checkpoint,
     add_command,
     add_guidance,
@@ -171,8 +172,8 @@ def _allocate(arguments):
         print(f"{found['clips']} clips, the best uniform assignment is {lengths}; in {arguments.output}")
 
 
-def _add_generation(sub, what) -> None:
-    """Adds the options that sample and predict share. `what` is the name of a result."""
+def _add_pair(sub) -> None:
+    """Adds the options that name the models and the output."""
     sub.add_argument("--checkpoint", required=True, metavar="G", help=f"the generator: {CHECKPOINT}")
     sub.add_argument(
         "--tokenizer", required=True, metavar="P", help="the tokenizer that the generator was trained with"
@@ -181,6 +182,11 @@ def _add_generation(sub, what) -> None:
     sub.add_argument(
         "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
     )
+
+
+def _add_generation(sub, what) -> None:
+    """Adds the options that sample and predict share. `what` is the name of a result."""
+    _add_pair(sub)
     add_sampling(sub, what)
     add_batch_size(sub)
     add_processes(sub)
@@ -327,3 +333,57 @@ def _predict(arguments):
         budget=arguments.budget,
     )
     print(f"{len(manifest['rows'])} predictions next to the originals, in {arguments.output}")
+
+
+def add_stream(commands) -> None:
+    """Adds the command stream."""
+    sub = add_command(
+        commands,
+        "stream",
+        _stream,
+        "sample a video of any length, block after block",
+        "--checkpoint runs/adaptive_generator --tokenizer runs/adaptive --frames 1000 --classes 0:200,6:200"
+        " --output stream",
+    )
+    _add_pair(sub)
+    sub.add_argument("--frames", type=positive, required=True, metavar="N", help="number of frames")
+    sub.add_argument(
+        "--classes", metavar="C",
+        help="a class by number or name; or classes with frames, such as 0:200,walk:200, which begin again at the end"
+        " (default: any class)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--context", type=positive, default=1, metavar="N",
+        help="how many blocks of frames each clip takes over from the one before, encoded again (default: 1)",
+    )  # fmt: skip
+    add_sampling(sub, "block", clips=False)
+    add_sample_budget(sub)
+    add_cfg_scale(sub, 1.0)
+
+
+def _stream(arguments):
+    from larp_jax import api
+    from larp_jax.inference import stream
+
+    options = sampling_options(arguments)
+    found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
+    if not found.recipe.model.ladder:
+        raise InputError(f"{arguments.checkpoint}: {stream.NO_BLOCKS}")
+    generator = api.LoadedGenerator.of(found, precision=arguments.precision)
+    tokenizer = api.load_tokenizer(arguments.tokenizer, weights=arguments.weights)
+    schedule = None
+    if arguments.classes is not None:
+        size = tokenizer.config.frames // tokenizer.config.blocks
+        schedule = stream.read_schedule(arguments.classes, generator, size)
+    manifest = stream.write_stream(
+        generator,
+        tokenizer,
+        arguments.output,
+        frames=arguments.frames,
+        schedule=schedule,
+        seed=arguments.seed,
+        options=options,
+        context=arguments.context,
+        budget=arguments.budget,
+    )
+    print(f"{manifest['frames']} frames in {len(manifest['parts'])} part(s), in {arguments.output}")

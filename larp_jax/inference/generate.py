@@ -260,6 +260,19 @@ def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
     Raises:
       InputError: the generator has no such class, or the text is not of this form.
     """
+    pairs = class_pairs(text, generator, "video")
+    classes = dict(pairs)
+    if len(classes) < len(pairs) or len({count > 0 for _, count in pairs}) > 1:
+        raise InputError(f"--classes: {text!r} must be like 0,3 or 0:100,3:50, each class once")
+    return classes
+
+
+def class_pairs(text: str, generator: LoadedGenerator, unit: str) -> list[tuple[int, int]]:
+    """Labels and counts of what `read_classes` describes, in order; 0 for no count, which is one of `unit`.
+
+    Raises:
+      InputError: the generator has no such class, or the text is no list.
+    """
     try:
         (parts,) = csv.reader([text], skipinitialspace=True)
     except csv.Error as error:
@@ -271,14 +284,11 @@ def read_classes(text: str, generator: LoadedGenerator) -> dict[int, int]:
             pairs.append((label, 0))
         elif colon and count.isdecimal() and (label := _class_called(name, generator)) is not None:
             if not int(count):
-                raise InputError(f"--classes: {part!r} asks for no video; the count must be at least 1")
+                raise InputError(f"--classes: {part!r} asks for no {unit}; the count must be at least 1")
             pairs.append((label, int(count)))
         else:
             raise InputError(f"--classes: {_no_class(name if count.isdecimal() and colon else part, generator)}")
-    classes = dict(pairs)
-    if len(classes) < len(pairs) or len({count > 0 for _, count in pairs}) > 1:
-        raise InputError(f"--classes: {text!r} must be like 0,3 or 0:100,3:50, each class once")
-    return classes
+    return pairs
 
 
 def _class_called(name: str, generator: LoadedGenerator) -> int | None:

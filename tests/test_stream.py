@@ -1,0 +1,179 @@
+"""Video of any length, block after block: the blocks of a generator and of a tokenizer, and the command stream."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from data_helpers import moving_frames
+from test_generate import SIZES, write_generator
+from test_sequences import CLASSES, CONFIG, ROWS, random_params
+
+from larp_jax import Stream, cli, load_generator, load_tokenizer
+from larp_jax.api import LoadedGenerator
+from larp_jax.data.video import probe
+from larp_jax.errors import InputError
+from larp_jax.inference import stream
+
+
+@pytest.fixture(scope="module")
+def adaptive(untrained):
+    return load_tokenizer(untrained)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(adaptive, tmp_path_factory):
+    """A generator for the tokenizer, with random weights."""
+    config = adaptive.config
+    sizes = {"num_tokens": config.num_tokens, "blocks": config.blocks, "ladder": config.ladder}
+    metadata = {"tokenizer_fingerprint": adaptive.fingerprint}
+    return write_generator(tmp_path_factory.mktemp("g") / "adaptive", metadata, class_dropout=0.1, **sizes)
+
+
+@pytest.fixture(scope="module")
+def generator(checkpoint):
+    return load_generator(checkpoint)
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "top_k": 5}])
+def test_blocks_one_after_the_other_are_a_sample(options):
+    """Rows have blocks of different lengths, and the first of a row may be as long as two of another."""
+    loaded, key = LoadedGenerator(CONFIG, random_params()), jax.random.key(5)
+    codes, lengths = (np.asarray(x) for x in loaded.sample(CLASSES, key=key, **options))
+    assert len({tuple(row) for row in lengths.tolist()}) > 2
+    first = None
+    for count in range(1, CONFIG.blocks + 1):
+        first = loaded.sample_block(CLASSES, key=key, frames=first, **options)
+        np.testing.assert_array_equal(first[1], lengths[:, :count])
+        own = np.arange(CONFIG.num_tokens) < lengths[:, :count].sum(axis=1, keepdims=True)
+        np.testing.assert_array_equal(first[0], np.where(own, codes, 0))
+    with pytest.raises(ValueError, match="all 3 blocks of a clip"):
+        loaded.sample_block(CLASSES, key=key, frames=first)
+    with pytest.raises(InputError, match="cfg_interval 3 counts the codes of whole clips"):
+        loaded.sample_block(CLASSES, key=key, cfg_interval=3)
+    given = loaded.sample_block(CLASSES, key=key, budget=(2, 5, 1))
+    given = loaded.sample_block(CLASSES, key=key, frames=given, budget=(2, 5, 1))
+    np.testing.assert_array_equal(given[1], [[2, 5]] * ROWS)
+
+
+def test_a_stream_of_frames_is_coded_as_its_clips_are(adaptive, tokenizer):
+    video = np.stack([moving_frames(19, 32, 32, seed=seed) for seed in (1, 2)])
+    blocks = list(adaptive.encode_stream(np.split(video, [3, 4, 14], axis=1), budget="4,8"))
+    assert [block.shape for block in blocks] == [(2, 4), (2, 8)] * 2 + [(2, 4)]
+    last = video[:, np.minimum(np.arange(16, 24), 18)]
+    decoded = list(adaptive.decode_stream(blocks))
+    for number, clip in enumerate((video[:, :8], video[:, 8:16], last)):
+        codes, lengths = adaptive.encode(clip, budget="4,8")
+        found = np.concatenate(blocks[2 * number :][:2], axis=1)
+        np.testing.assert_array_equal(found, np.asarray(codes)[:, : found.shape[1]])
+        frames = np.concatenate(decoded[2 * number :][:2], axis=1)
+        np.testing.assert_allclose(frames, adaptive.decode(codes, lengths)[:, : frames.shape[1]], atol=1e-5)
+
+    (codes,) = tokenizer.encode_stream(iter(video[:1, i : i + 1] for i in range(8)))  # a block is a clip
+    np.testing.assert_array_equal(codes, tokenizer.encode(video[:1, :8]))
+    np.testing.assert_array_equal(next(tokenizer.decode_stream([codes])), tokenizer.decode(codes))
+    with pytest.raises(InputError, match="budget greedy:30 depends on whole clips"):
+        next(adaptive.encode_stream([video], budget="greedy:30"))
+    with pytest.raises(InputError, match="this tokenizer has no blocks"):
+        tokenizer.encode_block(video[:, :8], [8, 8])
+    with pytest.raises(ValueError, match="a clip has 2 blocks"):
+        adaptive.decode_block(np.zeros((1, 8), int), [8], (None, None))
+
+
+def test_a_stream_goes_on_in_constant_memory(generator, adaptive, caplog):
+    """After the first block of the second clip nothing is compiled, and no array is kept."""
+    video = Stream(generator, adaptive, key=jax.random.key(0), classes=[0, 2])
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        first = [next(video).shape for _ in range(3)]
+        assert any("Compiling" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+        before, last = next(video), next(video)
+        alive = len(jax.live_arrays())
+        for _ in range(20):
+            before, last = last, next(video)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+    assert len(jax.live_arrays()) == alive
+    assert {*first, last.shape} == {(2, 4, 32, 32, 3)}
+    np.testing.assert_array_equal(video.state.recent, stream.to_uint8(last))
+    found = adaptive.encode_frames(stream.to_uint8(before), budget=adaptive.config.adaptive.largest)
+    assert video.state.number == 25 and video.state.lengths[0, 0] == found[1][0, 0]
+    np.testing.assert_array_equal(video.state.codes[:, : found[1][0, 0]], found[0][:, : found[1][0, 0]])
+
+
+def test_a_class_that_changes_changes_only_later_blocks(generator, adaptive):
+    def frames(labels, count=20):
+        options = {"key": jax.random.key(1), "frames": count, "cfg_scale": 20.0}
+        options["classes"] = np.array(labels)[:, None]
+        return np.concatenate(list(Stream(generator, adaptive, **options)), axis=1)
+
+    plain, changed = frames([0]), frames([0, 0, 0, 2, 2])
+    assert plain.shape == (1, 20, 32, 32, 3)
+    np.testing.assert_array_equal(changed[:, :12], plain[:, :12])
+    assert np.abs(changed[:, 12:16] - plain[:, 12:16]).max() > 0.01
+    np.testing.assert_array_equal(frames([0], 18), plain[:, :18])
+
+
+def run(checkpoint, untrained, output, *options):
+    models = f"--checkpoint={checkpoint}", f"--tokenizer={untrained}"
+    return cli.main(["stream", *models, f"--output={output}", *options])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_stopped_stream_goes_on_with_equal_frames(checkpoint, untrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "PART_BLOCKS", 3)
+    given = ("--classes=0:12,2:8", "--budget=4,8", "--seed=3", "--cfg-scale=1.5")
+    assert run(checkpoint, untrained, tmp_path / "whole", "--frames=38", *given) == 0
+    whole = contents(tmp_path / "whole")
+    names = [f"{start:06d}.{kind}" for start in (0, 12, 24, 36) for kind in ("mp4", "npz")]
+    assert sorted(whole) == sorted([*names, "settings.json", "manifest.json"])
+    assert [probe(tmp_path / "whole" / name).frames for name in names[::2]] == [12, 12, 12, 2]
+    manifest = json.loads(whole["manifest.json"])
+    assert [part["classes"] for part in manifest["parts"]] == [[0, 0, 0], [2, 2, 0], [0, 0, 2], [2]]
+
+    output, written = tmp_path / "stopped", stream.write_video
+
+    def stop(path, frames, fps):
+        if path.name == "000024.mp4":
+            next(frames)
+            raise KeyboardInterrupt
+        written(path, frames, fps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write_video", stop)
+        assert run(checkpoint, untrained, output, "--frames=38", *given) == 1
+    kept = contents(output)
+    (output / "000012.npz").write_bytes(b"damaged")
+    assert run(checkpoint, untrained, output, "--frames=26", *given) == 0  # its last part is cut off
+    assert "000012.npz is damaged" in capsys.readouterr().err
+    assert run(checkpoint, untrained, output, "--frames=38", *given) == 0
+    assert contents(output) == whole
+    assert kept.items() <= whole.items() and "000024.mp4" not in kept
+
+    assert run(checkpoint, untrained, output, "--frames=38", "--seed=4", *given[:2]) == 2
+    assert "was started with" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(checkpoint, untrained, generator, adaptive, tmp_path, capsys):
+    for option, said in (
+        ("--classes=0:200,3:200", "3 is not a class of the generator; its classes are 0 to 2"),
+        ("--classes=0:6", "6 frames are no whole blocks of 4 frames; give 4 or 8"),
+        ("--classes=0:8,2", "must be one class, or classes with frames, like 0:4,3:8"),
+        ("--classes=0:0", "asks for no frame; the count must be at least 1"),
+        ("--classes=0;2", "is not the number of a class"),
+        ("--context=2", "of the 2 blocks of a clip, the next can take over 1 to 1"),
+        ("--budget=3", "does not split into 2 equal blocks"),
+        ("--temperature=0", "temperature must be above 0"),
+        ("--window=4", "unrecognized arguments: --window=4"),
+    ):
+        assert run(checkpoint, untrained, tmp_path / "x", "--frames=8", option) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    whole = write_generator(tmp_path / "plain", {}, **SIZES)
+    assert run(whole, untrained, tmp_path / "x", "--frames=8") == 2
+    assert "samples whole clips, not blocks of frames; give one" in capsys.readouterr().err
+    with pytest.raises(InputError, match="samples whole clips"):
+        Stream(load_generator(whole), adaptive, key=jax.random.key(0))
