@@ -177,3 +177,15 @@ def test_what_does_not_fit_is_refused(checkpoint, untrained, generator, adaptive
     assert "samples whole clips, not blocks of frames; give one" in capsys.readouterr().err
     with pytest.raises(InputError, match="samples whole clips"):
         Stream(load_generator(whole), adaptive, key=jax.random.key(0))
+
+
+def test_the_benchmark_times_a_stream_beside_clips(checkpoint, untrained, tmp_path, capsys):
+    command = ["benchmark", "sample", "--stream", f"--checkpoint={checkpoint}", "--cfg-scale=1", "--seconds=1"]
+    assert cli.main([*command, f"--tokenizer={untrained}", f"--output={tmp_path / 'found.json'}"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["block_frames"], found["clip_frames"]) == (4, 8)
+    assert 0 < found["first_frames_seconds"] <= found["first_frames_p95_seconds"]
+    assert found["share_of_clip"] == found["first_frames_seconds"] / found["clip_seconds"]
+    assert found["frames_per_second"] > 0 and found["block_p95_seconds"] > 0
+    assert cli.main(command) == 2
+    assert "give the tokenizer that decodes them, --tokenizer" in capsys.readouterr().err

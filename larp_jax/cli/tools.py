@@ -119,6 +119,10 @@ def add_benchmark(commands) -> None:
     add_window(sampling)
     add_sample_budget(sampling)
     sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
+    sampling.add_argument(
+        "--stream", action="store_true",
+        help="instead, time the first frames and the following of a stream of one video, beside whole clips",
+    )  # fmt: skip
     sub.add_argument("--output", metavar="FILE", help="JSON file for the numbers")
     sub.add_argument(
         "--model-rate", type=positive, metavar="R",
@@ -170,6 +174,13 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
         tokenizer = api.load_tokenizer(arguments.tokenizer)
         generator.check_tokenizer(tokenizer)
     generator.assignment(arguments.budget, options)
+    if arguments.stream:
+        if tokenizer is None:
+            raise InputError("--stream measures the time to frames: give the tokenizer that decodes them, --tokenizer")
+        found = benchmark_sampling.benchmark_stream(
+            generator, tokenizer, options, seconds=arguments.seconds, budget=arguments.budget
+        )
+        return found | changed
     result = benchmark_sampling.benchmark_sample(
         generator,
         options,

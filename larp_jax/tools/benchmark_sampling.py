@@ -12,6 +12,7 @@ from flax import nnx
 
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
 from larp_jax.config import AUTO, GeneratorConfig, MeshConfig
+from larp_jax.inference.stream import Stream
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.sampling import Plan, Sampled, SamplingOptions
@@ -91,8 +92,7 @@ def benchmark_sample(
     result = {
         **_described(generator, tokens, lengths, batch_size),
         **vars(options),
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **_device(),
         "tokens_per_second": batch_size * tokens / batch,
         "videos_per_second": batch_size / batch,
         "single_video_seconds": times["single", 1],
@@ -106,6 +106,70 @@ def benchmark_sample(
         passes = {(rows, window): int(sample(rows, window).passes) for rows in (1, batch_size) for window in windows}
         result |= _windows(times, passes, batch_size, config.num_tokens)
     return result
+
+
+def benchmark_stream(
+    generator: LoadedGenerator,
+    tokenizer: LoadedTokenizer,
+    options: SamplingOptions,
+    *,
+    seconds: float = 10.0,
+    budget: str = AUTO,
+) -> dict[str, Any]:
+    """Measures how soon and how fast a stream of one video comes, in turns with whole clips of the same model.
+
+    Args:
+      generator: a generator with a ladder.
+      tokenizer: the tokenizer that it was trained with.
+      options: sampling options.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      budget: as for `larp_jax.Stream`.
+
+    Returns:
+      The settings, and medians from the call to the pixels on the host: `first_frames_seconds` of a new stream to its
+      first block, and `clip_seconds` of a clip that begins with the same codes, with the 95th percentiles of both;
+      `share_of_clip`, the former over the latter. Of a stream that goes on: `frames_per_second`, all frames over all
+      seconds, and `block_p95_seconds`.
+
+    Raises:
+      InputError: as for `larp_jax.Stream`.
+    """
+    config = generator.config
+    chosen = vars(options) | {"budget": budget}
+    given = {"classes": [0] if config.has_classes else None, "indices": [0]}
+
+    def stream(seed=0):
+        return Stream(generator, tokenizer, key=rng.key(seed), **given, **chosen)
+
+    endless, blocks = stream(1), config.blocks
+    block_frames = next(endless).shape[1]
+    for _ in range(blocks):  # until everything is compiled
+        next(endless)
+    first_key = jax.random.fold_in(rng.key(0), 0)
+    calls = {
+        "first": lambda: next(stream()),
+        "clip": lambda: np.asarray(tokenizer.decode(*generator.sample(key=first_key, **given, **chosen))),
+        "block": lambda: next(endless),
+    }
+    taken = all_times_in_turns(calls, seconds)
+    first, clip = statistics.median(taken["first"]), statistics.median(taken["clip"])
+    late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
+    return {
+        "parameters_millions": generator.parameters / 1e6,
+        "precision": generator.precision,
+        "budget": budget,
+        **vars(options),
+        **_device(),
+        "block_frames": block_frames,
+        "clip_frames": block_frames * blocks,
+        "first_frames_seconds": first,
+        "first_frames_p95_seconds": late["first"],
+        "clip_seconds": clip,
+        "clip_p95_seconds": late["clip"],
+        "share_of_clip": first / clip,
+        "frames_per_second": block_frames * len(taken["block"]) / sum(taken["block"]),
+        "block_p95_seconds": late["block"],
+    }
 
 
 def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
@@ -132,6 +196,12 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
         "logits_deviation": float(np.sqrt(np.mean(np.square(changed - logits))) / np.std(logits)),
         "equal_greedy_codes": float(np.mean(np.cumprod(codes == theirs, axis=1))),
     }
+
+
+def _device() -> dict[str, Any]:
+    """The device and the number of CPU cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": jax.devices()[0].device_kind, "cores": cores}
 
 
 def _lengths(samples: Sampled, single: Sampled, bucket: int) -> tuple[float, int, dict[str, int]]:
