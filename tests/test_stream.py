@@ -7,14 +7,17 @@ import jax
 import numpy as np
 import pytest
 from data_helpers import moving_frames
+from flax import nnx
 from test_generate import SIZES, write_generator
 from test_sequences import CLASSES, CONFIG, ROWS, random_params
 
 from larp_jax import Stream, cli, load_generator, load_tokenizer
 from larp_jax.api import LoadedGenerator
-from larp_jax.data.video import probe
+from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
+from larp_jax.evaluation.probe import ClipProbe
 from larp_jax.inference import stream
+from larp_jax.models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,15 @@ def test_a_stopped_stream_goes_on_with_equal_frames(checkpoint, untrained, tmp_p
     assert "was started with" in capsys.readouterr().err
 
 
+def test_a_stream_in_a_bucket_becomes_longer(checkpoint, untrained, tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(stream, "PART_BLOCKS", 2)
+    assert run(checkpoint, untrained, bucket, "--frames=10") == 0
+    assert run(checkpoint, untrained, bucket, "--frames=20") == 0
+    assert run(checkpoint, untrained, tmp_path / "whole", "--frames=20") == 0
+    whole = contents(tmp_path / "whole")
+    assert whole.keys() >= {"000016.mp4", "000016.npz"} and whole.items() <= contents(bucket).items()
+
+
 def test_what_does_not_fit_is_refused(checkpoint, untrained, generator, adaptive, tmp_path, capsys):
     for option, said in (
         ("--classes=0:200,3:200", "3 is not a class of the generator; its classes are 0 to 2"),
@@ -189,3 +201,36 @@ def test_the_benchmark_times_a_stream_beside_clips(checkpoint, untrained, tmp_pa
     assert found["frames_per_second"] > 0 and found["block_p95_seconds"] > 0
     assert cli.main(command) == 2
     assert "give the tokenizer that decodes them, --tokenizer" in capsys.readouterr().err
+
+
+def test_drift_is_measured_beside_streams_that_go_on_from_real_clips(checkpoint, untrained, adaptive, tmp_path, capsys):
+    """The first window of the two differs by nothing but the class; all clips of the control see real frames."""
+    shape = adaptive.config.clip_shape
+    params = nnx.to_pure_dict(nnx.state(Classifier(shape, 3, rngs=nnx.Rngs(0)), nnx.Param))
+    ClipProbe(shape, params).save(tmp_path / "probe.npz")
+    for label in range(3):
+        (tmp_path / "clips" / "test" / str(label)).mkdir(parents=True)
+        write_video(tmp_path / "clips" / "test" / str(label) / "a.mp4", moving_frames(8, 32, 32, seed=label), 8.0)
+    options = [f"--drift=folder:{tmp_path / 'clips'}", "--frames=27", "--batch-size=2", "--budget=4,4"]
+    output = tmp_path / "drift"
+    assert run(checkpoint, untrained, output, *options, f"--probe={tmp_path / 'probe.npz'}") == 0
+    found = json.loads((output / "drift.json").read_text())
+    assert (found["frames"], found["videos"]) == (8, 3)
+    assert [window["start"] for window in found["stream"]] == [0, 8, 16]
+    assert found["stream"][0] == found["anchored"][0] != found["stream"][1] != found["anchored"][1]
+    charts = {f"drift_{name}.svg" for name in ("mean", "variance", "distance", "accuracy")}
+    assert {path.name for path in output.iterdir()} == {"drift.json", *charts}
+
+    generator, videos = load_generator(checkpoint), []
+    for batch, labels in enumerate(([0, 1], [2, 2])):
+        given = {"key": jax.random.key(0), "classes": labels, "indices": [2 * batch, 2 * batch + 1], "frames": 24}
+        videos.append(np.concatenate(list(Stream(generator, adaptive, budget="4,4", **given)), axis=1))
+    window = np.concatenate(videos)[:3, 16:].astype(np.float64)
+    np.testing.assert_allclose(found["stream"][2]["mean"], window.mean(), rtol=1e-9)
+    np.testing.assert_allclose(found["stream"][2]["variance"], window.var(axis=(0, 1, 2, 3)).mean(), rtol=1e-9)
+    _, classes = ClipProbe(shape, params).measure(window.astype(np.float32))
+    assert found["stream"][2]["accuracy"] == np.mean(classes == [0, 1, 2]) and found["stream"][2]["distance"] > 0
+    assert run(checkpoint, untrained, output, *options, "--classes=1") == 2
+    assert "--drift samples the classes of the clips" in capsys.readouterr().err
+    assert run(checkpoint, untrained, output, *options, "--frames=7") == 2
+    assert "drift is measured in windows of 8 frames; give more" in capsys.readouterr().err

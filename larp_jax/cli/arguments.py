@@ -192,8 +192,8 @@ PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  #
 MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories of the hub
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
-LOCAL_PATHS = ("lpips", "i3d", "heads", "root")
-TEXTS = ("config", "overrides", "data", "training_data", "input", "source")
+LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")
+TEXTS = ("config", "overrides", "data", "training_data", "input", "source", "drift")
 FOLDER_WRITERS = (
     "analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "stream", "prepare"
 )  # fmt: skip

@@ -359,6 +359,17 @@ def add_stream(commands) -> None:
     add_sampling(sub, "block", clips=False)
     add_sample_budget(sub)
     add_cfg_scale(sub, 1.0)
+    drift = sub.add_argument_group("drift")
+    drift.add_argument(
+        "--drift", metavar="SPEC",
+        help="instead of a video, write how streams of the classes of real clips change as they go on, beside streams"
+        f" that go on from the clips; {SPEC}, the split test by default",
+    )  # fmt: skip
+    drift.add_argument("--probe", metavar="FILE", help="probe.npz of an experiment on such clips, to measure more")
+    drift.add_argument(
+        "--max-clips", type=positive, default=64, metavar="N", help="at most N streams (default: 64)"
+    )
+    add_batch_size(drift)
 
 
 def _stream(arguments):
@@ -371,6 +382,9 @@ def _stream(arguments):
         raise InputError(f"{arguments.checkpoint}: {stream.NO_BLOCKS}")
     generator = api.LoadedGenerator.of(found, precision=arguments.precision)
     tokenizer = api.load_tokenizer(arguments.tokenizer, weights=arguments.weights)
+    if arguments.drift is not None:
+        _drift(arguments, generator, tokenizer)
+        return
     schedule = None
     if arguments.classes is not None:
         size = tokenizer.config.frames // tokenizer.config.blocks
@@ -387,3 +401,27 @@ def _stream(arguments):
         budget=arguments.budget,
     )
     print(f"{manifest['frames']} frames in {len(manifest['parts'])} part(s), in {arguments.output}")
+
+
+def _drift(arguments, generator, tokenizer):
+    from larp_jax.tools import drift
+
+    if arguments.classes is not None:
+        raise InputError("--drift samples the classes of the clips; leave out --classes")
+    result = drift.drift(
+        generator,
+        tokenizer,
+        arguments.drift,
+        arguments.output,
+        frames=arguments.frames,
+        videos=arguments.max_clips,
+        seed=arguments.seed,
+        options=sampling_options(arguments),
+        context=arguments.context,
+        budget=arguments.budget,
+        probe=arguments.probe,
+        batch_size=arguments.batch_size,
+    )
+    for when, window in (("first", result["stream"][0]), ("last", result["stream"][-1])):
+        print_table({f"{when}_{name}": x for name, x in window.items() if name != "start"})
+    print(f"{len(result['stream'])} windows of {result['videos']} streams, in {arguments.output}")

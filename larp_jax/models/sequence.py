@@ -7,6 +7,8 @@ in its place, in training too, and every sampled sequence is valid.
 Symbols are located by `larp_jax.models.packing.layout` of the lengths plus one: place 0 is that of the length.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -65,6 +67,7 @@ def split(config: GeneratorConfig, symbols: jax.Array, lengths: jax.Array) -> ja
     return jnp.where(places.valid, jnp.take_along_axis(symbols, number, axis=1), 0)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # op by op it would take as long as many codes
 def known_symbols(
     config: GeneratorConfig, lengths: jax.Array, codes: jax.Array | None = None, blocks: jax.Array | int = 0
 ) -> jax.Array:
