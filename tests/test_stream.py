@@ -13,11 +13,13 @@ from test_sequences import CLASSES, CONFIG, ROWS, random_params
 
 from larp_jax import Stream, cli, load_generator, load_tokenizer
 from larp_jax.api import LoadedGenerator
+from larp_jax.config import MeshConfig
 from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation.probe import ClipProbe
 from larp_jax.inference import stream
 from larp_jax.models.classifier import Classifier
+from larp_jax.runtime.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,11 @@ def test_blocks_one_after_the_other_are_a_sample(options):
         loaded.sample_block(CLASSES, key=key, frames=first)
     with pytest.raises(InputError, match="cfg_interval 3 counts the codes of whole clips"):
         loaded.sample_block(CLASSES, key=key, cfg_interval=3)
+    if options:
+        return
+    split = LoadedGenerator(CONFIG, random_params(), mesh=make_mesh(MeshConfig(data=4, fsdp=2, model=1)))
+    found = split.sample_block(CLASSES, key=key, frames=(first[0], first[1][:, :2]))
+    jax.tree.map(np.testing.assert_array_equal, found, first)
     given = loaded.sample_block(CLASSES, key=key, budget=(2, 5, 1))
     given = loaded.sample_block(CLASSES, key=key, frames=given, budget=(2, 5, 1))
     np.testing.assert_array_equal(given[1], [[2, 5]] * ROWS)
