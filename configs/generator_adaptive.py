@@ -1,13 +1,12 @@
 """A small generator for the tokenizer of configs/adaptive.py, which also decides how many codes each block gets.
 
     larp-jax tokenize --checkpoint runs/adaptive --input moving_shapes/busy:train --output runs/adaptive_codes \
-        --budget 64
+        --budget auto --router runs/adaptive_router
     larp-jax tokenize --checkpoint runs/adaptive --input moving_shapes/busy:test --output runs/adaptive_test \
-        --budget 64
+        --budget auto --router runs/adaptive_router
     larp-jax train --config configs/generator_adaptive.py --workdir runs/adaptive_generator
 
-It trains on two CPU cores, and learns the numbers of codes that the clips were given: choose a --budget that gives each
-clip what it needs (docs/adaptive.md). With `--budget 64` every block has 16.
+It trains on two CPU cores, and learns the numbers of codes that the router chose for the clips (docs/adaptive.md).
 """
 
 from larp_jax.config import default_recipe

@@ -17,6 +17,7 @@ from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, defau
 from larp_jax.data import parse_spec
 from larp_jax.errors import InputError
 from larp_jax.training.generator import GeneratorStage
+from larp_jax.training.router import RouterStage
 from larp_jax.training.tokenizer import TokenizerStage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -36,6 +37,10 @@ def stage_and_batch(recipe):
     rows = recipe.data.batch_size
     if recipe.stage == "tokenizer":
         return TokenizerStage(recipe), {"video": shape(rows, *recipe.model.clip_shape, dtype=jnp.uint8)}
+    if recipe.stage == "router":
+        recipe = dataclasses.replace(recipe, model=recipe.model.for_tokenizer(load("evatok_ucf_k600").model))
+        batch = {"video": shape(rows, *recipe.model.clip_shape, dtype=jnp.uint8)}
+        return RouterStage(recipe), batch | {"rewards": shape(rows, recipe.model.adaptive.count, dtype=jnp.float32)}
     tokenizer = load(recipe.tokenizer.removeprefix("runs/")).model if recipe.tokenizer else None
     if tokenizer is not None:
         found = {"codebook_size": tokenizer.quantizer.codebook_size, "num_tokens": tokenizer.num_tokens}
@@ -100,7 +105,7 @@ def test_invalid_settings_are_refused(stage, name, value, says):
 
 def test_no_number_may_be_nan_infinite_or_negative():
     """For every setting; only seeds and `mesh.data`, where -1 means all devices, may be negative."""
-    for stage in ("tokenizer", "generator"):
+    for stage in ("tokenizer", "generator", "router"):
         taken = set()
         for name, default in numbers_in(default_recipe(stage).to_dict()):
             for value in (-1,) if isinstance(default, int) else (-1.0, math.nan, math.inf):

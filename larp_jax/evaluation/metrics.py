@@ -361,5 +361,14 @@ class PriorScore(Average):
 
 
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Psnr, Ssim, LpipsDistance, ReconstructionFvd, Usage, CodesUsed, PriorScore)
+    metric.name: metric
+    for metric in (
+        Psnr,
+        Ssim,
+        LpipsDistance,
+        ReconstructionFvd,
+        Usage,
+        CodesUsed,
+        PriorScore,
+    )
 }

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 32
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 8, 32
 MOST_POINTS = 400  # of a series; longer series are reduced to the minimum and maximum of each interval
 FEW_POINTS = 60  # up to this number, dots are large
 LOG_RATIO = 100.0  # the axis is logarithmic above this ratio of the largest to the smallest value
