@@ -26,7 +26,7 @@ from larp_jax.weights.checkpoint import load, write_imported
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 COMMANDS = ("train", "evaluate", "reconstruct", "tokenize", "detokenize", "sample", "predict", "export", "import")
-COMMANDS += ("plan", "benchmark", "doctor", "analyze", "report")
+COMMANDS += ("plan", "benchmark", "doctor", "analyze", "report", "stream")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
