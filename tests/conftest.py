@@ -151,10 +151,13 @@ def tokenizer(trained):
 def narrow_vgg(monkeypatch):
     """The networks of LPIPS are narrow, because convolutions of the smallest features are slow in tests."""
     from larp_jax.models import lpips
-    from larp_jax.weights import lpips as conversion
+    from larp_jax.weights import lpips as conversion, networks
 
     for module in (lpips, conversion):
         monkeypatch.setattr(module, "STAGES", [[8] * len(stage) for stage in lpips.STAGES])
+    networks.template.cache_clear()
+    yield
+    networks.template.cache_clear()
 
 
 @pytest.fixture

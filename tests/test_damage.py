@@ -32,6 +32,7 @@ from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
 from larp_jax.weights import checkpoint, checksums
 from larp_jax.weights.i3d import import_i3d
 from larp_jax.weights.lpips import import_lpips
+from larp_jax.weights.tensors import float_arrays
 
 MUCH = 2**27  # bytes that files in these tests claim to contain
 LITTLE = 2**24  # bytes of memory that reading them may use
@@ -287,8 +288,8 @@ def test_weights_that_claim_too_much(tmp_path, kind):
 
 def test_a_tensor_of_one_value_repeated(tmp_path):
     torch = pytest.importorskip("torch")
-    tensors = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
-    refused("x claims more values than the file contains", tensors.float_arrays, tensors, tmp_path / "weights.pth")
+    repeated = {"x": torch.zeros(1, dtype=torch.bfloat16).expand(MUCH)}
+    refused("x claims more values than the file contains", float_arrays, repeated, tmp_path / "weights.pth")
 
 
 def test_arrays_of_npz_files(tmp_path):

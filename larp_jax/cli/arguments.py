@@ -193,7 +193,7 @@ MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories 
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")
-TEXTS = ("config", "overrides", "data", "training_data", "input", "source", "drift")
+TEXTS = ("config", "router_config", "overrides", "data", "training_data", "input", "source", "drift")
 FOLDER_WRITERS = (
     "analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "stream", "prepare"
 )  # fmt: skip

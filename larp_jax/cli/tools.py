@@ -112,7 +112,7 @@ def add_benchmark(commands) -> None:
     add_batch_size(models)
     add_precision(models)
     models.add_argument(
-        "--router", metavar="FILE[:VARIANT]", help="for benchmark encode: recipe of a router, to time its choice"
+        "--router-config", metavar="FILE[:VARIANT]", help="for benchmark encode: recipe of a router, to time its choice"
     )
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
@@ -197,10 +197,10 @@ def _benchmark_tokenizer(arguments) -> dict[str, Any]:
     from larp_jax.training import common
 
     recipe, router = _recipe_of("tokenizer", arguments), None
-    if arguments.router is not None:
+    if arguments.router_config is not None:
         if arguments.what != "encode" or not recipe.model.ladder:
-            raise InputError("--router is for benchmark encode of a tokenizer with model.ladder; leave it out")
-        given = argparse.Namespace(config=arguments.router, overrides=[], command=arguments.command)
+            raise InputError("--router-config is for benchmark encode of a tokenizer with model.ladder; leave it out")
+        given = argparse.Namespace(config=arguments.router_config, overrides=[], command=arguments.command)
         router = load_recipe(given).model.for_tokenizer(recipe.model)
     if arguments.what == "train":
         return benchmark.benchmark_train(recipe, seconds=arguments.seconds)
