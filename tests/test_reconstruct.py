@@ -198,26 +198,28 @@ def test_output_names():
 
 @pytest.mark.slow
 def test_odd_files_one_by_one(tokenizer, videos_dir, tmp_path, monkeypatch):
+    """Short files and those that cannot be read; `test_a_folder_of_odd_files` reads all to their ends."""
     monkeypatch.chdir(videos_dir / "odd")
     done = 0
     for i, path in enumerate(sorted((videos_dir / "odd").iterdir())):
         try:
+            if probe(path).frames > 40:
+                continue
             summary = reconstruct(tokenizer, path.name, tmp_path / str(i), batch_size=8)
         except InputError as error:
             assert str(error).count("\n") == 0 and path.name in str(error)
         else:
             done += 1
             assert np.isfinite(summary["mean_psnr"])
-    assert done >= 30
+    assert done >= 20
 
 
 @pytest.mark.slow
 def test_a_folder_of_odd_files(trained, videos_dir, tmp_path, capsys):
     for command in ("reconstruct", "tokenize"):
-        output = str(tmp_path / command)
-        assert (
-            cli.main([command, "--checkpoint", str(trained), f"--input={videos_dir / 'odd'}", "--output", output]) == 0
-        )
+        arguments = [command, "--checkpoint", str(trained), f"--input={videos_dir / 'odd'}"]
+        arguments += ["--fit", "crop"] if command == "reconstruct" else []  # large pictures take minutes to write
+        assert cli.main([*arguments, "--output", str(tmp_path / command)]) == 0
         errors = capsys.readouterr().err
         assert "Traceback" not in errors
         assert errors.count("made_text.mp4") == 1
