@@ -81,13 +81,30 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 """  # noqa: E501
 
 
-def test_the_text_of_tpu_programs():
-    program = hlo.Program(TPU)
+NO_TRIP_COUNT = (
+    TPU.replace(', backend_config={"known_trip_count":{"n":"12"}}', "")
+    .replace("  ROOT %true = pred[] constant(true)\n", """\
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %end = s32[]{:T(128)} constant(13)
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT
+""")
+    .replace("%zero = s32[] constant(0)\n", "%one = s32[] constant(1)\n  %zero = s32[] copy(%one)\n")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [TPU, NO_TRIP_COUNT], ids=["trip count", "counter from 1 below 13"])
+def test_the_text_of_tpu_programs(text):
+    program = hlo.Program(text)
     found = {c.kind: c for c in program.collectives()}
     assert found["all-gather"] == hlo.Collective("all-gather", 12, 4, 32 * 128 * 2)
     assert found["all-reduce"] == hlo.Collective("all-reduce", 1, 16, 8 * 128 * 2)
-    # each iteration reads and writes a slice; arrays in S(1) are not in main memory
-    assert program.traffic() == 12 * 2 * 8 * 128 * 2 + 2 * 8 * 128 * 2
+    # each iteration reads and writes a slice, and compares numbers; arrays in S(1) are not in main memory
+    assert program.traffic() == pytest.approx(12 * 2 * 8 * 128 * 2 + 2 * 8 * 128 * 2, rel=0.01)
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    text = NO_TRIP_COUNT.replace("direction=LT", "direction=NE")
+    assert {c.kind: c.count for c in hlo.Program(text).collectives()} == {"all-gather": 1, "all-reduce": 1}
 
 
 SLICES = """HloModule jit_f, num_partitions=8
