@@ -136,6 +136,8 @@ def contents(folder):
 def test_a_stopped_stream_goes_on_with_equal_frames(checkpoint, untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stream, "PART_BLOCKS", 3)
     given = ("--classes=0:12,2:8", "--budget=4,8", "--seed=3", "--cfg-scale=1.5")
+    # a compiled program may round differently from the same program loaded from the cache: all runs that count load it
+    assert run(checkpoint, untrained, tmp_path / "first", "--frames=38", *given) == 0
     assert run(checkpoint, untrained, tmp_path / "whole", "--frames=38", *given) == 0
     whole = contents(tmp_path / "whole")
     names = [f"{start:06d}.{kind}" for start in (0, 12, 24, 36) for kind in ("mp4", "npz")]
