@@ -51,6 +51,9 @@ def test_a_metric_is_one_class_and_one_entry(trained, monkeypatch):
     panels = report._scalars_of_panels()
     assert panels["Brightness"] == ("", {"eval/brightness": "evaluation"})
     assert panels["PSNR"][1]["eval/brightness"] == "for scale"
+    shipped = [metric for metric in registry.METRICS.values() if metric is not Brightness]
+    titles = list(panels)  # in the order of METRICS
+    assert all(titles.index("Brightness") > titles.index(panel.title) for one in shipped for panel in one.panels)
     fitting = registry.available(parse_recipe(default_recipe("tokenizer")), ["prior"])
     assert "brightness" not in fitting and "prior" in fitting
     with pytest.raises(InputError, match=r"does not apply to this checkpoint \(.*brightness light\)"):

@@ -223,6 +223,7 @@ def test_a_folder_of_odd_files(trained, videos_dir, tmp_path, capsys):
         errors = capsys.readouterr().err
         assert "Traceback" not in errors
         assert errors.count("made_text.mp4") == 1
+    assert len(json.loads((tmp_path / "reconstruct" / "psnr.json").read_text())["videos"]) >= 30
     name = str(tmp_path / "dash")
     dash = videos_dir / "odd" / "-leading-dash.mp4"
     with pytest.MonkeyPatch.context() as patch:

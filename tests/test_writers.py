@@ -99,7 +99,9 @@ def test_a_full_disk_is_reported_once_and_lines_are_written_later(tmp_path, capl
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         writer.write_scalars(4, {"loss": 4.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
-    (record,) = (record for record in caplog.records if record.name == writers.__name__)  # TensorBoard may have its own
+    (record,) = (record for record in caplog.records if record.name == writers.__name__)
+    others = [record.name for record in caplog.records if record.name != writers.__name__]
+    assert others in ([], [trackers.__name__])  # TensorBoard's own files may have met the limit too
     assert "metrics.jsonl" in record.message and str(tmp_path) in record.message
 
 
