@@ -4,8 +4,8 @@
 
 Stated in the paper: patches of 4x8x8, the sizes (here encoder S and decoder B: a larger decoder reconstructs better, a
 larger encoder does not), SwiGLU and 3-D axial RoPE, squared error + LPIPS + 1e-3 KL, AdamW with (0.9, 0.95), bfloat16.
-With 4x8 patches it reports PSNR 30.1, rFVD 8.0 and, with a DiT-L as generator, gFVD 27.4, from tokenizers trained on far
-more data than UCF101, which its 9,537 videos should not reach. This recipe has not been run to completion yet.
+With 4x8 patches it reports PSNR 30.1, rFVD 8.0 and, with a DiT-L as generator, gFVD 27.4, from tokenizers trained on
+far more data than UCF101, whose 9,537 videos should not reach it. This recipe has not been run to completion yet.
 
 Not stated where we looked: heads (64 dimensions each here), RMS norms or layer norms (RMS), 16 channels, and whether
 the KL divergence is a sum or a mean: here the mean over all floats, because 1e-3 times a sum over 16,384 of them would
