@@ -212,11 +212,12 @@ def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) 
 
 
 class Mlp(nnx.Module):
-    """Linear, exact (erf) GELU, linear; hidden width 4 D."""
+    """Linear, exact (erf) GELU, linear; hidden width 4 D unless given."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
-        self.up = Linear(width, 4 * width, rngs=rngs, dtype=dtype)
-        self.down = Linear(4 * width, width, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, hidden: int | None = None, *, rngs: nnx.Rngs, dtype: Dtype):
+        hidden = hidden or 4 * width
+        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
         """MLP of norm(x), [..., D] -> [..., D]."""
