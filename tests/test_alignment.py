@@ -51,7 +51,7 @@ def recipe(teacher):
     """Everything at once: blocks of frames, alignment, and a discriminator on the same network."""
     return TokenizerRecipe(
         steps=20,
-        log_every=100,
+        log_every=1,
         precision="bfloat16",
         model=TokenizerConfig(
             size="custom",
@@ -68,7 +68,7 @@ def recipe(teacher):
         loss=LossConfig(
             prior_weight=0.0,
             perceptual="none",
-            adversarial="hinge",
+            adversarial="ns",  # with hinge, the biases of heads do not move at first
             discriminator_every=2,
             alignment_weight=0.7,
             alignment=teacher,

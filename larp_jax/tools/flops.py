@@ -105,10 +105,10 @@ def _features(
     if teacher.family == "vgg16":
         return frames * _vgg_forward(resolution, layers[-1]), 0.0
     blocks = len(layers) if compiled else layers[-1]
-    places, width = places(teacher, clip_shape, blocks)
-    pixels = places * teacher.traits.tubelet * teacher.patch**2 * 3
+    patches, width = places(teacher, clip_shape, blocks)
+    pixels = patches * teacher.traits.tubelet * teacher.patch**2 * 3
     sequences = frames if teacher.traits.dino else 1
-    tokens = places // sequences + (1 + teacher.registers if teacher.traits.dino else 0)
+    tokens = patches // sequences + (1 + teacher.registers if teacher.traits.dino else 0)
     products = _linear(tokens * width, 4 * width + 2 * teacher.hidden)
     scores = 2 * _linear(tokens * width, tokens)
     return _linear(pixels, width) + blocks * sequences * products, blocks * sequences * scores
