@@ -338,6 +338,18 @@ class Transformer(nnx.Module):
         """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
         return run_stack(self.blocks, x, shared=() if blocks is None else (blocks,), remat=self.remat)
 
+    def keeping(
+        self, x: jax.Array, layer: int, blocks: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
+        graphdef, layers = nnx.split(self.blocks)
+        shared = () if blocks is None else (blocks,)
+        kept = [x]
+        for part in (slice(layer), slice(layer, None)):
+            some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
+            kept.append(run_stack(some, kept[-1], shared=shared, remat=self.remat))
+        return kept[2], kept[1]
+
     def extend(self, x: jax.Array, seen: jax.Array, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """Applies the transformer to positions that attend to themselves and to earlier ones, as with `blocks`.
 
