@@ -342,8 +342,8 @@ class _DiscriminatorStep(_Program):
             return state.params["discriminator"], state.opt_state["discriminator"]
 
         def step(params, opt_state, video, reconstruction, key):
-            grads, logs = stage.discriminator_gradient(params, opt_state, video, reconstruction, key)
-            return stage.discriminator_update(params, opt_state, grads, logs)
+            found = stage.adversary.gradient(params, opt_state, video, reconstruction, key)
+            return stage.adversary.update(params, opt_state, *found)
 
         shapes = jax.eval_shape(stage.init, self.key)
         placement = sharding.state_shardings(shapes, mesh)

@@ -1,7 +1,8 @@
 """Stage 1: tokenizer, prior and discriminator trained together (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
 `TokenizerStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `TokenizerTask` is
-the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
+the rest of a run: the data it reads, its evaluation and its metadata. The discriminator is in
+`larp_jax.training.adversarial`, the loop in `larp_jax.training.train`.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from larp_jax.evaluation.evaluators import ReconstructionEvaluator
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.evaluation.registry import available, default_metrics
 from larp_jax.models.anchored_init import anchored_init
-from larp_jax.models.discriminator import Discriminator
 from larp_jax.models.lpips import Lpips
 from larp_jax.models.packing import layout, repeated
 from larp_jax.models.paths import path_name
@@ -38,13 +38,13 @@ from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
 from larp_jax.training import common, losses, optim
+from larp_jax.training.adversarial import Adversary
 from larp_jax.weights import checkpoint, networks
 from larp_jax.weights.fingerprint import digest
 
 logger = logging.getLogger(__name__)
 
 LENGTHS = 2  # number of the random key of lengths; sampling and the prior have the first two
-LECAM_DECAY = 0.999  # the released code
 MEAN_CLIP_CLIPS = 256
 
 
@@ -60,8 +60,10 @@ class TokenizerStage:
         make = {"tokenizer": self._make_tokenizer}
         if loss.prior_weight:
             make["prior"] = self._make_prior
+        self.adversary = None
         if loss.adversarial_weight:
-            make["discriminator"] = self._make_discriminator
+            self.adversary = Adversary(recipe, self.module)
+            make["discriminator"] = self.adversary.make
         self._make = make
         frozen = {"lpips": self._make_lpips} if loss.perceptual != "none" else {}
         self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in (make | frozen).items()}
@@ -71,9 +73,6 @@ class TokenizerStage:
         self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
         self._check_multipliers()
         self.optimizer = optim.make_optimizer(recipe.optim, recipe.steps)
-        self.discriminator_optimizer = optim.make_discriminator_optimizer(
-            recipe.optim, recipe.steps, start=loss.adversarial_start, every=loss.discriminator_every
-        )
         self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
         quantizer = recipe.model.quantizer
         self.temperature = optim.linear(
@@ -119,12 +118,6 @@ class TokenizerStage:
             dtype=common.DTYPES[r.precision],
         )
 
-    def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
-        r = self.recipe
-        # R1 needs second derivatives, which cuDNN's attention in half precision does not support
-        dtype = jnp.float32 if r.loss.r1_weight else common.DTYPES[r.precision]
-        return Discriminator(r.discriminator, r.model.clip_shape, rngs=rngs, remat=r.remat, dtype=dtype)
-
     def _make_lpips(self, rngs: nnx.Rngs) -> Lpips:
         return Lpips(rngs=rngs, dtype=common.DTYPES[self.recipe.precision])
 
@@ -136,14 +129,8 @@ class TokenizerStage:
         }
         model = _model(params)
         opt_state = {"tokenizer": self.optimizer.init(model)}
-        if "discriminator" in params:
-            names = ["loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real", "lecam_fake"]
-            names += ["loss_r1"] if self.recipe.loss.r1_weight else []
-            opt_state["discriminator"] = {
-                "optimizer": self.discriminator_optimizer.init(params["discriminator"]),
-                # the logs of its last update, shown until the next one; they include the EMAs of LeCam
-                "last": {name: jnp.zeros(()) for name in names},
-            }
+        if self.adversary is not None:
+            opt_state["discriminator"] = self.adversary.init(params["discriminator"])
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
@@ -230,26 +217,11 @@ class TokenizerStage:
             once = forward(0, batch["video"])
             forward = lambda *_: once  # noqa: E731
 
-        if "discriminator" in params:
-
-            def discriminator_step(discriminator, opt_state):
-                def gradient(i, video):
-                    (reconstruction, _), _, _ = forward(i, video)
-                    part_key = jax.random.fold_in(key, recipe.accumulate + i)
-                    video = as_float_video(video)
-                    return self.discriminator_gradient(discriminator, opt_state, video, reconstruction, part_key)
-
-                grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
-                return self.discriminator_update(discriminator, opt_state, grads, logs)
-
-            start, every = recipe.loss.adversarial_start, recipe.loss.discriminator_every
-            is_due = (state.step >= start) & (state.step % every == 0)
-            same = lambda *unchanged: unchanged  # noqa: E731
-            after = jax.lax.cond(is_due, discriminator_step, same, params["discriminator"], opt_state["discriminator"])
-            params, opt_state = (
-                old | {"discriminator": new} for old, new in zip((params, opt_state), after, strict=True)
-            )
-            last = opt_state["discriminator"]["last"]
+        if self.adversary is not None:
+            before, reconstruct = (x["discriminator"] for x in (params, opt_state)), lambda *part: forward(*part)[0][0]
+            after, its_state = self.adversary.updated_if_due(state.step, *before, batch["video"], reconstruct, key)
+            params, opt_state = params | {"discriminator": after}, opt_state | {"discriminator": its_state}
+            last = its_state["last"]
 
         def gradient(i, video):
             (reconstruction, _), pullback, (codes, logs) = forward(i, video)
@@ -349,58 +321,10 @@ class TokenizerStage:
             if weights.perceptual_frames:
                 frames = jax.random.choice(key, video.shape[1], (weights.perceptual_frames,), replace=False)
             terms["perceptual"] = losses.perceptual_loss(lpips.distance, video[:, frames], reconstruction[:, frames])
-        if "discriminator" in params:
-            discriminator = self.module("discriminator", params)
-            terms["adversarial"] = losses.started(
-                step >= weights.adversarial_start,
-                lambda x: losses.adversarial_loss(weights.adversarial, discriminator(x)),
-                reconstruction,
-            )
+        if self.adversary is not None:
+            terms["adversarial"] = self.adversary.loss(params["discriminator"], reconstruction, step)
         total = sum(getattr(weights, f"{name}_weight", 1.0) * term for name, term in terms.items())
         return total, {f"loss_{name}": term for name, term in terms.items()}
-
-    def discriminator_gradient(
-        self, params: dict, opt_state: dict, video: jax.Array, reconstruction: jax.Array, key: jax.Array
-    ) -> tuple[dict, dict]:
-        """Gradient of the discriminator's objective on clips and their reconstructions, both float [B, T, H, W, C].
-
-        Args:
-          params: of the discriminator.
-          opt_state: of the discriminator; contains the EMAs of LeCam.
-          video: in [0, 1].
-          reconstruction: treated as a constant.
-          key: random key of the smoothed targets.
-
-        Returns:
-          The gradient and the logs.
-        """
-        weights, before = self.recipe.loss, opt_state["last"]
-
-        def objective(params):
-            discriminator = self.module("discriminator", {"discriminator": params})
-            real, fake = discriminator(video), discriminator(jax.lax.stop_gradient(reconstruction))
-            loss = losses.discriminator_loss(weights.adversarial, real, fake, key)
-            lecam = losses.lecam_loss(real, fake, before["lecam_real"], before["lecam_fake"])
-            logs = {"loss_discriminator": loss, "loss_lecam": lecam}
-            logs |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-            loss += weights.lecam_weight**2 * lecam  # the released code applies the weight twice
-            if weights.r1_weight:
-                logs["loss_r1"] = losses.r1_penalty(discriminator, video)
-                loss += weights.r1_weight * logs["loss_r1"]
-            return loss, logs
-
-        return jax.grad(objective, has_aux=True)(params)
-
-    def discriminator_update(self, params: dict, opt_state: dict, grads: dict, logs: dict) -> tuple[dict, dict]:
-        """The discriminator's parameters and `opt_state` after an update by the results of `discriminator_gradient`."""
-        updates, optimizer = self.discriminator_optimizer.update(grads, opt_state["optimizer"], params)
-        averages = {
-            f"lecam_{side}": optax.incremental_update(
-                logs[f"logits_{side}"], opt_state["last"][f"lecam_{side}"], 1.0 - LECAM_DECAY
-            )
-            for side in ("real", "fake")
-        }
-        return optax.apply_updates(params, updates), {"optimizer": optimizer, "last": logs | averages}
 
     def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
         """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
