@@ -266,8 +266,8 @@ class TokenizerRecipe(Recipe):
     trained router at the path `router`.
 
     `trained` is `all`, or `decoder`: then encoder, quantizer and codebook stay as in `init_from`, to the last bit, and
-    the decoder is trained on their deterministic codes, without a prior. Codes and fingerprint remain those of
-    `init_from`, so codes that were written before decode with the new decoder.
+    the decoder is trained on their deterministic codes. Codes and fingerprint remain those of `init_from`, so codes
+    that were written before decode with the new decoder. There is no prior: `loss.prior_weight` is set to 0.
     """
 
     stage: str = "tokenizer"
@@ -294,8 +294,9 @@ class TokenizerRecipe(Recipe):
             f"loss.perceptual needs a model.resolution of at least 16, got {self.model.resolution}; set it to 'none'",
         )
         start = self.start
+        continuous = 0 if self.init_from else start.continuous_steps
         require(
-            not start.continuous_steps or start.continuous_steps + start.ramp_steps <= self.steps,
+            not continuous or continuous + start.ramp_steps <= self.steps,
             f"start.continuous_steps={start.continuous_steps} and start.ramp_steps={start.ramp_steps} are more than"
             f" steps={self.steps}: the codes would never be used alone; lower them, or train longer",
         )
@@ -321,6 +322,7 @@ class TokenizerRecipe(Recipe):
                 "trained=decoder learns from the codes of whole clips; set corruption.future and corruption.patches"
                 " to 0",
             )
+            object.__setattr__(self, "loss", dataclasses.replace(self.loss, prior_weight=0.0))
         if self.budget not in (RANDOM, AUTO):
             self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size)
         require(

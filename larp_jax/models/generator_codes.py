@@ -34,7 +34,7 @@ def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> 
 
 
 def with_random_codes(config: GeneratorConfig, symbols: jax.Array, key: jax.Array, most: jax.Array) -> jax.Array:
-    """Random codes in place of some codes of sequences [B, n] int32: in each, a share of them that is uniform in [0, most].
+    """Sequences [B, n] int32 with random codes in place of some: of each sequence a share, uniform in [0, most].
 
     Lengths are kept: they tell where the other symbols belong. (reAR, arXiv 2510.04450, section 3: noisy context.)
     """
