@@ -1,4 +1,4 @@
-"""What can shape codes beside the reconstruction: prediction of left-out frames, changes between frames, a longer decoder.
+"""What can shape codes beside the reconstruction: features of another network, prediction, changes between frames.
 
     larp-jax experiment semantic --workdir runs/semantic
 

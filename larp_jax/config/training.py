@@ -24,6 +24,10 @@ class LossConfig:
     `perceptual` is `none`, `lpips`, or the path of a file of LPIPS weights; `lpips` uses the file that `larp-jax
     doctor` names. If `perceptual_frames` is above 0, that many random frames of each clip are compared per step instead
     of all.
+
+    If `alignment_weight` is above 0, a trained projector predicts the features of a frozen network from those of the
+    decoder's patches after `alignment_layer` blocks (EVATok, arXiv 2603.12267; there 0.7 and block 3 of 12). The loss
+    is minus their mean cosine. `alignment` is the teacher, by name (such as `vjepa2_l` or `vgg16`) or path.
     """
 
     reconstruction: str = "l1"
@@ -39,11 +43,15 @@ class LossConfig:
     lecam_weight: float = 0.001
     r1_weight: float = 0.0
     frame_difference_weight: float = 0.0
+    alignment_weight: float = 0.0
+    alignment: str = "vjepa2_l"
+    alignment_layer: int = 3
 
     def __post_init__(self):
         one_of("loss.reconstruction", self.reconstruction, ("l1", "l2"))
         one_of("loss.adversarial", self.adversarial, ("ns", "ns_smooth", "hinge"))
         require(self.perceptual, "loss.perceptual must be 'none', 'lpips' or the path of its weights, got ''")
+        require(self.alignment, "loss.alignment must be the name or path of a teacher, got ''; see alignment_weight")
         require(self.discriminator_every > 0, f"loss.discriminator_every={self.discriminator_every} must be positive")
         at_least_0("loss", self, *(name for name, value in vars(self).items() if isinstance(value, int | float)))
 
@@ -292,6 +300,11 @@ class TokenizerRecipe(Recipe):
         require(
             self.loss.perceptual == "none" or self.model.resolution >= 16,
             f"loss.perceptual needs a model.resolution of at least 16, got {self.model.resolution}; set it to 'none'",
+        )
+        layer, depth = self.loss.alignment_layer, self.model.decoder.depth
+        require(
+            not self.loss.alignment_weight or 1 <= layer <= depth,
+            f"loss.alignment_layer={layer} must be from 1 to model.decoder.depth={depth}",
         )
         start = self.start
         continuous = 0 if self.init_from else start.continuous_steps

@@ -126,14 +126,26 @@ class Decoder(nnx.Module):
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        patches = self.head(self.features(latents, lengths)).astype(jnp.float32)
+        x, first, blocks = self._inputs(latents, lengths)
+        return self._video(self.transformer(x, blocks)[:, first:])
+
+    def with_features(
+        self, latents: jax.Array, lengths: jax.Array | None, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the patches after the first `layer` blocks, [B, t, h, w, D] float32."""
+        x, first, blocks = self._inputs(latents, lengths)
+        x, kept = self.transformer.keeping(x, layer, blocks)
+        return self._video(x[:, first:]), kept[:, first:].reshape(len(kept), -1, *self.grid[1:], kept.shape[-1])
+
+    def _video(self, x: jax.Array) -> jax.Array:
+        patches = self.head(self.norm(x)).astype(jnp.float32)
         return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
 
-    def features(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
+    def _inputs(self, latents, lengths) -> tuple[jax.Array, int, jax.Array | None]:
+        """What the transformer reads, [B, N + patches, D], the position of the first patch, and the blocks."""
         queries = self.patch_queries()
         if self.latent_positions is None:
-            return self.norm(self.transformer(latents + queries))
+            return latents + queries, 0, None
         if lengths is None:
             latents, blocks = latents + self.latent_positions(), None
         else:
@@ -143,20 +155,17 @@ class Decoder(nnx.Module):
             last = packing.block_of_patches(lengths, len(queries))
             blocks = jnp.concatenate([layout.block, last], axis=1)
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
-        x = self.transformer(jnp.concatenate([latents, queries], axis=1), blocks)[:, latents.shape[1] :]
-        return self.norm(x)
+        return jnp.concatenate([latents, queries], axis=1), latents.shape[1], blocks
 
     def extend(self, latents: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """Latents [B, N, D] of the block after `past`, in this layout -> its frames, not clamped."""
-        grid = (self.grid[0] // self.blocks, *self.grid[1:])
-        count = math.prod(grid)
+        count = math.prod(self.grid) // self.blocks
         queries = self.patch_queries()[len(past) * count :][:count]
         queries = jnp.broadcast_to(queries, (len(latents), *queries.shape))
         seen = jnp.concatenate([layout.valid, jnp.ones((len(latents), count), bool)], axis=1)
         x = jnp.concatenate([latents + self.latent_positions.at(layout), queries], axis=1)
         x, memory = self.transformer.extend(x, seen, past)
-        patches = self.head(self.norm(x[:, latents.shape[1] :])).astype(jnp.float32)
-        return unpatchify(patches, grid, self.patch), memory
+        return self._video(x[:, latents.shape[1] :]), memory
 
 
 class Tokenizer(nnx.Module):
@@ -219,6 +228,13 @@ class Tokenizer(nnx.Module):
         If the lengths are only those of the first blocks, the video is only their frames.
         """
         return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
+
+    def decode_with_features(
+        self, z_q: jax.Array, lengths: jax.Array | None, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `decode_latents`, and the decoder's patches after `layer` blocks, [B, t, h, w, D] float32."""
+        lengths = self._lengths(lengths, z_q.shape[0])
+        return self.decoder.with_features(self.quantizer.expand(z_q), lengths, layer)
 
     def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""

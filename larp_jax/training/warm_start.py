@@ -34,7 +34,7 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
     """The weights of `recipe.init_from` for the modules of a run.
 
     The EMA is used if there is one. A module that the source does not contain, such as the prior or the discriminator,
-    is left out and initialized as in any run.
+    is left out and initialized as in any run; so are a projector to another teacher and a discriminator of another kind.
 
     Args:
       recipe: the complete recipe of the run.
@@ -56,8 +56,9 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
             params = api.load_checkpoint(found.path, weights="raw", kind=recipe.stage).params | params
     except InputError as error:
         raise InputError(f"init_from={recipe.init_from}: {error}") from error
+    params = {name: params[name] for name in params.keys() - _of_other_networks(recipe, found.recipe)}
     for name in sorted(shapes.keys() - params.keys()):
-        logger.info("init_from: %s has no %s, which starts afresh", path, name)
+        logger.info("init_from: %s has no fitting %s, which starts afresh", path, name)
     for name in sorted(params.keys() - shapes.keys()):
         logger.info("init_from: the recipe has no %s, that of %s is left out", name, path)
     params = {name: params[name] for name in params if name in shapes}
@@ -89,6 +90,17 @@ def apply(state: TrainState, params: dict, placement: TrainState) -> TrainState:
         )
 
     return jax.jit(replace, donate_argnums=0, out_shardings=placement)(state, params)
+
+
+def _of_other_networks(ours, theirs) -> set[str]:
+    """Modules of the source that belong to other frozen networks than those of the recipe, and mean nothing here."""
+    if not isinstance(ours, TokenizerRecipe):
+        return set()
+    reads = {
+        "projector": lambda r: (r.loss.alignment, r.loss.alignment_layer),
+        "discriminator": lambda r: (r.discriminator.kind, r.discriminator.kind == "frozen" and r.discriminator.trunk),
+    }
+    return {name for name, of in reads.items() if of(ours) != of(theirs)}
 
 
 def _check_fit(ours, theirs, shapes: dict, params: dict) -> None:
