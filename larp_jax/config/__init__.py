@@ -27,6 +27,7 @@ from larp_jax.config.models import (
 from larp_jax.config.recipes import (
     SIZED,
     STAGES,
+    completed,
     default_recipe,
     differences,
     flat,
@@ -40,6 +41,7 @@ from larp_jax.config.recipes import (
 from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
+    CorruptionConfig,
     DataConfig,
     GeneratorOptimConfig,
     GeneratorRecipe,
@@ -55,6 +57,7 @@ __all__ = [
     "AUTO",
     "AdamConfig",
     "Assignment",
+    "CorruptionConfig",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
@@ -86,6 +89,7 @@ __all__ = [
     "TokenizerRecipe",
     "TransformerConfig",
     "check_seed",
+    "completed",
     "default_recipe",
     "differences",
     "experiment_options",

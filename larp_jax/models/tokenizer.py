@@ -47,18 +47,27 @@ class Encoder(nnx.Module):
         self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
         self.num_tokens = c.num_tokens
 
-    def __call__(self, video: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given."""
+    def __call__(
+        self, video: jax.Array, lengths: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> jax.Array:
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given.
+
+        With `seen`, [B, patches] bool, queries and patches do not attend to the other patches.
+        """
         patches = self.patch_embed(video) + self.patch_positions()
         if self.queries is None:
             return self.transformer(patches)
-        if lengths is None:
+        if lengths is None and seen is None:
             queries, blocks = self.queries(), None
             queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
         else:
+            if lengths is None:  # one block of all codes
+                lengths = jnp.full((len(patches), 1), self.num_tokens, jnp.int32)
             layout = packing.layout(lengths, self.num_tokens)
             queries = self.queries.at(layout)
             first = packing.block_of_patches(lengths, patches.shape[1])
+            if seen is not None:  # a patch that comes after all blocks is seen by none
+                first = jnp.where(seen, first, lengths.shape[1])
             blocks = jnp.concatenate([first, layout.block], axis=1)
         x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks)
         return x[:, patches.shape[1] :]
@@ -205,10 +214,13 @@ class Tokenizer(nnx.Module):
         quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
         return self.decode_latents(quantized.z_q, quantized.lengths), quantized
 
-    def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
-        """The first half of `__call__`, with the same arguments."""
+    def quantize(
+        self, video: jax.Array, lengths: jax.Array | None = None, *, seen: jax.Array | None = None, **options
+    ) -> Quantized:
+        """The first half of `__call__`, with the same arguments; `seen` as for `Encoder`."""
         lengths = self._lengths(lengths, video.shape[0])
-        return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
+        latents = self.quantizer.project(self.encoder(video, lengths, seen))
+        return self.quantizer(latents, lengths=lengths, **options)
 
     def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
