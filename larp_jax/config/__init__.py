@@ -28,6 +28,7 @@ from larp_jax.config.models import (
 from larp_jax.config.recipes import (
     SIZED,
     STAGES,
+    completed,
     default_recipe,
     differences,
     flat,
@@ -41,6 +42,7 @@ from larp_jax.config.recipes import (
 from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
+    CorruptionConfig,
     DataConfig,
     GeneratorOptimConfig,
     GeneratorRecipe,
@@ -56,6 +58,7 @@ __all__ = [
     "AUTO",
     "AdamConfig",
     "Assignment",
+    "CorruptionConfig",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
@@ -87,6 +90,7 @@ __all__ = [
     "TokenizerRecipe",
     "TransformerConfig",
     "check_seed",
+    "completed",
     "default_recipe",
     "differences",
     "experiment_options",

@@ -40,6 +40,7 @@ from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
+NOISY_CONTEXT = 0.75  # share of the steps with noise in the context (released code of reAR)
 SAMPLES_SHOWN = 8  # samples shown in an evaluation
 GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
 
@@ -69,6 +70,7 @@ class GeneratorStage:
         self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
         self.optimizer = optim.make_generator_optimizer(recipe.optim, recipe.steps)
         self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
+        self.context_noise = optim.linear(recipe.context_noise, 0.0, NOISY_CONTEXT * recipe.steps)
 
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step."""
@@ -95,15 +97,19 @@ class GeneratorStage:
             return batch
         return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=self.recipe.given_frames)
 
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
-        return score_batch(self.module("generator", params), batch, key=key)
+    def score(
+        self, params: dict, batch: dict, key: jax.Array | None = None, context_noise: jax.Array | None = None
+    ) -> NextCode:
+        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; options of `score_batch`."""
+        return score_batch(self.module("generator", params), batch, key=key, context_noise=context_noise)
 
     def sums(self, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Sums of these scores without dropout, see `score_sums`."""
         return score_sums(self.recipe.model, self.score(params, batch), batch)
 
-    def gradient(self, params: dict, batch: dict, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+    def gradient(
+        self, params: dict, batch: dict, key: jax.Array, frozen: dict, context_noise: jax.Array | None = None
+    ) -> tuple[dict, dict]:
         """The gradient of the loss of a batch, and scalars to log.
 
         The loss is the mean cross-entropy over the tokens of all clips, so each weighs the same. With a ladder that of
@@ -114,6 +120,7 @@ class GeneratorStage:
           batch: see the class.
           key: turns on dropout.
           frozen: as for `train_step`.
+          context_noise: the largest share of random codes in the context; None for none.
         """
         model = self.recipe.model
         # of the whole batch, so that it does not matter in which part of it a clip is
@@ -123,7 +130,7 @@ class GeneratorStage:
             part = self.codes(part, frozen)
 
             def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
+                scored = self.score(params, part, jax.random.fold_in(key, i), context_noise)
                 sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, part).items()}
                 loss = sums["cross_entropy"] / codes
                 logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
@@ -151,7 +158,10 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        grads, logs = self.gradient(state.params, batch, key, frozen)
+        noise = self.context_noise(state.step + 1) if recipe.context_noise else None
+        grads, logs = self.gradient(state.params, batch, key, frozen, noise)
+        if noise is not None:
+            logs["context_noise"] = noise
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
         return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs
