@@ -1,6 +1,7 @@
 """A small ViTok tokenizer that trains in minutes on two CPU cores: clips of 8x64x64 as 128 latents of 4 floats.
 
     larp-jax train --config configs/vitok_small.py --workdir runs/vitok_small
+    larp-jax train --config configs/vitok_small.py:gan --workdir runs/vitok_small_gan  # second stage: decoder, GAN
 
 For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH.
 """
@@ -8,8 +9,10 @@ For your own clips, add --config.data.train=folder:PATH --config.data.eval=folde
 from larp_jax.config import default_recipe
 
 
-def get_config():
-    """The recipe."""
+def get_config(variant=""):
+    """The first stage; the variant `gan` is the second: the encoder frozen, with a discriminator."""
+    if variant not in ("", "gan"):
+        raise ValueError(f"variant {variant!r} is not known, only 'gan' is")
     config = default_recipe("tokenizer")
     config.steps = 1500
 
@@ -41,4 +44,13 @@ def get_config():
     config.log_every = 20
     config.eval_every = 250
     config.save_every = 500
+
+    if variant == "gan":
+        config.init_from = "runs/vitok_small"
+        config.trained = "decoder"
+        config.steps = 300
+        optim.learning_rate, optim.warmup_steps = 2e-4, 50
+        optim.discriminator_learning_rate = 1e-4
+        config.loss.adversarial_weight = 0.003  # squared errors are small
+        config.discriminator.width, config.discriminator.depth, config.discriminator.heads = 128, 2, 2
     return config
