@@ -292,6 +292,11 @@ class TokenizerConfig:
         return self.block == "vitok"
 
     @property
+    def tokens_beside_patches(self) -> int:
+        """Number of queries or latents that both transformers attend to besides the patches."""
+        return 0 if self.is_patchwise else self.num_tokens
+
+    @property
     def encoder_patch(self) -> tuple[int, int, int]:
         """Patch (time, height, width) of the encoder."""
         return self.patch_frames, self.patch_size, self.patch_size

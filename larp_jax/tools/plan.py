@@ -216,7 +216,8 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
-        stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]
+        sides = zip(patches, (c.encoder, c.decoder), strict=True)
+        stacks: list = [(count + c.tokens_beside_patches, side) for count, side in sides]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
         maps = 0
