@@ -116,6 +116,11 @@ class QuantizerConfig:
         """Whether latents are quantized to codes; `kl` has continuous latents and no codebook."""
         return self.kind != "kl"
 
+    @property
+    def tokens(self) -> str:
+        """What a clip is encoded to, by the name of its array: `codes` or `latents`."""
+        return "codes" if self.has_codes else "latents"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:

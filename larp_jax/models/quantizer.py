@@ -41,6 +41,11 @@ class Quantized:
     lengths: jax.Array | None = None
 
     @property
+    def tokens(self) -> jax.Array:
+        """What a clip is encoded to: its codes, or for the KL bottleneck `z_q`, which are the means without a key."""
+        return self.z_q if self.indices is None else self.indices
+
+    @property
     def valid(self) -> jax.Array | None:
         """[B, N] bool, which of the indices are codes; None if all are."""
         return None if self.lengths is None else layout(self.lengths, self.z.shape[1]).valid
@@ -156,9 +161,9 @@ class Quantizer(nnx.Module):
             z_q = reparameterize(mean, log_variance, jax.random.normal(key, mean.shape))
         return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl})
 
-    def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, N] int32 -> code vectors [B, N, d]."""
-        return self.codebook[indices]
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """Codes [B, N] int32 -> code vectors [B, N, d]; for the KL bottleneck, latents [B, N, d] -> the same."""
+        return self.codebook[tokens] if self.config.has_codes else tokens
 
     def expand(self, z_q: jax.Array) -> jax.Array:
         """Latents [B, N, d] -> [B, N, decoder width], before positions."""

@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
 
 
 class Tokenizer(nnx.Module):
-    """Encodes videos to N discrete codes, and decodes them.
+    """Encodes videos to N discrete codes, or for the KL bottleneck continuous latents, and decodes them.
 
     If the configuration has a ladder, `lengths` [B, T] int32 are the numbers of codes of each block of each clip, and
     codes and latents are packed (`larp_jax.models.packing`). Without them, every clip gets the largest uniform numbers.
@@ -208,9 +208,9 @@ class Tokenizer(nnx.Module):
         """
         return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
 
-    def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""
-        return self.decode_latents(self.quantizer.lookup(indices), lengths)
+    def decode(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Codes [B, N] int, or for the KL bottleneck latents [B, N, d] -> video as `decode_latents`."""
+        return self.decode_latents(self.quantizer.lookup(tokens), lengths)
 
     def extend(
         self, frames: jax.Array, lengths: jax.Array, past: Sequence[tuple[Memory, Memory]]
