@@ -77,6 +77,11 @@ class FlowConfig(Conditional):
         """Shape of the latents of a clip."""
         return self.num_tokens, self.code_dim
 
+    @property
+    def symbols(self) -> int:
+        """Number of latents of a clip."""
+        return self.num_tokens
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowOptimConfig(GeneratorOptimConfig):

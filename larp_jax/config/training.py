@@ -175,6 +175,7 @@ class Recipe:
     `mlflow`.
     """
 
+    stage: str
     seed: int = 0
     init_from: str = ""
     steps: int = 500_000

@@ -1,8 +1,9 @@
 """The flow generator: a diffusion transformer that turns noise into the latents of a clip.
 
-Rectified flow (Liu et al. 2022, arXiv 2209.03003): on the straight line x_t = (1 - t) x + t e from latents x to noise e,
-the velocity is v = e - x, and the network learns its mean given x_t, t and the condition. The network is DiT (Peebles &
-Xie 2022, arXiv 2212.09748) over the sequence of latents, with normalized queries and keys (arXiv 2302.05442).
+Rectified flow (Liu et al. 2022, arXiv 2209.03003): on the straight line x_t = (1 - t) x + t e from latents x to noise
+e, the velocity is v = e - x, and the network learns its mean given x_t, t and the condition. The network is DiT
+(Peebles & Xie 2022, arXiv 2212.09748) over the sequence of latents, with normalized queries and keys (arXiv
+2302.05442).
 """
 
 import jax
