@@ -479,9 +479,13 @@ class LoadedFlow(LoadedGenerator):
                 " trained with"
             )
 
-    def _checked_frames(self, frames):
+    def standardized(self, latents: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        """Latents [..., d] as the network has them: each channel with mean 0 and standard deviation 1 in training."""
         mean, std = self.statistics
-        return (checked_latents(frames, self.config.token_shape) - mean) / std
+        return (latents - mean) / std
+
+    def _checked_frames(self, frames):
+        return self.standardized(checked_latents(frames, self.config.token_shape))
 
 
 def _is_auto(budget: Budget) -> bool:
