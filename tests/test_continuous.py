@@ -102,3 +102,45 @@ def test_latents_of_different_lengths_on_disk(tmp_path):
         codes_on_disk.write_manifest(tmp_path, manifest | wrong)
         with pytest.raises(InputError, match="damaged"):
             codes_on_disk.read_manifest(tmp_path)
+
+
+def test_commands(continuous, tmp_path, capsys):
+    """Each command that takes a tokenizer, on continuous latents."""
+    given, data = ["--checkpoint", str(continuous)], "moving_shapes:test"
+
+    options = ["--data", data, "--batch-size", "8", "--output", str(tmp_path / "e.json")]
+    assert cli.main(["evaluate", *given, *options]) == 0
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["metrics"]["kl"] > 0 and result["metrics"]["active"] > 0 and "usage" not in result["metrics"]
+    assert result["protocol"]["latents"] == "deterministic: the means" and result["protocol"]["floats"] == 32
+
+    options = ["--max-clips", "8", "--ablated-clips", "2", "--batch-size", "8", "--output", str(tmp_path / "a")]
+    assert cli.main(["analyze", *given, "--data", data, *options]) == 0
+    analysis = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    assert analysis["summary"]["kl"] == pytest.approx(sum(analysis["by_position"]["kl"]), rel=1e-6)
+    assert len(analysis["by_position"]["spread"]) == 8 and (tmp_path / "a" / "kl.svg").exists()
+    assert np.load(tmp_path / "a" / "analysis.npz")["std"].shape == (8, 4)
+    assert max(analysis["by_position"]["change"]) > 0
+
+    options = ["--input", data, "--max-clips", "1", "--output", str(tmp_path / "r")]
+    assert cli.main(["reconstruct", *given, *options]) == 0
+
+    tokenizer = larp_jax.load_tokenizer(continuous)
+    assert cli.main(["export", *given, "--format", "stablehlo", "--output", str(tmp_path / "s")]) == 0
+    video = np.random.default_rng(0).random((2, 8, 32, 32, 3), np.float32)
+    latents, decoded = None, video
+    for name in ("encode", "decode"):
+        function = jax.export.deserialize(bytearray((tmp_path / "s" / f"{name}.bin").read_bytes()))
+        decoded = function.call(decoded)
+        latents = decoded if latents is None else latents
+    np.testing.assert_allclose(latents, tokenizer.encode(video), atol=1e-5)
+    np.testing.assert_allclose(decoded, tokenizer.reconstruct(video), atol=1e-5)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["d"] == 4 and "K" not in manifest
+
+    capsys.readouterr()
+    assert cli.main(["export", *given, "--format", "codebook-npz", "--output", str(tmp_path / "c.npz")]) == 2
+    assert "continuous latents and no codebook to export" in capsys.readouterr().err
+    assert cli.main(["export", *given, "--format", "huggingface", "--output", str(tmp_path / "hf")]) == 0
+    again = larp_jax.load_tokenizer(tmp_path / "hf")
+    assert again.fingerprint == tokenizer.fingerprint

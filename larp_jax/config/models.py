@@ -247,6 +247,22 @@ class TokenizerConfig:
         return self.layout == "patchwise"
 
     @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of what a clip is encoded to: [N] codes, or [N, d] latents."""
+        q = self.quantizer
+        return (self.num_tokens,) if q.has_codes else (self.num_tokens, q.code_dim)
+
+    @property
+    def size_of_clip(self) -> dict[str, float]:
+        """How much a clip is encoded to: its `bits`, log2(K) of each code, or its `floats`, E = N d of ViTok.
+
+        With a ladder, these are the most bits.
+        """
+        if self.quantizer.has_codes:
+            return {"bits": self.num_tokens * math.log2(self.quantizer.codebook_size)}
+        return {"floats": math.prod(self.token_shape)}
+
+    @property
     def encoder_patch(self) -> tuple[int, int, int]:
         """Patch (time, height, width) of the encoder."""
         return self.patch_frames, self.patch_size, self.patch_size

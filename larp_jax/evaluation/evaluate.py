@@ -189,7 +189,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
         raise InputError(f"--data {request.data}: none of its clips could be read; see the log for the reasons")
     described = clips.describe() | {
         "clips": extras["clips"],
-        "codes": "deterministic: the nearest code of each latent",
+        **_deterministic(model),
         "precision": "float32",
     }
     for metric in metrics:
@@ -199,6 +199,13 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
         described["budget"] = request.budget or "the most codes in equal blocks"
     codes = extras["codes"]
     return scores, described, {} if codes is None else {"entropy_by_position": codes.position_entropy().tolist()}
+
+
+def _deterministic(model: TokenizerConfig) -> dict[str, Any]:
+    """How clips are encoded, for the protocol."""
+    if model.quantizer.has_codes:
+        return {"codes": "deterministic: the nearest code of each latent"}
+    return {"latents": "deterministic: the means", **model.size_of_clip}
 
 
 def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str, float], dict[str, Any], dict]:

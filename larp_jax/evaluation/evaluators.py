@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from larp_jax import metrics
 from larp_jax.errors import InputError
 from larp_jax.evaluation.description import Description, Panel
-from larp_jax.evaluation.metrics import Metric, Reconstructed, Usage
+from larp_jax.evaluation.metrics import LatentUse, Metric, Reconstructed, Usage
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import as_float_video, to_uint8
 from larp_jax.models.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ class ReconstructionEvaluator:
           params: parameters by module name (`tokenizer`, `prior`, ...), on the mesh.
 
         Returns:
-          Scalars by name, and a dict: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
+          Scalars by name, and a dict: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`), `latents`
+          (`LatentStatistics` of the means [N, d] and of their divergences [N], None without `LatentUse`),
           `examples` (uint8 pairs [clips, 2, T, H, W, C] of the first clips of this process: original, reconstruction).
 
         Raises:
@@ -107,12 +108,14 @@ class ReconstructionEvaluator:
                     bar.update()
             if bar:
                 bar.close()
-        scalars, codes = {}, None
+        scalars, codes, latents = {}, None, None
         if clips:
             for metric, total in zip(self._metrics, totals, strict=True):
                 scalars |= metric.scalars(total)
                 codes = total if isinstance(metric, Usage) else codes
-        return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
+                latents = total if isinstance(metric, LatentUse) else latents
+        shown = np.asarray(examples[:EXAMPLES])
+        return scalars, {"clips": clips, "codes": codes, "latents": latents, "examples": shown}
 
 
 def encoded_clips(

@@ -62,11 +62,12 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
 
 
 def codec(config: TokenizerConfig) -> dict[str, float]:
-    """FLOPs per clip of `encode`, video to codes, and of `decode`, codes to video."""
+    """FLOPs per clip of `encode`, video to codes or latents, and of `decode`, these to video."""
     c, q, n = config, config.quantizer, config.num_tokens
     pixels = math.prod(c.clip_shape)
     encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + n)
-    encode += _linear(n * c.encoder.width, q.code_dim) + _linear(n * q.code_dim, q.codebook_size)
+    encode += _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
+    encode += q.has_codes * _linear(n * q.code_dim, q.codebook_size)
     decode = _linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, math.prod(c.decoder_grid) + n)
     return {"encode": encode, "decode": decode + _linear(pixels, c.decoder.width)}
 
@@ -76,7 +77,8 @@ def codec_as_compiled(config: TokenizerConfig) -> dict[str, float]:
     one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
     counts = codec(dataclasses.replace(config, encoder=one(config.encoder), decoder=one(config.decoder)))
     q = config.quantizer
-    counts["encode"] -= _linear(max(0, config.num_tokens - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+    skipped = _linear(max(0, config.num_tokens - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+    counts["encode"] -= q.has_codes * skipped
     return counts
 
 

@@ -61,7 +61,8 @@ def plan(
       gpus: KIND:N, such as H200:8; estimated without compiling.
 
     Returns:
-      Results by name, ready for JSON. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
+      Results by name, ready for JSON. `clip` is how much a tokenizer encodes a clip to: `bits` of codes, or `floats` of
+      latents. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
       of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
       `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
       `traffic_gb`, `collectives` and, for several slices, `network` (transfers between slices) are read from the
@@ -97,6 +98,7 @@ def plan(
         "accumulate": recipe.accumulate,
         "remat": recipe.remat,
         "precision": recipe.precision,
+        **({"clip": recipe.model.size_of_clip} if recipe.stage == "tokenizer" else {}),
         **({"sharded": share} if mesh.shape["fsdp"] > 1 else {}),
         "flops_step": sum(counts.values()) * recipe.data.batch_size,
         "how": "estimated, not compiled" if gpus else "compiled ahead of time",
