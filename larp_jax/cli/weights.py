@@ -49,6 +49,7 @@ def _check_target(arguments) -> None:
 
 def _export(arguments):
     from larp_jax import api
+    from larp_jax.config import GeneratorRecipe, TokenizerRecipe
     from larp_jax.weights import export
 
     _check_target(arguments)
