@@ -309,6 +309,27 @@ def run_stack(
     return jax.lax.scan(body, x, (layers, keys, *per_layer))[0]
 
 
+def run_to(
+    blocks: nnx.Module,
+    x: jax.Array,
+    ends: Sequence[int],
+    *,
+    shared: tuple[jax.Array, ...] = (),
+    remat: str = "none",
+) -> dict[int, jax.Array]:
+    """The residual stream after each of these numbers of blocks, by number; arguments as for `run_stack`.
+
+    The blocks between two of them are one loop; those after the last do not run.
+    """
+    graphdef, layers = nnx.split(blocks)
+    found, start = {}, 0
+    for end in sorted(set(ends)):
+        some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=slice(start, end): leaf[part], layers))
+        x = found[end] = run_stack(some, x, shared=shared, remat=remat)
+        start = end
+    return found
+
+
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """Creates `depth` blocks as one module, all of whose leaves have a leading axis of that size."""
 
@@ -332,6 +353,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
         self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
+        self.depth = config.depth
         self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
     def __call__(self, x: jax.Array, blocks: jax.Array | None = None) -> jax.Array:
@@ -342,13 +364,9 @@ class Transformer(nnx.Module):
         self, x: jax.Array, layer: int, blocks: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
-        graphdef, layers = nnx.split(self.blocks)
         shared = () if blocks is None else (blocks,)
-        kept = [x]
-        for part in (slice(layer), slice(layer, None)):
-            some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
-            kept.append(run_stack(some, kept[-1], shared=shared, remat=self.remat))
-        return kept[2], kept[1]
+        found = run_to(self.blocks, x, (layer, self.depth), shared=shared, remat=self.remat)
+        return found[self.depth], found[layer]
 
     def extend(self, x: jax.Array, seen: jax.Array, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """Applies the transformer to positions that attend to themselves and to earlier ones, as with `blocks`.
