@@ -18,7 +18,7 @@ from larp_jax.errors import InputError
 from larp_jax.models import vision_positions
 from larp_jax.models.attention import attention
 from larp_jax.models.embeddings import PatchEmbed
-from larp_jax.models.layers import Dtype, LayerNorm, Linear, Mlp, run_to, stack
+from larp_jax.models.layers import Dtype, LayerNorm, Linear, Mlp, run_stack, stack
 from larp_jax.models.lpips import Vgg
 
 # Mean and standard deviation of the pixels of ImageNet, by which all of them normalize.
@@ -181,7 +181,12 @@ class VisionTransformer(Teacher):
         grid = self.grid(video.shape[1:4])
         x, rotation = self._embed(self._resized(video), grid)
         shared = () if rotation is None else (rotation,)
-        found = run_to(self.blocks, x, layers, shared=shared, remat=self.remat)
+        graphdef, params = nnx.split(self.blocks)
+        found, start = {}, 0
+        for end in sorted(set(layers)):
+            some = nnx.merge(graphdef, jax.tree.map(lambda x, part=slice(start, end): x[part], params))
+            x = found[end] = run_stack(some, x, shared=shared, remat=self.remat)
+            start = end
         t, h, w = grid
         shape = {"b": len(video), "t": t, "h": h, "w": w}
         axes = "b (t h w) d" if self.config.traits.tubelet > 1 else "(b t) (h w) d"

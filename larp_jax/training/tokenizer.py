@@ -36,15 +36,15 @@ from larp_jax.models.quantizer import Quantized, kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training import common, losses, optim
+from larp_jax.training import common, corruption, losses, optim
 from larp_jax.training.adversarial import Adversary
 from larp_jax.training.frozen import Frozen
 from larp_jax.weights import checkpoint
-from larp_jax.weights.fingerprint import digest
+from larp_jax.weights.fingerprint import digest, parts
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = 2  # number of the random key of lengths; sampling and the prior have the first two
+LENGTHS, VIEW, NOISE = 2, 3, 4  # numbers of random keys; sampling and the prior have the first two
 MEAN_CLIP_CLIPS = 256
 
 
@@ -129,7 +129,7 @@ class TokenizerStage:
             for i, (name, make) in enumerate(self._make.items())
         }
         model = _model(params)
-        opt_state = {"tokenizer": self.optimizer.init(model)}
+        opt_state = {"tokenizer": self.optimizer.init(self.trained(model))}
         if self.adversary is not None:
             opt_state["discriminator"] = self.adversary.init(params["discriminator"])
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
@@ -179,6 +179,13 @@ class TokenizerStage:
         """The module of that name with its parameters, `params[name]`."""
         return nnx.merge(self.graphdefs[name], params[name])
 
+    def trained(self, params: dict) -> dict:
+        """What the optimizer of the tokenizer updates, of parameters by module. A discriminator has its own."""
+        model = _model(params)
+        if self.recipe.trained == "decoder":
+            model["tokenizer"] = parts(model["tokenizer"])[1]
+        return model
+
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update: of the discriminator if it is due, then of tokenizer and prior against the new discriminator.
 
@@ -196,14 +203,14 @@ class TokenizerStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        params, opt_state, model, last = state.params, state.opt_state, _model(state.params), {}
+        params, opt_state, model, last = state.params, state.opt_state, self.trained(state.params), {}
 
         def forward(i, video):
             """(reconstruction, the other losses), pullback, (codes, logs)"""
             video = as_float_video(video)
             part_key = jax.random.fold_in(key, i)
             f = functools.partial(self._forward, video=video, step=state.step + 1, key=part_key, frozen=frozen)
-            return jax.vjp(f, model, has_aux=True)
+            return jax.vjp(lambda model: f(common.merged(_model(params), model)), model, has_aux=True)
 
         if recipe.accumulate == 1:
             once = forward(0, batch["video"])
@@ -231,7 +238,9 @@ class TokenizerStage:
         grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
         updates, tokenizer_state = self.optimizer.update(grads, opt_state["tokenizer"], model)
         model = optax.apply_updates(model, updates)
-        ema = optax.incremental_update(model, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
+        ema = state.ema
+        if ema:  # only of what is trained: of equal numbers it would differ by rounding
+            ema = common.merged(ema, optax.incremental_update(model, self.trained(ema), 1.0 - recipe.optim.ema_decay))
 
         logs |= last
         logs["grad_norm"] = optax.tree.norm(grads)
@@ -242,7 +251,7 @@ class TokenizerStage:
             logs["perplexity"] = metrics.perplexity(codes)
             logs["kl_from_uniform"] = metrics.kl_from_uniform(codes)
         opt_state = opt_state | {"tokenizer": tokenizer_state}
-        return TrainState(state.step + 1, params | model, opt_state, ema), logs
+        return TrainState(state.step + 1, common.merged(params, model), opt_state, ema), logs
 
     def lengths(self, video: jax.Array, key: jax.Array | None, frozen: dict) -> jax.Array | None:
         """Numbers of codes of each block, [B, T] int32; None if every clip has the same number.
@@ -274,14 +283,22 @@ class TokenizerStage:
         tokenizer = self.module("tokenizer", model)
         share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
         lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS), frozen)
+        seen, corrupted = None, recipe.corruption
+        if corrupted.of_encoder:
+            lengths, seen = corruption.view(recipe, len(video), lengths, jax.random.fold_in(key, VIEW))
         quantized = tokenizer.quantize(
-            video, lengths, key=sample_key, temperature=self.temperature(step), share=share
-        )
-        latents = quantized.z_q, quantized.lengths
+            video, lengths, seen=seen, temperature=self.temperature(step), share=share,
+            key=sample_key if recipe.trained == "all" else None,
+        )  # fmt: skip
+        z_q = quantized.z_q
+        if corrupted.noise:
+            z_q = corruption.noisy(z_q, corrupted.noise, jax.random.fold_in(key, NOISE), quantized.valid)
         if "projector" in model:
-            reconstruction, features = tokenizer.decode_with_features(*latents, recipe.loss.alignment_layer)
+            reconstruction, features = tokenizer.decode_with_features(
+                z_q, quantized.lengths, recipe.loss.alignment_layer
+            )
         else:
-            reconstruction = tokenizer.decode_latents(*latents)
+            reconstruction = tokenizer.decode_latents(z_q, quantized.lengths)
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * share * quantized.loss
@@ -324,6 +341,9 @@ class TokenizerStage:
         """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
         weights = self.recipe.loss
         terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
+        if weights.frame_difference_weight:
+            changes = (jnp.diff(x, axis=1) for x in (video, reconstruction))
+            terms["frame_difference"] = losses.reconstruction_loss(*changes, weights.reconstruction)
         if "lpips" in frozen:
             lpips, frames = self.module("lpips", frozen), slice(None)
             if weights.perceptual_frames:

@@ -14,6 +14,7 @@ from larp_jax.files import readable
 from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
 from larp_jax.weights import checkpoint
+from larp_jax.weights.fingerprint import fingerprint
 from larp_jax.weights.tensors import check_finite
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
     params = {name: params[name] for name in params if name in shapes}
     _check_fit(recipe, found.recipe, {name: shapes[name] for name in params}, params)
     check_finite(_by_name(params), str(path))
+    if getattr(recipe, "trained", "all") == "decoder":
+        _check_codes(recipe, found.recipe, params["tokenizer"])
     ours, theirs = (getattr(x, "tokenizer_fingerprint", "") for x in (recipe, found))
     if theirs and ours != theirs:
         logger.warning("init_from: %s was trained on codes of tokenizer %s, not of this run's %s", path, theirs, ours)
@@ -116,6 +119,15 @@ def _check_fit(ours, theirs, shapes: dict, params: dict) -> None:
     if complaints:
         more = f"; and {len(complaints) - SHOWN} more" if len(complaints) > SHOWN else ""
         raise InputError(f"init_from={ours.init_from} does not fit the recipe: {'; '.join(complaints[:SHOWN])}{more}")
+
+
+def _check_codes(ours, theirs, params: dict) -> None:
+    """`InputError` if a setting that may differ otherwise, such as the size of clips, changes what codes mean."""
+    before, after = (fingerprint(x.model, params) for x in (theirs, ours))
+    if before != after:
+        changed = differences(to_dict(theirs.model), to_dict(ours.model))
+        found = ", ".join(f"model.{name}={there}, not {here}" for name, (there, here) in sorted(changed.items()))
+        raise InputError(f"trained=decoder keeps the codes of init_from={ours.init_from}, which has {found}")
 
 
 def _by_name(tree: dict) -> dict:
