@@ -1,7 +1,6 @@
 """Alignment with a frozen network, and the discriminator on the features of one."""
 
 import dataclasses
-import json
 import logging
 
 import jax
@@ -160,9 +159,87 @@ def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe)
     lengths = np.linalg.norm(projected, axis=-1) * np.linalg.norm(target, axis=-1)
     assert value == pytest.approx(-np.mean((projected * target).sum(-1) / lengths), abs=1e-5)
 
-    (tokenizer_grads, projector_grads), latent_grads = grads[0].values(), grads[1]
+    tokenizer_grads, projector_grads = (grads[0][name] for name in ("tokenizer", "projector"))
     of = tokenizer_grads["decoder"]
     for leaf in jax.tree.leaves(of["transformer"]["blocks"]):
         assert np.any(np.asarray(leaf[:LAYER])) and not np.any(np.asarray(leaf[LAYER:]))
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves((of["norm"], of["head"])))
-    assert np.any(np.asarray(latent_grads)) and all(np.any(np.asarray(x)) for x in jax.tree.leaves(projector_grads))
+    assert np.any(np.asarray(grads[1])) and all(np.any(np.asarray(x)) for x in jax.tree.leaves(projector_grads))
+
+
+def test_features_on_another_grid_are_the_means_of_what_they_cover():
+    features = np.random.default_rng(0).normal(size=(2, 8, 6, 3, 5)).astype(np.float32)
+    coarse = resampled(jnp.asarray(features), (4, 2, 3))
+    np.testing.assert_allclose(coarse, features.reshape(2, 4, 2, 2, 3, 3, 5).mean((2, 4)), atol=1e-6)
+    fine = resampled(jnp.asarray(features), (16, 6, 6))
+    np.testing.assert_allclose(fine, features.repeat(2, 1).repeat(2, 3), atol=1e-6)
+    uneven = resampled(jnp.asarray(features), (5, 7, 4))
+    np.testing.assert_allclose(uneven.mean((1, 2, 3)), features.mean((1, 2, 3)), atol=1e-6)
+    line = resampled(jnp.arange(4.0).reshape(1, 4, 1, 1, 1), (3, 1, 1)).ravel()  # cells of 4/3 inputs
+    np.testing.assert_allclose(line, [(0 + 1 / 3) * 3 / 4, (2 / 3 * 1 + 2 / 3 * 2) * 3 / 4, (2 / 3 + 3) * 3 / 4])
+
+
+def test_alignment_is_a_cosine():
+    x, y = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    assert losses.alignment_loss(x, 3 * x) == pytest.approx(-1.0)
+    assert losses.alignment_loss(x, -x) == pytest.approx(1.0)
+    assert losses.alignment_loss(x, y) == pytest.approx(losses.alignment_loss(x, 0.1 * y))
+    # rectified features may all be zero at a place: it then counts as orthogonal, without a gradient
+    value, gradient = jax.value_and_grad(losses.alignment_loss)(x, jnp.zeros_like(x))
+    assert value == 0 and not np.any(gradient)
+
+
+def changed(recipe, **sections):
+    """The recipe with other settings by section."""
+    return dataclasses.replace(
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()}
+    )
+
+
+def test_a_run_starts_from_weights_with_and_without_projector(trained, recipe, teacher, tmp_path, caplog):
+    params = jax.device_get(trained[4].params)
+    plain = {"loss": {"alignment_weight": 0.0}, "discriminator": {"kind": "transformer"}}
+    only = {"tokenizer": params["tokenizer"]}
+    for name, source, tree in (("full", recipe, params), ("plain", changed(recipe, **plain), only)):
+        checkpoint.write_imported(tmp_path / name, to_dict(source), tree)
+
+    def read(source, **sections):
+        wanted = dataclasses.replace(changed(recipe, **sections), init_from=str(tmp_path / source))
+        shapes = jax.eval_shape(TokenizerStage(wanted).init, jax.random.key(0)).params
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "larp_jax"):
+            return set(warm_start.read(wanted, shapes))
+
+    assert read("full") == {"tokenizer", "projector", "discriminator"}
+    assert read("full", **plain) == {"tokenizer"}
+    assert "the recipe has no projector" in caplog.text
+    assert read("plain") == {"tokenizer"}
+    assert "no fitting discriminator, which starts afresh" in caplog.text
+    assert "no fitting projector, which starts afresh" in caplog.text
+    assert read("full", loss={"alignment_layer": 2}, discriminator={"trunk": "videomae_b"}) == {"tokenizer"}
+    assert read("full", loss={"alignment": "vgg16"}) == {"tokenizer", "discriminator"}
+    with pytest.raises(InputError, match=r"discriminator\.layers is \(2, 3\) here, \(1, 3\) there"):
+        read("full", discriminator={"layers": (2, 3)})
+
+
+def test_settings_that_do_not_fit(recipe, tmp_path, monkeypatch):
+    for section, values, message in (
+        ("loss", {"alignment_layer": 4}, r"loss\.alignment_layer=4 must be from 1 to model\.decoder\.depth=3"),
+        ("loss", {"alignment_layer": 0}, r"loss\.alignment_layer=0 must be from 1"),
+        ("loss", {"alignment_weight": -1.0}, r"loss\.alignment_weight must not be negative"),
+        ("discriminator", {"kind": "unet"}, r"discriminator\.kind='unet' is not known; choose one of transf"),
+        ("discriminator", {"layers": ()}, r"discriminator\.layers=\(\) must be increasing numbers from 1; give one"),
+        ("discriminator", {"layers": (3, 1)}, r"discriminator\.layers=\(3, 1\) must be increasing numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            changed(recipe, **{section: values})
+    monkeypatch.setenv("LARP_VGG16", str(tmp_path / "absent"))
+    monkeypatch.setenv("LARP_LPIPS", str(tmp_path / "absent"))
+    for section, values, message in (
+        ("loss", {"alignment": "clip"}, r"loss\.alignment=clip: clip is neither a teacher \(vgg16, "),
+        ("discriminator", {"trunk": "vjepa3"}, r"discriminator\.trunk=vjepa3: vjepa3 is neither a teacher"),
+        ("discriminator", {"layers": (1, 5)}, r"discriminator\.layers: videomae has no block 5; choose from 1 to 4"),
+        ("loss", {"alignment": "vgg16"}, r"loss\.alignment=vgg16: no weights of \w+ at .*absent"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TokenizerStage(changed(recipe, **{section: values})).frozen()

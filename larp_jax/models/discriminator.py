@@ -93,7 +93,10 @@ class FeatureDiscriminator(nnx.Module):
         dtype: Dtype = jnp.float32,
     ):
         clip = jax.ShapeDtypeStruct((1, *clip_shape), jnp.float32)
-        hidden = nnx.eval_shape(lambda trunk, clip: trunk.hidden(clip, config.layers), trunk, clip)
+        try:
+            hidden = nnx.eval_shape(lambda trunk, clip: trunk.hidden(clip, config.layers), trunk, clip)
+        except InputError as error:
+            raise InputError(f"discriminator.layers: {error}") from error
         self.layers = config.layers
         for layer, features in zip(config.layers, hidden, strict=True):
             setattr(self, f"layer{layer}", TokenHead(features.shape[-1], config.width, rngs=rngs, dtype=dtype))

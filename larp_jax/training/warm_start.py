@@ -34,7 +34,8 @@ def read(recipe: TokenizerRecipe | GeneratorRecipe, shapes: dict) -> dict:
     """The weights of `recipe.init_from` for the modules of a run.
 
     The EMA is used if there is one. A module that the source does not contain, such as the prior or the discriminator,
-
+    is left out and initialized as in any run; so are a projector to another teacher and a discriminator of another
+    kind.
 
     Args:
       recipe: the complete recipe of the run.
