@@ -31,8 +31,8 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 CORE = {"api", "config", "errors", "files", "hub", "metrics", "models", "npz", "state", "storage", "tools.flops"}
 CORE |= {"generator_api"}
 CORE |= {"training.losses", "training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint"}
-CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released", "weights.teachers"}
-CORE |= {"weights.released_config", "weights.tensors", "runtime.rng"}
+CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released"}
+CORE |= {"weights.released_config", "weights.teachers", "weights.tensors", "runtime.rng"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

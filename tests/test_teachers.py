@@ -20,7 +20,7 @@ from larp_jax.models.lpips import Lpips
 from larp_jax.models.teachers import make_teacher
 from larp_jax.tools import doctor
 from larp_jax.weights import networks
-from larp_jax.weights.teachers import import_teacher
+from larp_jax.weights.teachers import import_teacher, known_name, read_config
 
 final_features = jax.jit(lambda teacher, video: teacher(video))
 features = jax.jit(lambda teacher, video, layers: (teacher(video), teacher.hidden(video, layers)), static_argnums=2)
@@ -122,17 +122,18 @@ PUBLISHED |= {f"dinov3_{size}": n for size, n in zip("sbl", (21, 86, 300), stric
 
 
 def test_full_sizes(reference_dir):
-    """Parameter counts are those of transformers and near those of the authors; shapes for the tokenizer's clips."""
-    counted = json.loads((reference_dir / "teachers" / "setup.json").read_text())["parameters"]
-    assert counted.keys() == PUBLISHED.keys() == REPOSITORIES.keys() == TEACHERS.keys() - {"vgg16"}
+    """Settings and counts are those of transformers, and near those of the authors; shapes for clips of 128 pixels."""
+    originals = json.loads((reference_dir / "teachers" / "setup.json").read_text())["full"]
+    assert originals.keys() == PUBLISHED.keys() == REPOSITORIES.keys() == TEACHERS.keys() - {"vgg16"}
     for name, config in TEACHERS.items():
-        teacher = nnx.eval_shape(lambda config=config: make_teacher(config, rngs=nnx.Rngs(0)))
         if name == "vgg16":
             continue
+        teacher = nnx.eval_shape(lambda config=config: make_teacher(config, rngs=nnx.Rngs(0)))
         count = sum(math.prod(shape) for shape in networks.shapes_by_path(nnx.state(teacher)).values())
         # zeros for the biases of keys that they lack; their mask token is not read; the class token has its position
         extra = {"videomae": config.depth, "dinov2": -2, "dinov3": config.depth - 1}.get(config.family, 0)
-        assert count == counted[name] + extra * config.width, name
+        assert count == originals[name]["parameters"] + extra * config.width, name
+        assert known_name(read_config(config.family, originals[name]["config"], "config.json")) == name
         assert abs(count / 1e6 / PUBLISHED[name] - 1) < 0.06, name
         found = jax.eval_shape(final_features, teacher, jax.ShapeDtypeStruct((2, 16, 128, 128, 3), jnp.float32))
         side = 14 if config.family == "videomae" else 16

@@ -117,10 +117,11 @@ TEACHERS = {
     "videomae_b": _vit("videomae", 768, 12, 12, resolution=224, table=(8, 14, 14)),
     "videomae_l": _vit("videomae", 1024, 24, 16, resolution=224, table=(8, 14, 14)),
 }
-for _size, _width, _depth, _heads in (("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16)):
-    _dinov2 = _vit("dinov2", _width, _depth, _heads, patch=14, resolution=224, table=(1, 37, 37))
-    TEACHERS |= {f"dinov2_{_size}": _dinov2, f"dinov2_{_size}_reg": dataclasses.replace(_dinov2, registers=4)}
-    TEACHERS[f"dinov3_{_size}"] = _vit("dinov3", _width, _depth, _heads, resolution=256, registers=4)
+_DINO = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+_DINOV2: dict[str, Any] = {"patch": 14, "resolution": 224, "table": (1, 37, 37)}
+TEACHERS |= {f"dinov2_{size}": _vit("dinov2", *shape, **_DINOV2) for size, shape in _DINO.items()}
+TEACHERS |= {f"dinov2_{size}_reg": _vit("dinov2", *shape, **_DINOV2, registers=4) for size, shape in _DINO.items()}
+TEACHERS |= {f"dinov3_{size}": _vit("dinov3", *shape, resolution=256, registers=4) for size, shape in _DINO.items()}
 
 # Repositories of the Hugging Face hub with weights of these sizes, by name.
 REPOSITORIES = {

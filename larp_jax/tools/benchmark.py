@@ -14,7 +14,6 @@ from flax import nnx
 from larp_jax.config import MeshConfig, RouterConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
-from larp_jax.errors import InputError
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
@@ -265,13 +264,8 @@ def benchmark_codec(
       its time divided by that of the encoding; `gflops_clip`, `compiler_flops_share`,
       `ceiling_tflops_second` and `mfu` as in `benchmark_train`; `memory_mb` of the compiled program on one device; and
       the ceiling of memory bandwidth (`ceiling_gigabytes_second`).
-
-    Raises:
-      InputError: the tokenizer has continuous latents and no codes.
     """
     config = recipe.model
-    if not config.quantizer.has_codes:
-        raise InputError(f"benchmark {what} needs codes; model.quantizer.kind='kl' has continuous latents")
     recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
     mesh = sharding.make_mesh(recipe.mesh)
     clips = -(-batch_size // mesh.size) * mesh.size
@@ -279,12 +273,14 @@ def benchmark_codec(
     graphdef, rows = nnx.graphdef(nnx.eval_shape(make)), sharding.batch_sharding(mesh)
 
     def encode(params, video):
-        return nnx.merge(graphdef, params).quantize(as_float_video(video)).indices
+        return nnx.merge(graphdef, params).quantize(as_float_video(video)).tokens
 
-    def decode(params, codes):
-        return jnp.clip(nnx.merge(graphdef, params).decode(codes), 0.0, 1.0)
+    def decode(params, tokens):
+        return jnp.clip(nnx.merge(graphdef, params).decode(tokens), 0.0, 1.0)
 
-    def random_codes():
+    def random_tokens():
+        if not config.quantizer.has_codes:
+            return jax.random.normal(rng.key(1), (clips, *config.token_shape))
         return jax.random.randint(rng.key(1), (clips, config.num_tokens), 0, config.quantizer.codebook_size)
 
     accuracy = "float32" if precision == "float32" else "default"
@@ -294,7 +290,7 @@ def benchmark_codec(
         if what == "encode":
             function, batch = encode, _noise_clips(recipe, clips, mesh)
         else:
-            function, batch = decode, jax.jit(random_codes, out_shardings=rows)()
+            function, batch = decode, jax.jit(random_tokens, out_shardings=rows)()
         program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
         ceilings = Ceilings(mesh, precision)
         calls = ceilings.programs | {"batch": lambda: program.compiled(params, batch)}

@@ -7,10 +7,18 @@ For a product y = x w, each required gradient, of x or of w, costs as many FLOPs
 import dataclasses
 import math
 
-from larp_jax.config import GeneratorConfig, RouterConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
+from larp_jax.config import (
+    FlowConfig,
+    GeneratorConfig,
+    RouterConfig,
+    TokenizerConfig,
+    TokenizerRecipe,
+    TransformerConfig,
+)
 from larp_jax.config.teachers import TeacherConfig
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.discriminator import KERNEL
+from larp_jax.models.flow import TIME_WIDTH
 from larp_jax.models.lpips import STAGES
 from larp_jax.weights.networks import teacher_config
 
@@ -117,11 +125,12 @@ def _features(
 
 
 def codec(config: TokenizerConfig) -> dict[str, float]:
-    """FLOPs per clip of `encode`, video to codes, and of `decode`, codes to video."""
+    """FLOPs per clip of `encode`, video to codes or latents, and of `decode`, these to video."""
     c, q, n = config, config.quantizer, config.num_tokens
     pixels = math.prod(c.clip_shape)
     encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + n)
-    encode += _linear(n * c.encoder.width, q.code_dim) + _linear(n * q.code_dim, q.codebook_size)
+    encode += _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
+    encode += q.has_codes * _linear(n * q.code_dim, q.codebook_size)
     decode = _linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, math.prod(c.decoder_grid) + n)
     return {"encode": encode, "decode": decode + _linear(pixels, c.decoder.width)}
 
@@ -131,7 +140,8 @@ def codec_as_compiled(config: TokenizerConfig) -> dict[str, float]:
     one = lambda part: dataclasses.replace(part, depth=1)  # noqa: E731
     counts = codec(dataclasses.replace(config, encoder=one(config.encoder), decoder=one(config.decoder)))
     q = config.quantizer
-    counts["encode"] -= _linear(max(0, config.num_tokens - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+    skipped = _linear(max(0, config.num_tokens - TOKENS_PER_CHUNK) * q.code_dim, q.codebook_size)
+    counts["encode"] -= q.has_codes * skipped
     return counts
 
 
@@ -167,6 +177,22 @@ def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
     outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
     blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))
     return {"generator": 3 * (blocks + _linear(c.symbols * c.width, c.vocabulary))}
+
+
+def flow(config: FlowConfig) -> float:
+    """FLOPs per clip of a pass through a flow generator."""
+    c, size = config, TransformerConfig(width=config.width, depth=config.depth, heads=config.heads)
+    embed = (1 + c.has_frames) * _linear(c.num_tokens * c.code_dim, c.width)
+    modulation = _linear(c.width, (6 * c.depth + 2) * c.width)
+    time = _linear(TIME_WIDTH + c.width, c.width)
+    return embed + time + modulation + _stack(size, c.num_tokens) + _linear(c.num_tokens * c.width, c.code_dim)
+
+
+def flow_train_step(config: FlowConfig) -> dict[str, float]:
+    """FLOPs per clip of a step that trains a flow generator on latents: `generator`."""
+    # no gradient with respect to latents and times
+    inputs = (1 + config.has_frames) * config.num_tokens * config.code_dim + TIME_WIDTH
+    return {"generator": 3 * flow(config) - _linear(inputs, config.width)}
 
 
 def router(config: RouterConfig) -> float:

@@ -62,7 +62,8 @@ def plan(
       gpus: KIND:N, such as H200:8; estimated without compiling.
 
     Returns:
-      Results by name, ready for JSON. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
+      Results by name, ready for JSON. `clip` is how much a tokenizer encodes a clip to: `bits` of codes, or `floats` of
+      latents. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
       of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
       `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
       `traffic_gb`, `collectives` and, for several slices, `network` (transfers between slices) are read from the
@@ -98,6 +99,7 @@ def plan(
         "accumulate": recipe.accumulate,
         "remat": recipe.remat,
         "precision": recipe.precision,
+        **({"clip": recipe.model.size_of_clip} if recipe.stage == "tokenizer" else {}),
         **({"sharded": share} if mesh.shape["fsdp"] > 1 else {}),
         "flops_step": sum(counts.values()) * recipe.data.batch_size,
         "how": "estimated, not compiled" if gpus else "compiled ahead of time",
@@ -172,20 +174,25 @@ def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
 
 def model_flops(recipe) -> dict[str, float]:
     """FLOPs per clip or sequence of a step of any stage, by part, from `larp_jax.tools.flops`."""
-    if recipe.stage == "generator":
-        return flops.generator_train_step(recipe.model)
+    if recipe.holds == "generator":
+        count = flops.generator_train_step if recipe.model.has_codes else flops.flow_train_step
+        return count(recipe.model)
     if recipe.stage == "router":
         return flops.router_train_step(recipe.model)
     return flops.train_step(recipe)
 
 
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the batch of a step: videos, codes for a generator, or videos and rewards."""
+    """Shapes, dtypes and shardings of the batch of a step.
+
+    Videos; codes, or latents as they are stored, for a generator; or videos and rewards.
+    """
     rows = recipe.data.batch_size
-    if recipe.stage == "generator":
-        shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
+    if recipe.holds == "generator":
+        tokens, dtype = ("codes", jnp.int32) if recipe.model.has_codes else ("latents", jnp.float16)
+        shapes = {tokens: ((rows, *recipe.model.token_shape), dtype), "label": ((rows,), jnp.int32)}
         if recipe.model.has_frames:
-            shapes["condition"] = shapes["codes"]
+            shapes["condition"] = shapes[tokens]
         if recipe.model.ladder:
             shapes["lengths"] = (rows, recipe.model.blocks), jnp.int32
     elif recipe.stage == "router":
@@ -208,8 +215,10 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     parts = sharding.batch_parts(mesh) * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
     c = recipe.model
-    if recipe.stage == "generator":
-        stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
+    if recipe.holds == "generator":
+        stacks, maps = [(c.symbols, c)], 0
+        if c.has_codes:
+            stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
     elif recipe.stage == "router":
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:

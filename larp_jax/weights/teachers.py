@@ -135,7 +135,7 @@ def import_teacher(
     with files.fetched(weights) as file:
         tensors = read_safetensors(file, f"({layout.root})?({layout.unread})")
     tensors = {name.removeprefix(layout.root): x for name, x in tensors.items()}
-    config = _config(family, read_settings(place), str(place))
+    config = read_config(family, read_settings(place), str(place))
     if config.depth > len(tensors):  # before creating the names of so many layers
         raise InputError(f"the weights do not fit {place}: {len(tensors)} tensors for {config.depth} layers")
     compare_shapes(_shapes(config, layout), {name: x.shape for name, x in tensors.items()}, str(place))
@@ -147,8 +147,8 @@ def known_name(config: TeacherConfig) -> str | None:
     return next((name for name, known in TEACHERS.items() if known == config), None)
 
 
-def _config(family: str, values: Mapping[str, Any], where: str) -> TeacherConfig:
-    """Sizes from config.json; `where` is that file, for messages."""
+def read_config(family: str, values: Mapping[str, Any], where: str) -> TeacherConfig:
+    """Sizes from the settings in config.json; `where` is that file, for messages. Errors as for `import_teacher`."""
     layout = LAYOUTS[family]
     if (model := values.get("model_type")) not in layout.models:
         raise InputError(f"{where}: model_type={model!r} is not {' or '.join(layout.models)}; check --kind")

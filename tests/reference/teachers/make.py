@@ -1,4 +1,4 @@
-"""Writes setup.json and io.npz: features of tiny networks by transformers, and parameter counts at full size.
+"""Writes setup.json and io.npz: features of tiny networks by transformers, settings and parameter counts of large ones.
 
 Run once, from the root of the repository, in an environment of this package with transformers 5.24.0 and torch 2.13.0:
 
@@ -104,10 +104,12 @@ def case(name: str, kind: str, values: dict, shapes: list) -> tuple[dict, dict]:
     return {"config": config, "tensors": tensors}, arrays
 
 
-def count(kind: str, values: dict) -> int:
+def full(kind: str, values: dict) -> dict:
     with torch.device("meta"):
         model = build(kind, values)
-    return sum(x.numel() for name, x in model.named_parameters() if not name.startswith("predictor."))
+    count = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("predictor."))
+    settings = {name: x for name, x in model.config.to_dict().items() if isinstance(x, int | float | str)}
+    return {"config": settings, "parameters": count}
 
 
 def main() -> None:
@@ -117,7 +119,7 @@ def main() -> None:
     for name, arguments in CASES.items():
         setup["cases"][name], arrays = case(name, *arguments)
         io |= arrays
-    setup["parameters"] = {name: count(*arguments) for name, arguments in FULL.items()}
+    setup["full"] = {name: full(*arguments) for name, arguments in FULL.items()}
     (HERE / "setup.json").write_text(json.dumps(setup, indent=1))
     np.savez_compressed(HERE / "io.npz", **io)
 
