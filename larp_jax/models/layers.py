@@ -415,6 +415,7 @@ class Transformer(nnx.Module):
     ):
         make = lambda r: Block(config.width, config.heads, rngs=r, kind=kind, dtype=dtype)  # noqa: E731
         self.blocks = stack(config.depth, make, rngs)
+        self.depth = config.depth
         self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
     def __call__(
@@ -428,11 +429,13 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
         graphdef, layers = nnx.split(self.blocks)
-        kept = [x]
-        for part in (slice(layer), slice(layer, None)):
-            some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
-            kept.append(run_stack(some, kept[-1], shared=(blocks, rotation), remat=self.remat))
-        return kept[2], kept[1]
+
+        def run(x, part):
+            some = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[part], layers))
+            return run_stack(some, x, shared=(blocks, rotation), remat=self.remat)
+
+        kept = run(x, slice(layer))
+        return kept if layer == self.depth else run(kept, slice(layer, None)), kept
 
     def extend(
         self, x: jax.Array, seen: jax.Array, past: Sequence[Memory], rotation: Rotation | None = None
