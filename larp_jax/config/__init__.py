@@ -25,6 +25,7 @@ from larp_jax.config.models import (
     QuantizerConfig,
     TokenizerConfig,
     TransformerConfig,
+    swiglu_width,
 )
 from larp_jax.config.recipes import (
     SIZED,
@@ -105,6 +106,7 @@ __all__ = [
     "named_numbers",
     "parse_recipe",
     "take_sizes",
+    "swiglu_width",
     "to_dict",
     "unknown_key",
 ]

@@ -11,11 +11,15 @@ from larp_jax.config.ladder import Ladder
 NUMBERS = ("width", "depth", "heads")
 
 # The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters with 1024 tokens and
-# 8,192 codes.
+# 8,192 codes. Widths and depths of `vitok_*` are those of ViTok (arXiv 2501.09755), with its `block`; the numbers of
+# heads are not stated.
 TOKENIZER_SIZES = {
     "larp_s": (384, 12, 6),
     "larp_b": (768, 6, 12),
     "larp_l": (768, 12, 12),
+    "vitok_s": (768, 6, 12),
+    "vitok_b": (768, 12, 12),
+    "vitok_l": (1152, 24, 16),
 }
 PRIOR_SIZES = {
     "L": (1024, 24, 16),
@@ -61,6 +65,11 @@ class TransformerConfig:
         heads = f"{name}.heads={self.heads}"
         require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
         require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
+
+
+def swiglu_width(width: int) -> int:
+    """Hidden width of a SwiGLU MLP that has as many parameters as a plain one with four times the width."""
+    return 8 * width // 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,10 @@ class TokenizerConfig:
     `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
     command line replaces these numbers of the recipe.
 
+    `block` is that of both transformers: `larp`, or `vitok` with SwiGLU, RMS norms and rotary positions (ViTok, arXiv
+    2501.09755). Patches are then rotated by their place in the clip and have no fixed table, only a learned one if
+    asked for; queries and latents have their tables and are not rotated, as if they were at the clip's origin.
+
     If `decoder_patch_frames` or `decoder_patch_size` is 0, the decoder uses the number of the encoder. Each of the four
     position or query tables can be learned instead of fixed sine-cosine (`learned_*`), and can have a learned
     token-type vector that is added to all rows (`use_*`); the names are those of the released configuration. Learned
@@ -146,6 +159,7 @@ class TokenizerConfig:
 
     size: str = "larp_l"
     layout: str = "holistic"
+    block: str = "larp"
     frames: int = 16
     resolution: int = 128
     channels: int = 3
@@ -200,6 +214,13 @@ class TokenizerConfig:
                 f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
             )
         one_of("model.layout", self.layout, ("holistic", "patchwise"))
+        one_of("model.block", self.block, ("larp", "vitok"))
+        for name in ("encoder", "decoder") if self.is_rotary else ():
+            width = getattr(self, name).width // getattr(self, name).heads
+            require(
+                width % 2 == 0 and width >= 6,
+                f"model.block='vitok' needs heads of even width and at least 6; that of model.{name} is {width}",
+            )
         for grid in (self.encoder_grid, self.decoder_grid):
             check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
             require(
@@ -261,6 +282,11 @@ class TokenizerConfig:
         if self.quantizer.has_codes:
             return {"bits": self.num_tokens * math.log2(self.quantizer.codebook_size)}
         return {"floats": math.prod(self.token_shape)}
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether patches have rotary positions, in place of fixed tables."""
+        return self.block == "vitok"
 
     @property
     def encoder_patch(self) -> tuple[int, int, int]:
@@ -479,7 +505,7 @@ class GeneratorConfig(Conditional):
     @property
     def mlp_width(self) -> int:
         """Hidden width of the SwiGLU MLP (LARP, section 4.1)."""
-        hidden = int(2 * 4 * self.width / 3)
+        hidden = swiglu_width(self.width)
         if self.mlp_multiplier:
             hidden = int(self.mlp_multiplier * hidden)
         return -(-hidden // self.mlp_multiple) * self.mlp_multiple

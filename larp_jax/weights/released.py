@@ -21,6 +21,7 @@ from larp_jax.config import (
     TokenizerConfig,
     TokenizerRecipe,
     TransformerConfig,
+    swiglu_width,
 )
 from larp_jax.models.embeddings import sincos_1d, sincos_3d
 from larp_jax.models.flow import TIME_WIDTH
@@ -110,14 +111,18 @@ def _norm(path, name, width, *, bias=True, layers=0):
         yield Parameter(f"{path}/bias", (f"{name}.bias",), (width,), layers=layers)
 
 
-def _transformer(path, name, config: TransformerConfig):
+def _transformer(path, name, config: TransformerConfig, kind: str = "larp"):
+    """Blocks of a kind; no released model has those of `vitok`, so their names are chosen here."""
+    larp, hidden = kind == "larp", 4 * config.width if kind == "larp" else swiglu_width(config.width)
     path, name, d, n = f"{path}/blocks", f"{name}.blocks.{{}}", config.width, config.depth
-    yield from _norm(f"{path}/norm1", f"{name}.norm1", d, layers=n)
+    yield from _norm(f"{path}/norm1", f"{name}.norm1", d, bias=larp, layers=n)
     yield from _linear(f"{path}/attention/qkv", f"{name}.attn.qkv", d, 3 * d, bias=False, layers=n)
     yield from _linear(f"{path}/attention/out", f"{name}.attn.proj", d, d, layers=n)
-    yield from _norm(f"{path}/norm2", f"{name}.norm2", d, layers=n)
-    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, 4 * d, layers=n)
-    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", 4 * d, d, layers=n)
+    yield from _norm(f"{path}/norm2", f"{name}.norm2", d, bias=larp, layers=n)
+    if not larp:
+        yield from _linear(f"{path}/mlp/gate", f"{name}.mlp.gate", d, hidden, bias=False, layers=n)
+    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, hidden, bias=larp, layers=n)
+    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", hidden, d, bias=larp, layers=n)
 
 
 def _positions_3d(path, fixed, learned: dict, learns: bool, token_type: str | None, grid, width):
@@ -177,7 +182,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         "encoder_latent_query_token_type_embed" if c.use_encoder_latent_query_token_type_embed else None,
         c.latent_position_base,
     )
-    yield from _transformer("encoder/transformer", "encoder", c.encoder)
+    yield from _transformer("encoder/transformer", "encoder", c.encoder, c.block)
     projected = q.code_dim * (1 if q.has_codes else 2)
     yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, projected)
     if q.norm == "ln_d":
@@ -207,7 +212,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         c.decoder_grid,
         c.decoder.width,
     )
-    yield from _transformer("decoder/transformer", "decoder", c.decoder)
+    yield from _transformer("decoder/transformer", "decoder", c.decoder, c.block)
     yield from _norm("decoder/norm", "final_layer.norm_final", c.decoder.width)
     # rows are (time in patch, row, column, channel) in both
     outputs = math.prod(c.decoder_patch) * c.channels
