@@ -24,7 +24,7 @@ from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
-from larp_jax.weights.fingerprint import fingerprint
+from larp_jax.weights.fingerprint import decoder_fingerprint, fingerprint
 
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
 
@@ -212,6 +212,11 @@ class LoadedTokenizer:
     def fingerprint(self) -> str:
         """Identifies the meaning of codes (16 hexadecimal digits): tokenizers with the same one can share codes."""
         return fingerprint(self.config, self._params)
+
+    @functools.cached_property
+    def decoder_fingerprint(self) -> str:
+        """Identifies the decoder, which may differ between tokenizers with one fingerprint (`trained=decoder`)."""
+        return decoder_fingerprint(self._params)
 
     @functools.cached_property
     def codebook(self) -> np.ndarray:

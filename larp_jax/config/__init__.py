@@ -30,6 +30,7 @@ from larp_jax.config.models import (
 from larp_jax.config.recipes import (
     SIZED,
     STAGES,
+    completed,
     default_recipe,
     differences,
     flat,
@@ -43,6 +44,7 @@ from larp_jax.config.recipes import (
 from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
+    CorruptionConfig,
     DataConfig,
     GeneratorOptimConfig,
     GeneratorRecipe,
@@ -60,6 +62,7 @@ __all__ = [
     "AdamConfig",
     "Assignment",
     "Conditional",
+    "CorruptionConfig",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
@@ -96,6 +99,7 @@ __all__ = [
     "TokenizerRecipe",
     "TransformerConfig",
     "check_seed",
+    "completed",
     "default_recipe",
     "differences",
     "experiment_options",

@@ -513,8 +513,16 @@ class GeneratorConfig(Conditional):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(TransformerConfig):
-    """The discriminator: a transformer over whole clips; the published size by default."""
+    """The discriminator: by default, the published transformer over whole clips.
 
+    `kind` is `transformer`, which reads pixels, or `frozen` (EVATok, arXiv 2603.12267), which reads the features of a
+    frozen network, `trunk`: the name or path of a teacher. One head of 1-D convolutions, of `width` channels, is then
+    trained on each of `layers` of the trunk, counted from 1; depth, heads and patch have no effect.
+    """
+
+    kind: str = "transformer"
+    trunk: str = "videomae_b"
+    layers: tuple[int, ...] = (3, 6, 9, 12)
     width: int = 512
     depth: int = 12
     heads: int = 8
@@ -522,6 +530,13 @@ class DiscriminatorConfig(TransformerConfig):
     patch_size: int = 8
 
     def __post_init__(self):
+        one_of("discriminator.kind", self.kind, ("transformer", "frozen"))
+        require(self.trunk, "discriminator.trunk must be the name or path of a teacher, got ''")
+        increasing = list(self.layers) == sorted(set(self.layers))
+        require(
+            bool(self.layers) and self.layers[0] > 0 and increasing,
+            f"discriminator.layers={self.layers} must be increasing numbers from 1; give one at least",
+        )
         self.check("discriminator")
         for name in ("patch_frames", "patch_size"):
             require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")

@@ -100,6 +100,14 @@ def parse_recipe(values: typing.Mapping):
     return recipe
 
 
+def completed(values: dict) -> dict:
+    """A recipe that was written as JSON, with settings that were added since at their defaults."""
+    try:
+        return to_dict(parse_recipe(values))
+    except InputError:  # it has settings that no longer exist; they show as differences
+        return values
+
+
 def from_dict(cls, values: typing.Mapping, name: str):
     """Creates a configuration dataclass from a mapping; checks every key and type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}

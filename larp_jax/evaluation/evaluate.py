@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from larp_jax import api, files
@@ -294,7 +295,8 @@ def _own_scores(
         if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
         if isinstance(generator, LoadedFlow):
-            rows |= {name: generator.standardized(rows[name]) for name in ("latents", "condition") if name in rows}
+            given = [name for name in ("latents", "condition") if name in rows]
+            rows |= {name: np.asarray(generator.standardized(rows[name])) for name in given}
         evaluator = NextCodeEvaluator if config.has_codes else FlowEvaluator
         scores = evaluator(sums, rows, mesh, batch_size=batch_size).run(params)
     size = {"K": config.codebook_size} if config.has_codes else {"d": config.code_dim}

@@ -129,6 +129,7 @@ class Sampler:
         described = {
             "generator": self._generator.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "decoder": self.tokenizer.decoder_fingerprint,
             "precision": self._generator.precision,
             "seed": self._seed,
             **self._options.fitting(self._generator.config),

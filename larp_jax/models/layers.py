@@ -241,11 +241,12 @@ def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) 
 
 
 class Mlp(nnx.Module):
-    """Linear, exact (erf) GELU, linear; hidden width 4 D."""
+    """Linear, exact (erf) GELU, linear; hidden width 4 D unless given."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
-        self.up = Linear(width, 4 * width, rngs=rngs, dtype=dtype)
-        self.down = Linear(4 * width, width, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, hidden: int | None = None, *, rngs: nnx.Rngs, dtype: Dtype):
+        hidden = hidden or 4 * width
+        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
         """MLP of norm(x), [..., D] -> [..., D]."""
@@ -421,6 +422,17 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
         return run_stack(self.blocks, x, shared=(blocks, rotation), remat=self.remat)
+
+    def keeping(
+        self, x: jax.Array, layer: int, blocks: jax.Array | None = None, rotation: Rotation | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
+        graphdef, layers = nnx.split(self.blocks)
+        kept = [x]
+        for part in (slice(layer), slice(layer, None)):
+            some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
+            kept.append(run_stack(some, kept[-1], shared=(blocks, rotation), remat=self.remat))
+        return kept[2], kept[1]
 
     def extend(
         self, x: jax.Array, seen: jax.Array, past: Sequence[Memory], rotation: Rotation | None = None

@@ -65,18 +65,27 @@ class Encoder(nnx.Module):
         self.num_tokens = c.num_tokens
         self.rotary = _Rotary(c.is_rotary, c.encoder_grid, *self.transformer.head_shape)
 
-    def __call__(self, video: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given."""
+    def __call__(
+        self, video: jax.Array, lengths: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> jax.Array:
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given.
+
+        With `seen`, [B, patches] bool, queries and patches do not attend to the other patches.
+        """
         patches = self.patch_embed(video) + self.patch_positions()
         if self.queries is None:
             return self.transformer(patches, rotation=self.rotary.of())
-        if lengths is None:
+        if lengths is None and seen is None:
             queries, blocks = self.queries(), None
             queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
         else:
+            if lengths is None:  # one block of all codes
+                lengths = jnp.full((len(patches), 1), self.num_tokens, jnp.int32)
             layout = packing.layout(lengths, self.num_tokens)
             queries = self.queries.at(layout)
             first = packing.block_of_patches(lengths, patches.shape[1])
+            if seen is not None:  # a patch that comes after all blocks is seen by none
+                first = jnp.where(seen, first, lengths.shape[1])
             blocks = jnp.concatenate([first, layout.block], axis=1)
         rotation = self.rotary.of(after=queries.shape[1])
         x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks, rotation)
@@ -140,14 +149,26 @@ class Decoder(nnx.Module):
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        patches = self.head(self.features(latents, lengths)).astype(jnp.float32)
+        x, first, shared = self._inputs(latents, lengths)
+        return self._video(self.transformer(x, *shared)[:, first:])
+
+    def with_features(
+        self, latents: jax.Array, lengths: jax.Array | None, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the patches after the first `layer` blocks, [B, t, h, w, D] float32."""
+        x, first, shared = self._inputs(latents, lengths)
+        x, kept = self.transformer.keeping(x, layer, *shared)
+        return self._video(x[:, first:]), kept[:, first:].reshape(len(kept), -1, *self.grid[1:], kept.shape[-1])
+
+    def _video(self, x: jax.Array) -> jax.Array:
+        patches = self.head(self.norm(x)).astype(jnp.float32)
         return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
 
-    def features(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
+    def _inputs(self, latents, lengths) -> tuple[jax.Array, int, tuple]:
+        """What the transformer reads, [B, N + patches, D], the position of the first patch, blocks and rotation."""
         queries = self.patch_queries()
         if self.latent_positions is None:
-            return self.norm(self.transformer(latents + queries, rotation=self.rotary.of()))
+            return latents + queries, 0, (None, self.rotary.of())
         if lengths is None:
             latents, blocks = latents + self.latent_positions(), None
         else:
@@ -158,13 +179,11 @@ class Decoder(nnx.Module):
             blocks = jnp.concatenate([layout.block, last], axis=1)
         rotation = self.rotary.of(slice(len(queries)), before=latents.shape[1])
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
-        x = self.transformer(jnp.concatenate([latents, queries], axis=1), blocks, rotation)[:, latents.shape[1] :]
-        return self.norm(x)
+        return jnp.concatenate([latents, queries], axis=1), latents.shape[1], (blocks, rotation)
 
     def extend(self, latents: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """Latents [B, N, D] of the block after `past`, in this layout -> its frames, not clamped."""
-        grid = (self.grid[0] // self.blocks, *self.grid[1:])
-        count = math.prod(grid)
+        count = math.prod(self.grid) // self.blocks
         mine = slice(len(past) * count, (len(past) + 1) * count)
         queries = self.patch_queries()[mine]
         queries = jnp.broadcast_to(queries, (len(latents), *queries.shape))
@@ -172,8 +191,7 @@ class Decoder(nnx.Module):
         x = jnp.concatenate([latents + self.latent_positions.at(layout), queries], axis=1)
         rotation = self.rotary.of(mine, before=latents.shape[1])
         x, memory = self.transformer.extend(x, seen, past, rotation)
-        patches = self.head(self.norm(x[:, latents.shape[1] :])).astype(jnp.float32)
-        return unpatchify(patches, grid, self.patch), memory
+        return self._video(x[:, latents.shape[1] :]), memory
 
 
 class Tokenizer(nnx.Module):
@@ -222,10 +240,13 @@ class Tokenizer(nnx.Module):
         quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
         return self.decode_latents(quantized.z_q, quantized.lengths), quantized
 
-    def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
-        """The first half of `__call__`, with the same arguments."""
+    def quantize(
+        self, video: jax.Array, lengths: jax.Array | None = None, *, seen: jax.Array | None = None, **options
+    ) -> Quantized:
+        """The first half of `__call__`, with the same arguments; `seen` as for `Encoder`."""
         lengths = self._lengths(lengths, video.shape[0])
-        return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
+        latents = self.quantizer.project(self.encoder(video, lengths, seen))
+        return self.quantizer(latents, lengths=lengths, **options)
 
     def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
@@ -233,6 +254,13 @@ class Tokenizer(nnx.Module):
         If the lengths are only those of the first blocks, the video is only their frames.
         """
         return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
+
+    def decode_with_features(
+        self, z_q: jax.Array, lengths: jax.Array | None, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `decode_latents`, and the decoder's patches after `layer` blocks, [B, t, h, w, D] float32."""
+        lengths = self._lengths(lengths, z_q.shape[0])
+        return self.decoder.with_features(self.quantizer.expand(z_q), lengths, layer)
 
     def decode(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Codes [B, N] int, or for the KL bottleneck latents [B, N, d] -> video as `decode_latents`."""

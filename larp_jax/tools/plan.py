@@ -16,6 +16,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops, hlo
 from larp_jax.training.stages import TASKS
+from larp_jax.weights.networks import teacher_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +210,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     Per block and per element of a token vector: 30 bytes if computed in 16 bits (Korthikanti et al. 2022, arXiv
     2205.05198, without attention scores), and 8 bytes for the float32 residual stream, which both norms read. If blocks
     are recomputed, 4 bytes of the stream are kept per block, and one block in full. LPIPS keeps every feature map of
-    VGG16.
+    VGG16. A teacher of alignment keeps nothing, the trunk of a discriminator what its blocks keep.
     """
     parts = sharding.batch_parts(mesh) * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
@@ -225,12 +226,19 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
-        if recipe.loss.adversarial_weight:
-            stacks += [(1 + patches[0], recipe.discriminator)] * 2
         maps = 0
+        if recipe.loss.adversarial_weight and recipe.discriminator.kind == "frozen":
+            trunk, last = teacher_config(recipe.discriminator.trunk), recipe.discriminator.layers[-1]
+            if trunk.family == "vgg16":
+                maps += c.frames * flops.vgg_features(trunk.resolution or c.resolution) * width
+            else:
+                places, _ = flops.places(trunk, c.clip_shape, last)
+                stacks += [(places, dataclasses.replace(trunk, depth=last))]
+        elif recipe.loss.adversarial_weight:
+            stacks += [(1 + patches[0], recipe.discriminator)] * 2
         if recipe.loss.perceptual != "none":
             frames = recipe.loss.perceptual_frames or c.frames
-            maps = frames * flops.vgg_features(c.resolution) * width
+            maps += frames * flops.vgg_features(c.resolution) * width
     tokens = 0.0
     for length, config in stacks:
         block = 8 + 30 * width / 2

@@ -59,7 +59,13 @@ class FlowStage(GeneratorStage):
         """Sums of the scores of clips with a `number`, see `flow_sums`."""
         return flow_sums(self.module("generator", params), batch, rng.key(0))
 
-    def objective(self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int) -> tuple[jax.Array, dict]:
+    def context_noise(self, step: jax.Array) -> None:
+        """None: there is no context of codes."""
+        return None
+
+    def objective(
+        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, context_noise: None
+    ) -> tuple[jax.Array, dict]:
         """The mean squared error of the velocity in part of a batch without `video`, and scalars to log."""
         latents, (noise_key, drop_key) = batch["latents"], jax.random.split(key)
         keys = jax.random.split(noise_key, len(latents))

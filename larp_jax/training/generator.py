@@ -41,6 +41,7 @@ from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
+NOISY_CONTEXT = 0.75  # share of the steps with noise in the context (released code of reAR)
 SAMPLES_SHOWN = 8  # samples shown in an evaluation
 GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
 
@@ -99,15 +100,19 @@ class GeneratorStage:
             return batch
         return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=self.recipe.given_frames)
 
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
-        return score_batch(self.module("generator", params), batch, key=key)
+    def score(
+        self, params: dict, batch: dict, key: jax.Array | None = None, context_noise: jax.Array | None = None
+    ) -> NextCode:
+        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; options of `score_batch`."""
+        return score_batch(self.module("generator", params), batch, key=key, context_noise=context_noise)
 
     def sums(self, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Sums of these scores without dropout, see `score_sums`."""
         return score_sums(self.recipe.model, self.score(params, batch), batch)
 
-    def gradient(self, params: dict, batch: dict, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+    def gradient(
+        self, params: dict, batch: dict, key: jax.Array, frozen: dict, context_noise: jax.Array | None = None
+    ) -> tuple[dict, dict]:
         """The gradient of the loss of a batch, and scalars to log.
 
         The loss is the mean cross-entropy over the tokens of all clips, so each weighs the same. With a ladder that of
@@ -118,6 +123,7 @@ class GeneratorStage:
           batch: see the class.
           key: turns on dropout.
           frozen: as for `train_step`.
+          context_noise: the largest share of random codes in the context; None for none.
         """
         tokens = self.mean_tokens(batch)
 
@@ -125,7 +131,7 @@ class GeneratorStage:
             part = self.codes(part, frozen)
 
             def objective(params):
-                return self.objective(params, part, jax.random.fold_in(key, i), tokens)
+                return self.objective(params, part, jax.random.fold_in(key, i), tokens, context_noise)
 
             return jax.grad(objective, has_aux=True)(params)
 
@@ -136,9 +142,16 @@ class GeneratorStage:
         model = self.recipe.model
         return batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
 
-    def objective(self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int) -> tuple[jax.Array, dict]:
+    def context_noise(self, step: jax.Array) -> jax.Array | None:
+        """The largest share of random codes in the context at a step that counts from 1; None for none."""
+        start, steps = self.recipe.context_noise, NOISY_CONTEXT * self.recipe.steps
+        return optim.linear(start, 0.0, steps)(step) if start else None
+
+    def objective(
+        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, context_noise: jax.Array | None
+    ) -> tuple[jax.Array, dict]:
         """The loss of part of a batch without `video`, and scalars to log; other arguments as for `gradient`."""
-        model, scored = self.recipe.model, self.score(params, batch, key)
+        model, scored = self.recipe.model, self.score(params, batch, key, context_noise)
         sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, batch).items()}
         loss = sums["cross_entropy"] / codes
         logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
@@ -175,7 +188,10 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        grads, logs = self.gradient(state.params, batch, key, frozen)
+        noise = self.context_noise(state.step + 1)
+        grads, logs = self.gradient(state.params, batch, key, frozen, noise)
+        if noise is not None:
+            logs["context_noise"] = noise
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
         return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs
