@@ -144,3 +144,13 @@ def test_commands(continuous, tmp_path, capsys):
     assert cli.main(["export", *given, "--format", "huggingface", "--output", str(tmp_path / "hf")]) == 0
     again = larp_jax.load_tokenizer(tmp_path / "hf")
     assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_the_released_kl_bottleneck(reference_dir):
+    """A model of the authors' regularizer `skl` encodes to its means, and decodes them."""
+    expected = np.load(reference_dir / "tokenizer_kl" / "io.npz")
+    tokenizer = larp_jax.load_tokenizer(reference_dir / "tokenizer_kl")
+    video = np.moveaxis(expected["video"], 1, -1)
+    np.testing.assert_allclose(tokenizer.encode(video), expected["mean"], atol=1e-5)
+    decoded = np.clip(np.moveaxis(expected["reconstruction_from_mean"], 1, -1), 0.0, 1.0)
+    np.testing.assert_allclose(tokenizer.decode(expected["mean"]), decoded, atol=1e-5)
