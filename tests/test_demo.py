@@ -23,12 +23,15 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def tokenizer(untrained):
-    """One with random weights whose codes depend on the clip: weak queries, strong attention, centered latents."""
+    """One with random weights whose codes depend on the clip (weak queries, strong attention, centered latents), and
+    whose decoder depends on its codes."""
     given = load_tokenizer(untrained)
     params = jax.tree.map(np.array, given.params)
     encoder = params["encoder"]
     encoder["queries"] = jax.tree.map(lambda x: 0.1 * x, encoder["queries"])
     encoder["transformer"]["blocks"]["attention"]["out"]["kernel"] *= 5
+    params["quantizer"]["out_linear"]["kernel"] *= 8
+    params["decoder"]["transformer"]["blocks"]["attention"]["out"]["kernel"] *= 5
     clips = np.stack([moving_frames(8, 32, 32, seed=seed) for seed in range(4)]) / np.float32(255)
     module = given.module(params)
     latents = module.quantizer.project(module.encoder(clips, np.tile([[4, 4]], (4, 1))))[:, :8]
