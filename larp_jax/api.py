@@ -104,7 +104,7 @@ def load_checkpoint(
     else:
         recipe, params, known = importing.read_model(path)
         found = checkpoint.Checkpoint.of(files.absolute(path), recipe, params, known)
-    if kind not in (None, found.recipe.stage):
+    if kind not in (None, found.recipe.stage, found.recipe.holds):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
     return found
 

@@ -9,7 +9,9 @@ from larp_jax.config.checks import (
     MOST_POSITIONS,
     check_seed,
 )
+from larp_jax.config.condition import Conditional
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
+from larp_jax.config.flow import FLOW_SIZES, FlowConfig, FlowOptimConfig, FlowRecipe
 from larp_jax.config.ladder import AUTO, RANDOM, Assignment, Greedy, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
@@ -50,6 +52,7 @@ from larp_jax.config.training import (
     MeshConfig,
     OptimConfig,
     Recipe,
+    SecondStageRecipe,
     StartConfig,
     TokenizerRecipe,
 )
@@ -58,10 +61,15 @@ __all__ = [
     "AUTO",
     "AdamConfig",
     "Assignment",
+    "Conditional",
     "CorruptionConfig",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
+    "FLOW_SIZES",
+    "FlowConfig",
+    "FlowOptimConfig",
+    "FlowRecipe",
     "GENERATOR_SIZES",
     "GeneratorConfig",
     "GeneratorOptimConfig",
@@ -82,6 +90,7 @@ __all__ = [
     "RouterConfig",
     "RouterRecipe",
     "SIZED",
+    "SecondStageRecipe",
     "STAGES",
     "StartConfig",
     "TOKENIZER_SIZES",

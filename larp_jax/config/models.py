@@ -5,6 +5,7 @@ import functools
 import math
 
 from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
+from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import Ladder
 
 NUMBERS = ("width", "depth", "heads")
@@ -388,7 +389,7 @@ class PriorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
+class GeneratorConfig(Conditional):
     """The generator of stage 2 (LARP, arXiv 2410.21264, section 4.1).
 
     `size` selects width, depth and heads; each can be overridden. If `kv_heads` is 0, there are as many key/value heads
@@ -481,31 +482,14 @@ class GeneratorConfig:
         return self.condition or ("frames" if self.frame_prediction else "class")
 
     @property
-    def has_classes(self) -> bool:
-        """Whether the generator is given a class."""
-        return "class" in self.given
+    def has_codes(self) -> bool:
+        """True: it samples codes."""
+        return True
 
     @property
-    def has_frames(self) -> bool:
-        """Whether the generator is given the first frames."""
-        return "frames" in self.given
-
-    @property
-    def has_null_class(self) -> bool:
-        """Whether the class may be left out, which guidance needs."""
-        return self.has_classes and self.class_dropout > 0
-
-    @property
-    def has_null_frames(self) -> bool:
-        """Whether the given frames may be left out, which their guidance needs."""
-        return self.has_frames and self.frames_dropout > 0
-
-    @property
-    def class_rows(self) -> int:
-        """Rows of the class table: the classes, and last the null class; it alone without any condition."""
-        if self.given == "none":
-            return 1
-        return self.num_classes + self.has_null_class if self.has_classes else 0
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of a clip."""
+        return (self.num_tokens,)
 
     @property
     def adaptive(self) -> Ladder | None:

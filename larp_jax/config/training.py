@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from larp_jax.config.checks import at_least_0, check_seed, one_of, require, within
+from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import AUTO, RANDOM
 from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorConfig, TokenizerConfig
 
@@ -219,6 +220,7 @@ class Recipe:
     `mlflow`.
     """
 
+    stage: str
     seed: int = 0
     init_from: str = ""
     steps: int = 500_000
@@ -232,6 +234,11 @@ class Recipe:
     save_every: int = 1000
     keep: int = 3
     tracker: str = "none"
+
+    @property
+    def holds(self) -> str:
+        """The kind of model that a checkpoint of this run holds: `tokenizer`, `generator` or `router`."""
+        return self.stage
 
     def __post_init__(self):
         check_seed("seed", self.seed)
@@ -370,13 +377,37 @@ class TokenizerRecipe(Recipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorRecipe(Recipe):
-    """Settings of a training run of stage 2, which trains a generator on the codes of a tokenizer.
+class SecondStageRecipe(Recipe):
+    """Settings of a training run of stage 2, which trains a generator on what a tokenizer encodes.
 
-    `tokenizer` is the path of the tokenizer's checkpoint. Each training step encodes clips of `data.train` to codes, or
-    reads codes written by `larp-jax tokenize` if `data.train` is `tokens:DIR`. `tokenizer_fingerprint` is set when
-    training starts; if given, it is checked. A generator for frame prediction receives the first `cond_frames` frames
-    of a clip.
+    `tokenizer` is the path of the tokenizer's checkpoint. Each training step encodes clips of `data.train`, or reads
+    what `larp-jax tokenize` wrote if `data.train` is `tokens:DIR`. `tokenizer_fingerprint` is set when training starts;
+    if given, it is checked. A generator that is given frames receives the first `cond_frames` frames of a clip.
+    """
+
+    tokenizer: str = ""
+    tokenizer_fingerprint: str = ""
+    cond_frames: int = 5
+    model: Conditional
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.cond_frames > 0, f"cond_frames must be positive, got {self.cond_frames}")
+
+    @property
+    def holds(self) -> str:
+        """A generator, of any kind."""
+        return "generator"
+
+    @property
+    def given_frames(self) -> int:
+        """Number of given frames; 0 if the generator is given none."""
+        return self.cond_frames if self.model.has_frames else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorRecipe(SecondStageRecipe):
+    """Settings of a training run of a generator of codes; see `SecondStageRecipe`.
 
     With `context_noise`, random codes replace some of those that the next code is predicted from (reAR, arXiv
     2510.04450): in each sequence a share of them that is uniform from 0 to a maximum, which starts at `context_noise`
@@ -384,9 +415,6 @@ class GeneratorRecipe(Recipe):
     """
 
     stage: str = "generator"
-    tokenizer: str = ""
-    tokenizer_fingerprint: str = ""
-    cond_frames: int = 5
     context_noise: float = 0.0
     model: GeneratorConfig = GeneratorConfig()
     optim: GeneratorOptimConfig = GeneratorOptimConfig()
@@ -394,10 +422,4 @@ class GeneratorRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.cond_frames > 0, f"cond_frames must be positive, got {self.cond_frames}")
         require(0 <= self.context_noise <= 1, f"context_noise must be in [0, 1], got {self.context_noise}")
-
-    @property
-    def given_frames(self) -> int:
-        """Number of given frames; 0 if the generator is given none."""
-        return self.cond_frames if self.model.has_frames else 0

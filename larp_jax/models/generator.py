@@ -281,7 +281,7 @@ class Generator(nnx.Module):
             classes = jnp.where(null, self.class_embedding.shape[0] - 1, condition.classes)
             parts.append(self.class_embedding[...][classes][:, None].astype(jnp.float32))
         if condition.frames is not None:
-            null = condition.frames[:, :1] < 0
+            null = ~condition.frames_given[:, None]
             if key is not None and c.has_null_frames:
                 null |= jax.random.bernoulli(jax.random.fold_in(key, 1), c.frames_dropout, null.shape)
             frames = jnp.where(null, c.codebook_size, condition.frames)

@@ -1,4 +1,4 @@
-"""Codes of a batch for a generator, and how it scores them: the same in training and in evaluation."""
+"""Codes or latents of a batch for a generator, and how one of codes scores them, in training and in evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ CONTEXT_NOISE = 3  # number of the random key of noise in the context; the netwo
 def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> dict:
     """The batch with `codes` [B, N] int32, and for frame prediction `condition` [B, N], in place of its `video`.
 
-    The codes are deterministic and computed in float32 for any precision of the run, like those written to disk.
+    Of a tokenizer with continuous latents these are `latents` and `condition` [B, N, d] float32. They are deterministic
+    and computed in float32 for any precision of the run, like those written to disk.
 
     Args:
       tokenizer: the frozen tokenizer.
@@ -27,9 +28,9 @@ def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> 
     batch = dict(batch)
     video = as_float_video(batch.pop("video"))
     with jax.default_matmul_precision("float32"):
-        batch["codes"] = tokenizer.quantize(video).indices
+        batch[tokenizer.config.quantizer.tokens] = tokenizer.quantize(video).tokens
         if cond_frames:
-            batch["condition"] = tokenizer.quantize(hold_last_frame(video, cond_frames)).indices
+            batch["condition"] = tokenizer.quantize(hold_last_frame(video, cond_frames)).tokens
     return batch
 
 

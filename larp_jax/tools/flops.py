@@ -7,10 +7,18 @@ For a product y = x w, each required gradient, of x or of w, costs as many FLOPs
 import dataclasses
 import math
 
-from larp_jax.config import GeneratorConfig, RouterConfig, TokenizerConfig, TokenizerRecipe, TransformerConfig
+from larp_jax.config import (
+    FlowConfig,
+    GeneratorConfig,
+    RouterConfig,
+    TokenizerConfig,
+    TokenizerRecipe,
+    TransformerConfig,
+)
 from larp_jax.config.teachers import TeacherConfig
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.discriminator import KERNEL
+from larp_jax.models.flow import TIME_WIDTH
 from larp_jax.models.lpips import STAGES
 from larp_jax.weights.networks import teacher_config
 
@@ -35,10 +43,11 @@ def _train_step(recipe: TokenizerRecipe, *, compiled: bool) -> dict[str, float]:
     in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
     counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "alignment", "adversarial", "discriminator"), 0.0)
 
-    tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
-    projection = _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
-    tokenizer += 3 * (_stack(c.encoder, in_patches + own) + projection)
-    tokenizer += q.has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
+    passes = 1 if recipe.trained == "decoder" else 3  # through what codes depend on
+    tokenizer = min(passes, 2) * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
+    encoded = _stack(c.encoder, in_patches + own) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
+    tokenizer += passes * encoded
+    tokenizer += q.has_codes * (1 + passes * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
     tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + own))
     counts["tokenizer"] = tokenizer + 3 * _linear(pixels, c.decoder.width)
 
@@ -168,6 +177,22 @@ def generator_train_step(config: GeneratorConfig) -> dict[str, float]:
     outputs = c.width * (1 + 2 * c.kv_heads / c.heads) + c.width + 3 * c.mlp_width
     blocks = c.depth * (_linear(tokens * c.width, outputs) + 2 * _linear(tokens * c.width, tokens))
     return {"generator": 3 * (blocks + _linear(c.symbols * c.width, c.vocabulary))}
+
+
+def flow(config: FlowConfig) -> float:
+    """FLOPs per clip of a pass through a flow generator."""
+    c, size = config, TransformerConfig(width=config.width, depth=config.depth, heads=config.heads)
+    embed = (1 + c.has_frames) * _linear(c.num_tokens * c.code_dim, c.width)
+    modulation = _linear(c.width, (6 * c.depth + 2) * c.width)
+    time = _linear(TIME_WIDTH + c.width, c.width)
+    return embed + time + modulation + _stack(size, c.num_tokens) + _linear(c.num_tokens * c.width, c.code_dim)
+
+
+def flow_train_step(config: FlowConfig) -> dict[str, float]:
+    """FLOPs per clip of a step that trains a flow generator on latents: `generator`."""
+    # no gradient with respect to latents and times
+    inputs = (1 + config.has_frames) * config.num_tokens * config.code_dim + TIME_WIDTH
+    return {"generator": 3 * flow(config) - _linear(inputs, config.width)}
 
 
 def router(config: RouterConfig) -> float:

@@ -174,20 +174,25 @@ def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
 
 def model_flops(recipe) -> dict[str, float]:
     """FLOPs per clip or sequence of a step of any stage, by part, from `larp_jax.tools.flops`."""
-    if recipe.stage == "generator":
-        return flops.generator_train_step(recipe.model)
+    if recipe.holds == "generator":
+        count = flops.generator_train_step if recipe.model.has_codes else flops.flow_train_step
+        return count(recipe.model)
     if recipe.stage == "router":
         return flops.router_train_step(recipe.model)
     return flops.train_step(recipe)
 
 
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the batch of a step: videos, codes for a generator, or videos and rewards."""
+    """Shapes, dtypes and shardings of the batch of a step.
+
+    Videos; codes, or latents as they are stored, for a generator; or videos and rewards.
+    """
     rows = recipe.data.batch_size
-    if recipe.stage == "generator":
-        shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
+    if recipe.holds == "generator":
+        tokens, dtype = ("codes", jnp.int32) if recipe.model.has_codes else ("latents", jnp.float16)
+        shapes = {tokens: ((rows, *recipe.model.token_shape), dtype), "label": ((rows,), jnp.int32)}
         if recipe.model.has_frames:
-            shapes["condition"] = shapes["codes"]
+            shapes["condition"] = shapes[tokens]
         if recipe.model.ladder:
             shapes["lengths"] = (rows, recipe.model.blocks), jnp.int32
     elif recipe.stage == "router":
@@ -210,14 +215,17 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     parts = sharding.batch_parts(mesh) * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
     c = recipe.model
-    if recipe.stage == "generator":
-        stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
+    if recipe.holds == "generator":
+        stacks, maps = [(c.symbols, c)], 0
+        if c.has_codes:
+            stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
     elif recipe.stage == "router":
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
-        sides = zip(patches, (c.encoder, c.decoder), strict=True)
-        stacks: list = [(count + c.tokens_beside_patches, side) for count, side in sides]
+        stacks: list = [(patches[1] + c.tokens_beside_patches, c.decoder)]
+        if recipe.trained == "all":
+            stacks += [(patches[0] + c.tokens_beside_patches, c.encoder)]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
         maps = 0
