@@ -169,12 +169,6 @@ def test_what_cannot_be_analyzed(found, data, tmp_path):
         analysis.analyze(found, data, tmp_path / "a", max_clips=8, ablated_clips=1)
     with pytest.raises(InputError, match="--replace mean is not known"):
         analysis.analyze(found, data, tmp_path / "a", replace="mean")
-    quantizer = dataclasses.replace(found.recipe.model.quantizer, kind="kl")
-    loss = dataclasses.replace(found.recipe.loss, prior_weight=0.0)
-    model = dataclasses.replace(found.recipe.model, quantizer=quantizer)
-    found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, model=model, loss=loss))
-    with pytest.raises(InputError, match="continuous latents"):
-        analysis.analyze(found, data, tmp_path / "a")
 
 
 def test_the_most_frequent_code_as_the_replacement(found, tokenizer, data, result, tmp_path):

@@ -129,6 +129,7 @@ def add_sampling(sub, what, *, clips=True) -> None:
     )  # fmt: skip
     if clips:
         add_window(sub)
+        add_solver(sub)
     add_precision(sub)
 
 
@@ -147,6 +148,16 @@ def add_window(sub) -> None:
         "--window", type=positive, default=1, metavar="W",
         help="find up to W codes in a pass, for the same samples; see benchmark sample (default: 1)",
     )  # fmt: skip
+
+
+def add_solver(sub) -> None:
+    """Adds --solver and --solver-steps."""
+    sub.add_argument(
+        "--solver", choices=("euler", "heun"), default="euler", help="how a flow generator samples (default: euler)"
+    )
+    sub.add_argument(
+        "--solver-steps", type=positive, default=100, metavar="N", help="number of its steps (default: 100)"
+    )
 
 
 def add_precision(sub) -> None:

@@ -13,6 +13,7 @@ from larp_jax.cli.arguments import (
     add_guidance,
     add_precision,
     add_sample_budget,
+    add_solver,
     add_window,
     positive,
 )
@@ -118,6 +119,7 @@ def add_benchmark(commands) -> None:
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
     add_window(sampling)
+    add_solver(sampling)
     add_sample_budget(sampling)
     sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
     sampling.add_argument(
@@ -148,7 +150,7 @@ def _recipe_of(stage: str, arguments):
     if arguments.config is None:
         raise InputError(f"benchmark {arguments.what} needs --config; only benchmark sample takes a --checkpoint")
     recipe = load_recipe(arguments)
-    if recipe.stage != stage:
+    if recipe.holds != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     return recipe
 
@@ -168,13 +170,16 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
     else:
         found = api.load_checkpoint(arguments.checkpoint, kind="generator")
         generator = api.LoadedGenerator.of(found, precision=precision)
-        if precision != "float32":
+        if precision != "float32" and generator.config.has_codes:
             changed = benchmark_sampling.precision_change(found, precision)
     tokenizer = None
     if arguments.tokenizer is not None:
         tokenizer = api.load_tokenizer(arguments.tokenizer)
         generator.check_tokenizer(tokenizer)
     generator.assignment(arguments.budget, options)
+    measured: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": arguments.batch_size}
+    if not generator.config.has_codes and not arguments.stream:
+        return benchmark_sampling.benchmark_flow(generator, options, seconds=arguments.seconds, **measured)
     if arguments.stream:
         if tokenizer is None:
             raise InputError("--stream measures the time to frames: give the tokenizer that decodes them, --tokenizer")
@@ -183,12 +188,7 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
         )
         return found | changed
     result = benchmark_sampling.benchmark_sample(
-        generator,
-        options,
-        tokenizer=tokenizer,
-        batch_size=arguments.batch_size,
-        seconds=arguments.seconds,
-        budget=arguments.budget,
+        generator, options, seconds=arguments.seconds, budget=arguments.budget, **measured
     )
     return result | changed
 

@@ -1,5 +1,7 @@
 """Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,22 +114,32 @@ class Positions1d(nnx.Module):
 class Positions3d(nnx.Module):
     """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
 
-    Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2).
+    Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2). If positions are `rotary`,
+    there is no fixed table: it is zero.
     """
 
     def __init__(
-        self, grid: tuple[int, int, int], width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool
+        self,
+        grid: tuple[int, int, int],
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        learned: bool,
+        token_type: bool,
+        rotary: bool = False,
     ):
         def axis(n):
             return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
 
         self.time, self.height, self.columns = (axis(n) for n in grid)
         self.token_type = _token_type(width, rngs) if token_type else None
-        self.grid, self.width = grid, width
+        self.grid, self.width, self.rotary = grid, width, rotary
 
     def __call__(self) -> jax.Array:
         """The table, [t*h*w, D] float32, in (time, height, width) order."""
-        if self.time is None:
+        if self.time is None and self.rotary:
+            table = jnp.zeros((math.prod(self.grid), self.width), jnp.float32)
+        elif self.time is None:
             table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
         else:
             t, h, w = self.time[...], self.height[...], self.columns[...]

@@ -78,7 +78,7 @@ def report() -> str:
         "Packages": [_packages],
         "Devices": [_devices],
         "Optional parts": [_optional_parts],
-        "Weights for metrics": [_weights],
+        "Weights of networks": [_weights],
     }
     return "\n\n".join("\n".join([title, *(_lines(parts) or ["  none"])]) for title, parts in sections.items())
 
@@ -303,6 +303,7 @@ def _optional_parts() -> Iterator[str]:
 
 
 def _weights() -> Iterator[str]:
+    from larp_jax.config.teachers import TEACHERS
     from larp_jax.weights import networks
 
     for kind in networks.KINDS:
@@ -311,3 +312,9 @@ def _weights() -> Iterator[str]:
             f"found at {path} ({origin})" if path.is_file() else
             f"missing: expected at {path} ({origin}); {networks.how_to_get(kind)}"
         )  # fmt: skip
+    places = {name: networks.locate(name) for name in TEACHERS}
+    for name, (path, origin) in places.items():
+        if path.is_file():
+            yield f"{name:<20} found at {path} ({origin})"
+    if missing := [name for name, (path, _) in places.items() if not path.is_file()]:
+        yield f"{'teachers':<20} missing: {', '.join(missing)}; {networks.how_to_get(missing[0])}, and so on"
