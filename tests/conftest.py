@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import types
 
 # Set before jax is imported, so that the processes that tests start use the cache too.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
@@ -211,3 +212,21 @@ def bucket(bucket_server, request):
 
     yield files.any_path(f"gs://larp/{request.node.name.replace('[', '-').replace(']', '')}")
     bucket_server.faults.reset()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """Between attempts to reach a bucket, gcsfs, TensorStore and the trainer wait a tenth of the time."""
+    import asyncio
+
+    import gcsfs.retry
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    from larp_jax.training import train
+
+    shorter = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 10))
+    monkeypatch.setattr(gcsfs.retry, "asyncio", shorter)
+    pauses = {"gcs_request_retries": {"initial_delay": "100ms", "max_delay": "3.2s"}}  # 1 and 32 seconds
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        monkeypatch.setattr(tensorstore_utils, name, getattr(tensorstore_utils, name) | pauses)
+    monkeypatch.setattr(train, "RETRIES", [pause / 10 for pause in train.RETRIES])

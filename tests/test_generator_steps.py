@@ -181,7 +181,8 @@ def test_random_codes_in_the_context_are_of_a_share_that_decays():
     np.testing.assert_array_equal(np.unique(noisy[is_code]), np.arange(32))
 
     stage, batch = GeneratorStage(dataclasses.replace(STILL, context_noise=0.8)), codes_of_clips(STILL)
-    np.testing.assert_allclose([stage.context_noise(s) for s in (0, 30, 75, 100)], [0.8, 0.48, 0, 0], atol=1e-6)
+    shares = [stage.scheduled(step)["context_noise"] for step in (0, 30, 75, 100)]
+    np.testing.assert_allclose(shares, [0.8, 0.48, 0, 0], atol=1e-6)
     score = jax.jit(lambda params, batch, key, *noise: stage.score(params, batch, key, *noise).cross_entropy)
     params, key = random_params(stage), jax.random.key(0)
     clean, still, noisy = (score(params, batch, key, *noise) for noise in ((), (0.0,), (1.0,)))

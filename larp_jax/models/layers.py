@@ -354,6 +354,7 @@ def run_stack(
     shared: tuple = (),
     remat: str = "none",
     key: jax.Array | None = None,
+    span: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Applies stacked blocks (leaves [depth, ...], see `stack`) to x with `lax.scan`, so that one block is compiled.
 
@@ -364,20 +365,23 @@ def run_stack(
       shared: further arguments, the same for all blocks.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: random key of dropout, split over the layers; None turns dropout off.
+      span: (i, j) applies only blocks i .. j - 1, without a copy of their weights; for frozen weights, as gradients
+        of weights would need much memory, and without `per_layer` and `key`.
     """
     graphdef, layers = nnx.split(blocks)
     depth = jax.tree.leaves(layers)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
 
     def body(x, layer):
-        params, key, *rest = layer
+        own, key, *rest = layer
+        params = own if span is None else jax.tree.map(lambda p: p[own], layers)
         return nnx.merge(graphdef, params)(x, key, *rest, *shared), None
 
     if remat == "block":
         body = jax.checkpoint(body)
     elif remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x, (layers, keys, *per_layer))[0]
+    return jax.lax.scan(body, x, (layers if span is None else jnp.arange(*span), keys, *per_layer))[0]
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
@@ -415,6 +419,7 @@ class Transformer(nnx.Module):
     ):
         make = lambda r: Block(config.width, config.heads, rngs=r, kind=kind, dtype=dtype)  # noqa: E731
         self.blocks = stack(config.depth, make, rngs)
+        self.depth = config.depth
         self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
     def __call__(
@@ -428,11 +433,13 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
         graphdef, layers = nnx.split(self.blocks)
-        kept = [x]
-        for part in (slice(layer), slice(layer, None)):
-            some = nnx.merge(graphdef, jax.tree.map(lambda leaf, part=part: leaf[part], layers))
-            kept.append(run_stack(some, kept[-1], shared=(blocks, rotation), remat=self.remat))
-        return kept[2], kept[1]
+
+        def run(x, part):
+            some = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[part], layers))
+            return run_stack(some, x, shared=(blocks, rotation), remat=self.remat)
+
+        kept = run(x, slice(layer))
+        return kept if layer == self.depth else run(kept, slice(layer, None)), kept
 
     def extend(
         self, x: jax.Array, seen: jax.Array, past: Sequence[Memory], rotation: Rotation | None = None

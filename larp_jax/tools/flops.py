@@ -43,9 +43,11 @@ def _train_step(recipe: TokenizerRecipe, *, compiled: bool) -> dict[str, float]:
     in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
     counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "alignment", "adversarial", "discriminator"), 0.0)
 
-    tokenizer = 2 * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
-    tokenizer += 3 * (_stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes)))
-    tokenizer += q.has_codes * (1 + 3 * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
+    passes = 1 if recipe.trained == "decoder" else 3  # through what codes depend on
+    tokenizer = min(passes, 2) * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
+    encoded = _stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
+    tokenizer += passes * encoded
+    tokenizer += q.has_codes * (1 + passes * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
     tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + n))
     counts["tokenizer"] = tokenizer + 3 * _linear(pixels, c.decoder.width)
 

@@ -223,7 +223,9 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
-        stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]
+        stacks = [(patches[1] + c.num_tokens, c.decoder)]
+        if recipe.trained == "all":
+            stacks += [(patches[0] + c.num_tokens, c.encoder)]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
         maps = 0

@@ -59,12 +59,12 @@ class FlowStage(GeneratorStage):
         """Sums of the scores of clips with a `number`, see `flow_sums`."""
         return flow_sums(self.module("generator", params), batch, rng.key(0))
 
-    def context_noise(self, step: jax.Array) -> None:
-        """None: there is no context of codes."""
-        return None
+    def scheduled(self, step: jax.Array | int) -> dict[str, jax.Array]:
+        """None: there is no context."""
+        return {}
 
     def objective(
-        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, context_noise: None
+        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, **scheduled: jax.Array
     ) -> tuple[jax.Array, dict]:
         """The mean squared error of the velocity in part of a batch without `video`, and scalars to log."""
         latents, (noise_key, drop_key) = batch["latents"], jax.random.split(key)

@@ -111,7 +111,7 @@ class GeneratorStage:
         return score_sums(self.recipe.model, self.score(params, batch), batch)
 
     def gradient(
-        self, params: dict, batch: dict, key: jax.Array, frozen: dict, context_noise: jax.Array | None = None
+        self, params: dict, batch: dict, key: jax.Array, frozen: dict, **scheduled: jax.Array
     ) -> tuple[dict, dict]:
         """The gradient of the loss of a batch, and scalars to log.
 
@@ -123,7 +123,7 @@ class GeneratorStage:
           batch: see the class.
           key: turns on dropout.
           frozen: as for `train_step`.
-          context_noise: the largest share of random codes in the context; None for none.
+          **scheduled: from `scheduled`.
         """
         tokens = self.mean_tokens(batch)
 
@@ -131,7 +131,7 @@ class GeneratorStage:
             part = self.codes(part, frozen)
 
             def objective(params):
-                return self.objective(params, part, jax.random.fold_in(key, i), tokens, context_noise)
+                return self.objective(params, part, jax.random.fold_in(key, i), tokens, **scheduled)
 
             return jax.grad(objective, has_aux=True)(params)
 
@@ -142,16 +142,21 @@ class GeneratorStage:
         model = self.recipe.model
         return batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
 
-    def context_noise(self, step: jax.Array) -> jax.Array | None:
-        """The largest share of random codes in the context at a step that counts from 1; None for none."""
-        start, steps = self.recipe.context_noise, NOISY_CONTEXT * self.recipe.steps
-        return optim.linear(start, 0.0, steps)(step) if start else None
+    def scheduled(self, step: jax.Array | int) -> dict[str, jax.Array]:
+        """Numbers that change over training, by name, for `gradient`; steps count from 1.
+
+        `context_noise`: the largest share of random codes in the context.
+        """
+        recipe = self.recipe
+        if not recipe.context_noise:
+            return {}
+        return {"context_noise": optim.linear(recipe.context_noise, 0.0, NOISY_CONTEXT * recipe.steps)(step)}
 
     def objective(
-        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, context_noise: jax.Array | None
+        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, **scheduled: jax.Array
     ) -> tuple[jax.Array, dict]:
         """The loss of part of a batch without `video`, and scalars to log; other arguments as for `gradient`."""
-        model, scored = self.recipe.model, self.score(params, batch, key, context_noise)
+        model, scored = self.recipe.model, self.score(params, batch, key, **scheduled)
         sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, batch).items()}
         loss = sums["cross_entropy"] / codes
         logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
@@ -188,10 +193,9 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        noise = self.context_noise(state.step + 1)
-        grads, logs = self.gradient(state.params, batch, key, frozen, noise)
-        if noise is not None:
-            logs["context_noise"] = noise
+        scheduled = self.scheduled(state.step + 1)
+        grads, logs = self.gradient(state.params, batch, key, frozen, **scheduled)
+        logs |= scheduled
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
         return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs

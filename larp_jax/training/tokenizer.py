@@ -379,7 +379,7 @@ class TokenizerTask:
 
     stage_class = TokenizerStage
     inputs = ("video",)
-    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
+    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_alignment", "loss_adversarial", "psnr", "perplexity")
     only_logged = ("ssim",)
 
     def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):
