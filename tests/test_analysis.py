@@ -149,7 +149,7 @@ def test_files(folder):
 
 def test_effective_share():
     rows = np.array([[1.0, 1, 1, 1], [0, 3, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(analysis._effective_share(rows), [1, 0.25, 0.5, np.nan])
+    np.testing.assert_allclose(analysis.effective_share(rows), [1, 0.25, 0.5, np.nan])
 
 
 def test_the_picture_shows_the_place_of_changes():

@@ -68,8 +68,8 @@ def offline(continuous, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flow_offline")
     command = ["tokenize", f"--checkpoint={continuous}", f"--output={folder / 'latents'}"]
     assert cli.main([*command, "--input=moving_shapes:train", "--windows=1"]) == 0
-    data = f"--config.data.train=tokens:{folder / 'latents'}"
-    assert train(folder / "run", continuous, data, f"--config.data.eval=tokens:{folder / 'latents'}") == 0
+    data = [f"--config.data.{name}=tokens:{folder / 'latents'}" for name in ("train", "eval")]
+    assert train(folder / "run", continuous, *data, "--config.steps=3", "--config.eval_every=3") == 0
     return folder
 
 
@@ -113,7 +113,7 @@ def test_sampling_from_python(online, continuous):
         generator.sample_block([0], key=key)
 
 
-def test_commands(offline, online, continuous, tmp_path, capsys):
+def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
     pair = ["--checkpoint", str(offline / "run"), "--tokenizer", str(continuous)]
     steps = ["--solver=heun", "--solver-steps=3", "--batch-size=2"]
     output = tmp_path / "samples"
@@ -139,7 +139,18 @@ def test_commands(offline, online, continuous, tmp_path, capsys):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["metrics"].keys() == {"flow_loss", "explained"}
     assert scores["protocol"]["latents"] == {"d": 4, "N": 8}
-    np.testing.assert_allclose(scores["metrics"]["flow_loss"], rows(offline / "run")[5]["eval/flow_loss"], rtol=0.5)
+    np.testing.assert_allclose(scores["metrics"]["flow_loss"], rows(offline / "run")[2]["eval/flow_loss"], rtol=0.5)
+
+    monkeypatch.setattr("larp_jax.tools.benchmark.CPU_WORK", (32, 2**10))
+    output = tmp_path / "benchmark.json"
+    assert cli.main(["benchmark", "sample", *pair, *steps, "--seconds=1", f"--output={output}"]) == 0
+    found = json.loads(output.read_text())
+    assert (found["passes"], found["latents"], found["channels"], found["solver"]) == (5, 8, 4, "heun")
+    assert found["pass_ms"] > 0 and found["first_clip_seconds"] > 0 and "temperature" not in found
+    published = str(pathlib.Path(CONFIG).parents[2] / "configs" / "flow_ucf101.py")
+    assert cli.main(["plan", "--config", published, "--gpus=H200:8", f"--output={tmp_path / 'plan.json'}"]) == 0
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["memory_mb"]["params"] == pytest.approx(4 * 457.96, rel=1e-3) and planned["fits"]
 
     capsys.readouterr()
     for command, message in (

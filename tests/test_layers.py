@@ -23,7 +23,7 @@ LAYERS = (
     {"runtime", "npz"},
     {"models", "files"},
     {"config", "metrics", "storage", "hub"},
-    {"state", "errors", "version"},
+    {"state", "errors", "version", "torch_reader"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -199,8 +199,8 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
-MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories of the hub
+PATHS = ("workdir", "checkpoint", "tokenizer", "generator", "router", "output", "samples")  # may be in a bucket
+MODELS = ("checkpoint", "tokenizer", "generator", "router", "source")  # may be repositories of the hub
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")

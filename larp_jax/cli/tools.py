@@ -1,4 +1,4 @@
-"""The commands experiment, plan, benchmark, report and doctor."""
+"""The commands experiment, plan, benchmark, report, demo and doctor."""
 
 import argparse
 from typing import Any
@@ -7,6 +7,7 @@ from larp_jax import files
 from larp_jax.cli.arguments import (
     CHECKPOINT,
     add_batch_size,
+    add_checkpoint,
     add_command,
     add_config,
     add_guidance,
@@ -255,6 +256,41 @@ def _report(arguments):
 
     path = report.report(arguments.workdir, arguments.output)
     print(f"{path}: {files.size(path) / 1e6:.1f} MB, opens in any browser")
+
+
+def add_demo(commands) -> None:
+    """Adds the command demo."""
+    sub = add_command(
+        commands,
+        "demo",
+        _demo,
+        "try a model on a local page: drop videos, look at their codes, swap them, sample",
+        "--checkpoint runs/quickstart --generator runs/generator",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--generator", metavar="G", help="a generator of its codes, to sample from")
+    sub.add_argument("--router", metavar="R", help="the router of the budget auto: a workdir or a checkpoint")
+    sub.add_argument(
+        "--host", default="127.0.0.1", metavar="H",
+        help="address to listen on; 0.0.0.0 shows the page to everyone on the network (default: 127.0.0.1)",
+    )  # fmt: skip
+    sub.add_argument("--port", type=positive, metavar="N", help="port of the page (default: the first free from 7860)")
+
+
+def _demo(arguments):
+    from larp_jax import api
+    from larp_jax.runtime.stopping import StopRequest
+    from larp_jax.tools import demo, demo_page
+
+    demo_page.check(arguments.host, arguments.port)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
+    generator = None
+    if arguments.generator is not None:
+        generator = api.load_generator(arguments.generator, weights=arguments.weights)
+    models = demo.Demo(tokenizer, generator)
+    with StopRequest() as stop:
+        stop.defer()
+        demo_page.serve(models, host=arguments.host, port=arguments.port, stopped=lambda: stop.signal is not None)
 
 
 def add_doctor(commands) -> None:

@@ -122,16 +122,18 @@ class OptimConfig(AdamConfig):
     `multipliers` scale the learning rate of all parameters below a path, such as `prior` or `tokenizer/encoder`. If
     several paths match, the longest counts; 0 freezes the parameters. The paper gives 50 for the prior, but the
     released code overwrites it with 1 before each step. The discriminator has its own optimizer, which differs only in
-    the learning rate.
+    the learning rate and has no weight decay. `weight_decay` (AdamW) applies only to the kernels of linear layers.
     """
 
     discriminator_learning_rate: float = 3e-5
+    weight_decay: float = 0.0
     multipliers: dict = dataclasses.field(default_factory=lambda: {"prior": 1.0})
 
     def __post_init__(self):
         super().__post_init__()
         rate = self.discriminator_learning_rate
         require(rate > 0, f"optim.discriminator_learning_rate must be positive, got {rate}")
+        at_least_0("optim", self, "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,7 +346,7 @@ class TokenizerRecipe(Recipe):
             )
             object.__setattr__(self, "loss", dataclasses.replace(self.loss, prior_weight=0.0))
         if self.budget not in (RANDOM, AUTO):
-            self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size)
+            self.model.adaptive.budget(self.budget, self.model.quantizer.codes)
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",

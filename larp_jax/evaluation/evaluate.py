@@ -295,7 +295,7 @@ def _own_scores(
         if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
         if isinstance(generator, LoadedFlow):
-            given = rows.keys() & {"latents", "condition"}
+            given = [name for name in ("latents", "condition") if name in rows]
             rows |= {name: np.asarray(generator.standardized(rows[name])) for name in given}
         evaluator = NextCodeEvaluator if config.has_codes else FlowEvaluator
         scores = evaluator(sums, rows, mesh, batch_size=batch_size).run(params)

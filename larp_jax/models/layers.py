@@ -354,6 +354,7 @@ def run_stack(
     shared: tuple = (),
     remat: str = "none",
     key: jax.Array | None = None,
+    span: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Applies stacked blocks (leaves [depth, ...], see `stack`) to x with `lax.scan`, so that one block is compiled.
 
@@ -364,20 +365,23 @@ def run_stack(
       shared: further arguments, the same for all blocks.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: random key of dropout, split over the layers; None turns dropout off.
+      span: (i, j) applies only blocks i .. j - 1, without a copy of their weights; for frozen weights, as gradients
+        of weights would need much memory, and without `per_layer` and `key`.
     """
     graphdef, layers = nnx.split(blocks)
     depth = jax.tree.leaves(layers)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
 
     def body(x, layer):
-        params, key, *rest = layer
+        own, key, *rest = layer
+        params = own if span is None else jax.tree.map(lambda p: p[own], layers)
         return nnx.merge(graphdef, params)(x, key, *rest, *shared), None
 
     if remat == "block":
         body = jax.checkpoint(body)
     elif remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x, (layers, keys, *per_layer))[0]
+    return jax.lax.scan(body, x, (layers if span is None else jnp.arange(*span), keys, *per_layer))[0]
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

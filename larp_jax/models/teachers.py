@@ -158,7 +158,7 @@ class VisionTransformer(Teacher):
     """
 
     def __init__(self, config: TeacherConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
-        """`remat` is as for `run_stack`, and `dtype` that of the computation."""
+        """`remat` and `dtype` are as for `make_teacher`."""
         traits, width = config.traits, config.width
         self.patches = PatchEmbed((traits.tubelet, config.patch, config.patch), 3, width, rngs=rngs, dtype=dtype)
         self.prefix_length = 1 + config.registers if traits.dino else 0
@@ -181,11 +181,9 @@ class VisionTransformer(Teacher):
         grid = self.grid(video.shape[1:4])
         x, rotation = self._embed(self._resized(video), grid)
         shared = () if rotation is None else (rotation,)
-        graphdef, params = nnx.split(self.blocks)
         found, start = {}, 0
         for end in sorted(set(layers)):
-            some = nnx.merge(graphdef, jax.tree.map(lambda x, part=slice(start, end): x[part], params))
-            x = found[end] = run_stack(some, x, shared=shared, remat=self.remat)
+            x = found[end] = run_stack(self.blocks, x, shared=shared, remat=self.remat, span=(start, end))
             start = end
         t, h, w = grid
         shape = {"b": len(video), "t": t, "h": h, "w": w}
@@ -224,7 +222,7 @@ def make_teacher(
     Args:
       config: its sizes, such as `larp_jax.config.teachers.TEACHERS["vjepa2_l"]`.
       rngs: random keys of the weights.
-      remat: what the backward pass recomputes, as for `run_stack`; of no effect on `vgg16`.
+      remat: what the gradient of the clip recomputes, as for `run_stack`; of no effect on `vgg16`.
       dtype: of the computation; norms and the residual stream stay in float32.
     """
     if config.family == "vgg16":

@@ -138,7 +138,7 @@ def _analyze(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    ladder, size = model.adaptive, model.quantizer.codebook_size
+    ladder, size = model.adaptive, model.quantizer.codes
     if ladder and budget and not isinstance(ladder.goal(budget, size, "--budget"), tuple):
         raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
     assign = tokenizer.assigner(budget)
@@ -159,8 +159,8 @@ def _analyze(
     by_position = {
         "change": patches.mean(axis=(1, 2, 3)),
         "rise": error.mean(axis=1) - whole.mean(),
-        "space": _effective_share(patches.sum(axis=1).reshape(len(patches), -1)),
-        "time": _effective_share(frames),
+        "space": effective_share(patches.sum(axis=1).reshape(len(patches), -1)),
+        "time": effective_share(frames),
         **seen.by_position(),
         **prior_scores,
     }
@@ -168,7 +168,7 @@ def _analyze(
     summary |= {
         **seen.summary(),
         "psnr_all_replaced": kept["psnr"]["first"][0],
-        "effective_positions": _effective_share(weights[None])[0] * positions,
+        "effective_positions": effective_share(weights[None])[0] * positions,
         "space": np.nansum(weights * by_position["space"]),
         "time": np.nansum(weights * by_position["time"]),
     }
@@ -221,10 +221,11 @@ class SeenCodes:
 
 
 class SeenLatents:
-    """The latents of the clips at each position: their mean and standard deviation [N, d], and their divergence [N]."""
+    """The latents of the clips at each of the positions: mean and standard deviation [N, d], and divergence [N]."""
 
-    def __init__(self, latents: LatentStatistics, kl: LatentStatistics):
-        self.mean, self.std, self.kl, self.positions = latents.mean, latents.std, kl.mean, len(kl.mean)
+    def __init__(self, latents: LatentStatistics, kl: LatentStatistics, positions: int):
+        self.mean, self.std, self.kl = (x[:positions] for x in (latents.mean, latents.std, kl.mean))
+        self.positions = positions
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What to write."""
@@ -269,8 +270,8 @@ class Probe:
     ):
         self._tokenizer, self._mesh, self._batch_size = tokenizer, mesh, batch_size
         self._rows = {"video": videos, "codes": codes, "fill": fill}
-        measure = lambda params, batch, keep: _measure(tokenizer.module(params), batch, keep, lengths)  # noqa: E731
-        self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
+        measured = lambda params, batch, keep: measure(tokenizer.module(params), batch, keep, lengths)  # noqa: E731
+        self._measure = jax.jit(measured, out_shardings=sharding.replicated(mesh))
 
     def calls(self, variants: int) -> int:
         """Number of progress updates of `run`."""
@@ -306,11 +307,25 @@ class Probe:
         return np.concatenate(errors, axis=1), patches / count, frames / count
 
 
-def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Assignment | None):
-    """For each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes by patch and frame."""
+def measure(
+    tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Assignment | jax.Array | None
+):
+    """What `Probe` computes of one batch, for use in a compiled function.
+
+    Args:
+      tokenizer: the network.
+      batch: `video` [B, T, H, W, C], `codes` and `fill` [B, N], and `mask` [B] float32, 0 for clips that do not count.
+      keep: bool [R, N], which codes stay; the others are those of `fill`.
+      lengths: [blocks], the numbers of codes of each block, if the tokenizer has a ladder.
+
+    Returns:
+      For each row of `keep`: squared errors [R, B], and sums over clips of the squared changes, by decoder patch
+      [R, t, h, w] and by frame [R, T].
+    """
 
     def decode(codes):
-        return jnp.clip(tokenizer.decode(codes, lengths and repeated(lengths, len(codes))), 0.0, 1.0)
+        given = None if lengths is None else repeated(lengths, len(codes))
+        return jnp.clip(tokenizer.decode(codes, given), 0.0, 1.0)
 
     video, whole = as_float_video(batch["video"]), decode(batch["codes"])
     pt, ph, pw = tokenizer.config.decoder_patch
@@ -350,7 +365,8 @@ def _statistics(
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     prior_scores = by_position.result if by_position else {}
     if extras["latents"] is not None:
-        return summary, SeenLatents(*extras["latents"]), prior_scores, extras["clips"]
+        used = sum(assign.fixed) if assign.fixed else found.recipe.model.num_tokens
+        return summary, SeenLatents(*extras["latents"], used), prior_scores, extras["clips"]
     counts = extras["codes"].counts
     seen = SeenCodes(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
     # code 0 has no prediction
@@ -417,7 +433,7 @@ def _ablate(probe: Probe, positions: int):
     return whole, replaced, kept
 
 
-def _effective_share(weights: np.ndarray) -> np.ndarray:
+def effective_share(weights: np.ndarray) -> np.ndarray:
     """exp(entropy) / n of rows of n weights: 1 if all are equal, 1 / n if only one is above 0, NaN if all are 0."""
     total = weights.sum(axis=1, keepdims=True)
     shares = weights / np.where(total > 0, total, 1.0)
@@ -452,23 +468,24 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     scale = max(1, side // patches.shape[2])
     tiles = []
     for place, time in zip(patches[shown].mean(axis=1), frames[shown], strict=True):
-        tile = np.kron(_scaled(place), np.ones((scale, scale)))
-        strip = _scaled(time)[np.arange(tile.shape[1]) * len(time) // tile.shape[1]]
+        tile = np.kron(scaled(place), np.ones((scale, scale)))
+        strip = scaled(time)[np.arange(tile.shape[1]) * len(time) // tile.shape[1]]
         blank = np.full((2, tile.shape[1]), np.nan)
         tiles.append(np.concatenate([tile, blank, np.tile(strip, (gap, 1))]))
     columns = int(np.ceil(np.sqrt(len(tiles))))
     tiles += [np.full_like(tiles[0], np.nan)] * (-len(tiles) % columns)
     tiles = [np.pad(tile, gap, constant_values=np.nan) for tile in tiles]
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return _colored(np.concatenate(rows))
+    return colored(np.concatenate(rows))
 
 
-def _scaled(mean_squares: np.ndarray) -> np.ndarray:
+def scaled(mean_squares: np.ndarray) -> np.ndarray:
+    """Roots of mean squared changes, divided by the largest: what the maps show, in [0, 1]."""
     root = np.sqrt(mean_squares)
     return root / max(root.max(), np.finfo(float).tiny)
 
 
-def _colored(values: np.ndarray) -> np.ndarray:
+def colored(values: np.ndarray) -> np.ndarray:
     """Maps [H, W] in [0, 1] to colors, uint8 [H, W, 3]; NaN becomes white."""
     at = np.linspace(0, 1, len(SEQUENTIAL))
     colors = np.stack([np.interp(np.nan_to_num(values), at, channel) for channel in SEQUENTIAL.T], axis=-1)

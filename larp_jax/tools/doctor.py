@@ -56,7 +56,8 @@ OPTIONAL_PACKAGES = (
     ("mlflow", "reporting runs to MLflow (config.tracker='mlflow')", "mlflow"),
     ("tensorflow", "TFDS data sets that only TensorFlow can read", "tensorflow-cpu"),
     ("gcsfs", "gs:// for workdirs, checkpoints, codes and outputs", "gcsfs"),
-    ("torch", "comparisons with PyTorch in the tests; not used otherwise", "torch"),
+    ("gradio", "the page of larp-jax demo", "gradio"),
+    ("torch", "larp_jax.torch_reader, which reads exported tokenizers without JAX", "torch"),
     ("libtpu", "TPUs; larp-jax plan --topology on any machine", "'jax[tpu]'"),
 )
 

@@ -33,7 +33,15 @@ CELLS = {"reconstruction": "original left, reconstruction right", "samples": "sa
 # panels at the end. Each scalar without a panel gets its own.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "", {"train/loss": ""}),
-    ("Reconstruction loss", "", {"train/loss_reconstruction": "pixels", "train/loss_perceptual": "perceptual"}),
+    (
+        "Reconstruction loss",
+        "",
+        {
+            "train/loss_reconstruction": "pixels",
+            "train/loss_frame_difference": "changes between frames",
+            "train/loss_perceptual": "perceptual",
+        },
+    ),
     ("PSNR", "dB", {"train/psnr": "training"}),
     ("SSIM", "", {"train/ssim": "training"}),
     ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch"}),
