@@ -300,7 +300,7 @@ def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_f
     sampled = found.recipe.data
     return ClipSet(
         request.data,
-        ClipSpec(config.frames, config.resolution, flip=False, fps=sampled.fps, stride=sampled.stride),
+        ClipSpec.of(config.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride),
         protocol,
         name=name or "",
         max_clips=request.max_clips,

@@ -1,5 +1,7 @@
 """Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,22 @@ from flax import nnx
 from larp_jax.models.layers import Dtype, Linear
 from larp_jax.models.packing import Layout
 
+Grid = tuple[int, int, int]
 
-def patchify(video: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+
+def patch_grid(shape: Sequence[int], patch: Grid) -> Grid:
+    """Number of patches (time, height, width) of a clip [T, H, W, ...]."""
+    t, h, w = (n // p for n, p in zip(shape, patch, strict=False))
+    return t, h, w
+
+
+def patchify(video: jax.Array, patch: Grid) -> jax.Array:
     """[B, T, H, W, C] -> [B, (T/pt)(H/ph)(W/pw), pt*ph*pw*C]: patches in (time, height, width) order."""
     pt, ph, pw = patch
     return rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
-def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+def unpatchify(patches: jax.Array, grid: Grid, patch: Grid) -> jax.Array:
     """The inverse of `patchify`: the last axis is (time-in-patch, row, column, channel). `grid` is in patches."""
     (t, h, w), (pt, ph, pw) = grid, patch
     return rearrange(
@@ -27,7 +37,7 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int,
 class PatchEmbed(nnx.Module):
     """Patch embedding: a 3-D convolution with stride equal to kernel size, as one matrix product (section 3.2)."""
 
-    def __init__(self, patch: tuple[int, int, int], channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
+    def __init__(self, patch: Grid, channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
         pt, ph, pw = patch
         self.proj = Linear(pt * ph * pw * channels, width, rngs=rngs, dtype=dtype)
         self.patch = patch
@@ -46,12 +56,13 @@ def sincos_1d(positions: np.ndarray, width: int, base: float = 10000.0) -> np.nd
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
+def sincos_3d(grid: Grid, width: int, of: Grid | None = None) -> np.ndarray:
     """Sine-cosine table [t*h*w, width] of a patch grid, float64: the sum of a 2-D spatial and a 1-D temporal table.
 
-    The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate.
+    The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate. `of` is
+    the grid whose coordinates are used, see `Positions3d`; by default, `grid` itself.
     """
-    t, h, w = (np.arange(n) for n in grid)
+    t, h, w = np.arange(grid[0]), *map(coordinates, grid[1:], (of or grid)[1:])
     shape = (*grid, width // 2)
     across = np.broadcast_to(sincos_1d(w, width // 2)[None, None], shape)
     down = np.broadcast_to(sincos_1d(h, width // 2)[None, :, None], shape)
@@ -109,15 +120,21 @@ class Positions1d(nnx.Module):
         return rows + jnp.take(self.block_table[...], layout.block, axis=0, mode="clip")  # padding has no block
 
 
+def coordinates(count: int, of: int) -> np.ndarray:
+    """Centers of `count` equal parts of an axis, in coordinates in which those of `of` parts are 0, 1, 2 and so on."""
+    return np.arange(count) if count == of else (np.arange(count) + 0.5) * of / count - 0.5
+
+
 class Positions3d(nnx.Module):
     """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
 
     Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2).
+
+    For frames of another size, rows and columns get the coordinates of their centers: a fixed table is computed there,
+    and learned ones are interpolated linearly between their rows. In time, patches of fewer frames are the first.
     """
 
-    def __init__(
-        self, grid: tuple[int, int, int], width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool
-    ):
+    def __init__(self, grid: Grid, width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool):
         def axis(n):
             return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
 
@@ -125,14 +142,26 @@ class Positions3d(nnx.Module):
         self.token_type = _token_type(width, rngs) if token_type else None
         self.grid, self.width = grid, width
 
-    def __call__(self) -> jax.Array:
-        """The table, [t*h*w, D] float32, in (time, height, width) order."""
+    def __call__(self, grid: Grid | None = None) -> jax.Array:
+        """The table for a grid of patches, by default its own: [t*h*w, D] float32, in (time, height, width) order."""
+        grid = grid or self.grid
+        if grid[0] > self.grid[0]:
+            raise ValueError(f"{grid[0]} patches in time are more than the {self.grid[0]} of a clip")
         if self.time is None:
-            table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
+            table = jnp.asarray(sincos_3d(grid, self.width, self.grid), jnp.float32)
         else:
-            t, h, w = self.time[...], self.height[...], self.columns[...]
+            t, h, w = self.time[...][: grid[0]], _rows(self.height[...], grid[1]), _rows(self.columns[...], grid[2])
             table = (t[:, None, None] + h[None, :, None] + w[None, None, :]).reshape(-1, self.width)
         return table if self.token_type is None else table + self.token_type[...]
+
+
+def _rows(table: jax.Array, count: int) -> jax.Array:
+    """`count` rows of a table, at the coordinates of `coordinates`; beyond its ends, those at the ends."""
+    if count == len(table):
+        return table
+    places = np.clip(coordinates(count, len(table)), 0, len(table) - 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(places[:, None] - np.arange(len(table))))
+    return jnp.matmul(jnp.asarray(weights, jnp.float32), table, precision="float32")
 
 
 def _token_type(width: int, rngs: nnx.Rngs) -> nnx.Param:

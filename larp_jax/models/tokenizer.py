@@ -9,7 +9,7 @@ from flax import nnx
 
 from larp_jax.config import TokenizerConfig
 from larp_jax.models import packing
-from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
+from larp_jax.models.embeddings import Grid, PatchEmbed, Positions1d, Positions3d, patch_grid, unpatchify
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Memory, Transformer
 from larp_jax.models.quantizer import Quantized, Quantizer
 
@@ -49,7 +49,8 @@ class Encoder(nnx.Module):
 
     def __call__(self, video: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given."""
-        patches = self.patch_embed(video) + self.patch_positions()
+        grid = patch_grid(video.shape[1:], self.patch_embed.patch)
+        patches = self.patch_embed(video) + self.patch_positions(grid)
         if self.queries is None:
             return self.transformer(patches)
         if lengths is None:
@@ -112,17 +113,20 @@ class Decoder(nnx.Module):
         )
         self.grid, self.patch, self.blocks = c.decoder_grid, c.decoder_patch, c.blocks
 
-    def __call__(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped.
+    def __call__(
+        self, latents: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped; `shape` is [T, H, W], by default its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        patches = self.head(self.features(latents, lengths)).astype(jnp.float32)
-        return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
+        grid = patch_grid(shape, self.patch) if shape else self.grid
+        patches = self.head(self.features(latents, lengths, grid)).astype(jnp.float32)
+        return unpatchify(patches, (patches.shape[1] // (grid[1] * grid[2]), *grid[1:]), self.patch)
 
-    def features(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
-        queries = self.patch_queries()
+    def features(self, latents: jax.Array, lengths: jax.Array | None = None, grid: Grid | None = None) -> jax.Array:
+        """Latents [B, N, D] -> inputs of the head for a grid, by default its own: [B, patches, D]."""
+        queries = self.patch_queries(grid)
         if self.latent_positions is None:
             return self.norm(self.transformer(latents + queries))
         if lengths is None:
@@ -152,6 +156,9 @@ class Decoder(nnx.Module):
 
 class Tokenizer(nnx.Module):
     """Encodes videos to N discrete codes, and decodes them.
+
+    Videos may have fewer frames than a clip and another height and width, all divisible into patches: positions follow
+    the coordinates, see `Positions3d`, and the number of codes stays N. In the patchwise layout each patch has a code.
 
     If the configuration has a ladder, `lengths` [B, T] int32 are the numbers of codes of each block of each clip, and
     codes and latents are packed (`larp_jax.models.packing`). Without them, every clip gets the largest uniform numbers.
@@ -194,23 +201,27 @@ class Tokenizer(nnx.Module):
           The reconstruction [B, T, H, W, C] float32 (not clamped) and the output of the quantizer.
         """
         quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
-        return self.decode_latents(quantized.z_q, quantized.lengths), quantized
+        return self.decode_latents(quantized.z_q, quantized.lengths, video.shape[1:4]), quantized
 
     def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
         """The first half of `__call__`, with the same arguments."""
         lengths = self._lengths(lengths, video.shape[0])
         return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
 
-    def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
+    def decode_latents(
+        self, z_q: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped, of this shape [T, H, W], or of its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
+        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]), shape)
 
-    def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""
-        return self.decode_latents(self.quantizer.lookup(indices), lengths)
+    def decode(
+        self, indices: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; the rest as for `decode_latents`."""
+        return self.decode_latents(self.quantizer.lookup(indices), lengths, shape)
 
     def extend(
         self, frames: jax.Array, lengths: jax.Array, past: Sequence[tuple[Memory, Memory]]

@@ -108,7 +108,7 @@ def analyze(
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     sampled = found.recipe.data
-    clip = ClipSpec(model.frames, model.resolution, flip=False, fps=sampled.fps, stride=sampled.stride)
+    clip = ClipSpec.of(model.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(

@@ -38,7 +38,7 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
 
     if recipe.loss.perceptual != "none":
         frames = recipe.loss.perceptual_frames or c.frames
-        counts["perceptual"] = frames * _vgg(c.resolution)
+        counts["perceptual"] = frames * _vgg(c.clip_shape[1:3])
 
     if recipe.loss.adversarial_weight:
         d = recipe.discriminator
@@ -117,9 +117,10 @@ def router_train_step(config: RouterConfig) -> dict[str, float]:
     return {"router": 3 * router(config) - pixels}  # no gradient with respect to pixels
 
 
-def vgg_features(resolution: int) -> int:
-    """Number of values in all feature maps of VGG16 for one frame."""
-    return sum((resolution >> i) ** 2 * sum(widths) for i, widths in enumerate(STAGES))
+def vgg_features(size: tuple[int, int]) -> int:
+    """Number of values in all feature maps of VGG16 for one frame of this height and width."""
+    height, width = size
+    return sum((height >> i) * (width >> i) * sum(widths) for i, widths in enumerate(STAGES))
 
 
 def _linear(inputs: float, outputs: float) -> float:
@@ -134,12 +135,12 @@ def _stack(config: TransformerConfig, tokens: int, *, attention: bool = True) ->
     return config.depth * (products + scores)
 
 
-def _vgg(resolution: int) -> float:
+def _vgg(size: tuple[int, int]) -> float:
     """LPIPS of two frames, with the gradient with respect to one of them and no gradient of weights."""
     total, inputs = 0.0, 3
-    for widths in STAGES:
+    for i, widths in enumerate(STAGES):
+        pixels = (size[0] >> i) * (size[1] >> i)
         for width in widths:
-            total += _linear(resolution**2 * 9 * inputs, width)
+            total += _linear(pixels * 9 * inputs, width)
             inputs = width
-        resolution //= 2
     return 3 * total

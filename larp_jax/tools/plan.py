@@ -221,7 +221,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         maps = 0
         if recipe.loss.perceptual != "none":
             frames = recipe.loss.perceptual_frames or c.frames
-            maps = frames * flops.vgg_features(c.resolution) * width
+            maps = frames * flops.vgg_features(c.clip_shape[1:3]) * width
     tokens = 0.0
     for length, config in stacks:
         block = 8 + 30 * width / 2

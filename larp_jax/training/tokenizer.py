@@ -405,7 +405,7 @@ class TokenizerStage:
     def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
         """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
         quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
-        if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
+        if min(video.shape[2:4]) >= metrics.SSIM_WINDOW:
             quality["ssim"] = jax.lax.cond(
                 (step + 1) % self.recipe.log_every == 0,
                 lambda: metrics.ssim(video, reconstruction).mean(),
