@@ -11,7 +11,7 @@ from flax import nnx
 
 from larp_jax import cli, data, load_tokenizer
 from larp_jax.config import DataConfig, TokenizerConfig, TokenizerRecipe, from_dict, to_dict
-from larp_jax.data import ClipSpec
+from larp_jax.data import ClipSpec, prepare
 from larp_jax.data.buckets import BLOCK, Turns, nearest_shapes
 from larp_jax.data.codes import read_manifest
 from larp_jax.data.video import probe, read_windows, write_video
@@ -265,3 +265,19 @@ def test_training_on_several_shapes(mixed, tmp_path):
 def test_shapes_that_do_not_fit(model, shapes, message):
     with pytest.raises(InputError, match=message):
         TokenizerRecipe(model=TokenizerConfig(**model), data=DataConfig(shapes=shapes))
+
+
+def test_prepared_frames_have_the_shape(mixed, tmp_path):
+    """Frames are stored in this shape, and read as those of the files; a mixture of sets has both aspect ratios."""
+    for name, size in (("wide", (24, 40)), ("high", (40, 24))):
+        settings = prepare.Settings(size=size, storage="raw")
+        prepare.prepare([str(mixed / name)], tmp_path / name, settings, workers=1, progress=lambda text: None)
+        clip = ClipSpec(8, size, flip=False)
+        ours, theirs = (
+            data.open_source(spec, clip) for spec in (f"tfds:{tmp_path / name}:train", f"folder:{mixed / name}")
+        )
+        np.testing.assert_array_equal(ours.read_clip(1, 5, clip)[0], theirs.read_clip(1, 5, clip)[0])
+    both = data.open_source(f"tfds:{tmp_path / 'wide'}:train+tfds:{tmp_path / 'high'}:train")
+    assert [both.aspect(index) for index in range(len(both))] == [40 / 24] * 3 + [24 / 40] * 2
+    with pytest.raises(InputError, match="--size must be even numbers of at least 8, got 24,39"):
+        prepare.Settings(size=(24, 39))
