@@ -29,7 +29,7 @@ from larp_jax.weights.checkpoint import Checkpoint
 
 CLIPS = (
     "T frames each, chosen as described under `windows`; leftover frames at the end of a video are dropped, a video"
-    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), then"
+    " shorter than T repeats its last frame; resized to just cover the resolution (bilinear, antialiased), then"
     " center crop; no flips"
 )
 

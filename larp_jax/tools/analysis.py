@@ -389,14 +389,14 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     Args:
       patches: mean squared changes [N, t, h, w].
       frames: mean squared changes [N, T].
-      side: approximate width of a tile in pixels.
+      side: approximate longer side of a tile in pixels.
       gap: pixels between tiles.
 
     Returns:
       uint8 [height, width, 3].
     """
     shown = np.unique(np.linspace(0, len(patches) - 1, min(TILES, len(patches))).round().astype(int))
-    scale = max(1, side // patches.shape[2])
+    scale = max(1, side // max(patches.shape[2:]))
     tiles = []
     for place, time in zip(patches[shown].mean(axis=1), frames[shown], strict=True):
         tile = np.kron(_scaled(place), np.ones((scale, scale)))
