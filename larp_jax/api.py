@@ -16,7 +16,14 @@ from larp_jax.allocation import Assigner
 from larp_jax.config import AUTO, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
-from larp_jax.models.checks import checked_clips, checked_integers, checked_lengths, checked_shape, checked_video
+from larp_jax.models.checks import (
+    checked_clips,
+    checked_integers,
+    checked_latents,
+    checked_lengths,
+    checked_shape,
+    checked_video,
+)
 from larp_jax.models.layers import Memory
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
@@ -24,7 +31,7 @@ from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
-from larp_jax.weights.fingerprint import fingerprint
+from larp_jax.weights.fingerprint import decoder_fingerprint, fingerprint
 
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
 
@@ -104,7 +111,7 @@ def load_checkpoint(
     else:
         recipe, params, known = importing.read_model(path)
         found = checkpoint.Checkpoint.of(files.absolute(path), recipe, params, known)
-    if kind not in (None, found.recipe.stage):
+    if kind not in (None, found.recipe.stage, found.recipe.holds):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
     return found
 
@@ -181,7 +188,7 @@ class LoadedTokenizer:
         self._graphdef = nnx.graphdef(module)
 
         def encode(params, video, lengths, key):
-            return self.module(params).quantize(as_float_video(video), lengths, key=key).indices
+            return self.module(params).quantize(as_float_video(video), lengths, key=key).tokens
 
         def decode(params, codes, lengths, shape):
             return jnp.clip(self.module(params).decode(codes, lengths, shape), 0.0, 1.0)
@@ -215,19 +222,25 @@ class LoadedTokenizer:
         return fingerprint(self.config, self._params)
 
     @functools.cached_property
+    def decoder_fingerprint(self) -> str:
+        """Identifies the decoder, which may differ between tokenizers with one fingerprint (`trained=decoder`)."""
+        return decoder_fingerprint(self._params)
+
+    @functools.cached_property
     def codebook(self) -> np.ndarray:
         """The code vectors, [K, d] float32, of unit length unless `quantizer.l2_normalized` is false.
 
         Raises:
           InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
+        if not self.config.quantizer.has_codes:
+            raise InputError("this tokenizer has continuous latents (quantizer.kind='kl') and therefore no codebook")
         return np.asarray(code_vectors(self.config.quantizer, self._params["quantizer"]["embedding"]))
 
     def encode(
         self, video: jax.Array | np.ndarray, key: jax.Array | None = None, *, budget: Budget = None
     ) -> Any:
-        """Encodes videos to codes.
+        """Encodes videos to codes, or to continuous latents if the tokenizer has these.
 
         The number of codes does not depend on the size of clips: positions follow the coordinates of patches, in time
         from the first frame on (as the authors' `encode_eval`), and within a frame from edge to edge. A model that was
@@ -236,18 +249,18 @@ class LoadedTokenizer:
         Args:
           video: [B, T, H, W, C] uint8, or floats in [0, 1]. Besides those of `config.clip_shape`, H and W may be any
             multiples of the patches; and T may be lower, a multiple of them in time, if there is no ladder.
-          key: samples codes as in training (at the configured temperature); None returns the nearest codes.
+          key: samples codes (at the configured temperature) or latents as in training; None returns the nearest codes
+            or the means of the latents.
           budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: such codes, those of each clip first and then
-          zeros; and their numbers by block of frames, [B, blocks] int32.
+          [B, N] int32 in [0, K), or latents [B, N, d] float32. From tokenizers with a ladder, a tuple: such codes,
+          those of each clip first and then zeros; and their numbers by block of frames, [B, blocks] int32.
 
         Raises:
           ValueError: the video has another rank, size, dtype or range.
-          InputError: the tokenizer has continuous latents, or the budget does not fit it.
+          InputError: the budget does not fit the tokenizer.
         """
-        self._need_codes()
         video, key = checked_clips(video, self.config), None if key is None else rng.as_key(key)
         lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
@@ -317,8 +330,8 @@ class LoadedTokenizer:
           budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: packed codes [B, N], and the numbers of codes
-          of the given blocks, [B, n] int32.
+          [B, N] int32 in [0, K), or latents [B, N, d] float32. From tokenizers with a ladder, a tuple: packed codes
+          [B, N], and the numbers of codes of the given blocks, [B, n] int32.
 
         Raises:
           ValueError: the frames have another rank, size, dtype or range.
@@ -344,10 +357,10 @@ class LoadedTokenizer:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Decodes codes to videos.
+        """Decodes codes, or latents if the tokenizer has these, to videos.
 
         Args:
-          codes: [B, N] integers in [0, K).
+          codes: [B, N] integers in [0, K), or latents [B, N, d] floats.
           lengths: of tokenizers with a ladder, the numbers of codes by block, [B, blocks] integers, as `encode` returns
             them. Those of the first blocks alone, [B, n], decode to the first frames.
           frames: T, if the clips were encoded from fewer frames than `config.clip_shape` has.
@@ -358,9 +371,7 @@ class LoadedTokenizer:
 
         Raises:
           ValueError: the codes or lengths have another rank, size, dtype or range, or do not belong together.
-          InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
         codes = self._checked_codes(codes)
         lengths = checked_lengths(lengths, self.config.adaptive, len(codes))
         own = self.config.clip_shape
@@ -427,13 +438,13 @@ class LoadedTokenizer:
           budget: as for `assign`, but the same for all clips: neither `auto` nor `greedy`, which need whole clips.
 
         Yields:
-          For each block its codes, [B, n] int32. A block that is not complete at the end holds its last frame still.
+          For each block its codes, [B, n] int32, or latents, [B, n, d] float32. A block that is not complete at the
+          end holds its last frame still.
 
         Raises:
           ValueError: frames are not as described.
-          InputError: the tokenizer has continuous latents, or the budget does not fit it.
+          InputError: the budget does not fit the tokenizer.
         """
-        self._need_codes()
         assignment, config = self.assigner(budget).fixed, self.config
         if config.ladder and assignment is None:
             raise InputError(f"budget {budget} depends on whole clips; give numbers of codes to encode block by block")
@@ -451,16 +462,14 @@ class LoadedTokenizer:
         """Decodes what `encode_stream` yields, block by block.
 
         Args:
-          codes: of each block, [B, n] integers in [0, K).
+          codes: of each block, [B, n] integers in [0, K), or latents [B, n, d] floats.
 
         Yields:
           The frames of each block, [B, F, H, W, C] float32 in [0, 1].
 
         Raises:
           ValueError: codes are not as described.
-          InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
         config = self.config
         past: tuple[Memory, ...] = ()
         for number, block in enumerate(codes):
@@ -505,11 +514,7 @@ class LoadedTokenizer:
         found = checked_lengths(np.asarray(lengths)[:, None], ladder, len(lengths))
         return None if found is None else found[:, 0]
 
-    def _need_codes(self) -> None:
-        if not self.config.quantizer.has_codes:
-            raise InputError(
-                "this tokenizer has continuous latents (quantizer.kind='kl') and therefore neither codes nor a codebook"
-            )
-
     def _checked_codes(self, codes):
+        if not self.config.quantizer.has_codes:
+            return checked_latents(codes, (self.config.num_tokens, self.config.quantizer.code_dim))
         return checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)

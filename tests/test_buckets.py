@@ -1,6 +1,5 @@
 """Runs and commands whose files are in a bucket: the same results as on a disk, through failures of the network."""
 
-import contextlib
 import json
 import time
 
@@ -12,7 +11,7 @@ from test_generate import write_generator
 from test_train import as_if_killed, assert_same_weights, train
 
 from larp_jax import cli, files, load_tokenizer, storage
-from larp_jax.training import train as trainer, writers
+from larp_jax.training import writers
 from larp_jax.weights import checkpoint
 
 
@@ -27,14 +26,6 @@ def copied(trained, tmp_path, bucket):
 
 def rows(workdir):
     return [chaos.without_times(row) for row in writers.read_metrics(workdir)]
-
-
-@contextlib.contextmanager
-def unpaused(monkeypatch):
-    """Pauses between attempts are short."""
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "RETRIES", (1, 1, 1, 1))
-        yield
 
 
 def test_a_run_continues_in_a_bucket(copied, trained, bucket_server):
@@ -124,10 +115,12 @@ def test_samples_in_a_bucket(trained, tokenizer, bucket, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_server_is_away_for_twenty_seconds_during_a_save(copied, trained, bucket_server):
+def test_the_server_is_away_during_a_save(copied, trained, bucket_server, short_pauses):
+    """For 2 seconds, with a tenth of the usual pauses: as 20 seconds with those."""
+
     def seen(method, path):
         if method == "POST" and "checkpoints" in path and "6" in path and not bucket_server.faults.down_until:
-            bucket_server.faults.down_until = time.monotonic() + 20
+            bucket_server.faults.down_until = time.monotonic() + 2
 
     bucket_server.faults.seen = seen
     assert train(copied) == 0
@@ -137,12 +130,11 @@ def test_the_server_is_away_for_twenty_seconds_during_a_save(copied, trained, bu
 
 
 @pytest.mark.slow
-def test_requests_fail_at_random(copied, trained, bucket_server, monkeypatch):
+def test_requests_fail_at_random(copied, trained, bucket_server, short_pauses):
     damaged = next(name for name in files.listing(copied) if name.startswith("checkpoints/4/params/d/"))
     files.write_bytes(copied / damaged, b"damaged")
     bucket_server.faults.share = 0.05
-    with unpaused(monkeypatch):
-        assert train(copied) == 0
+    assert train(copied) == 0
     assert bucket_server.faults.count > 3
     bucket_server.faults.reset()
     assert rows(copied) == rows(trained)
@@ -151,7 +143,7 @@ def test_requests_fail_at_random(copied, trained, bucket_server, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_goes_on_while_saves_fail(copied, trained, bucket_server, capsys, monkeypatch):
+def test_training_goes_on_while_saves_fail(copied, trained, short_pauses, capsys, monkeypatch):
     """A permission that is lost and comes back: the last checkpoint is tried again."""
     failures = []
 
@@ -163,8 +155,7 @@ def test_training_goes_on_while_saves_fail(copied, trained, bucket_server, capsy
 
     write = checkpoint.write_digests
     monkeypatch.setattr(checkpoint, "write_digests", digests)
-    with unpaused(monkeypatch):
-        assert train(copied, "--config.keep=1") == 0
+    assert train(copied, "--config.keep=1") == 0
     said = capsys.readouterr().err
     assert "warning: checkpoint 6 cannot be written in gs://" in said and "training continues and will retry" in said
     assert len(failures) == 2 and checkpoint.steps(copied) == [6]  # older ones are removed

@@ -159,7 +159,7 @@ def test_a_lost_answer_does_not_lose_the_lock(bucket, bucket_server, quick):
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_requests_that_fail_are_repeated(bucket, bucket_server):
+def test_requests_that_fail_are_repeated(bucket, bucket_server, short_pauses):
     bucket_server.faults.share = 0.3
     for number in range(5):
         files.write_bytes(bucket / str(number), b"x" * number)

@@ -149,6 +149,7 @@ def add_sampling(sub, what, *, clips=True) -> None:
     )  # fmt: skip
     if clips:
         add_window(sub)
+        add_solver(sub)
     add_precision(sub)
 
 
@@ -167,6 +168,16 @@ def add_window(sub) -> None:
         "--window", type=positive, default=1, metavar="W",
         help="find up to W codes in a pass, for the same samples; see benchmark sample (default: 1)",
     )  # fmt: skip
+
+
+def add_solver(sub) -> None:
+    """Adds --solver and --solver-steps."""
+    sub.add_argument(
+        "--solver", choices=("euler", "heun"), default="euler", help="how a flow generator samples (default: euler)"
+    )
+    sub.add_argument(
+        "--solver-steps", type=positive, default=100, metavar="N", help="number of its steps (default: 100)"
+    )
 
 
 def add_precision(sub) -> None:
@@ -208,8 +219,8 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
-MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories of the hub
+PATHS = ("workdir", "checkpoint", "tokenizer", "generator", "router", "output", "samples")  # may be in a bucket
+MODELS = ("checkpoint", "tokenizer", "generator", "router", "source")  # may be repositories of the hub
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")

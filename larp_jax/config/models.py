@@ -6,16 +6,21 @@ import math
 
 from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
 from larp_jax.config.clips import Clips
+from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import Ladder
 
 NUMBERS = ("width", "depth", "heads")
 
 # The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters with 1024 tokens and
-# 8,192 codes.
+# 8,192 codes. Widths and depths of `vitok_*` are those of ViTok (arXiv 2501.09755), with its `block`; the numbers of
+# heads are not stated.
 TOKENIZER_SIZES = {
     "larp_s": (384, 12, 6),
     "larp_b": (768, 6, 12),
     "larp_l": (768, 12, 12),
+    "vitok_s": (768, 6, 12),
+    "vitok_b": (768, 12, 12),
+    "vitok_l": (1152, 24, 16),
 }
 PRIOR_SIZES = {
     "L": (1024, 24, 16),
@@ -61,6 +66,11 @@ class TransformerConfig:
         heads = f"{name}.heads={self.heads}"
         require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
         require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
+
+
+def swiglu_width(width: int) -> int:
+    """Hidden width of a SwiGLU MLP that has as many parameters as a plain one with four times the width."""
+    return 8 * width // 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +126,11 @@ class QuantizerConfig:
         """Whether latents are quantized to codes; `kl` has continuous latents and no codebook."""
         return self.kind != "kl"
 
+    @property
+    def tokens(self) -> str:
+        """What a clip is encoded to, by the name of its array: `codes` or `latents`."""
+        return "codes" if self.has_codes else "latents"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Clips):
@@ -134,6 +149,10 @@ class TokenizerConfig(Clips):
     `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
     command line replaces these numbers of the recipe.
 
+    `block` is that of both transformers: `larp`, or `vitok` with SwiGLU, RMS norms and rotary positions (ViTok, arXiv
+    2501.09755). Patches are then rotated by their place in the clip and have no fixed table, only a learned one if
+    asked for; queries and latents have their tables and are not rotated, as if they were at the clip's origin.
+
     If `decoder_patch_frames` or `decoder_patch_size` is 0, the decoder uses the number of the encoder. Each of the four
     position or query tables can be learned instead of fixed sine-cosine (`learned_*`), and can have a learned
     token-type vector that is added to all rows (`use_*`); the names are those of the released configuration. Learned
@@ -144,6 +163,7 @@ class TokenizerConfig(Clips):
 
     size: str = "larp_l"
     layout: str = "holistic"
+    block: str = "larp"
     frames: int = 16
     resolution: int = 128
     shape: tuple[int, ...] = ()
@@ -191,6 +211,13 @@ class TokenizerConfig(Clips):
         self._check_patch("patch_frames", "patch_size")
         self._check_patch("decoder_patch_frames", "decoder_patch_size")
         one_of("model.layout", self.layout, ("holistic", "patchwise"))
+        one_of("model.block", self.block, ("larp", "vitok"))
+        for name in ("encoder", "decoder") if self.is_rotary else ():
+            width = getattr(self, name).width // getattr(self, name).heads
+            require(
+                width % 2 == 0 and width >= 6,
+                f"model.block='vitok' needs heads of even width and at least 6; that of model.{name} is {width}",
+            )
         for grid in (self.encoder_grid, self.decoder_grid):
             check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
             require(
@@ -236,6 +263,27 @@ class TokenizerConfig(Clips):
     def is_patchwise(self) -> bool:
         """Whether each code belongs to a patch, instead of to the whole clip."""
         return self.layout == "patchwise"
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of what a clip is encoded to: [N] codes, or [N, d] latents."""
+        q = self.quantizer
+        return (self.num_tokens,) if q.has_codes else (self.num_tokens, q.code_dim)
+
+    @property
+    def size_of_clip(self) -> dict[str, float]:
+        """How much a clip is encoded to: its `bits`, log2(K) of each code, or its `floats`, E = N d of ViTok.
+
+        With a ladder, these are the most bits.
+        """
+        if self.quantizer.has_codes:
+            return {"bits": self.num_tokens * math.log2(self.quantizer.codebook_size)}
+        return {"floats": math.prod(self.token_shape)}
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether patches have rotary positions, in place of fixed tables."""
+        return self.block == "vitok"
 
     @property
     def encoder_patch(self) -> tuple[int, int, int]:
@@ -326,7 +374,7 @@ class PriorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
+class GeneratorConfig(Conditional):
     """The generator of stage 2 (LARP, arXiv 2410.21264, section 4.1).
 
     `size` selects width, depth and heads; each can be overridden. If `kv_heads` is 0, there are as many key/value heads
@@ -419,31 +467,14 @@ class GeneratorConfig:
         return self.condition or ("frames" if self.frame_prediction else "class")
 
     @property
-    def has_classes(self) -> bool:
-        """Whether the generator is given a class."""
-        return "class" in self.given
+    def has_codes(self) -> bool:
+        """True: it samples codes."""
+        return True
 
     @property
-    def has_frames(self) -> bool:
-        """Whether the generator is given the first frames."""
-        return "frames" in self.given
-
-    @property
-    def has_null_class(self) -> bool:
-        """Whether the class may be left out, which guidance needs."""
-        return self.has_classes and self.class_dropout > 0
-
-    @property
-    def has_null_frames(self) -> bool:
-        """Whether the given frames may be left out, which their guidance needs."""
-        return self.has_frames and self.frames_dropout > 0
-
-    @property
-    def class_rows(self) -> int:
-        """Rows of the class table: the classes, and last the null class; it alone without any condition."""
-        if self.given == "none":
-            return 1
-        return self.num_classes + self.has_null_class if self.has_classes else 0
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of a clip."""
+        return (self.num_tokens,)
 
     @property
     def adaptive(self) -> Ladder | None:
@@ -468,7 +499,7 @@ class GeneratorConfig:
     @property
     def mlp_width(self) -> int:
         """Hidden width of the SwiGLU MLP (LARP, section 4.1)."""
-        hidden = int(2 * 4 * self.width / 3)
+        hidden = swiglu_width(self.width)
         if self.mlp_multiplier:
             hidden = int(self.mlp_multiplier * hidden)
         return -(-hidden // self.mlp_multiple) * self.mlp_multiple
@@ -476,8 +507,16 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(TransformerConfig):
-    """The discriminator: a transformer over whole clips; the published size by default."""
+    """The discriminator: by default, the published transformer over whole clips.
 
+    `kind` is `transformer`, which reads pixels, or `frozen` (EVATok, arXiv 2603.12267), which reads the features of a
+    frozen network, `trunk`: the name or path of a teacher. One head of 1-D convolutions, of `width` channels, is then
+    trained on each of `layers` of the trunk, counted from 1; depth, heads and patch have no effect.
+    """
+
+    kind: str = "transformer"
+    trunk: str = "videomae_b"
+    layers: tuple[int, ...] = (3, 6, 9, 12)
     width: int = 512
     depth: int = 12
     heads: int = 8
@@ -485,6 +524,13 @@ class DiscriminatorConfig(TransformerConfig):
     patch_size: int = 8
 
     def __post_init__(self):
+        one_of("discriminator.kind", self.kind, ("transformer", "frozen"))
+        require(self.trunk, "discriminator.trunk must be the name or path of a teacher, got ''")
+        increasing = list(self.layers) == sorted(set(self.layers))
+        require(
+            bool(self.layers) and self.layers[0] > 0 and increasing,
+            f"discriminator.layers={self.layers} must be increasing numbers from 1; give one at least",
+        )
         self.check("discriminator")
         for name in ("patch_frames", "patch_size"):
             require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")

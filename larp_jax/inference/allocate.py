@@ -86,7 +86,8 @@ def allocate(
         "sampling": clip.sampling,
         "metrics": metrics,
     }
-    settings = {"command": "allocate", **described, "max_clips": max_clips, "windows": len(windows)}
+    settings = {"command": "allocate", "decoder": tokenizer.decoder_fingerprint, **described}
+    settings |= {"max_clips": max_clips, "windows": len(windows)}
     count = -(-len(windows) // SHARD_CLIPS)
     network = networks.load_lpips(lpips) if "lpips" in metrics else None
     with BatchFolder(output, settings, count, content="rewards") as run:

@@ -1,4 +1,4 @@
-"""Encode videos to codes on disk, and decode codes on disk to videos; `larp_jax.data.codes` defines the format."""
+"""Encode videos to codes or latents on disk, and decode these to videos; `larp_jax.data.codes` defines the format."""
 
 import itertools
 import os
@@ -25,6 +25,7 @@ from larp_jax.data.codes import (
     write_shard,
 )
 from larp_jax.data.inputs import Inputs, output_names, playable_fps
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.models.checks import checked_clip_shape, checked_shape
@@ -47,7 +48,9 @@ def tokenize(
     batch_size: int = 8,
     shard_rows: int = SHARD_ROWS,
 ) -> dict[str, Any]:
-    """Writes the codes of videos. The manifest is written last: a folder without it is incomplete.
+    """Writes the codes of videos, or their latents if the tokenizer has these.
+
+    The manifest is written last: a folder without it is incomplete.
 
     To train a generator on the codes, `windows`, `flips` and `cond_frames` give the windows, flips and conditions that
     it would otherwise sample from the videos.
@@ -71,8 +74,8 @@ def tokenize(
       The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
-      InputError: nothing can be read, the folder already contains codes or is being written, or the tokenizer has
-        continuous latents or does not take such clips.
+      InputError: nothing can be read, the folder already contains codes or is being written, or the tokenizer does not
+        take such clips.
     """
     config = tokenizer.config
     shape = _checked_shape(config, cond_frames, size, fewer_frames)
@@ -83,8 +86,9 @@ def tokenize(
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     with files.claim(output), files.temporary_folder(output, "shards") as folder:
         _check_free(output)  # again, because another call may just have ended
+        statistics = None if config.quantizer.has_codes else LatentStatistics(config.quantizer.code_dim)
         rows, counts, used = _write_shards(
-            tokenizer, inputs, folder, flips, cond_frames, fewer_frames, budget, batch_size, shard_rows
+            tokenizer, inputs, folder, flips, cond_frames, fewer_frames, budget, batch_size, shard_rows, statistics
         )
         if not rows:
             raise InputError(f"{source}: nothing in it can be read")
@@ -93,10 +97,11 @@ def tokenize(
         manifest = new_manifest(
             fingerprint=tokenizer.fingerprint,
             step=tokenizer.step,
-            K=config.quantizer.codebook_size,
             N=config.num_tokens,
             clip=shape,
             sizes=counts,
+            K=config.quantizer.codebook_size,
+            statistics=statistics,
             adaptive=config.adaptive,
             input=str(source),
             label_names=list(inputs.label_names),
@@ -105,13 +110,18 @@ def tokenize(
             **details,
             rows=rows,
         )
-        for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
-            if SHARD_NAME.fullmatch(path.name):
-                path.unlink()
-        for number, shard in enumerate(manifest["shards"]):
-            files.move(folder / str(number), output / shard["file"])
-        write_manifest(output, manifest)
+        _publish(folder, output, manifest)
     return manifest
+
+
+def _publish(folder: pathlib.Path, output: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Moves the shards 0, 1 and so on to the output, and completes it with the manifest."""
+    for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
+        if SHARD_NAME.fullmatch(path.name):
+            path.unlink()
+    for number, shard in enumerate(manifest["shards"]):
+        files.move(folder / str(number), output / shard["file"])
+    write_manifest(output, manifest)
 
 
 def _checked_shape(
@@ -145,19 +155,20 @@ def _write_shards(
     budget: str | None,
     batch_size: int,
     shard_rows: int,
+    statistics: LatentStatistics | None,
 ) -> tuple[list[dict[str, Any]], list[int], int]:
-    """Writes shards called 0, 1 and so on.
+    """Writes shards called 0, 1 and so on, and adds latents to the statistics.
 
     Returns:
       The rows of the manifest, the number of rows of each shard, and the number of codes of all clips.
     """
-    rows, pending, counts, used = [], [], [], 0
+    rows, pending, counts, used, tokens = [], [], [], 0, tokenizer.config.quantizer.tokens
 
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
         pending.clear()
         write_shard(folder / str(len(counts)), arrays)
-        counts.append(len(arrays["codes"]))
+        counts.append(len(arrays[tokens]))
 
     mirrored = (False, True) if flips else (False,)
     with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
@@ -168,7 +179,13 @@ def _write_shards(
             frames = _frames_of(tokenizer, valid, fewer_frames)
             batch = _encoded(tokenizer, clips, frames, cond_frames, budget)
             pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
-            used += int(pending[-1]["lengths"].sum()) if "lengths" in batch else pending[-1]["codes"].size
+            encoded = pending[-1][tokens]
+            totals = np.full(len(found), encoded.shape[1])
+            if "lengths" in batch:
+                totals = pending[-1]["lengths"].sum(axis=1)
+            used += int(totals.sum())
+            if statistics is not None:
+                statistics.add(encoded[np.arange(encoded.shape[1]) < totals[:, None]])
             for window in found:
                 video = inputs.videos[window.video]
                 rows.append(
@@ -181,7 +198,7 @@ def _write_shards(
                     }
                     | ({"flip": True} if flip else {})
                 )
-            if sum(len(batch["codes"]) for batch in pending) >= shard_rows:
+            if sum(len(batch[tokens]) for batch in pending) >= shard_rows:
                 flush()
             progress.update(len(found))
     if pending:
@@ -206,12 +223,14 @@ def _encoded(
     tokenizer: LoadedTokenizer, clips: np.ndarray, counts: np.ndarray, cond_frames: int, budget: str | None
 ) -> dict:
     """The arrays of a shard for these clips, of each of which so many frames are encoded."""
+    tokens = tokenizer.config.quantizer.tokens
     if tokenizer.config.adaptive:
-        codes, lengths = tokenizer.encode(clips, budget=budget)
-        return {"codes": codes, "lengths": lengths}
-    batch = {"codes": np.zeros((len(clips), tokenizer.config.num_tokens), np.int32)}
+        encoded, lengths = tokenizer.encode(clips, budget=budget)
+        return {tokens: encoded, "lengths": lengths}
+    found = {}
     for count, rows, padded in _by_frames(counts):
-        batch["codes"][rows] = np.asarray(tokenizer.encode(clips[padded, :count]))[: len(rows)]
+        found |= dict(zip(rows.tolist(), np.asarray(tokenizer.encode(clips[padded, :count])), strict=False))
+    batch = {tokens: np.stack([found[row] for row in range(len(clips))])}
     if cond_frames:
         batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
     return batch
@@ -220,7 +239,7 @@ def _encoded(
 def detokenize(
     tokenizer: LoadedTokenizer, source: str | os.PathLike, output: str | os.PathLike, *, batch_size: int = 8
 ) -> list[pathlib.Path]:
-    """Decodes a folder of codes to videos, named like their sources.
+    """Decodes a folder of codes or latents to videos, named like their sources.
 
     Consecutive windows of a source become one video, without padding frames.
 
@@ -243,10 +262,15 @@ def detokenize(
             f"{source} contains codes of tokenizer {manifest['fingerprint']}, not of {tokenizer.fingerprint}; give the"
             f" --checkpoint of {manifest['fingerprint']}"
         )
-    if (manifest["K"], manifest["N"], manifest["clip"][0], ladder_of(manifest)) != (
-        config.quantizer.codebook_size, config.num_tokens, config.frames, config.adaptive
+    size, expected = ("K", config.quantizer.codebook_size)
+    if not config.quantizer.has_codes:
+        size, expected = ("d", config.quantizer.code_dim)
+    if (manifest.get(size), manifest["N"], manifest["clip"][0], ladder_of(manifest)) != (
+        expected, config.num_tokens, config.frames, config.adaptive
     ):  # fmt: skip
-        raise InputError(f"{source}/{MANIFEST}: K, N, clip or ladder are not those of the tokenizer; tokenize again")
+        raise InputError(
+            f"{source}/{MANIFEST}: {size}, N, clip or ladder are not those of the tokenizer; tokenize again"
+        )
     for frames in {config.frames, *_frames_of(tokenizer, [1], fewer_frames=bool(manifest.get("fewer_frames")))}:
         checked_shape((int(frames), *manifest["clip"][1:]), config)
     rows = manifest["rows"]
@@ -295,13 +319,14 @@ def _decoded(
     done = 0
     for number in range(len(manifest["shards"])):
         shard = read_shard(folder, manifest, number)
-        total = len(shard["codes"])
+        encoded = shard[tokenizer.config.quantizer.tokens]
+        total = len(encoded)
         for begin in range(0, total, batch_size):
             numbers = np.minimum(np.arange(begin, begin + batch_size), total - 1)
             clips = {}
             for count, rows, padded in _by_frames(counts[done + numbers]):
                 lengths = shard["lengths"][numbers[padded]] if "lengths" in shard else None
-                decoded = tokenizer.decode(shard["codes"][numbers[padded]], lengths, frames=count, size=size)
+                decoded = tokenizer.decode(encoded[numbers[padded]], lengths, frames=count, size=size)
                 clips |= dict(zip(rows.tolist(), np.asarray(decoded), strict=False))
             found = [clips[row] for row in range(min(batch_size, total - begin))]
             progress.update(len(found))

@@ -121,3 +121,20 @@ def checked_integers(name: str, values, row: tuple[int, ...], low: int, high: in
     if lowest < low or highest >= high:
         raise ValueError(f"{name} must be {expected}, got values from {lowest} to {highest}")
     return values.astype(np.int32)
+
+
+def checked_latents(latents, row: tuple[int, int]) -> np.ndarray | jax.Array:
+    """Checks latents, finite floats [B, *row], and returns them as float32.
+
+    Raises:
+      ValueError: they have another shape or dtype, or are not finite.
+    """
+    expected = f"[B, {', '.join(map(str, row))}] of finite floats"
+    latents = latents if isinstance(latents, jax.Array) else np.asarray(latents)
+    if latents.ndim != 3 or latents.shape[1:] != row or not len(latents):
+        raise ValueError(f"latents must be {expected}, got shape {list(latents.shape)}")
+    if not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise ValueError(f"latents must be {expected}, got {latents.dtype}")
+    if not jnp.isfinite(latents).all():
+        raise ValueError(f"latents must be {expected}, got values that are not finite")
+    return latents.astype(np.float32)

@@ -1,6 +1,7 @@
 """Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
-from collections.abc import Sequence
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from larp_jax.models.grids import Grid, coordinates, grid_coordinates
 from larp_jax.models.layers import Dtype, Linear
 from larp_jax.models.packing import Layout
-
-Grid = tuple[int, int, int]
-
-
-def patch_grid(shape: Sequence[int], patch: Grid) -> Grid:
-    """Number of patches (time, height, width) of a clip [T, H, W, ...]."""
-    t, h, w = (n // p for n, p in zip(shape, patch, strict=False))
-    return t, h, w
 
 
 def patchify(video: jax.Array, patch: Grid) -> jax.Array:
@@ -62,7 +56,7 @@ def sincos_3d(grid: Grid, width: int, of: Grid | None = None) -> np.ndarray:
     The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate. `of` is
     the grid whose coordinates are used, see `Positions3d`; by default, `grid` itself.
     """
-    t, h, w = np.arange(grid[0]), *map(coordinates, grid[1:], (of or grid)[1:])
+    t, h, w = grid_coordinates(grid, of)
     shape = (*grid, width // 2)
     across = np.broadcast_to(sincos_1d(w, width // 2)[None, None], shape)
     down = np.broadcast_to(sincos_1d(h, width // 2)[None, :, None], shape)
@@ -120,34 +114,34 @@ class Positions1d(nnx.Module):
         return rows + jnp.take(self.block_table[...], layout.block, axis=0, mode="clip")  # padding has no block
 
 
-def coordinates(count: int, of: int) -> np.ndarray:
-    """Centers of `count` equal parts of an axis, in coordinates in which those of `of` parts are 0, 1, 2 and so on."""
-    return np.arange(count) if count == of else (np.arange(count) + 0.5) * of / count - 0.5
-
-
 class Positions3d(nnx.Module):
     """A table [t*h*w, D] for patches: fixed sine-cosine, or three learned tables summed; optional token type.
 
-    Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2).
+    Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2). If positions are `rotary`,
+    there is no fixed table: it is zero.
 
     For frames of another size, rows and columns get the coordinates of their centers: a fixed table is computed there,
     and learned ones are interpolated linearly between their rows. In time, patches of fewer frames are the first.
     """
 
-    def __init__(self, grid: Grid, width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool):
+    def __init__(
+        self, grid: Grid, width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool, rotary: bool = False
+    ):
         def axis(n):
             return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
 
         self.time, self.height, self.columns = (axis(n) for n in grid)
         self.token_type = _token_type(width, rngs) if token_type else None
-        self.grid, self.width = grid, width
+        self.grid, self.width, self.rotary = grid, width, rotary
 
     def __call__(self, grid: Grid | None = None) -> jax.Array:
         """The table for a grid of patches, by default its own: [t*h*w, D] float32, in (time, height, width) order."""
         grid = grid or self.grid
         if grid[0] > self.grid[0]:
             raise ValueError(f"{grid[0]} patches in time are more than the {self.grid[0]} of a clip")
-        if self.time is None:
+        if self.time is None and self.rotary:
+            table = jnp.zeros((math.prod(grid), self.width), jnp.float32)
+        elif self.time is None:
             table = jnp.asarray(sincos_3d(grid, self.width, self.grid), jnp.float32)
         else:
             t, h, w = self.time[...][: grid[0]], _rows(self.height[...], grid[1]), _rows(self.columns[...], grid[2])

@@ -31,6 +31,7 @@ class Quantized:
       loss: scalar, the weighted bottleneck loss (`loss_q` of the released code).
       terms: the unweighted terms of the loss by name, scalars.
       lengths: [B, T] int32, the numbers of codes by block if the codes are packed; None if all clips have N.
+      kl: [B, N] nats, the KL divergence of each token's Gaussian from the standard normal distribution; None for codes.
     """
 
     z: jax.Array
@@ -39,6 +40,12 @@ class Quantized:
     loss: jax.Array
     terms: dict[str, jax.Array]
     lengths: jax.Array | None = None
+    kl: jax.Array | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        """What a clip is encoded to: its codes, or for the KL bottleneck `z_q`, which are the means without a key."""
+        return self.z_q if self.indices is None else self.indices
 
     @property
     def valid(self) -> jax.Array | None:
@@ -150,15 +157,17 @@ class Quantizer(nnx.Module):
 
     def _gaussian(self, projected, key):
         mean, log_variance = mean_and_log_variance(projected)
-        kl = 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=(1, 2)).mean()
+        divergence = mean**2 + jnp.exp(log_variance) - 1.0 - log_variance
+        kl = 0.5 * jnp.sum(divergence, axis=(1, 2)).mean()
         z_q = mean
         if key is not None:
             z_q = reparameterize(mean, log_variance, jax.random.normal(key, mean.shape))
-        return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl})
+        tokens = 0.5 * divergence.sum(axis=-1)
+        return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl}, kl=tokens)
 
-    def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes [B, N] int32 -> code vectors [B, N, d]."""
-        return self.codebook[indices]
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """Codes [B, N] int32 -> code vectors [B, N, d]; for the KL bottleneck, latents [B, N, d] -> the same."""
+        return self.codebook[tokens] if self.config.has_codes else tokens
 
     def expand(self, z_q: jax.Array) -> jax.Array:
         """Latents [B, N, d] -> [B, N, decoder width], before positions."""

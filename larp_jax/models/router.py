@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax.config import RouterConfig, TransformerConfig
-from larp_jax.models.embeddings import PatchEmbed, Positions3d, patch_grid
+from larp_jax.models.embeddings import PatchEmbed, Positions3d
+from larp_jax.models.grids import patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 
 

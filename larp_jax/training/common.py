@@ -42,6 +42,11 @@ def mean_over_parts(f: Callable, parts: int, x):
     return jax.tree.map(lambda y: y / parts, total)
 
 
+def merged(tree: dict, part: dict) -> dict:
+    """Nested dictionaries with the leaves of `part`, which has some of their paths, in place of their own."""
+    return tree | {name: merged(tree[name], x) if isinstance(x, dict) else x for name, x in part.items()}
+
+
 def updated(
     state: TrainState, grads: dict, optimizer: optax.GradientTransformation, name: str, ema_decay: float
 ) -> TrainState:
