@@ -109,7 +109,7 @@ def analyze(
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     sampled = found.recipe.data
-    clip = ClipSpec(model.frames, model.resolution, flip=False, fps=sampled.fps, stride=sampled.stride)
+    clip = ClipSpec.of(model.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(
@@ -138,7 +138,7 @@ def _analyze(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    ladder, size = model.adaptive, model.quantizer.codebook_size
+    ladder, size = model.adaptive, model.quantizer.codes
     if ladder and budget and not isinstance(ladder.goal(budget, size, "--budget"), tuple):
         raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
     assign = tokenizer.assigner(budget)
@@ -221,10 +221,11 @@ class SeenCodes:
 
 
 class SeenLatents:
-    """The latents of the clips at each position: their mean and standard deviation [N, d], and their divergence [N]."""
+    """The latents of the clips at each of the positions: mean and standard deviation [N, d], and divergence [N]."""
 
-    def __init__(self, latents: LatentStatistics, kl: LatentStatistics):
-        self.mean, self.std, self.kl, self.positions = latents.mean, latents.std, kl.mean, len(kl.mean)
+    def __init__(self, latents: LatentStatistics, kl: LatentStatistics, positions: int):
+        self.mean, self.std, self.kl = (x[:positions] for x in (latents.mean, latents.std, kl.mean))
+        self.positions = positions
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What to write."""
@@ -364,7 +365,8 @@ def _statistics(
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     prior_scores = by_position.result if by_position else {}
     if extras["latents"] is not None:
-        return summary, SeenLatents(*extras["latents"]), prior_scores, extras["clips"]
+        used = sum(assign.fixed) if assign.fixed else found.recipe.model.num_tokens
+        return summary, SeenLatents(*extras["latents"], used), prior_scores, extras["clips"]
     counts = extras["codes"].counts
     seen = SeenCodes(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
     # code 0 has no prediction
@@ -456,14 +458,14 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     Args:
       patches: mean squared changes [N, t, h, w].
       frames: mean squared changes [N, T].
-      side: approximate width of a tile in pixels.
+      side: approximate longer side of a tile in pixels.
       gap: pixels between tiles.
 
     Returns:
       uint8 [height, width, 3].
     """
     shown = np.unique(np.linspace(0, len(patches) - 1, min(TILES, len(patches))).round().astype(int))
-    scale = max(1, side // patches.shape[2])
+    scale = max(1, side // max(patches.shape[2:]))
     tiles = []
     for place, time in zip(patches[shown].mean(axis=1), frames[shown], strict=True):
         tile = np.kron(scaled(place), np.ones((scale, scale)))
