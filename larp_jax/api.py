@@ -13,10 +13,17 @@ from jax.sharding import Mesh
 
 from larp_jax import files
 from larp_jax.allocation import Assigner
-from larp_jax.config import TokenizerConfig
+from larp_jax.config import AUTO, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
-from larp_jax.models.checks import checked_integers, checked_lengths, checked_video
+from larp_jax.models.checks import (
+    checked_clips,
+    checked_integers,
+    checked_latents,
+    checked_lengths,
+    checked_shape,
+    checked_video,
+)
 from larp_jax.models.layers import Memory
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
@@ -24,7 +31,7 @@ from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.weights import checkpoint, importing
-from larp_jax.weights.fingerprint import fingerprint
+from larp_jax.weights.fingerprint import decoder_fingerprint, fingerprint
 
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
 
@@ -104,7 +111,7 @@ def load_checkpoint(
     else:
         recipe, params, known = importing.read_model(path)
         found = checkpoint.Checkpoint.of(files.absolute(path), recipe, params, known)
-    if kind not in (None, found.recipe.stage):
+    if kind not in (None, found.recipe.stage, found.recipe.holds):
         raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
     return found
 
@@ -181,10 +188,10 @@ class LoadedTokenizer:
         self._graphdef = nnx.graphdef(module)
 
         def encode(params, video, lengths, key):
-            return self.module(params).quantize(as_float_video(video), lengths, key=key).indices
+            return self.module(params).quantize(as_float_video(video), lengths, key=key).tokens
 
-        def decode(params, codes, lengths):
-            return jnp.clip(self.module(params).decode(codes, lengths), 0.0, 1.0)
+        def decode(params, codes, lengths, shape):
+            return jnp.clip(self.module(params).decode(codes, lengths, shape), 0.0, 1.0)
 
         def reconstruct(params, video, lengths):
             return jnp.clip(self.module(params)(as_float_video(video), lengths)[0], 0.0, 1.0)
@@ -196,7 +203,8 @@ class LoadedTokenizer:
             frames, memory = self.module(params).decode_block(codes, lengths, past)
             return jnp.clip(frames, 0.0, 1.0), memory
 
-        self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
+        self._encode, self._reconstruct = jax.jit(encode), jax.jit(reconstruct)
+        self._decode = jax.jit(decode, static_argnames="shape")
         self._encode_block, self._decode_block = jax.jit(encode_block), jax.jit(decode_block)
 
     @property
@@ -214,35 +222,46 @@ class LoadedTokenizer:
         return fingerprint(self.config, self._params)
 
     @functools.cached_property
+    def decoder_fingerprint(self) -> str:
+        """Identifies the decoder, which may differ between tokenizers with one fingerprint (`trained=decoder`)."""
+        return decoder_fingerprint(self._params)
+
+    @functools.cached_property
     def codebook(self) -> np.ndarray:
         """The code vectors, [K, d] float32, of unit length unless `quantizer.l2_normalized` is false.
 
         Raises:
           InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
+        if not self.config.quantizer.has_codes:
+            raise InputError("this tokenizer has continuous latents (quantizer.kind='kl') and therefore no codebook")
         return np.asarray(code_vectors(self.config.quantizer, self._params["quantizer"]["embedding"]))
 
     def encode(
         self, video: jax.Array | np.ndarray, key: jax.Array | None = None, *, budget: Budget = None
     ) -> Any:
-        """Encodes videos to codes.
+        """Encodes videos to codes, or to continuous latents if the tokenizer has these.
+
+        The number of codes does not depend on the size of clips: positions follow the coordinates of patches, in time
+        from the first frame on (as the authors' `encode_eval`), and within a frame from edge to edge. A model that was
+        trained on one size only is best at this size.
 
         Args:
-          video: [B, T, H, W, C] uint8, or floats in [0, 1].
-          key: samples codes as in training (at the configured temperature); None returns the nearest codes.
+          video: [B, T, H, W, C] uint8, or floats in [0, 1]. Besides those of `config.clip_shape`, H and W may be any
+            multiples of the patches; and T may be lower, a multiple of them in time, if there is no ladder.
+          key: samples codes (at the configured temperature) or latents as in training; None returns the nearest codes
+            or the means of the latents.
           budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: such codes, those of each clip first and then
-          zeros; and their numbers by block of frames, [B, blocks] int32.
+          [B, N] int32 in [0, K), or latents [B, N, d] float32. From tokenizers with a ladder, a tuple: such codes,
+          those of each clip first and then zeros; and their numbers by block of frames, [B, blocks] int32.
 
         Raises:
           ValueError: the video has another rank, size, dtype or range.
-          InputError: the tokenizer has continuous latents, or the budget does not fit it.
+          InputError: the budget does not fit the tokenizer.
         """
-        self._need_codes()
-        video, key = checked_video(video, self.config.clip_shape), None if key is None else rng.as_key(key)
+        video, key = checked_clips(video, self.config), None if key is None else rng.as_key(key)
         lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             codes = self._encode(self._params, self._split(video), self._split(lengths), key)
@@ -261,11 +280,15 @@ class LoadedTokenizer:
           [B, blocks] int32; None if the tokenizer has no ladder and therefore the same number of codes for every clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer, or needs a router or weights that are missing.
+          InputError: the budget does not fit the tokenizer or the size of the clips, or needs a router or weights that
+            are missing.
         """
         if not (budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2):
             return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
         name = str(budget)
+        if name == AUTO and np.shape(video)[1:] != self.config.clip_shape:
+            own, got = ("x".join(map(str, shape[:3])) for shape in (self.config.clip_shape, np.shape(video)[1:]))
+            raise InputError(f"budget auto: the router is for clips of {own}, not {got}; give a number of codes")
         if name not in self._assigners:
             assigner = self.assigner(budget)
             self._assigners[name] = assigner.params, jax.jit(assigner)
@@ -291,7 +314,7 @@ class LoadedTokenizer:
                     f" {self.config.num_tokens} codes; leave it out"
                 )
         elif isinstance(budget, (str, int)):
-            chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
+            chosen = ladder.goal(str(budget), self.config.quantizer.codes)
         else:
             chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
         return Assigner(self.config, chosen, self.module, self._router)
@@ -307,8 +330,8 @@ class LoadedTokenizer:
           budget: how many codes, as for `assign`; only for tokenizers with a ladder.
 
         Returns:
-          [B, N] int32 in [0, K). From tokenizers with a ladder, a tuple: packed codes [B, N], and the numbers of codes
-          of the given blocks, [B, n] int32.
+          [B, N] int32 in [0, K), or latents [B, N, d] float32. From tokenizers with a ladder, a tuple: packed codes
+          [B, N], and the numbers of codes of the given blocks, [B, n] int32.
 
         Raises:
           ValueError: the frames have another rank, size, dtype or range.
@@ -326,26 +349,35 @@ class LoadedTokenizer:
         codes, lengths = self.encode(video, budget=budget)
         return codes, lengths[:, :count]
 
-    def decode(self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray | None = None) -> jax.Array:
-        """Decodes codes to videos.
+    def decode(
+        self,
+        codes: jax.Array | np.ndarray,
+        lengths: jax.Array | np.ndarray | None = None,
+        *,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> jax.Array:
+        """Decodes codes, or latents if the tokenizer has these, to videos.
 
         Args:
-          codes: [B, N] integers in [0, K).
+          codes: [B, N] integers in [0, K), or latents [B, N, d] floats.
           lengths: of tokenizers with a ladder, the numbers of codes by block, [B, blocks] integers, as `encode` returns
             them. Those of the first blocks alone, [B, n], decode to the first frames.
+          frames: T, if the clips were encoded from fewer frames than `config.clip_shape` has.
+          size: (H, W), if it is not that of `config.clip_shape`.
 
         Returns:
           [B, T, H, W, C] float32 in [0, 1]; of n blocks, n / blocks of the T frames.
 
         Raises:
           ValueError: the codes or lengths have another rank, size, dtype or range, or do not belong together.
-          InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
-        codes = self._checked_codes(codes)
+        codes = self._checked_codes(codes, self.config.num_tokens)
         lengths = checked_lengths(lengths, self.config.adaptive, len(codes))
+        own = self.config.clip_shape
+        shape = checked_shape((frames or own[0], *(size or own[1:3]), own[3]), self.config)[:3]
         with rng.pinned(), jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._split(codes), self._split(lengths))
+            return self._decode(self._params, self._split(codes), self._split(lengths), shape)
 
     def encode_block(
         self, frames: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, past: Sequence[Memory] = ()
@@ -358,7 +390,8 @@ class LoadedTokenizer:
           past: what this method returned for the block before; empty for the first of a clip.
 
         Returns:
-          Codes [B, R] int32, where R is the largest number of the ladder, 0 after those of the block; and the new past.
+          Codes [B, R] int32, or latents [B, R, d] float32, where R is the largest number of the ladder, 0 after those
+          of the block; and the new past.
 
         Raises:
           ValueError: an argument is not as described.
@@ -376,7 +409,7 @@ class LoadedTokenizer:
         """Decodes what `encode_block` returns, block after block, to frames [B, T / blocks, H, W, C] float32 in [0, 1].
 
         Args:
-          codes: [B, R] integers.
+          codes: [B, R] integers, or latents [B, R, d] floats.
           lengths: [B] integers.
           past: what this method returned for the block before; empty for the first of a clip.
 
@@ -388,7 +421,7 @@ class LoadedTokenizer:
           InputError: the tokenizer has no ladder.
         """
         config, lengths = self.config, self._checked_block(lengths, past)
-        codes = checked_integers("codes", codes, (config.query_rows,), 0, config.quantizer.codebook_size)
+        codes = self._checked_codes(codes, config.query_rows)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             frames, memory = self._decode_block(self._params, codes, lengths, tuple(past))
         return frames, (*past, memory)
@@ -406,13 +439,13 @@ class LoadedTokenizer:
           budget: as for `assign`, but the same for all clips: neither `auto` nor `greedy`, which need whole clips.
 
         Yields:
-          For each block its codes, [B, n] int32. A block that is not complete at the end holds its last frame still.
+          For each block its codes, [B, n] int32, or latents, [B, n, d] float32. A block that is not complete at the
+          end holds its last frame still.
 
         Raises:
           ValueError: frames are not as described.
-          InputError: the tokenizer has continuous latents, or the budget does not fit it.
+          InputError: the budget does not fit the tokenizer.
         """
-        self._need_codes()
         assignment, config = self.assigner(budget).fixed, self.config
         if config.ladder and assignment is None:
             raise InputError(f"budget {budget} depends on whole clips; give numbers of codes to encode block by block")
@@ -430,16 +463,14 @@ class LoadedTokenizer:
         """Decodes what `encode_stream` yields, block by block.
 
         Args:
-          codes: of each block, [B, n] integers in [0, K).
+          codes: of each block, [B, n] integers in [0, K), or latents [B, n, d] floats.
 
         Yields:
           The frames of each block, [B, F, H, W, C] float32 in [0, 1].
 
         Raises:
           ValueError: codes are not as described.
-          InputError: the tokenizer has continuous latents.
         """
-        self._need_codes()
         config = self.config
         past: tuple[Memory, ...] = ()
         for number, block in enumerate(codes):
@@ -447,7 +478,8 @@ class LoadedTokenizer:
                 yield np.asarray(self.decode(block))
                 continue
             lengths = np.full(len(block), block.shape[1])
-            padded = np.pad(block, ((0, 0), (0, max(0, config.query_rows - block.shape[1]))))
+            more = max(0, config.query_rows - block.shape[1])
+            padded = np.pad(block, ((0, 0), (0, more), *((0, 0),) * (block.ndim - 2)))
             frames, past = self.decode_block(padded, lengths, past if number % config.blocks else ())
             yield np.asarray(frames)
 
@@ -464,7 +496,7 @@ class LoadedTokenizer:
         Raises:
           ValueError: as for `encode`.
         """
-        video = checked_video(video, self.config.clip_shape)
+        video = checked_clips(video, self.config)
         lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             return self._reconstruct(self._params, self._split(video), self._split(lengths))
@@ -484,11 +516,8 @@ class LoadedTokenizer:
         found = checked_lengths(np.asarray(lengths)[:, None], ladder, len(lengths))
         return None if found is None else found[:, 0]
 
-    def _need_codes(self) -> None:
-        if not self.config.quantizer.has_codes:
-            raise InputError(
-                "this tokenizer has continuous latents (quantizer.kind='kl') and therefore neither codes nor a codebook"
-            )
-
-    def _checked_codes(self, codes):
-        return checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
+    def _checked_codes(self, codes, count: int):
+        q = self.config.quantizer
+        if not q.has_codes:
+            return checked_latents(codes, (count, q.code_dim))
+        return checked_integers("codes", codes, (count,), 0, q.codebook_size)

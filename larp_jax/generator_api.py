@@ -1,4 +1,4 @@
-"""The Python interface of trained generators, which sample codes; it is part of `larp_jax.api`."""
+"""The Python interface of trained generators, which sample codes or latents; it is part of `larp_jax.api`."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax.config import AUTO, GeneratorConfig, TokenizerConfig
+from larp_jax.config import AUTO, FlowConfig, GeneratorConfig, TokenizerConfig
 from larp_jax.errors import InputError
-from larp_jax.models.checks import checked_integers, checked_lengths
+from larp_jax.models.checks import checked_integers, checked_latents, checked_lengths
 from larp_jax.models.condition import Condition
+from larp_jax.models.flow import Flow
+from larp_jax.models.flow_sampling import SampledLatents, sample_latents
 from larp_jax.models.generator import Generator
 from larp_jax.models.int8 import quantize_kernels, quantize_layers
 from larp_jax.models.paths import path_name
@@ -73,6 +75,9 @@ class LoadedGenerator:
       class_codes: as given.
     """
 
+    network: type[Generator] | type[Flow] = Generator
+    config: GeneratorConfig
+
     @rng.pinned()
     def __init__(
         self,
@@ -100,7 +105,7 @@ class LoadedGenerator:
         self.class_names, self.class_codes = tuple(class_names), tuple(class_codes)
         self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
         self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
-        module = nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0), dtype=dtype))
+        module = nnx.eval_shape(lambda: self.network(config, rngs=nnx.Rngs(0), dtype=dtype))
         cast = cast_params(checked_params(module, params, "generator"), dtype)
         if precision == "int8":
             quantize_layers(module)
@@ -124,8 +129,9 @@ class LoadedGenerator:
     def of(
         cls, found: checkpoint.Checkpoint, *, precision: str = "float32", mesh: Mesh | None = None
     ) -> "LoadedGenerator":
-        """The generator of a checkpoint."""
-        return cls(
+        """The generator of a checkpoint; one of latents if it holds that."""
+        kind: Any = cls if found.recipe.model.has_codes else functools.partial(LoadedFlow, statistics=found.statistics)
+        return kind(
             found.recipe.model,
             found.params["generator"],
             step=found.step,
@@ -192,7 +198,8 @@ class LoadedGenerator:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
         sampled = self.sample_counted(classes, key=key, frames=frames, indices=indices, budget=budget, **options)
-        return sampled.codes if sampled.lengths is None else (sampled.codes, sampled.lengths)
+        first, *more = sampled.arrays.values()
+        return (first, *more) if more else first
 
     def sample_counted(
         self,
@@ -203,7 +210,7 @@ class LoadedGenerator:
         indices: Sequence[int] | np.ndarray | None = None,
         budget: Budget = AUTO,
         **options: Any,
-    ) -> Sampled:
+    ) -> Sampled | SampledLatents:
         """What `sample` returns, and the number of passes after that of the condition, an int32 scalar.
 
         Without a `window` there is one pass for each code, or length, after the first.
@@ -299,8 +306,19 @@ class LoadedGenerator:
 
     def check_tokenizer(self, tokenizer: HasCodes) -> None:
         """`InputError` if the generator is known to have been trained with another tokenizer."""
+        self._check_sizes(tokenizer.config)
+        if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+            raise InputError(
+                f"the generator was trained on codes of tokenizer {self.tokenizer_fingerprint}, not of"
+                f" {tokenizer.fingerprint}; give that one"
+            )
+
+    def _check_sizes(self, tokenizer: TokenizerConfig) -> None:
+        """`InputError` unless it samples what such a tokenizer decodes."""
+        if not tokenizer.quantizer.has_codes:
+            raise InputError("the generator samples codes, and the tokenizer has continuous latents; give another")
         ours = self.config.codebook_size, self.config.num_tokens, self.config.adaptive
-        theirs = tokenizer.config.quantizer.codebook_size, tokenizer.config.num_tokens, tokenizer.config.adaptive
+        theirs = tokenizer.quantizer.codebook_size, tokenizer.num_tokens, tokenizer.adaptive
         if ours[:2] == theirs[:2] and ours != theirs:
             own, other = (f"{x.blocks} blocks of {x.rungs} codes" if x else "no ladder" for x in (ours[2], theirs[2]))
             raise InputError(
@@ -310,11 +328,6 @@ class LoadedGenerator:
             raise InputError(
                 f"the generator samples {ours[1]} codes of {ours[0]}, the tokenizer has {theirs[1]} of {theirs[0]};"
                 " give the tokenizer that the generator was trained with"
-            )
-        if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-            raise InputError(
-                f"the generator was trained on codes of tokenizer {self.tokenizer_fingerprint}, not of"
-                f" {tokenizer.fingerprint}; give that one"
             )
 
     def assignment(self, budget: Budget, options: SamplingOptions) -> tuple[int, ...] | None:
@@ -360,6 +373,7 @@ class LoadedGenerator:
     def _arguments(self, classes, frames, indices, key, options: SamplingOptions, budget=AUTO) -> tuple:
         """The arguments of the compiled function, checked and placed on devices."""
         c, first = self.config, None
+        options.fitting(c)
         if c.ladder and frames is not None:
             first = checked_integers("codes of frames", frames[0], (c.num_tokens,), 0, c.codebook_size), frames[1]
             frames = None
@@ -383,7 +397,7 @@ class LoadedGenerator:
         if classes is not None:
             classes = checked_integers("classes", classes, (), -1 if c.has_null_class else 0, c.num_classes)
         if frames is not None:
-            frames = checked_integers("frames", frames, (c.num_tokens,), 0, c.codebook_size)
+            frames = self._checked_frames(frames)
         if indices is not None:
             indices = checked_integers("indices", indices, (), 0, 2**31)
         found = {"classes": classes, "frames": first[0] if first else frames, "indices": indices}
@@ -397,13 +411,81 @@ class LoadedGenerator:
         if classes is None and c.given != "frames":
             classes = np.full(count, -1, np.int32)
         if frames is None and c.has_frames:
-            frames = np.full((count, c.num_tokens), -1, np.int32)
+            frames = Condition.zeros(c, count).without_frames().frames
         condition, known = Condition(classes, frames), self._known(self.assignment(budget, options), first, count)
         if self._mesh is not None:
             sharding.check_batch(count, self._mesh)
             placement = sharding.batch_sharding(self._mesh)
             condition, indices, known = jax.device_put((condition, indices, known), placement)
         return self._params, condition, indices, key, options.scalars(), known
+
+    def _checked_frames(self, frames):
+        return checked_integers("frames", frames, (self.config.num_tokens,), 0, self.config.codebook_size)
+
+
+class LoadedFlow(LoadedGenerator):
+    """A flow generator with its weights. It samples latents [B, N, d] float32, as a tokenizer decodes them.
+
+    A sampling program is compiled for each batch size and `solver`, and with or without guidance. Scales and
+    `solver_steps` can change without another compilation. Given frames are latents of `LoadedTokenizer.encode_frames`.
+
+    Args:
+      config: configuration of the generator.
+      params: its parameters (`TrainState.params["generator"]`).
+      statistics: mean and standard deviation of each channel of the latents that it was trained on, [d] each.
+      **options: as for `LoadedGenerator`.
+    """
+
+    network = Flow
+    config: FlowConfig
+
+    def __init__(
+        self, config: FlowConfig, params: Mapping, *, statistics: tuple[np.ndarray, np.ndarray] | None, **options: Any
+    ):
+        if statistics is None or any(np.shape(x) != (config.code_dim,) for x in statistics):
+            raise InputError("the checkpoint has no statistics of the latents of this flow generator; use another step")
+        super().__init__(config, params, **options)
+        mean, std = self.statistics = tuple(np.asarray(x, np.float32) for x in statistics)
+
+        def sample(params, condition, indices, key, scalars, known, plan):
+            found = sample_latents(self.module(params), condition, indices, key, scalars, plan)
+            return found._replace(latents=found.latents * std + mean)
+
+        self._sample = jax.jit(sample, static_argnames="plan")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights at this precision, 16 hexadecimal digits."""
+        return digest(f"generator {self.precision}", {"params": self._params, "statistics": self.statistics})
+
+    def sample_block(self, *arguments: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        """Raises `InputError`: a flow samples the latents of a whole clip at once."""
+        raise InputError(NO_BLOCKS)
+
+    def logits(self, *arguments: Any, **options: Any) -> jax.Array:
+        """Raises `InputError`: there are none, see `larp_jax.models.flow.Flow` for velocities."""
+        raise InputError("this generator samples continuous latents and has no logits; give one of codes")
+
+    def _check_sizes(self, tokenizer: TokenizerConfig) -> None:
+        found = (
+            f"{tokenizer.num_tokens} codes"
+            if tokenizer.quantizer.has_codes
+            else f"{tokenizer.num_tokens} latents of {tokenizer.quantizer.code_dim} channels"
+        )
+        ours = f"{self.config.num_tokens} latents of {self.config.code_dim} channels"
+        if tokenizer.adaptive or ours != found:
+            raise InputError(
+                f"the generator samples {ours}, the tokenizer has {found}; give the tokenizer that the generator was"
+                " trained with"
+            )
+
+    def standardized(self, latents: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        """Latents [..., d] as the network has them: each channel with mean 0 and standard deviation 1 in training."""
+        mean, std = self.statistics
+        return (latents - mean) / std
+
+    def _checked_frames(self, frames):
+        return self.standardized(checked_latents(frames, self.config.token_shape))
 
 
 def _is_auto(budget: Budget) -> bool:

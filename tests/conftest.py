@@ -118,20 +118,17 @@ def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
         yield own / "run"
 
 
-@pytest.fixture(scope="session")
-def untrained(tmp_path_factory) -> pathlib.Path:
-    """A checkpoint of the tokenizer of tests/configs/tiny.py:adaptive with random weights; moving shapes are small."""
+def random_checkpoint(folder: pathlib.Path, variant: str) -> pathlib.Path:
+    """A checkpoint in `folder` of the tokenizer of a variant of tests/configs/tiny.py, with random weights."""
     import runpy
 
     from flax import nnx
 
     from larp_jax.config import parse_recipe, to_dict
-    from larp_jax.data import ClipSpec, moving_shapes, open_source
     from larp_jax.models.tokenizer import Tokenizer
     from larp_jax.weights import checkpoint
 
-    folder = tmp_path_factory.mktemp("adaptive")
-    config = runpy.run_path(str(pathlib.Path(__file__).parent / "configs" / "tiny.py"))["get_config"]("adaptive")
+    config = runpy.run_path(str(pathlib.Path(__file__).parent / "configs" / "tiny.py"))["get_config"](variant)
     recipe = parse_recipe(config)
     params = nnx.to_pure_dict(nnx.state(Tokenizer(recipe.model, rngs=nnx.Rngs(0)), nnx.Param))
     leaves, tree = jax.tree.flatten(params)  # noise, because some weights start at zero
@@ -139,12 +136,38 @@ def untrained(tmp_path_factory) -> pathlib.Path:
     leaves = [x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     params = {"tokenizer": jax.tree.unflatten(tree, leaves)}
     checkpoint.write_imported(folder / "tokenizer", to_dict(recipe), params)
+    return folder / "tokenizer"
+
+
+@contextlib.contextmanager
+def small_moving_shapes(folder: pathlib.Path):
+    """Moving shapes are small, and made in `folder`."""
+    from larp_jax.data import ClipSpec, moving_shapes, open_source
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         with pytest.MonkeyPatch.context() as small:
             small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
             open_source("moving_shapes", ClipSpec(8, 32))
-        yield folder / "tokenizer"
+        yield
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> pathlib.Path:
+    """A checkpoint of the tokenizer of tests/configs/tiny.py:adaptive with random weights; moving shapes are small."""
+    folder = tmp_path_factory.mktemp("adaptive")
+    checkpoint = random_checkpoint(folder, "adaptive")
+    with small_moving_shapes(folder):
+        yield checkpoint
+
+
+@pytest.fixture(scope="session")
+def continuous(tmp_path_factory) -> pathlib.Path:
+    """The same of tests/configs/tiny.py:continuous, whose tokenizer has continuous latents."""
+    folder = tmp_path_factory.mktemp("continuous")
+    checkpoint = random_checkpoint(folder, "continuous")
+    with small_moving_shapes(folder):
+        yield checkpoint
 
 
 @pytest.fixture(scope="session")

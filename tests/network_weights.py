@@ -1,6 +1,7 @@
-"""Files in the layout of the public weights of LPIPS and I3D, with the random values of the reference."""
+"""Files in the layout of the public weights of LPIPS, I3D and teachers, with the random values of the reference."""
 
 import ast
+import json
 import math
 import pathlib
 
@@ -63,3 +64,13 @@ def write_lpips(folder: pathlib.Path, reference: pathlib.Path) -> tuple[pathlib.
 def write_i3d(folder: pathlib.Path, reference: pathlib.Path) -> pathlib.Path:
     save_file(i3d_tensors(reference), folder / "rgb_imagenet.safetensors")
     return folder / "rgb_imagenet.safetensors"
+
+
+def write_teacher(folder: pathlib.Path, reference: pathlib.Path, case: str) -> pathlib.Path:
+    """The folder of a tiny teacher as on the Hugging Face hub: config.json and model.safetensors."""
+    setup = json.loads((reference / "teachers" / "setup.json").read_text())["cases"][case]
+    folder = folder / case
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(setup["config"]))
+    save_file(fill(setup["tensors"], 71), folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -29,7 +29,7 @@ from larp_jax.runtime.sharding import make_mesh
 from larp_jax.training import writers
 from larp_jax.training.generator import GeneratorTask
 from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
-from larp_jax.weights import checkpoint, checksums
+from larp_jax.weights import checkpoint, checksums, released
 from larp_jax.weights.i3d import import_i3d
 from larp_jax.weights.lpips import import_lpips
 from larp_jax.weights.tensors import float_arrays
@@ -224,11 +224,11 @@ def test_sizes_are_checked_for_every_bottleneck():
         config.loss.prior_weight = 0.0 if kind == "kl" else 1.0
         recipe = parse_recipe(config)
         shapes = jax.eval_shape(TokenizerStage(recipe).init, jax.random.key(0)).params
-        checkpoint._check_sizes(recipe, shapes)
+        released.check_sizes(recipe, shapes)
         with pytest.raises(ValueError, match="settings require"):
             encoder = shapes["tokenizer"]["encoder"]
             larger = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), encoder)
-            checkpoint._check_sizes(recipe, {"tokenizer": {"encoder": larger}})
+            released.check_sizes(recipe, {"tokenizer": {"encoder": larger}})
 
 
 def codes_folder(folder, rows, N, fingerprint="0" * 16):

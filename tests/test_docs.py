@@ -144,8 +144,8 @@ def test_the_commands_of_the_readme_run(readme_ran):
 def test_python_blocks_run(page, readme_ran, monkeypatch):
     monkeypatch.chdir(readme_ran)
     if page == "docs/export.md":
-        export = ["export", "--checkpoint=runs/mine", "--format=stablehlo", "--output=exported"]
-        assert cli.main(export) == 0
+        for kind, output in (("stablehlo", "exported"), ("huggingface", "tokenizer_torch")):
+            assert cli.main(["export", "--checkpoint=runs/mine", f"--format={kind}", f"--output={output}"]) == 0
     names = {}
     for before, block in blocks(PAGES[page], "python"):
         code = compile(block, page, "exec")

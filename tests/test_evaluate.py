@@ -7,7 +7,7 @@ import pytest
 
 import larp_jax
 from larp_jax import cli
-from larp_jax.config import default_recipe, parse_recipe
+from larp_jax.config import GeneratorConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.evaluation import registry
 from larp_jax.evaluation.description import Panel
@@ -70,5 +70,5 @@ def test_the_default_metrics_need_no_network():
     recipe = parse_recipe(default_recipe("tokenizer"))
     fitting = registry.available(recipe, ["tokenizer", "prior"])
     assert registry.choose(None, fitting, "tokenizer") == ["psnr", "ssim", "usage", "prior"]
-    assert registry.choose(None, tuple(registry.GENERATOR_METRICS), "generator") == ["cross_entropy"]
+    assert registry.choose(None, registry.generator_metrics(GeneratorConfig()), "generator") == ["cross_entropy"]
     assert [metric.name for metric in registry.default_metrics(fitting, recipe)] == ["psnr", "ssim", "usage", "prior"]

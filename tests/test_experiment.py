@@ -1,6 +1,7 @@
 """Experiments: the same arms give the same numbers, interrupted or not, and the measures are what they say."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summari
 from larp_jax.tools.report import report
 from larp_jax.training.generator import GeneratorTask
 
-SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "tokens")
+SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "semantic", "tokens")
 
 
 @pytest.mark.parametrize("variant", ["", "tiny", "gpu64", "gpu128"])
@@ -78,6 +79,41 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
 
     with pytest.raises(InputError, match="holds an experiment with other settings"):
         experiments.run_experiment(dataclasses.replace(experiment, windows=2), tmp_path / "whole")
+
+
+def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
+    first, generator = experiment_recipes("tiny")
+    decoder, _ = experiment_recipes("tiny")
+    decoder.init_from, decoder.trained = "first", "decoder"
+    longer, _ = experiment_recipes("tiny")
+    longer.init_from = "first"
+    experiment = make_experiment("?", {"first": first, "decoder": decoder, "longer": longer}, generator)
+    source = tmp_path / "first" / "seed-3"
+    for arm, with_its_codes in (("first", "first"), ("decoder", "first"), ("longer", "longer")):
+        recipe, made = experiments._recipe(experiment, arm, 3, tmp_path / arm / "seed-3")
+        assert recipe.seed == 3 and made == tmp_path / with_its_codes / "seed-3"
+        assert recipe.init_from == ("" if arm == "first" else str(source / "tokenizer"))
+    assert not experiments._is_made(source)
+    (source / "cell.json").write_text("{}")
+    assert experiments._is_made(source)
+    with pytest.raises(InputError, match="arm decoder has init_from='first'; give the name of an earlier arm"):
+        make_experiment("?", {"decoder": decoder, "first": first}, generator)
+
+
+def test_arms_may_be_added_and_old_settings_are_those_of_now(tmp_path):
+    two, path = tiny(), tmp_path / "experiment.json"
+    one = dataclasses.replace(two, arms={"first": two.arms["first"]})
+    experiments._check_settings(one, tmp_path)
+    settings = json.loads(path.read_text())
+    del settings["arms"]["first"]["corruption"]  # as in an earlier version
+    del settings["generator"]["context_noise"]
+    path.write_text(json.dumps(settings))
+    experiments._check_settings(two, tmp_path)
+    assert list(json.loads(path.read_text())["arms"]) == ["first", "same"]
+    changed = dataclasses.replace(two.arms["first"], steps=13)
+    for other in (one, dataclasses.replace(two, arms={"first": changed, "same": two.arms["same"]})):
+        with pytest.raises(InputError, match="holds an experiment with other settings"):
+            experiments._check_settings(other, tmp_path)
 
 
 def cells(psnr, ordered=0.0, permuted=0.0):

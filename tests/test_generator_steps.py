@@ -23,7 +23,9 @@ from larp_jax.config import (
 from larp_jax.errors import InputError
 from larp_jax.models.chunks import TOKENS_PER_CHUNK
 from larp_jax.models.condition import Condition
+from larp_jax.models.generator_codes import with_random_codes
 from larp_jax.models.paths import path_name
+from larp_jax.models.sequence import join
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.training.generator import GeneratorStage
@@ -166,6 +168,30 @@ def test_class_dropout_uses_the_null_class():
 
     assert touched(-1) == [False, False, False, True]
     assert touched(0)[1:] == [False, False, True]
+
+
+def test_random_codes_in_the_context_are_of_a_share_that_decays():
+    model = dataclasses.replace(STILL.model, ladder=(2, 4), blocks=2, num_tokens=6)
+    lengths = jnp.tile(jnp.array([[2, 4], [4, 2]]), (1000, 1))
+    symbols = join(model, jnp.zeros((2000, 6), jnp.int32), lengths)
+    noisy = np.asarray(with_random_codes(model, symbols, jax.random.key(0), 0.5))
+    is_code = np.asarray(symbols) < model.codebook_size
+    np.testing.assert_array_equal(noisy[~is_code], np.asarray(symbols)[~is_code])
+    np.testing.assert_allclose((noisy[is_code] > 0).mean(), 0.25 * 31 / 32, atol=0.02)
+    np.testing.assert_array_equal(np.unique(noisy[is_code]), np.arange(32))
+
+    stage, batch = GeneratorStage(dataclasses.replace(STILL, context_noise=0.8)), codes_of_clips(STILL)
+    shares = [stage.scheduled(step)["context_noise"] for step in (0, 30, 75, 100)]
+    np.testing.assert_allclose(shares, [0.8, 0.48, 0, 0], atol=1e-6)
+    score = jax.jit(lambda params, batch, key, *noise: stage.score(params, batch, key, *noise).cross_entropy)
+    params, key = random_params(stage), jax.random.key(0)
+    clean, still, noisy = (score(params, batch, key, *noise) for noise in ((), (0.0,), (1.0,)))
+    np.testing.assert_allclose(still, clean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(noisy[:, 0], clean[:, 0], rtol=1e-5, atol=1e-5)  # which has no context
+    assert np.mean(np.abs(noisy - clean)[:, 1:] > 1e-3) > 0.9
+    state = jax.eval_shape(stage.init, jax.random.key(0))
+    _, logs = jax.eval_shape(stage.train_step, state, batch, jax.random.key(0), {})
+    assert "context_noise" in logs
 
 
 def test_weight_decay_is_of_linear_kernels_only():

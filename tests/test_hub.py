@@ -8,12 +8,13 @@ import sys
 import hub_server
 import numpy as np
 import pytest
+from network_weights import write_teacher
 from test_export import assert_same, random_params, recipe
 
 import larp_jax
 from larp_jax import api, cli, config, files, hub
 from larp_jax.errors import InputError
-from larp_jax.weights import checkpoint, export, importing
+from larp_jax.weights import checkpoint, export, importing, networks
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 NAME = "owner/model"
@@ -263,3 +264,15 @@ def test_settings_that_name_a_model(server, tmp_path, capsys):
     assert (parsed.checkpoint, parsed.tokenizer) == ("hf://a/b", "hf://c/d@v1")
     assert files.relative("hf://a/b") == "hf://a/b" and not server.requests
     assert hub.parse("hf://a/b@refs/pr/1", "x") == ("a/b", "refs/pr/1")
+
+
+def test_a_teacher_is_imported_by_its_repository(server, tmp_path, reference_dir):
+    """Its settings and safetensors are downloaded, and no pickle."""
+    folder = write_teacher(tmp_path, reference_dir, "dinov2")
+    server.repositories["owner/dino"] = {"commits": {}, "refs": {}}
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.commit("owner/dino", contents | {"pytorch_model.bin": b"pickle"})
+    output = tmp_path / "dino.safetensors"
+    arguments = ["import", "--kind=dinov2", "--source=hf://owner/dino", f"--output={output}"]
+    assert cli.main(arguments) == 0 and networks.load_teacher(output).config.width == 24
+    assert not [request for request in server.requests if "pytorch_model.bin" in str(request)]

@@ -23,7 +23,7 @@ LAYERS = (
     {"runtime", "npz"},
     {"models", "files"},
     {"config", "metrics", "storage", "hub"},
-    {"state", "errors", "version"},
+    {"state", "errors", "version", "torch_reader"},
 )
 HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -32,7 +32,7 @@ CORE = {"api", "config", "errors", "files", "hub", "metrics", "models", "npz", "
 CORE |= {"generator_api"}
 CORE |= {"training.losses", "training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint"}
 CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released"}
-CORE |= {"weights.released_config", "weights.tensors", "runtime.rng"}
+CORE |= {"weights.released_config", "weights.teachers", "weights.tensors", "runtime.rng"}
 NOT_CORE = ["tensorflow", "tensorflow_datasets", "clu", "av", "grain"]
 
 

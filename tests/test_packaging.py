@@ -61,7 +61,7 @@ def test_every_folder_of_modules_is_packaged(arguments):
 
 def test_extras_are_those_promised(arguments):
     extras = arguments["extras_require"]
-    assert set(extras) == {"cuda", "cuda12", "cuda13", "tpu", "gcs", "tensorboard", "lpips", "docs", "dev"}
+    assert set(extras) == {"cuda", "cuda12", "cuda13", "tpu", "gcs", "tensorboard", "demo", "lpips", "docs", "dev"}
     for requirements in extras.values():
         assert all(map(Requirement, requirements))
 

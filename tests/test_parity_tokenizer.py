@@ -22,4 +22,5 @@ def test_every_quantity_of_its_options(reference_dir, folder):
 
 
 def test_every_reference_is_compared(reference_dir):
-    assert {path.name for path in reference_dir.iterdir()} == set(COMPARISONS)
+    released = {path.name for path in reference_dir.iterdir() if not list(path.glob("*.py"))}  # others have a script
+    assert released == set(COMPARISONS)

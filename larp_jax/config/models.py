@@ -5,16 +5,22 @@ import functools
 import math
 
 from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
+from larp_jax.config.clips import Clips
+from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import Ladder
 
 NUMBERS = ("width", "depth", "heads")
 
 # The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters with 1024 tokens and
-# 8,192 codes.
+# 8,192 codes. Widths and depths of `vitok_*` are those of ViTok (arXiv 2501.09755), with its `block`; the numbers of
+# heads are not stated.
 TOKENIZER_SIZES = {
     "larp_s": (384, 12, 6),
     "larp_b": (768, 6, 12),
     "larp_l": (768, 12, 12),
+    "vitok_s": (768, 6, 12),
+    "vitok_b": (768, 12, 12),
+    "vitok_l": (1152, 24, 16),
 }
 PRIOR_SIZES = {
     "L": (1024, 24, 16),
@@ -60,6 +66,11 @@ class TransformerConfig:
         heads = f"{name}.heads={self.heads}"
         require(self.width % self.heads == 0, f"{name}.width={self.width} is not divisible by {heads}")
         require(self.width % 4 == 0, f"{name}.width={self.width} is not divisible by 4, as position tables need")
+
+
+def swiglu_width(width: int) -> int:
+    """Hidden width of a SwiGLU MLP that has as many parameters as a plain one with four times the width."""
+    return 8 * width // 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +126,23 @@ class QuantizerConfig:
         """Whether latents are quantized to codes; `kl` has continuous latents and no codebook."""
         return self.kind != "kl"
 
+    @property
+    def codes(self) -> int:
+        """K, the number of different codes; 0 if there are none."""
+        return self.codebook_size if self.has_codes else 0
+
+    @property
+    def tokens(self) -> str:
+        """What a clip is encoded to, by the name of its array: `codes` or `latents`."""
+        return "codes" if self.has_codes else "latents"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Clips):
     """The tokenizer (LARP, arXiv 2410.21264, section 3.2).
+
+    Clips are squares of `resolution`, or if `shape` is given, of this height and width, such as 72,128; `resolution` is
+    then the shorter side.
 
     `layout` is `holistic`: queries collect what the codes encode (LARP); or `patchwise`: each patch has its own code,
     as in earlier tokenizers, and `num_tokens` is the number of patches.
@@ -130,6 +154,10 @@ class TokenizerConfig:
     `size` selects width, depth and heads; `encoder` and `decoder` can override each of them. A size given on the
     command line replaces these numbers of the recipe.
 
+    `block` is that of both transformers: `larp`, or `vitok` with SwiGLU, RMS norms and rotary positions (ViTok, arXiv
+    2501.09755). Patches are then rotated by their place in the clip and have no fixed table, only a learned one if
+    asked for; queries and latents have their tables and are not rotated, as if they were at the clip's origin.
+
     If `decoder_patch_frames` or `decoder_patch_size` is 0, the decoder uses the number of the encoder. Each of the four
     position or query tables can be learned instead of fixed sine-cosine (`learned_*`), and can have a learned
     token-type vector that is added to all rows (`use_*`); the names are those of the released configuration. Learned
@@ -140,8 +168,10 @@ class TokenizerConfig:
 
     size: str = "larp_l"
     layout: str = "holistic"
+    block: str = "larp"
     frames: int = 16
     resolution: int = 128
+    shape: tuple[int, ...] = ()
     channels: int = 3
     patch_frames: int = 4
     patch_size: int = 8
@@ -179,21 +209,20 @@ class TokenizerConfig:
         require(base > 0, f"model.latent_position_base must be positive, got {base}")
         set_field("decoder_patch_frames", self.decoder_patch_frames or self.patch_frames)
         set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
+        self._settle_shape()
         for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
             require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         require(self.channels == 3, f"model.channels={self.channels} is not supported: videos are RGB; set it to 3")
-        for whole, part in (
-            ("frames", "patch_frames"),
-            ("resolution", "patch_size"),
-            ("frames", "decoder_patch_frames"),
-            ("resolution", "decoder_patch_size"),
-        ):
-            size, patch = getattr(self, whole), getattr(self, part)
-            require(
-                size % patch == 0,
-                f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
-            )
+        self._check_patch("patch_frames", "patch_size")
+        self._check_patch("decoder_patch_frames", "decoder_patch_size")
         one_of("model.layout", self.layout, ("holistic", "patchwise"))
+        one_of("model.block", self.block, ("larp", "vitok"))
+        for name in ("encoder", "decoder") if self.is_rotary else ():
+            width = getattr(self, name).width // getattr(self, name).heads
+            require(
+                width % 2 == 0 and width >= 6,
+                f"model.block='vitok' needs heads of even width and at least 6; that of model.{name} is {width}",
+            )
         for grid in (self.encoder_grid, self.decoder_grid):
             check_positions(math.prod(grid) + self.num_tokens, "the patches of model.frames, model.resolution")
             require(
@@ -219,7 +248,6 @@ class TokenizerConfig:
                 f" model.{name}={getattr(self, name)}; change one of them",
             )
         require(not self.is_patchwise, "model.layout='patchwise' has one code per patch; leave out model.ladder")
-        require(self.quantizer.has_codes, "model.ladder needs codes, and model.quantizer.kind='kl' has none")
         require(
             self.quantizer.norm != "ln_nd",
             "model.quantizer.norm='ln_nd' needs the same number of codes in all clips; leave out model.ladder",
@@ -241,6 +269,32 @@ class TokenizerConfig:
         return self.layout == "patchwise"
 
     @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of what a clip is encoded to: [N] codes, or [N, d] latents."""
+        q = self.quantizer
+        return (self.num_tokens,) if q.has_codes else (self.num_tokens, q.code_dim)
+
+    @property
+    def size_of_clip(self) -> dict[str, float]:
+        """How much a clip is encoded to: its `bits`, log2(K) of each code, or its `floats`, E = N d of ViTok.
+
+        With a ladder, these are the most bits.
+        """
+        if self.quantizer.has_codes:
+            return {"bits": self.num_tokens * math.log2(self.quantizer.codebook_size)}
+        return {"floats": math.prod(self.token_shape)}
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether patches have rotary positions, in place of fixed tables."""
+        return self.block == "vitok"
+
+    @property
+    def tokens_beside_patches(self) -> int:
+        """Number of queries or latents that both transformers attend to besides the patches."""
+        return 0 if self.is_patchwise else self.num_tokens
+
+    @property
     def encoder_patch(self) -> tuple[int, int, int]:
         """Patch (time, height, width) of the encoder."""
         return self.patch_frames, self.patch_size, self.patch_size
@@ -251,6 +305,12 @@ class TokenizerConfig:
         return self.decoder_patch_frames, self.decoder_patch_size, self.decoder_patch_size
 
     @property
+    def clip_unit(self) -> tuple[int, int, int]:
+        """(time, height, width) whose multiples divide into the patches of encoder and decoder."""
+        t, h, w = map(math.lcm, self.encoder_patch, self.decoder_patch)
+        return t, h, w
+
+    @property
     def encoder_grid(self) -> tuple[int, int, int]:
         """Number of patches (time, height, width) in the encoder."""
         return self._grid(self.encoder_patch)
@@ -259,15 +319,6 @@ class TokenizerConfig:
     def decoder_grid(self) -> tuple[int, int, int]:
         """Number of patches (time, height, width) in the decoder."""
         return self._grid(self.decoder_patch)
-
-    def _grid(self, patch):
-        pt, ph, pw = patch
-        return self.frames // pt, self.resolution // ph, self.resolution // pw
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int, int]:
-        """Shape [T, H, W, C] of a clip."""
-        return self.frames, self.resolution, self.resolution, self.channels
 
 
 # Settings of TokenizerConfig that affect only initialization and training: tokenizers that differ in no other setting
@@ -332,7 +383,7 @@ class PriorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
+class GeneratorConfig(Conditional):
     """The generator of stage 2 (LARP, arXiv 2410.21264, section 4.1).
 
     `size` selects width, depth and heads; each can be overridden. If `kv_heads` is 0, there are as many key/value heads
@@ -425,31 +476,14 @@ class GeneratorConfig:
         return self.condition or ("frames" if self.frame_prediction else "class")
 
     @property
-    def has_classes(self) -> bool:
-        """Whether the generator is given a class."""
-        return "class" in self.given
+    def has_codes(self) -> bool:
+        """True: it samples codes."""
+        return True
 
     @property
-    def has_frames(self) -> bool:
-        """Whether the generator is given the first frames."""
-        return "frames" in self.given
-
-    @property
-    def has_null_class(self) -> bool:
-        """Whether the class may be left out, which guidance needs."""
-        return self.has_classes and self.class_dropout > 0
-
-    @property
-    def has_null_frames(self) -> bool:
-        """Whether the given frames may be left out, which their guidance needs."""
-        return self.has_frames and self.frames_dropout > 0
-
-    @property
-    def class_rows(self) -> int:
-        """Rows of the class table: the classes, and last the null class; it alone without any condition."""
-        if self.given == "none":
-            return 1
-        return self.num_classes + self.has_null_class if self.has_classes else 0
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of a clip."""
+        return (self.num_tokens,)
 
     @property
     def adaptive(self) -> Ladder | None:
@@ -474,7 +508,7 @@ class GeneratorConfig:
     @property
     def mlp_width(self) -> int:
         """Hidden width of the SwiGLU MLP (LARP, section 4.1)."""
-        hidden = int(2 * 4 * self.width / 3)
+        hidden = swiglu_width(self.width)
         if self.mlp_multiplier:
             hidden = int(self.mlp_multiplier * hidden)
         return -(-hidden // self.mlp_multiple) * self.mlp_multiple
@@ -482,8 +516,16 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(TransformerConfig):
-    """The discriminator: a transformer over whole clips; the published size by default."""
+    """The discriminator: by default, the published transformer over whole clips.
 
+    `kind` is `transformer`, which reads pixels, or `frozen` (EVATok, arXiv 2603.12267), which reads the features of a
+    frozen network, `trunk`: the name or path of a teacher. One head of 1-D convolutions, of `width` channels, is then
+    trained on each of `layers` of the trunk, counted from 1; depth, heads and patch have no effect.
+    """
+
+    kind: str = "transformer"
+    trunk: str = "videomae_b"
+    layers: tuple[int, ...] = (3, 6, 9, 12)
     width: int = 512
     depth: int = 12
     heads: int = 8
@@ -491,6 +533,13 @@ class DiscriminatorConfig(TransformerConfig):
     patch_size: int = 8
 
     def __post_init__(self):
+        one_of("discriminator.kind", self.kind, ("transformer", "frozen"))
+        require(self.trunk, "discriminator.trunk must be the name or path of a teacher, got ''")
+        increasing = list(self.layers) == sorted(set(self.layers))
+        require(
+            bool(self.layers) and self.layers[0] > 0 and increasing,
+            f"discriminator.layers={self.layers} must be increasing numbers from 1; give one at least",
+        )
         self.check("discriminator")
         for name in ("patch_frames", "patch_size"):
             require(getattr(self, name) > 0, f"discriminator.{name} must be positive, got {getattr(self, name)}")

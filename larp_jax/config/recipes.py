@@ -7,6 +7,7 @@ import math
 import typing
 
 from larp_jax.config.checks import one_of, require
+from larp_jax.config.flow import FLOW_SIZES, FlowRecipe
 from larp_jax.config.models import GENERATOR_SIZES, NUMBERS, PRIOR_SIZES, TOKENIZER_SIZES
 from larp_jax.config.router import ROUTER_SIZES, RouterRecipe
 from larp_jax.config.training import GeneratorRecipe, TokenizerRecipe
@@ -18,10 +19,11 @@ logger = logging.getLogger(__name__)
 SIZED: dict[str, dict[str, tuple[dict, tuple[str, ...]]]] = {
     "tokenizer": {"model": (TOKENIZER_SIZES, ("model.encoder", "model.decoder")), "prior": (PRIOR_SIZES, ("prior",))},
     "generator": {"model": (GENERATOR_SIZES, ("model",))},
+    "flow": {"model": (FLOW_SIZES, ("model",))},
     "router": {"model": (ROUTER_SIZES, ("model",))},
 }
 
-STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe, "router": RouterRecipe}
+STAGES = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe, "flow": FlowRecipe, "router": RouterRecipe}
 
 
 def default_recipe(stage: str = "tokenizer"):
@@ -96,6 +98,14 @@ def parse_recipe(values: typing.Mapping):
         " in other columns; train that tokenizer again",
     )
     return recipe
+
+
+def completed(values: dict) -> dict:
+    """A recipe that was written as JSON, with settings that were added since at their defaults."""
+    try:
+        return to_dict(parse_recipe(values))
+    except InputError:  # it has settings that no longer exist; they show as differences
+        return values
 
 
 def from_dict(cls, values: typing.Mapping, name: str):

@@ -1,22 +1,26 @@
-"""Codes on disk: the format that `tokenize`, `sample` and `predict` write and that generators train on.
+"""Codes or latents on disk: the format that `tokenize`, `sample` and `predict` write and that generators train on.
 
 A folder of codes contains `codes-00000-of-00001.npz` and so on, and `manifest.json`, which is written last: a folder
 without it is incomplete. In the layout "fixed", each shard has `codes` [M, N] int32 and, for frame prediction,
 `condition` [M, N] int32. In the layout "packed", for clips with different numbers of codes, it has `codes` [L] int32,
 the codes of all its clips one after the other; `offsets` [M + 1] int64: clip i has codes[offsets[i] : offsets[i + 1]];
-and `lengths` [M, T] int32, the number of codes of each block of frames. The manifest describes the source of each row,
-in order:
+and `lengths` [M, T] int32, the number of codes of each block of frames. Of tokenizers with continuous latents, shards
+have `latents` float16 with a last axis of d in place of `codes`, and so has `condition`; in all else, they are stored
+like codes. The manifest describes the source of each row, in order:
 
-  format, version, layout: "larp_jax.codes", 2, "fixed" or "packed".
+  format, version, layout: "larp_jax.codes", 2 (3 with latents), "fixed" or "packed".
   fingerprint, step: of the tokenizer.
   generator_step: step of the generator; only for sampled codes.
   K, N: size of the codebook and codes per clip; in the layout "packed", the most codes of a clip.
+  d, mean, std: in place of K, the dimension of latents, and mean and standard deviation [d] of each of their channels
+    over all latents of the folder (`condition` is left out).
   blocks, ladder: number of blocks of a clip, and the numbers of codes that a block may have; only if "packed".
   clip: [T, H, W, C].
   label_names: names of the classes.
   input, skipped, cond_frames: only in codes written by `tokenize`.
   class_codes, class_codes_in_training: mean number of codes of each class (null: none), of the samples and of the
     clips that the generator was trained on; only in sampled codes, if "packed".
+  fewer_frames: true if windows of fewer than T frames were encoded as they are, up to the end of a patch.
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
@@ -37,6 +41,7 @@ import numpy as np
 
 from larp_jax import files, npz
 from larp_jax.config import MOST_POSITIONS, Ladder
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.pipeline import Batches
 from larp_jax.data.spec import advice
 from larp_jax.errors import InputError, reason
@@ -45,7 +50,7 @@ from larp_jax.files import read_json
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # only in folders written by `larp_jax.inference.generate`
 FORMAT = "larp_jax.codes"
-VERSION = 2
+VERSION, LATENTS_VERSION = 2, 3
 FIXED, PACKED = "fixed", "packed"
 SHARD_ROWS = 16_384
 SHARD_NAME = re.compile(r"codes-\d+-of-\d+\.npz")
@@ -61,26 +66,46 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
 
     Args:
       path: file to write.
-      arrays: `codes` [M, N] int32 and, for frame prediction, `condition` [M, N] int32; for clips with different numbers
-        of codes also `lengths` [M, T] int32: the shard then has the layout "packed".
+      arrays: `codes` [M, N] int32 (or `latents` [M, N, d], stored as float16) and, for frame prediction, `condition`,
+        the same; for clips with different numbers of codes also `lengths` [M, T] int32: the shard then has the layout
+        "packed".
+
+    Raises:
+      InputError: a latent exceeds the range of float16.
     """
+    arrays = {name: _stored(name, values) for name, values in arrays.items()}
     if "lengths" in arrays:
-        codes, lengths = arrays["codes"], np.asarray(arrays["lengths"], np.int32)
+        (name,) = arrays.keys() & {"codes", "latents"}
+        values, lengths = arrays[name], np.asarray(arrays["lengths"], np.int32)
         totals = lengths.sum(axis=1, dtype=np.int64)
-        own = np.arange(codes.shape[1]) < totals[:, None]
-        arrays = {"codes": codes[own], "offsets": np.cumsum([0, *totals], dtype=np.int64), "lengths": lengths}
+        own = np.arange(values.shape[1]) < totals[:, None]
+        arrays = {name: values[own], "offsets": np.cumsum([0, *totals], dtype=np.int64), "lengths": lengths}
     with files.writing(path) as file:
         np.savez(file, **arrays)
+
+
+def _stored(name: str, values: np.ndarray) -> np.ndarray:
+    """Values of a shard in the dtype of the format."""
+    values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.floating):
+        return values
+    if not np.abs(values).max() <= np.finfo(np.float16).max:  # written this way to also reject NaN
+        raise InputError(
+            f"{name} has values up to {np.abs(values).max():g}, and float16, in which they are stored, ends at 65504;"
+            " train the tokenizer with a larger model.quantizer.kl_weight"
+        )
+    return values.astype(np.float16)
 
 
 def new_manifest(
     *,
     fingerprint: str,
     step: int,
-    K: int,
     N: int,
     clip: Sequence[int],
     sizes: Sequence[int],
+    K: int | None = None,
+    statistics: LatentStatistics | None = None,
     adaptive: Ladder | None = None,
     **details,
 ) -> dict[str, Any]:
@@ -89,23 +114,28 @@ def new_manifest(
     Args:
       fingerprint: fingerprint of the tokenizer.
       step: training step of the tokenizer.
-      K: size of its codebook.
       N: codes per clip, or the most codes of a clip.
       clip: [T, H, W, C].
       sizes: number of rows in each shard.
+      K: size of the codebook; leave out for latents.
+      statistics: those of all latents; leave out for codes.
       adaptive: the numbers of codes that clips may have; None if all have N.
       details: the remaining keys, as listed at the top of this module; `rows` may be added later.
     """
     shards = [{"file": shard_name(i, len(sizes)), "rows": size} for i, size in enumerate(sizes)]
     if adaptive:
         details = {"blocks": adaptive.blocks, "ladder": list(adaptive.rungs), **details}
+    kind = {"K": K}
+    if statistics is not None:
+        mean, std = statistics.mean.tolist(), statistics.std.tolist()
+        kind = {"d": len(mean), "mean": mean, "std": std}
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if statistics is None else LATENTS_VERSION,
         "layout": PACKED if adaptive else FIXED,
         "fingerprint": fingerprint,
         "step": step,
-        "K": K,
+        **kind,
         "N": N,
         "clip": list(clip),
         "shards": shards,
@@ -119,7 +149,7 @@ def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """Reads and checks the manifest of a folder of codes, of version 1 or 2.
+    """Reads and checks the manifest of a folder of codes or latents, of any version.
 
     Raises:
       InputError: it is missing or damaged, has a later version or another layout, or names files outside its folder.
@@ -135,8 +165,8 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} is not a manifest of codes; give a folder written by larp-jax tokenize")
     version = manifest.get("version")
     layout = manifest.get("layout", FIXED if version == 1 else None)
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise InputError(f"{path} has version {version}, but only 1 to {VERSION} are supported; tokenize again")
+    if type(version) is not int or not 1 <= version <= LATENTS_VERSION:
+        raise InputError(f"{path} has version {version}, but only 1 to {LATENTS_VERSION} are supported; tokenize again")
     if layout not in (FIXED, PACKED):
         raise InputError(f"{path} has layout {layout!r}, not {FIXED!r} or {PACKED!r}; tokenize again")
     if complaint := _complaint(manifest):
@@ -152,8 +182,11 @@ def _complaint(manifest: dict) -> str | None:
 
     if not isinstance(manifest.get("fingerprint"), str):
         return "no fingerprint"
-    if not all(is_count(manifest.get(name), 1) for name in ("K", "N")):
-        return "K and N are not positive integers"
+    size = "d" if has_latents(manifest) else "K"
+    if not all(is_count(manifest.get(name), 1) for name in (size, "N")):
+        return f"{size} and N are not positive integers"
+    if has_latents(manifest) and not all(_is_numbers(manifest.get(name), manifest["d"]) for name in ("mean", "std")):
+        return "mean and std are not d numbers"
     if manifest.get("layout") == PACKED and (complaint := _ladder_complaint(manifest)):
         return complaint
     clip = manifest.get("clip")
@@ -161,6 +194,8 @@ def _complaint(manifest: dict) -> str | None:
         return "clip is not [T, H, W, C]"
     if not is_count(manifest.get("cond_frames", 0), 0):
         return "cond_frames is not an integer of at least 0"
+    if type(manifest.get("fewer_frames", False)) is not bool:
+        return "fewer_frames is neither true nor false"
     names = manifest.get("label_names", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return "label_names is not a list of names"
@@ -186,6 +221,18 @@ def _complaint(manifest: dict) -> str | None:
         if type(row.get("flip", False)) is not bool:
             return f"invalid flip of row {i}"
     return None
+
+
+def has_latents(manifest: dict) -> bool:
+    """Whether a folder has continuous latents in place of codes."""
+    return manifest.get("version") == LATENTS_VERSION
+
+
+def _is_numbers(values: Any, count: int) -> bool:
+    """Whether a value of JSON is a list of so many finite numbers."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
 
 def _ladder_complaint(manifest: dict) -> str | None:
@@ -228,22 +275,29 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> dic
       number: index of the shard.
 
     Returns:
-      `codes` [M, N] int32 in [0, K); `condition`, the same, if the manifest has `cond_frames`; if clips have different
-      numbers of codes also `lengths` [M, T] int32, and the codes are packed: those of a clip first, then zeros.
+      `codes` [M, N] int32 in [0, K), or `latents` [M, N, d] float16; `condition`, the same, if the manifest has
+      `cond_frames`; if clips have different numbers of codes also `lengths` [M, T] int32, and the codes are packed:
+      those of a clip first, then zeros.
 
     Raises:
       InputError: the shard is missing, damaged, or does not match the manifest.
     """
     shard = manifest["shards"][number]
     path, ladder = files.any_path(directory) / shard["file"], ladder_of(manifest)
+    name, dtype, channels = "codes", np.int32, ()
+    if has_latents(manifest):
+        name, dtype, channels = "latents", np.float16, (manifest["d"],)
     if ladder:
-        rows = _read_packed(path, shard["rows"], ladder)
+        rows = _read_packed(path, shard["rows"], ladder, name, npz.Array(dtype, (None, *channels)))
     else:
-        names = ("codes", "condition") if manifest.get("cond_frames") else ("codes",)
-        expected = {name: npz.Array(np.int32, (shard["rows"], manifest["N"])) for name in names}
+        names = (name, "condition") if manifest.get("cond_frames") else (name,)
+        expected = {name: npz.Array(dtype, (shard["rows"], manifest["N"], *channels)) for name in names}
         rows = npz.read(path, expected, fix="tokenize again")
-    for codes in (rows[name] for name in ("codes", "condition") if name in rows):
-        if codes.min() < 0 or codes.max() >= manifest["K"]:
+    for codes in (rows[name] for name in (name, "condition") if name in rows):
+        if has_latents(manifest):
+            if not np.isfinite(codes).all():
+                raise InputError(f"{path} contains latents that are not finite; tokenize again")
+        elif codes.min() < 0 or codes.max() >= manifest["K"]:
             raise InputError(
                 f"{path} contains codes from {codes.min()} to {codes.max()}, outside [0, {manifest['K']}); tokenize"
                 " again"
@@ -251,15 +305,17 @@ def read_shard(directory: str | os.PathLike, manifest: dict, number: int) -> dic
     return rows
 
 
-def _read_packed(path: pathlib.Path, count: int, ladder: Ladder) -> dict[str, np.ndarray]:
-    """`codes` and `lengths` of a packed shard with `count` rows, see `read_shard`."""
+def _read_packed(
+    path: pathlib.Path, count: int, ladder: Ladder, name: str, array: npz.Array
+) -> dict[str, np.ndarray]:
+    """Codes or latents, by their name, and `lengths` of a packed shard with `count` rows, see `read_shard`."""
     expected = {
         "lengths": npz.Array(np.int32, (count, ladder.blocks)),
         "offsets": npz.Array(np.int64, (count + 1,)),
-        "codes": npz.Array(np.int32, (None,)),
+        name: array,
     }
     stored = npz.read(path, expected, fix="tokenize again")
-    lengths, offsets, codes = (stored[name] for name in ("lengths", "offsets", "codes"))
+    lengths, offsets, codes = (stored[key] for key in ("lengths", "offsets", name))
     totals = lengths.sum(axis=1, dtype=np.int64)
     wrong = ~(np.isin(lengths, ladder.rungs).all(axis=1) & (totals <= ladder.bucket))
     if wrong.any():
@@ -272,10 +328,10 @@ def _read_packed(path: pathlib.Path, count: int, ladder: Ladder) -> dict[str, np
         raise InputError(f"{path}: the offsets contradict the lengths of the blocks; tokenize again")
     if len(codes) != offsets[-1]:
         raise InputError(f"{path} has {len(codes)} codes, but {offsets[-1]} by its lengths; tokenize again")
-    packed = np.zeros((count, ladder.bucket), np.int32)
+    packed = np.zeros((count, ladder.bucket, *codes.shape[1:]), codes.dtype)
     for row, start, end in zip(packed, offsets, offsets[1:], strict=False):
         row[: end - start] = codes[start:end]
-    return {"codes": packed, "lengths": lengths}
+    return {name: packed, "lengths": lengths}
 
 
 def mean_by_label(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
@@ -299,7 +355,7 @@ def describe_class_codes(manifest: Mapping) -> str:
 
 
 class CodeSet:
-    """A folder of codes, in memory. Its manifest is read at once, its codes at the first use of `rows`.
+    """A folder of codes or latents, in memory. Its manifest is read at once, the rest at the first use of `rows`.
 
     The rows of one source (windows of a video, mirrored or not) count as one video. Training samples one row per video
     and epoch, with the same frequencies as windows of the video itself.
@@ -320,6 +376,8 @@ class CodeSet:
         if not (self.path / MANIFEST).exists() and (found := advice(self.path)):
             raise InputError(f"{directory} contains no codes written by larp-jax tokenize; {found}")
         self.manifest = read_manifest(directory)
+        if self.manifest.get("fewer_frames"):
+            raise InputError(f"{directory} has clips of fewer frames; tokenize again without --fewer-frames")
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
         self._labels = np.array([row["label"] for row in rows], np.int32)

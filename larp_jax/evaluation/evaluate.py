@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from larp_jax import api, files
@@ -14,22 +15,23 @@ from larp_jax.config import MeshConfig, TokenizerConfig
 from larp_jax.data import ClipSpec
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd, registry
-from larp_jax.evaluation.evaluators import NextCodeEvaluator, ReconstructionEvaluator, encoded_clips
+from larp_jax.evaluation.evaluators import FlowEvaluator, NextCodeEvaluator, ReconstructionEvaluator, encoded_clips
 from larp_jax.evaluation.generated import classes_for, own_labels, videos_for
 from larp_jax.evaluation.metrics import Setting
 from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
+from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.generate import Sampler, class_counts, load_pair
-from larp_jax.models.generator import Generator
+from larp_jax.models.flow import flow_sums
 from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.sampling import SamplingOptions
-from larp_jax.runtime import sharding
+from larp_jax.runtime import rng, sharding
 from larp_jax.version import __version__
 from larp_jax.weights import networks
 from larp_jax.weights.checkpoint import Checkpoint
 
 CLIPS = (
     "T frames each, chosen as described under `windows`; leftover frames at the end of a video are dropped, a video"
-    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), then"
+    " shorter than T repeats its last frame; resized to just cover the resolution (bilinear, antialiased), then"
     " center crop; no flips"
 )
 
@@ -128,9 +130,9 @@ def evaluate(
     )  # fmt: skip
     found = api.load_checkpoint(checkpoint, weights=weights, kind=None)
     stages = {"tokenizer": _evaluate_tokenizer, "generator": _evaluate_generator}
-    if found.recipe.stage not in stages:
+    if found.recipe.holds not in stages:
         raise InputError(f"{checkpoint} holds a {found.recipe.stage}; give its tokenizer, with --budget auto")
-    scores, described, more = stages[found.recipe.stage](request, found)
+    scores, described, more = stages[found.recipe.holds](request, found)
     definitions = {"clips": CLIPS} | registry.definitions()
     described |= {
         "definitions": {name: text for name, text in definitions.items() if name in scores or name == "clips"},
@@ -188,7 +190,7 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
         raise InputError(f"--data {request.data}: none of its clips could be read; see the log for the reasons")
     described = clips.describe() | {
         "clips": extras["clips"],
-        "codes": "deterministic: the nearest code of each latent",
+        **_deterministic(model),
         "precision": "float32",
     }
     for metric in metrics:
@@ -200,13 +202,20 @@ def _evaluate_tokenizer(request: _Request, found: Checkpoint) -> tuple[dict[str,
     return scores, described, {} if codes is None else {"entropy_by_position": codes.position_entropy().tolist()}
 
 
+def _deterministic(model: TokenizerConfig) -> dict[str, Any]:
+    """How clips are encoded, for the protocol."""
+    if model.quantizer.has_codes:
+        return {"codes": "deterministic: the nearest code of each latent"}
+    return {"latents": "deterministic: the means", **model.size_of_clip}
+
+
 def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str, float], dict[str, Any], dict]:
     """Scores, protocol, and further entries of the result."""
     if not request.tokenizer:
         raise InputError(f"{request.checkpoint} holds a generator; add --tokenizer P, the one it was trained with")
     if request.budget or request.router:
         raise InputError(f"--budget is for tokenizers, {request.checkpoint} holds a generator; leave it out")
-    names = registry.choose(request.metrics, tuple(registry.GENERATOR_METRICS), "generator")
+    names = registry.choose(request.metrics, registry.generator_metrics(found.recipe.model), "generator")
     if found.recipe.model.ladder and "cross_entropy" in names:
         raise InputError(
             f"{request.checkpoint} has a ladder: its cross_entropy depends on how many codes clips are given, and is"
@@ -229,10 +238,10 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     clips = _clips(request, found, tokenizer.config, cond_frames)
     scores: dict[str, float] = {}
     described = clips.describe()
-    if "cross_entropy" in names:
-        code_scores, code_protocol = _next_code_scores(request, found, generator, tokenizer, clips)
-        scores |= code_scores
-        described |= code_protocol
+    if set(names) - {"fvd"}:
+        own_scores, own_protocol = _own_scores(request, found, generator, tokenizer, clips)
+        scores |= own_scores
+        described |= own_protocol
     if i3d:
         classes = classes_for(generator, clips)
         evaluator = fvd.FvdEvaluator(*i3d, clips, batch_size=request.batch_size, progress=request.progress)
@@ -256,25 +265,28 @@ def _evaluate_generator(request: _Request, found: Checkpoint) -> tuple[dict[str,
     return scores, described, {}
 
 
-def _next_code_scores(
+def _own_scores(
     request: _Request,
     found: Checkpoint,
     generator: api.LoadedGenerator,
     tokenizer: api.LoadedTokenizer,
     clips: ClipSet,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Scores of a generator on the codes of clips, in float32, and their protocol."""
+    """Scores of a generator on the codes or latents of clips, in float32, and their protocol."""
     config = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-request.batch_size // mesh.size) * mesh.size
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Generator(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: generator.network(config, rngs=nnx.Rngs(0))))
     cond_frames = found.recipe.given_frames
 
     def codes(batch, params):
         return encode_batch(tokenizer.module(params), batch, cond_frames=cond_frames)
 
     def sums(params, batch):
-        return score_sums(config, score_batch(nnx.merge(graphdef, params), batch), batch)
+        network = nnx.merge(graphdef, params)
+        if config.has_codes:
+            return score_sums(config, score_batch(network, batch), batch)
+        return flow_sums(network, batch, rng.key(0))
 
     trees = found.params["generator"], jax.device_get(tokenizer.params)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
@@ -282,8 +294,13 @@ def _next_code_scores(
         rows = encoded_clips(codes, frozen, clips, mesh, batch_size=batch_size, progress=request.progress)
         if config.has_classes:
             rows["label"] = own_labels(generator, clips, rows["label"])
-        scores = NextCodeEvaluator(sums, rows, mesh, batch_size=batch_size).run(params)
-    return scores, {"clips": len(rows["codes"]), "codes": {"K": config.codebook_size, "N": config.num_tokens}}
+        if isinstance(generator, LoadedFlow):
+            given = [name for name in ("latents", "condition") if name in rows]
+            rows |= {name: np.asarray(generator.standardized(rows[name])) for name in given}
+        evaluator = NextCodeEvaluator if config.has_codes else FlowEvaluator
+        scores = evaluator(sums, rows, mesh, batch_size=batch_size).run(params)
+    size = {"K": config.codebook_size} if config.has_codes else {"d": config.code_dim}
+    return scores, {"clips": len(rows["label"]), tokenizer.config.quantizer.tokens: size | {"N": config.num_tokens}}
 
 
 def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_frames: int | None = None) -> ClipSet:
@@ -300,7 +317,7 @@ def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_f
     sampled = found.recipe.data
     return ClipSet(
         request.data,
-        ClipSpec(config.frames, config.resolution, flip=False, fps=sampled.fps, stride=sampled.stride),
+        ClipSpec.of(config.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride),
         protocol,
         name=name or "",
         max_clips=request.max_clips,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from larp_jax import metrics
 from larp_jax.errors import InputError
 from larp_jax.evaluation.description import Description, Panel
-from larp_jax.evaluation.metrics import Metric, Reconstructed, Usage
+from larp_jax.evaluation.metrics import LatentUse, Metric, Reconstructed, Usage
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.pixels import as_float_video, to_uint8
 from larp_jax.models.tokenizer import Tokenizer
@@ -76,7 +76,8 @@ class ReconstructionEvaluator:
           params: parameters by module name (`tokenizer`, `prior`, ...), on the mesh.
 
         Returns:
-          Scalars by name, and a dict: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`),
+          Scalars by name, and a dict: `clips` (count), `codes` (`CodeStatistics`, None without `Usage`), `latents`
+          (`LatentStatistics` of the means [N, d] and of their divergences [N], None without `LatentUse`),
           `examples` (uint8 pairs [clips, 2, T, H, W, C] of the first clips of this process: original, reconstruction).
 
         Raises:
@@ -107,12 +108,14 @@ class ReconstructionEvaluator:
                     bar.update()
             if bar:
                 bar.close()
-        scalars, codes = {}, None
+        scalars, codes, latents = {}, None, None
         if clips:
             for metric, total in zip(self._metrics, totals, strict=True):
                 scalars |= metric.scalars(total)
                 codes = total if isinstance(metric, Usage) else codes
-        return scalars, {"clips": clips, "codes": codes, "examples": np.asarray(examples[:EXAMPLES])}
+                latents = total if isinstance(metric, LatentUse) else latents
+        shown = np.asarray(examples[:EXAMPLES])
+        return scalars, {"clips": clips, "codes": codes, "latents": latents, "examples": shown}
 
 
 def encoded_clips(
@@ -124,10 +127,10 @@ def encoded_clips(
     batch_size: int,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Rows for `NextCodeEvaluator`: codes of the clips that can be read, the same on every process.
+    """Rows for a `ScoreEvaluator`: codes or latents of the clips that can be read, the same on every process.
 
     Args:
-      codes: `codes(batch, frozen)` returns a batch with codes in place of its `video`.
+      codes: `codes(batch, frozen)` returns a batch with codes or latents in place of its `video`.
       frozen: parameters for `codes`, on the mesh.
       clips: to encode.
       mesh: where to compute.
@@ -150,19 +153,55 @@ def encoded_clips(
             if bar:
                 bar.update()
     rows = {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
-    if not len(rows["codes"]):
+    if not len(rows["label"]):
         raise InputError("no clip could be read; see the log for the reasons")
     return rows
 
 
-class NextCodeEvaluator(Description):
-    """How well a generator predicts the codes of clips, each from the codes before it, without dropout.
+class ScoreEvaluator(Description):
+    """How well a generator predicts clips: means of sums over rows, without dropout.
 
     Args:
-      sums: `sums(params, batch)` returns the `larp_jax.models.generator_codes.score_sums` of a batch of rows.
+      sums: `sums(params, batch)` returns sums and weights ([B], [B]) by name of the rows of a batch.
       rows: arrays [M, ...] by name, the same on every process.
       mesh: where to compute.
       batch_size: rows at a time, over all processes.
+    """
+
+    def __init__(
+        self,
+        sums: Callable[[dict, dict], dict[str, tuple[jax.Array, jax.Array]]],
+        rows: Mapping[str, np.ndarray],
+        mesh: Mesh,
+        *,
+        batch_size: int,
+    ):
+        self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
+        self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+    def run(self, params: dict) -> dict[str, float]:
+        """The scalars of `definitions`, as means over all rows.
+
+        Args:
+          params: parameters for `sums`, on the mesh.
+        """
+        means: dict[str, metrics.Mean] = {}
+        count = len(self._rows["label"])
+        local = self._batch_size // jax.process_count()
+        for start in range(0, count, self._batch_size):
+            numbers = np.arange(start, start + self._batch_size)
+            mine = np.minimum(numbers, count - 1)[jax.process_index() * local :][:local]
+            batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
+            for name, values in self._evaluate(params, batch).items():
+                total, weight = (float(np.asarray(x, np.float64)[numbers < count].sum()) for x in values)
+                means[name] = means.get(name, metrics.Mean.empty()).merge(metrics.Mean(total, weight))
+        return {name: mean.compute() for name, mean in means.items()}
+
+
+class NextCodeEvaluator(ScoreEvaluator):
+    """How well a generator predicts the codes of clips, each from the codes before it.
+
+    The sums are those of `larp_jax.models.generator_codes.score_sums`.
     """
 
     name = "cross_entropy"
@@ -178,36 +217,27 @@ class NextCodeEvaluator(Description):
         Panel("Accuracy of the next code", "share", {"top1": "top 1, evaluation", "top5": "top 5, evaluation"}),
     )
 
-    def __init__(
-        self,
-        sums: Callable[[dict, dict], dict[str, tuple[jax.Array, jax.Array]]],
-        rows: Mapping[str, np.ndarray],
-        mesh: Mesh,
-        *,
-        batch_size: int,
-    ):
-        self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
-        self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
-    def run(self, params: dict) -> dict[str, float]:
-        """`cross_entropy` (nats per code), `top1` and `top5`: means over all codes of all rows.
+class FlowEvaluator(ScoreEvaluator):
+    """How well a flow generator predicts velocities, under noise and times that are fixed for each clip.
 
-        With a ladder also `length_cross_entropy` (nats per block).
+    The sums are those of `larp_jax.models.flow.flow_sums`; the rows are numbered for it.
+    """
 
-        Args:
-          params: parameters for `sums`, on the mesh.
-        """
-        means: dict[str, metrics.Mean] = {}
-        count = len(self._rows["codes"])
-        local = self._batch_size // jax.process_count()
-        for start in range(0, count, self._batch_size):
-            numbers = np.arange(start, start + self._batch_size)
-            mine = np.minimum(numbers, count - 1)[jax.process_index() * local :][:local]
-            batch = sharding.to_mesh({name: x[mine] for name, x in self._rows.items()}, self._mesh)
-            for name, values in self._evaluate(params, batch).items():
-                total, weight = (float(np.asarray(x, np.float64)[numbers < count].sum()) for x in values)
-                means[name] = means.get(name, metrics.Mean.empty()).merge(metrics.Mean(total, weight))
-        return {name: mean.compute() for name, mean in means.items()}
+    name = "flow_loss"
+    definitions: ClassVar = {
+        "flow_loss": "mean squared error of the velocity from standardized latents to noise, one draw of noise and of a"
+        " logit-normal time for each clip, the same in every evaluation; float32, nothing left out",
+        "explained": "1 - flow_loss / the mean square of these velocities",
+    }
+    panels = (
+        Panel("Loss", "", {"flow_loss": "evaluation"}),
+        Panel("Explained part of the velocity", "share", {"explained": "evaluation"}),
+    )
+
+    def __init__(self, sums: Callable, rows: Mapping[str, np.ndarray], mesh: Mesh, *, batch_size: int):
+        numbers = np.arange(len(rows["label"]), dtype=np.int32)
+        super().__init__(sums, dict(rows) | {"number": numbers}, mesh, batch_size=batch_size)
 
 
 def _local_shards(array: jax.Array) -> list:

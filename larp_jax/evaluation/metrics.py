@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import metrics
-from larp_jax.config import TokenizerRecipe
+from larp_jax.config import TokenizerConfig, TokenizerRecipe
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.errors import InputError
 from larp_jax.evaluation import fvd
 from larp_jax.evaluation.description import Description, Panel
@@ -23,6 +24,8 @@ from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
+
+ACTIVE_STD = 0.1  # variance 0.01: Burda et al. 2016, arXiv 1509.00519, section 5.3
 
 
 class Reconstructed(NamedTuple):
@@ -57,6 +60,7 @@ class Need:
 
 
 CODES = Need("codes", lambda recipe, modules: recipe.model.quantizer.has_codes)
+LATENTS = Need("latents", lambda recipe, modules: not recipe.model.quantizer.has_codes)
 TRAINED_PRIOR = Need("a trained prior", lambda recipe, modules: "prior" in modules and recipe.model.num_tokens > 1)
 LADDER = Need("a ladder", lambda recipe, modules: recipe.model.adaptive is not None)
 SSIM_FRAMES = Need(
@@ -298,6 +302,44 @@ class Usage(Metric):
         return total.compute()
 
 
+class LatentUse(Metric):
+    """How much continuous latents carry: their divergence from noise, and how many of their channels vary."""
+
+    name = "latents"
+    definitions: ClassVar = {
+        "kl": "nats, KL divergence of the Gaussians of a clip from the standard normal distribution, sum over tokens"
+        " and channels, mean over clips",
+        "active": "share of the channels of all tokens whose mean varies over these clips, by a standard deviation"
+        " above 0.1 (active units, Burda et al. 2016); not with a ladder",
+    }
+    needs = (LATENTS,)
+    panels = (
+        Panel("KL of the latents", "nats", {"kl": "evaluation"}),
+        Panel("Active channels of the latents", "share", {"active": "evaluation"}),
+    )
+
+    def __init__(self, config: TokenizerConfig):
+        self._shape, self._fixed = config.token_shape, config.adaptive is None
+
+    @classmethod
+    def create(cls, setting):
+        return cls(setting.recipe.model)
+
+    def values(self, weights, batch):
+        return batch.quantized.z, batch.quantized.kl
+
+    def add(self, total, values, mask):
+        total = total or (LatentStatistics(*self._shape), LatentStatistics(self._shape[0]))
+        for statistics, value in zip(total, values, strict=True):
+            statistics.add(np.asarray(value)[mask > 0])
+        return total
+
+    def scalars(self, total):
+        latents, kl = total
+        active = {"active": float((latents.std > ACTIVE_STD).mean())}
+        return {"kl": float(kl.mean.sum())} | (active if self._fixed else {})  # with a ladder, places mix tokens
+
+
 class CodesUsed(Average):
     """The number of codes, of tokenizers with a ladder."""
 
@@ -368,6 +410,7 @@ METRICS: dict[str, type[Metric]] = {
         LpipsDistance,
         ReconstructionFvd,
         Usage,
+        LatentUse,
         CodesUsed,
         PriorScore,
     )

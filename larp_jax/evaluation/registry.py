@@ -4,16 +4,16 @@ from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 
-from larp_jax.config import TokenizerRecipe
+from larp_jax.config import Conditional, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.evaluation.allocation import RouterEvaluator
 from larp_jax.evaluation.description import Description
-from larp_jax.evaluation.evaluators import NextCodeEvaluator
+from larp_jax.evaluation.evaluators import FlowEvaluator, NextCodeEvaluator
 from larp_jax.evaluation.fvd import FvdEvaluator
 from larp_jax.evaluation.metrics import METRICS, Metric, Setting
 
-GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator]] = {
-    metric.name: metric for metric in (FvdEvaluator, NextCodeEvaluator)
+GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator] | type[FlowEvaluator]] = {
+    metric.name: metric for metric in (FvdEvaluator, NextCodeEvaluator, FlowEvaluator)
 }
 
 
@@ -37,6 +37,12 @@ def available(recipe: TokenizerRecipe, modules: Container[str]) -> tuple[str, ..
       modules: names of the modules that the checkpoint has parameters of.
     """
     return tuple(name for name, metric in METRICS.items() if metric.fits(recipe, modules))
+
+
+def generator_metrics(config: Conditional) -> tuple[str, ...]:
+    """Names of the metrics that apply to a generator with this configuration."""
+    left_out = FlowEvaluator.name if config.has_codes else NextCodeEvaluator.name
+    return tuple(name for name in GENERATOR_METRICS if name != left_out)
 
 
 def default_metrics(

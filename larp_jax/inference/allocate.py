@@ -72,9 +72,7 @@ def allocate(
     output = files.check_folder(output)
     reward, metrics = _measured(metric, config.resolution, lpips, output)
     reward = Reward(metric=reward, quality_weight=quality_weight, length_weight=length_weight)
-    clip = data.ClipSpec(
-        config.frames, config.resolution, flip=False, fps=tokenizer.fps, stride=tokenizer.stride
-    )
+    clip = data.ClipSpec.of(config.clip_shape, flip=False, fps=tokenizer.fps, stride=tokenizer.stride)
     source = data.open_source(spec, clip)
     windows = choose_windows(source, clip, max_clips)
     described = {
@@ -88,7 +86,8 @@ def allocate(
         "sampling": clip.sampling,
         "metrics": metrics,
     }
-    settings = {"command": "allocate", **described, "max_clips": max_clips, "windows": len(windows)}
+    settings = {"command": "allocate", "decoder": tokenizer.decoder_fingerprint, **described}
+    settings |= {"max_clips": max_clips, "windows": len(windows)}
     count = -(-len(windows) // SHARD_CLIPS)
     network = networks.load_lpips(lpips) if "lpips" in metrics else None
     with BatchFolder(output, settings, count, content="rewards") as run:

@@ -13,6 +13,8 @@ from larp_jax import files
 from larp_jax.data.codes import SETTINGS
 from larp_jax.errors import InputError
 
+NOT_NAMED = {"decoder"}  # settings that folders of earlier versions do not name
+
 
 class BatchFolder:
     """The folder and the share of each host; as a context manager, it locks the folder against other calls.
@@ -73,7 +75,7 @@ class BatchFolder:
         known = files.json_object(path)
         if not known:
             raise InputError(f"{path} cannot be read; name another {option}")
-        for name in sorted(settings.keys() | known.keys()):
+        for name in sorted((settings.keys() | known.keys()) - (NOT_NAMED - known.keys())):
             if settings.get(name) != known.get(name):
                 raise InputError(
                     f"{folder} was started with {name} {known.get(name)}, not {settings.get(name)}; name another"

@@ -23,6 +23,7 @@ from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import mean_by_label, new_manifest, read_shard, shard_name, write_manifest, write_shard
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.sources import MANY_LISTED, class_list
 from larp_jax.data.video import frame_grid, write_png, write_video
 from larp_jax.errors import InputError
@@ -101,6 +102,7 @@ class Sampler:
     ):
         generator.check_tokenizer(tokenizer)
         generator.assignment(budget, options)
+        options.fitting(generator.config)
         config, frames = generator.config, tokenizer.config.frames
         if config.ladder and cond_frames:
             blocks_of(tokenizer.config, cond_frames)
@@ -127,11 +129,12 @@ class Sampler:
         described = {
             "generator": self._generator.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "decoder": self.tokenizer.decoder_fingerprint,
             "precision": self._generator.precision,
             "seed": self._seed,
-            **vars(self._options),
+            **self._options.fitting(self._generator.config),
         }
-        del described["window"]  # which changes only the speed
+        described.pop("window", None)  # which changes only the speed
         if self._options.frames_scale == 1.0:  # folders of earlier versions do not name it
             del described["frames_scale"]
         if self.has_lengths:
@@ -141,7 +144,7 @@ class Sampler:
     def codes(
         self, numbers: Sequence[int], *, classes: np.ndarray | None = None, clips: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Samples codes.
+        """Samples codes or latents.
 
         Args:
           numbers: [M] numbers of the samples, at most `batch_size`.
@@ -149,7 +152,8 @@ class Sampler:
           clips: [M, T, H, W, C] uint8 clips that start with the given frames, if the generator is given frames.
 
         Returns:
-          Arrays by name as of `larp_jax.data.codes.read_shard`: `codes` [M, N] and, with a ladder, `lengths` [M, T].
+          Arrays by name as of `larp_jax.data.codes.read_shard`: `codes` [M, N] and, with a ladder, `lengths` [M, T]; or
+          `latents` [M, N, d] float16, as they are stored.
         """
         rows = np.resize(np.arange(len(numbers)), self._padded)
         condition = {}
@@ -165,8 +169,8 @@ class Sampler:
             **condition, indices=indices, key=self._key, budget=self._budget, **vars(self._options)
         )
         self._passes.append(int(sampled.passes))
-        found = {"codes": sampled.codes, "lengths": sampled.lengths}
-        return {name: np.asarray(x)[: len(numbers)] for name, x in found.items() if x is not None}
+        found = {name: np.asarray(x)[: len(numbers)] for name, x in sampled.arrays.items()}
+        return {name: x.astype(np.float16) if name == "latents" else x for name, x in found.items()}
 
     def report_passes(self) -> None:
         """With a window, logs how many codes a pass through the generator found on average."""
@@ -176,9 +180,9 @@ class Sampler:
 
     def decode(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         """Decodes what `codes` returns to videos [M, T, H, W, C], float32 in [0, 1]; M is at most `batch_size`."""
-        given = [rows[name] for name in ("codes", "lengths") if name in rows]
-        padded = [np.resize(x, (self._padded, x.shape[1])) for x in given]
-        return np.asarray(self.tokenizer.decode(*padded))[: len(rows["codes"])]
+        given = [rows[name] for name in ("codes", "latents", "lengths") if name in rows]
+        padded = [np.resize(x, (self._padded, *x.shape[1:])) for x in given]
+        return np.asarray(self.tokenizer.decode(*padded))[: len(given[0])]
 
 
 def sample(
@@ -386,7 +390,7 @@ def predict(
     sampler = Sampler(
         generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames, budget=budget
     )
-    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+    clip = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
     names = output_names([video.name for video in inputs.videos])
@@ -472,7 +476,7 @@ class SampleFolder(BatchFolder):
         """
         if not self._shard(number).exists():
             return None
-        manifest = self._manifest(self._total)
+        manifest = self._manifest(self._total, self._no_statistics())
         manifest["shards"][number]["rows"] = len(self.rows(number)) if count is None else count
         try:
             return read_shard(self.path, manifest, number)
@@ -504,7 +508,7 @@ class SampleFolder(BatchFolder):
 
     def finish(self, rows: list[dict], label_names: Sequence[str], *, sheet: bool) -> dict[str, Any]:
         """Writes the manifest and, with `sheet`, the image, after all hosts are done."""
-        manifest = self._manifest(len(rows)) | {"label_names": list(label_names), "rows": rows}
+        manifest = self._manifest(len(rows), self._statistics()) | {"label_names": list(label_names), "rows": rows}
         self._sampler.report_passes()
         is_last = self.is_last()
         manifest |= self.class_codes(np.array([row["label"] for row in rows]))
@@ -514,7 +518,20 @@ class SampleFolder(BatchFolder):
             write_manifest(self.path, manifest)
         return manifest
 
-    def _manifest(self, total: int) -> dict[str, Any]:
+    def _no_statistics(self) -> LatentStatistics | None:
+        """Statistics of no latents; None for codes."""
+        quantizer = self._sampler.tokenizer.config.quantizer
+        return None if quantizer.has_codes else LatentStatistics(quantizer.code_dim)
+
+    def _statistics(self) -> LatentStatistics | None:
+        """Those of the sampled latents that this host can read, as for `class_codes`; None for codes."""
+        found = self._no_statistics()
+        for number in range(self._count) if found else ():
+            if (kept := self.kept(number)) is not None:
+                found.add(kept["latents"])
+        return found
+
+    def _manifest(self, total: int, statistics: LatentStatistics | None) -> dict[str, Any]:
         """The manifest of `total` rows, without the rows."""
         tokenizer = self._sampler.tokenizer
         config = tokenizer.config
@@ -527,6 +544,7 @@ class SampleFolder(BatchFolder):
             N=config.num_tokens,
             clip=config.clip_shape,
             sizes=sizes,
+            statistics=statistics,
             adaptive=config.adaptive,
         )
 

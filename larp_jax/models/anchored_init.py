@@ -37,7 +37,8 @@ def anchored_init(tokenizer: Tokenizer) -> None:
       tokenizer: freshly initialized, with learned position tables.
 
     Raises:
-      InputError: there are no queries, the position tables are not learned, or the transformers are too narrow.
+      InputError: positions are rotary, there are no queries, the position tables are not learned, or the transformers
+        are too narrow.
     """
     c = tokenizer.config
     encoder, quantizer, decoder = tokenizer.encoder, tokenizer.quantizer, tokenizer.decoder
@@ -47,6 +48,8 @@ def anchored_init(tokenizer: Tokenizer) -> None:
         "learned_decoder_latent_pe",
         "learned_decoder_patch_query_embed",
     )
+    if c.is_rotary:
+        raise InputError("start.anchored needs tables of positions, which model.block='vitok' has not; turn it off")
     if c.is_patchwise:
         raise InputError("start.anchored places queries, which model.layout='patchwise' does not have; turn it off")
     if fixed := [name for name in learned if not getattr(c, name)]:

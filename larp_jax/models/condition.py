@@ -7,36 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larp_jax.config import GeneratorConfig
+from larp_jax.config import Conditional
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a generator is given before the first code of each clip; a part that its configuration lacks is None.
+    """What a generator is given of each clip; a part that its configuration lacks is None.
 
     Attributes:
       classes: [B] int32, negative for the null class. A generator without any condition is given the null class.
       frames: [B, N] int32 in [0, K), codes of clips of which the first frames are known and the last known one is
-        repeated, see `larp_jax.models.pixels.hold_last_frame`; negative where no frames are given.
+        repeated, see `larp_jax.models.pixels.hold_last_frame`; negative where no frames are given. For a generator of
+        latents these are latents, [B, N, d] float32, standardized as all others; NaN where no frames are given.
     """
 
     classes: jax.Array | np.ndarray | None = None
     frames: jax.Array | np.ndarray | None = None
 
     @classmethod
-    def of_batch(cls, config: GeneratorConfig, batch: Mapping[str, jax.Array]) -> "Condition":
-        """That of a batch with `label` [B] and, for given frames, `condition` [B, N]."""
+    def of_batch(cls, config: Conditional, batch: Mapping[str, jax.Array]) -> "Condition":
+        """That of a batch with `label` [B] and, for given frames, `condition` [B, N] or [B, N, d]."""
         classes = None if config.given == "frames" else batch["label"]
         if config.given == "none":
             classes = jnp.full_like(classes, -1)
         return cls(classes, batch["condition"] if config.has_frames else None)
 
     @classmethod
-    def zeros(cls, config: GeneratorConfig, rows: int) -> "Condition":
-        """Class 0 and code 0 for this many rows; to compile and measure programs."""
-        codes = np.zeros((rows, config.num_tokens), np.int32)
-        return cls.of_batch(config, {"label": codes[:, 0], "condition": codes})
+    def zeros(cls, config: Conditional, rows: int) -> "Condition":
+        """Class 0 and frames of zeros for this many rows; to compile and measure programs."""
+        frames = np.zeros((rows, *config.token_shape), np.int32 if config.has_codes else np.float32)
+        return cls.of_batch(config, {"label": np.zeros(rows, np.int32), "condition": frames})
 
     @property
     def rows(self) -> int:
@@ -47,6 +48,13 @@ class Condition:
         """The same frames with the null class, for guidance."""
         return dataclasses.replace(self, classes=jnp.full_like(self.classes, -1))
 
+    @property
+    def frames_given(self) -> jax.Array:
+        """[B] bool, where frames are given."""
+        first = self.frames.reshape(len(self.frames), -1)[:, 0]
+        return first >= 0 if jnp.issubdtype(first.dtype, jnp.integer) else ~jnp.isnan(first)
+
     def without_frames(self) -> "Condition":
         """The same classes without frames, for guidance."""
-        return dataclasses.replace(self, frames=jnp.full_like(self.frames, -1))
+        none = -1 if jnp.issubdtype(self.frames.dtype, jnp.integer) else jnp.nan
+        return dataclasses.replace(self, frames=jnp.full_like(self.frames, none))

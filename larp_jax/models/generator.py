@@ -16,7 +16,7 @@ from larp_jax.models.attention import attention
 from larp_jax.models.condition import Condition
 from larp_jax.models.dropout import dropout
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, rematerialized, run_stack, stack, unstack
+from larp_jax.models.layers import Dtype, Linear, RMSNorm, SwiGLU, rematerialized, run_stack, stack, unstack
 from larp_jax.models.packing import Layout
 from larp_jax.models.sequence import count_fitting, locate, mask_logits
 
@@ -30,21 +30,6 @@ def lengthen(cache: Cache, positions: int) -> Cache:
     keys, values = cache
     more = ((0, 0), (0, positions - values.shape[2]))
     return jnp.pad(keys, ((0, 0), (0, 0), *more)), jnp.pad(values, ((0, 0), *more, (0, 0)))
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the compute dtype."""
-
-    def __init__(self, width: int, *, epsilon: float, dtype: Dtype):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.epsilon = epsilon
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., width] -> the same shape in `dtype`."""
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...]).astype(self.dtype)
 
 
 class GroupedAttention(nnx.Module):
@@ -89,24 +74,6 @@ class GroupedAttention(nnx.Module):
         return self.out(rearrange(y, "b h (group w) d -> b w (h group d)", w=window)), (keys, values)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)), no biases."""
-
-    def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs, dtype: Dtype):
-        def linear(inputs, outputs):
-            init = nnx.initializers.normal(config.init_std)
-            return Linear(inputs, outputs, rngs=rngs, bias=False, kernel_init=init, dtype=dtype)
-
-        self.gate = linear(config.width, config.mlp_width)
-        self.up = linear(config.width, config.mlp_width)
-        self.down = linear(config.mlp_width, config.width)
-
-    def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
-        """norm(x), [..., D] -> the same shape."""
-        gate, up = rematerialized(lambda x: (self.gate(y := norm(x)), self.up(y)))(x)
-        return rematerialized(lambda gate, up: self.down(jax.nn.silu(gate) * up))(gate, up)
-
-
 class GeneratorBlock(nnx.Module):
     """x += attention(norm1(x)); x += mlp(norm2(x)); x in float32."""
 
@@ -114,7 +81,8 @@ class GeneratorBlock(nnx.Module):
         self.norm1 = RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
         self.attention = GroupedAttention(config, rngs=rngs, dtype=dtype)
         self.norm2 = RMSNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
-        self.mlp = SwiGLU(config, rngs=rngs, dtype=dtype)
+        init = nnx.initializers.normal(config.init_std)
+        self.mlp = SwiGLU(config.width, config.mlp_width, rngs=rngs, kernel_init=init, dtype=dtype)
         self.config = config
 
     def __call__(self, x: jax.Array, key: jax.Array | None, path_dropout: jax.Array) -> jax.Array:
@@ -313,7 +281,7 @@ class Generator(nnx.Module):
             classes = jnp.where(null, self.class_embedding.shape[0] - 1, condition.classes)
             parts.append(self.class_embedding[...][classes][:, None].astype(jnp.float32))
         if condition.frames is not None:
-            null = condition.frames[:, :1] < 0
+            null = ~condition.frames_given[:, None]
             if key is not None and c.has_null_frames:
                 null |= jax.random.bernoulli(jax.random.fold_in(key, 1), c.frames_dropout, null.shape)
             frames = jnp.where(null, c.codebook_size, condition.frames)

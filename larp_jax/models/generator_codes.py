@@ -1,4 +1,4 @@
-"""Codes of a batch for a generator, and how it scores them: the same in training and in evaluation."""
+"""Codes or latents of a batch for a generator, and how one of codes scores them, in training and in evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ from larp_jax.models.pixels import as_float_video, hold_last_frame
 from larp_jax.models.sequence import count_fitting, join, locate, mask_logits
 from larp_jax.models.tokenizer import Tokenizer
 
+CONTEXT_NOISE = 3  # number of the random key of noise in the context; the network has the first three
+
 
 def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> dict:
     """The batch with `codes` [B, N] int32, and for frame prediction `condition` [B, N], in place of its `video`.
 
-    The codes are deterministic and computed in float32 for any precision of the run, like those written to disk.
+    Of a tokenizer with continuous latents these are `latents` and `condition` [B, N, d] float32. They are deterministic
+    and computed in float32 for any precision of the run, like those written to disk.
 
     Args:
       tokenizer: the frozen tokenizer.
@@ -25,13 +28,26 @@ def encode_batch(tokenizer: Tokenizer, batch: dict, *, cond_frames: int = 0) -> 
     batch = dict(batch)
     video = as_float_video(batch.pop("video"))
     with jax.default_matmul_precision("float32"):
-        batch["codes"] = tokenizer.quantize(video).indices
+        batch[tokenizer.config.quantizer.tokens] = tokenizer.quantize(video).tokens
         if cond_frames:
-            batch["condition"] = tokenizer.quantize(hold_last_frame(video, cond_frames)).indices
+            batch["condition"] = tokenizer.quantize(hold_last_frame(video, cond_frames)).tokens
     return batch
 
 
-def score_batch(generator: Generator, batch: dict, *, key: jax.Array | None = None) -> NextCode:
+def with_random_codes(config: GeneratorConfig, symbols: jax.Array, key: jax.Array, most: jax.Array) -> jax.Array:
+    """Sequences [B, n] int32 with random codes in place of some: of each sequence a share, uniform in [0, most].
+
+    Lengths are kept: they tell where the other symbols belong. (reAR, arXiv 2510.04450, section 3: noisy context.)
+    """
+    share_key, place_key, code_key = jax.random.split(key, 3)
+    share = most * jax.random.uniform(share_key, (len(symbols), 1))
+    chosen = (jax.random.uniform(place_key, symbols.shape) < share) & (symbols < config.codebook_size)
+    return jnp.where(chosen, jax.random.randint(code_key, symbols.shape, 0, config.codebook_size), symbols)
+
+
+def score_batch(
+    generator: Generator, batch: dict, *, key: jax.Array | None = None, context_noise: jax.Array | None = None
+) -> NextCode:
     """How the generator predicts the codes of a batch, [B, N] each; with a ladder its symbols, [B, N + T].
 
     Args:
@@ -39,13 +55,17 @@ def score_batch(generator: Generator, batch: dict, *, key: jax.Array | None = No
       batch: with `codes` and `label` [B] int32 (-1: none), with `condition` if frames are given, and with `lengths`
         [B, T] int32 if there is a ladder.
       key: turns on dropout.
+      context_noise: with a key, the largest share of random codes in the context, see `with_random_codes`.
     """
     c, tokens, lengths, fitting = generator.config, batch["codes"], None, ()
     if c.ladder:
         lengths = batch["lengths"]
         tokens = join(c, tokens, lengths)
         fitting = (count_fitting(c, lengths, locate(lengths, c.symbols)),)
-    features = generator.features(Condition.of_batch(c, batch), tokens[:, :-1], lengths, key=key)
+    context = tokens[:, :-1]
+    if context_noise is not None:
+        context = with_random_codes(c, context, jax.random.fold_in(key, CONTEXT_NOISE), context_noise)
+    features = generator.features(Condition.of_batch(c, batch), context, lengths, key=key)
 
     def logits(x, *fitting):
         x = generator.head(x).astype(jnp.float32)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from larp_jax.config import TransformerConfig
+from larp_jax.config import TransformerConfig, swiglu_width
 from larp_jax.models.attention import attention
 from larp_jax.models.dropout import dropout
+from larp_jax.models.rotary import Rotation, rotate
 
 Dtype = jnp.dtype | type
 
@@ -136,6 +137,21 @@ class LayerNorm(nnx.Module):
         return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the compute dtype."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape in `dtype`."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...]).astype(self.dtype)
+
+
 class Memory(NamedTuple):
     """What later positions attend to.
 
@@ -175,30 +191,43 @@ class SelfAttention(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None = None, *, norm: Callable, blocks: jax.Array | None = None
+        self,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        norm: Callable,
+        blocks: jax.Array | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Attention of norm(x), [B, N, D] -> [B, N, D]; `blocks` as for `larp_jax.models.attention.attention`.
 
-        `key` turns on dropout of the attention probabilities.
+        `key` turns on dropout of the attention probabilities; `rotation` is that of queries and keys.
         """
         qkv = rematerialized(lambda x: self.qkv(norm(x)))(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         y = attention(q, k, v, causal=self.causal, blocks=blocks, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
 
-    def extend(self, x: jax.Array, memory: Memory, *, norm: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def extend(
+        self, x: jax.Array, memory: Memory, *, norm: Callable, rotation: Rotation | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attention of norm(x) to itself and to earlier positions, without dropout.
 
         Args:
           x: [B, N, D].
           memory: of the earlier positions, M of them, with `seen` [B, M + N] also of these.
           norm: layer norm.
+          rotation: of the queries and keys of x.
 
         Returns:
           [B, N, D], and the keys and values of x, [B, N, H, d] each.
         """
         q, k, v = rearrange(self.qkv(norm(x)), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         keys, values = (jnp.concatenate(pair, axis=1) for pair in ((memory.keys, k), (memory.values, v)))
         y = jax.nn.dot_product_attention(q, keys, values, mask=memory.seen[:, None, None, :])
         return self.out(rearrange(y, "b n h d -> b n (h d)")), k, v
@@ -212,16 +241,42 @@ def _three_xavier_uniform(key: jax.Array, shape: tuple[int, int], dtype: Dtype) 
 
 
 class Mlp(nnx.Module):
-    """Linear, exact (erf) GELU, linear; hidden width 4 D."""
+    """Linear, exact (erf) GELU, linear; hidden width 4 D unless given."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
-        self.up = Linear(width, 4 * width, rngs=rngs, dtype=dtype)
-        self.down = Linear(4 * width, width, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, hidden: int | None = None, *, rngs: nnx.Rngs, dtype: Dtype):
+        hidden = hidden or 4 * width
+        self.up = Linear(width, hidden, rngs=rngs, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
         """MLP of norm(x), [..., D] -> [..., D]."""
         x = rematerialized(lambda x: self.up(norm(x)))(x)
         return rematerialized(lambda x: self.down(gelu(x)))(x)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Callable = nnx.initializers.xavier_uniform(),
+        dtype: Dtype,
+    ):
+        def linear(inputs, outputs):
+            return Linear(inputs, outputs, rngs=rngs, bias=False, kernel_init=kernel_init, dtype=dtype)
+
+        self.gate = linear(width, hidden)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width)
+
+    def __call__(self, x: jax.Array, *, norm: Callable) -> jax.Array:
+        """MLP of norm(x), [..., D] -> [..., D]."""
+        gate, up = rematerialized(lambda x: (self.gate(y := norm(x)), self.up(y)))(x)
+        return rematerialized(lambda gate, up: self.down(jax.nn.silu(gate) * up))(gate, up)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -231,7 +286,10 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Pre-LN transformer block: x += attention(norm(x)); x += mlp(norm(x)); x in float32."""
+    """Pre-LN transformer block: x += attention(norm(x)); x += mlp(norm(x)); x in float32.
+
+    `kind` is `larp`: layer norms and an MLP with GELU; or `vitok`: RMS norms and SwiGLU with as many parameters.
+    """
 
     def __init__(
         self,
@@ -243,9 +301,11 @@ class Block(nnx.Module):
         separate_qkv: bool = False,
         attention_dropout: float = 0.0,
         residual_dropout: float = 0.0,
+        kind: str = "larp",
         dtype: Dtype = jnp.float32,
     ):
-        self.norm1 = LayerNorm(width, epsilon=1e-5, dtype=dtype)
+        norm = {"larp": LayerNorm, "vitok": RMSNorm}[kind]
+        self.norm1 = norm(width, epsilon=1e-5, dtype=dtype)
         self.attention = SelfAttention(
             width,
             heads,
@@ -255,19 +315,31 @@ class Block(nnx.Module):
             dropout_rate=attention_dropout,
             dtype=dtype,
         )
-        self.norm2 = LayerNorm(width, epsilon=1e-5, dtype=dtype)
-        self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
+        self.norm2 = norm(width, epsilon=1e-5, dtype=dtype)
+        if kind == "vitok":
+            self.mlp = SwiGLU(width, swiglu_width(width), rngs=rngs, dtype=dtype)
+        else:
+            self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
         self.residual_dropout = residual_dropout
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, blocks: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        blocks: jax.Array | None = None,
+        rotation: Rotation | None = None,
+    ) -> jax.Array:
         """x [B, N, D] float32 -> the same shape; `key` turns on dropout, `blocks` [B, N] masks attention."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + dropout(self.attention(x, keys[0], norm=self.norm1, blocks=blocks), self.residual_dropout, keys[1])
+        y = self.attention(x, keys[0], norm=self.norm1, blocks=blocks, rotation=rotation)
+        x = x + dropout(y, self.residual_dropout, keys[1])
         return x + dropout(self.mlp(x, norm=self.norm2), self.residual_dropout, keys[2])
 
-    def extend(self, x: jax.Array, memory: Memory) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def extend(
+        self, x: jax.Array, memory: Memory, rotation: Rotation | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, N, D] float32 -> the same shape, and its keys and values; see `SelfAttention.extend`."""
-        y, keys, values = self.attention.extend(x, memory, norm=self.norm1)
+        y, keys, values = self.attention.extend(x, memory, norm=self.norm1, rotation=rotation)
         x = x + y
         return x + self.mlp(x, norm=self.norm2), keys, values
 
@@ -279,9 +351,10 @@ def run_stack(
     blocks: nnx.Module,
     x: jax.Array,
     *per_layer: jax.Array,
-    shared: tuple[jax.Array, ...] = (),
+    shared: tuple = (),
     remat: str = "none",
     key: jax.Array | None = None,
+    span: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Applies stacked blocks (leaves [depth, ...], see `stack`) to x with `lax.scan`, so that one block is compiled.
 
@@ -292,20 +365,23 @@ def run_stack(
       shared: further arguments, the same for all blocks.
       remat: what the backward pass recomputes: `none`, every `block`, or all but the matrix products (`dots`).
       key: random key of dropout, split over the layers; None turns dropout off.
+      span: (i, j) applies only blocks i .. j - 1, without a copy of their weights; for frozen weights, as gradients
+        of weights would need much memory, and without `per_layer` and `key`.
     """
     graphdef, layers = nnx.split(blocks)
     depth = jax.tree.leaves(layers)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
 
     def body(x, layer):
-        params, key, *rest = layer
+        own, key, *rest = layer
+        params = own if span is None else jax.tree.map(lambda p: p[own], layers)
         return nnx.merge(graphdef, params)(x, key, *rest, *shared), None
 
     if remat == "block":
         body = jax.checkpoint(body)
     elif remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.lax.scan(body, x, (layers, keys, *per_layer))[0]
+    return jax.lax.scan(body, x, (layers if span is None else jnp.arange(*span), keys, *per_layer))[0]
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
@@ -327,23 +403,54 @@ def unstack(blocks: nnx.Module) -> list[nnx.Module]:
 
 
 class Transformer(nnx.Module):
-    """The bidirectional transformer of the tokenizer and the discriminator; no norm after the last block."""
+    """The bidirectional transformer of the tokenizer and the discriminator; no norm after the last block.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: str = "none", dtype: Dtype = jnp.float32):
-        self.blocks = stack(config.depth, lambda r: Block(config.width, config.heads, rngs=r, dtype=dtype), rngs)
+    `kind` is that of its blocks, see `Block`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        kind: str = "larp",
+        remat: str = "none",
+        dtype: Dtype = jnp.float32,
+    ):
+        make = lambda r: Block(config.width, config.heads, rngs=r, kind=kind, dtype=dtype)  # noqa: E731
+        self.blocks = stack(config.depth, make, rngs)
+        self.depth = config.depth
         self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
-    def __call__(self, x: jax.Array, blocks: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, blocks: jax.Array | None = None, rotation: Rotation | None = None
+    ) -> jax.Array:
         """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
-        return run_stack(self.blocks, x, shared=() if blocks is None else (blocks,), remat=self.remat)
+        return run_stack(self.blocks, x, shared=(blocks, rotation), remat=self.remat)
 
-    def extend(self, x: jax.Array, seen: jax.Array, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
+    def keeping(
+        self, x: jax.Array, layer: int, blocks: jax.Array | None = None, rotation: Rotation | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
+        graphdef, layers = nnx.split(self.blocks)
+
+        def run(x, part):
+            some = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[part], layers))
+            return run_stack(some, x, shared=(blocks, rotation), remat=self.remat)
+
+        kept = run(x, slice(layer))
+        return kept if layer == self.depth else run(kept, slice(layer, None)), kept
+
+    def extend(
+        self, x: jax.Array, seen: jax.Array, past: Sequence[Memory], rotation: Rotation | None = None
+    ) -> tuple[jax.Array, Memory]:
         """Applies the transformer to positions that attend to themselves and to earlier ones, as with `blocks`.
 
         Args:
           x: [B, N, D] float32.
           seen: [B, N] bool, which of them are attended to.
           past: what earlier calls returned for earlier positions, in any order.
+          rotation: that of x.
 
         Returns:
           The same shape as x, and the memory of these positions.
@@ -357,7 +464,7 @@ class Transformer(nnx.Module):
 
         def body(x, layer):
             params, keys, values = layer
-            x, *own = nnx.merge(graphdef, params).extend(x, Memory(keys, values, everything))
+            x, *own = nnx.merge(graphdef, params).extend(x, Memory(keys, values, everything), rotation)
             return x, own
 
         x, (keys, values) = jax.lax.scan(body, x, (layers, keys, values))

@@ -15,41 +15,59 @@ SCALE = np.float32([0.458, 0.448, 0.450])
 SMALLEST = 2 ** (len(STAGES) - 1)
 
 
-class Lpips(nnx.Module):
-    """VGG16 up to its last convolution, and a weight per compared channel.
+class Vgg(nnx.Module):
+    """VGG16 up to the last convolution of a stage.
 
-    Parameters are float32: `conv1_1` .. `conv5_3` with kernels [3, 3, inputs, outputs] and biases, `head1` .. `head5`
-    with one weight per channel. They are random until trained weights are loaded.
+    Parameters are float32: `conv1_1`, `conv1_2`, `conv2_1`, ... with kernels [3, 3, inputs, outputs] and biases. They
+    are random until trained weights are loaded.
     """
 
-    def __init__(self, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
-        """`dtype` is the dtype of the convolutions; features are compared in float32."""
+    def __init__(self, stages: int, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        """`stages` is how many of `STAGES` it has; `dtype` is the dtype of the convolutions."""
+        self.stages = tuple(len(widths) for widths in STAGES[:stages])
+        self.width = STAGES[stages - 1][-1]
         inputs = 3
-        for stage, widths in enumerate(STAGES, 1):
+        for stage, widths in enumerate(STAGES[:stages], 1):
             for i, width in enumerate(widths, 1):
                 conv = nnx.Conv(inputs, width, (3, 3), padding="SAME", dtype=dtype, rngs=rngs)
                 setattr(self, f"conv{stage}_{i}", conv)
                 inputs = width
-            setattr(self, f"head{stage}", nnx.Param(jnp.full((inputs,), 1.0 / inputs)))
 
-    def features(self, frames: jax.Array) -> list[jax.Array]:
-        """Unit-length features after each stage.
+    def activations(self, frames: jax.Array) -> list[jax.Array]:
+        """Rectified output of the last convolution of each stage.
 
         Args:
           frames: [B, H, W, 3] in [0, 1].
 
         Returns:
-          Five arrays [B, H / 2^i, W / 2^i, channels] (rounded down), float32.
+          Arrays [B, H / 2^i, W / 2^i, channels] (rounded down), float32.
         """
         x = (2.0 * frames - 1.0 - SHIFT) / SCALE
         found = []
-        for stage, widths in enumerate(STAGES, 1):
+        for stage, convs in enumerate(self.stages, 1):
             if stage > 1:
                 x = _max_pool(x)
-            for i in range(1, len(widths) + 1):
+            for i in range(1, convs + 1):
                 x = jax.nn.relu(getattr(self, f"conv{stage}_{i}")(x))
-            found.append(_normalize(x.astype(jnp.float32)))
+            found.append(x.astype(jnp.float32))
         return found
+
+
+class Lpips(Vgg):
+    """VGG16 up to its last convolution, and a weight per compared channel.
+
+    The additional parameters `head1` .. `head5` have one weight per channel.
+    """
+
+    def __init__(self, *, rngs: nnx.Rngs, dtype: Dtype = jnp.float32):
+        """`dtype` is the dtype of the convolutions; features are compared in float32."""
+        super().__init__(len(STAGES), rngs=rngs, dtype=dtype)
+        for stage, widths in enumerate(STAGES, 1):
+            setattr(self, f"head{stage}", nnx.Param(jnp.full((widths[-1],), 1.0 / widths[-1])))
+
+    def features(self, frames: jax.Array) -> list[jax.Array]:
+        """Unit-length features after each stage; see `activations`."""
+        return [_normalize(x) for x in self.activations(frames)]
 
     def distance(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Distance between each frame of x and the same frame of y.

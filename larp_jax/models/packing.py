@@ -55,7 +55,7 @@ def block_layout(block: int, lengths: jax.Array, size: int) -> Layout:
     return Layout(jnp.full_like(place, block), place, place < lengths[:, None])
 
 
-def repeated(assignment: Sequence[int], rows: int) -> jax.Array:
+def repeated(assignment: Sequence[int] | jax.Array, rows: int) -> jax.Array:
     """The lengths [rows, T] int32 of clips that all have the same assignment."""
     return jnp.tile(jnp.asarray(assignment, jnp.int32), (rows, 1))
 

@@ -1,15 +1,19 @@
-"""Sampling from a generator: one compiled program from the condition to the codes (LARP, section 4.1)."""
+"""Sampling from a generator: one compiled program from the condition to the codes (LARP, section 4.1).
+
+The options and guidance are also those of `larp_jax.models.flow_sampling`.
+"""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from larp_jax.config import GeneratorConfig
+from larp_jax.config import Conditional, GeneratorConfig
+from larp_jax.config.checks import one_of
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
@@ -23,13 +27,19 @@ from larp_jax.models.sequence import count_fitting, locate, split
 CACHE_PARTS = 4
 SHORTEST_PART = 64
 
+SOLVERS = ("euler", "heun")
+OF_CODES = ("cfg_interval", "temperature", "top_k", "top_p", "window")  # options without a meaning for flows
+OF_FLOWS = ("solver", "solver_steps")  # options without a meaning for codes
+
 # (tokens [B, W], number of the first token to draw, caches; with a ladder lengths) -> (tokens drawn after them, caches)
 Predict = Callable[..., tuple[jax.Array, list[Cache]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How codes are drawn (LARP, section 4.1).
+    """How codes are drawn (LARP, section 4.1), or latents found by a flow.
+
+    Guidance is that of logits, or of the velocities of a flow.
 
     Attributes:
       cfg_scale: guidance by the class: logits = unconditional + scale * (conditional - unconditional); 1 for none.
@@ -41,6 +51,9 @@ class SamplingOptions:
       top_p: draws among the smallest set of likeliest codes whose probability exceeds p; 1 for all.
       window: how many codes a pass through the network may find, see `_decode_in_windows`; 1 draws one after the other.
         The codes are the same, except for rounding.
+      solver: `euler` or `heun`, how a flow is followed, see `larp_jax.models.flow_sampling`.
+      solver_steps: number of its steps; the published 100 (ViTok, arXiv 2501.09755). Heun's method evaluates the
+        network twice in each but the last.
 
     Raises:
       InputError: a number is out of its range.
@@ -53,8 +66,11 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     window: int = 1
+    solver: str = "euler"
+    solver_steps: int = 100
 
     def __post_init__(self):
+        one_of("solver", self.solver, SOLVERS)
         for name, holds, expected in (
             ("cfg_scale", 1.0 <= self.cfg_scale < float("inf"), "at least 1, which is no guidance"),
             ("frames_scale", 1.0 <= self.frames_scale < float("inf"), "at least 1, which is no guidance"),
@@ -63,9 +79,25 @@ class SamplingOptions:
             ("top_k", self.top_k >= 0, "at least 1, or 0 for all codes"),
             ("window", self.window >= 1, "at least 1, which draws one code after the other"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1, which keeps all codes"),
+            ("solver_steps", self.solver_steps >= 1, "at least 1"),
         ):
             if not holds:
                 raise InputError(f"{name} must be {expected}; got {getattr(self, name)}")
+
+    def fitting(self, config: Conditional) -> dict[str, Any]:
+        """The options that such a generator has, by name.
+
+        Raises:
+          InputError: an option was given that it does not have.
+        """
+        left_out, what = (OF_FLOWS, "latents") if config.has_codes else (OF_CODES, "codes")
+        for field in dataclasses.fields(self):
+            if field.name in left_out and getattr(self, field.name) != field.default:
+                raise InputError(
+                    f"{field.name} {getattr(self, field.name)} is for generators of {what}, and this one is not; leave"
+                    " it out"
+                )
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def plan(self, num_tokens: int) -> "Plan":
         """What of these is compiled in, for sequences of so many codes."""
@@ -78,16 +110,21 @@ class SamplingOptions:
             top_k=self.top_k > 1,
             top_p=self.top_p < 1.0 and self.top_k != 1,
             window=max(1, min(self.window, num_tokens - 1)),
+            solver=self.solver,
         )
 
     def scalars(self) -> dict[str, float]:
         """What may change without compiling again."""
-        return {name: getattr(self, name) for name in ("cfg_scale", "frames_scale", "temperature", "top_k", "top_p")}
+        names = ("cfg_scale", "frames_scale", "temperature", "top_k", "top_p", "solver_steps")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The parts that a sampling program has: guidance, for how many codes, how they are drawn, how many in a pass."""
+    """The parts that a sampling program has: guidance, for how many codes, how they are drawn, how many in a pass.
+
+    For a flow: guidance and the solver.
+    """
 
     scales: tuple[str, ...]
     guided: int
@@ -95,6 +132,7 @@ class Plan:
     top_k: bool
     top_p: bool
     window: int
+    solver: str
 
 
 class Sequences(NamedTuple):
@@ -150,6 +188,12 @@ class Sampled(NamedTuple):
     lengths: jax.Array | None
     passes: jax.Array
 
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Arrays by name, as of `larp_jax.data.codes.read_shard`."""
+        found = {"codes": self.codes, "lengths": self.lengths}
+        return {name: x for name, x in found.items() if x is not None}
+
 
 def sample_codes(
     generator: Generator,
@@ -182,13 +226,13 @@ def sample_codes(
     c = generator.config
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-    conditions = _conditions(condition, plan)
+    conditions = guided_conditions(condition, plan)
     guided, groups = plan.guided > 0, len(conditions)
 
     def draw(logits, number, guided, lengths):
         """Tokens [B, W] from `number` on, from logits [B, W, V], of G rows for each sample with guidance."""
         rows = [logits[i::groups] for i in range(groups)] if guided else [logits]
-        logits = _guide(rows, scalars, plan)[..., : c.codebook_size]
+        logits = guide(rows, scalars, plan)[..., : c.codebook_size]
         numbers = number + jnp.arange(logits.shape[1])
         keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(numbers))(row_keys)
         codes = draw_codes(logits.reshape(-1, c.codebook_size), keys.ravel(), scalars, plan).reshape(keys.shape)
@@ -233,7 +277,7 @@ def sample_codes(
     return Sampled(*sequences.codes(c), passes)
 
 
-def _conditions(condition: Condition, plan: Plan) -> list[Condition]:
+def guided_conditions(condition: Condition, plan: Plan) -> list[Condition]:
     """The condition, and for each scale of guidance what is left of the one before without its part."""
     conditions = [condition]
     for name in plan.scales:
@@ -290,8 +334,8 @@ def _sample_block(
     return Sampled(split(config, tokens, lengths), lengths, passes)
 
 
-def _guide(rows: list[jax.Array], scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
-    """Logits with guidance, from those of the conditions, the whole one first."""
+def guide(rows: list[jax.Array], scalars: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
+    """Logits, or velocities, with guidance: from those of the conditions, the whole one first."""
     logits = rows[-1]
     for name, more, less in reversed(list(zip(plan.scales, rows[:-1], rows[1:], strict=False))):
         logits = logits + scalars[name] * (more - less)

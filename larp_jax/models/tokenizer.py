@@ -1,5 +1,6 @@
 """The LARP tokenizer: encoder with holistic queries, quantizer and decoder (LARP, arXiv 2410.21264, section 3.2)."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,8 +11,28 @@ from flax import nnx
 from larp_jax.config import TokenizerConfig
 from larp_jax.models import packing
 from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
+from larp_jax.models.grids import Grid, patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Memory, Transformer
 from larp_jax.models.quantizer import Quantized, Quantizer
+from larp_jax.models.rotary import Rotation, angles_3d, rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rotary:
+    """The rotations of sequences of patches of a grid and tokens that have no place in it, if they are `used`."""
+
+    used: bool
+    grid: Grid
+    heads: int
+    width: int
+
+    def of(
+        self, patches: slice = slice(None), *, grid: Grid | None = None, before: int = 0, after: int = 0
+    ) -> Rotation | None:
+        """The rotation of these patches, of a grid, with so many tokens before or after them; None if none is used."""
+        if not self.used:
+            return None
+        return rotation(angles_3d(grid or self.grid, self.width, self.grid)[patches], before, after)
 
 
 class Encoder(nnx.Module):
@@ -30,6 +51,7 @@ class Encoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_encoder_patch_pe,
             token_type=c.use_encoder_patch_token_type_embed,
+            rotary=c.is_rotary,
         )
         queries = None
         if not c.is_patchwise:
@@ -44,33 +66,47 @@ class Encoder(nnx.Module):
                 blocks=c.blocks,
             )
         self.queries = queries
-        self.transformer = Transformer(c.encoder, rngs=rngs, remat=remat, dtype=dtype)
+        self.transformer = Transformer(c.encoder, rngs=rngs, kind=c.block, remat=remat, dtype=dtype)
         self.num_tokens = c.num_tokens
+        self.rotary = _Rotary(c.is_rotary, c.encoder_grid, *self.transformer.head_shape)
 
-    def __call__(self, video: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given."""
-        patches = self.patch_embed(video) + self.patch_positions()
+    def __call__(
+        self, video: jax.Array, lengths: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> jax.Array:
+        """Video [B, T, H, W, C] in [0, 1] -> [B, N, D] float32; packed if lengths of blocks are given.
+
+        With `seen`, [B, patches] bool, queries and patches do not attend to the other patches.
+        """
+        grid = patch_grid(video.shape[1:], self.patch_embed.patch)
+        patches = self.patch_embed(video) + self.patch_positions(grid)
         if self.queries is None:
-            return self.transformer(patches)
-        if lengths is None:
+            return self.transformer(patches, rotation=self.rotary.of(grid=grid))
+        if lengths is None and seen is None:
             queries, blocks = self.queries(), None
             queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
         else:
+            if lengths is None:  # one block of all codes
+                lengths = jnp.full((len(patches), 1), self.num_tokens, jnp.int32)
             layout = packing.layout(lengths, self.num_tokens)
             queries = self.queries.at(layout)
             first = packing.block_of_patches(lengths, patches.shape[1])
+            if seen is not None:  # a patch that comes after all blocks is seen by none
+                first = jnp.where(seen, first, lengths.shape[1])
             blocks = jnp.concatenate([first, layout.block], axis=1)
-        x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks)
+        rotation = self.rotary.of(grid=grid, after=queries.shape[1])
+        x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks, rotation)
         return x[:, patches.shape[1] :]
 
     def extend(self, frames: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """The frames of the block after `past`, [B, T / blocks, H, W, C] -> [B, N, D] for its layout [B, N]."""
         patches = self.patch_embed(frames)
         count = patches.shape[1]
-        patches = patches + self.patch_positions()[len(past) * count :][:count]
+        mine = slice(len(past) * count, (len(past) + 1) * count)
+        patches = patches + self.patch_positions()[mine]
         seen = jnp.concatenate([jnp.ones((len(frames), count), bool), layout.valid], axis=1)
         x = jnp.concatenate([patches, self.queries.at(layout)], axis=1)
-        x, memory = self.transformer.extend(x, seen, past)
+        rotation = self.rotary.of(mine, after=x.shape[1] - count)
+        x, memory = self.transformer.extend(x, seen, past, rotation)
         return x[:, count:], memory
 
 
@@ -103,8 +139,10 @@ class Decoder(nnx.Module):
             rngs=rngs,
             learned=c.learned_decoder_patch_query_embed,
             token_type=c.use_decoder_patch_query_token_type_embed,
+            rotary=c.is_rotary,
         )
-        self.transformer = Transformer(c.decoder, rngs=rngs, remat=remat, dtype=dtype)
+        self.transformer = Transformer(c.decoder, rngs=rngs, kind=c.block, remat=remat, dtype=dtype)
+        self.rotary = _Rotary(c.is_rotary, c.decoder_grid, *self.transformer.head_shape)
         self.norm = LayerNorm(width, epsilon=1e-6, dtype=dtype)
         pt, ph, pw = c.decoder_patch
         self.head = Linear(
@@ -112,19 +150,35 @@ class Decoder(nnx.Module):
         )
         self.grid, self.patch, self.blocks = c.decoder_grid, c.decoder_patch, c.blocks
 
-    def __call__(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped.
+    def __call__(
+        self, latents: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped; `shape` is [T, H, W], by default its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        patches = self.head(self.features(latents, lengths)).astype(jnp.float32)
-        return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
+        grid = patch_grid(shape, self.patch) if shape else self.grid
+        x, first, shared = self._inputs(latents, lengths, grid)
+        return self._video(self.transformer(x, *shared)[:, first:], grid)
 
-    def features(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> inputs of the head, [B, patches, D]."""
-        queries = self.patch_queries()
+    def with_features(
+        self, latents: jax.Array, lengths: jax.Array | None, layer: int, shape: tuple[int, ...] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `__call__`, and the patches after the first `layer` blocks, [B, t, h, w, D] float32."""
+        grid = patch_grid(shape, self.patch) if shape else self.grid
+        x, first, shared = self._inputs(latents, lengths, grid)
+        x, kept = self.transformer.keeping(x, layer, *shared)
+        return self._video(x[:, first:], grid), kept[:, first:].reshape(len(kept), -1, *grid[1:], kept.shape[-1])
+
+    def _video(self, x: jax.Array, grid: Grid) -> jax.Array:
+        patches = self.head(self.norm(x)).astype(jnp.float32)
+        return unpatchify(patches, (patches.shape[1] // (grid[1] * grid[2]), *grid[1:]), self.patch)
+
+    def _inputs(self, latents, lengths, grid: Grid) -> tuple[jax.Array, int, tuple]:
+        """What the transformer reads, [B, N + patches, D], the position of the first patch, blocks and rotation."""
+        queries = self.patch_queries(grid)
         if self.latent_positions is None:
-            return self.norm(self.transformer(latents + queries))
+            return latents + queries, 0, (None, self.rotary.of(grid=grid))
         if lengths is None:
             latents, blocks = latents + self.latent_positions(), None
         else:
@@ -133,25 +187,28 @@ class Decoder(nnx.Module):
             queries = queries[: len(queries) // self.blocks * lengths.shape[1]]
             last = packing.block_of_patches(lengths, len(queries))
             blocks = jnp.concatenate([layout.block, last], axis=1)
+        rotation = self.rotary.of(slice(len(queries)), grid=grid, before=latents.shape[1])
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
-        x = self.transformer(jnp.concatenate([latents, queries], axis=1), blocks)[:, latents.shape[1] :]
-        return self.norm(x)
+        return jnp.concatenate([latents, queries], axis=1), latents.shape[1], (blocks, rotation)
 
     def extend(self, latents: jax.Array, layout: packing.Layout, past: Sequence[Memory]) -> tuple[jax.Array, Memory]:
         """Latents [B, N, D] of the block after `past`, in this layout -> its frames, not clamped."""
-        grid = (self.grid[0] // self.blocks, *self.grid[1:])
-        count = math.prod(grid)
-        queries = self.patch_queries()[len(past) * count :][:count]
+        count = math.prod(self.grid) // self.blocks
+        mine = slice(len(past) * count, (len(past) + 1) * count)
+        queries = self.patch_queries()[mine]
         queries = jnp.broadcast_to(queries, (len(latents), *queries.shape))
         seen = jnp.concatenate([layout.valid, jnp.ones((len(latents), count), bool)], axis=1)
         x = jnp.concatenate([latents + self.latent_positions.at(layout), queries], axis=1)
-        x, memory = self.transformer.extend(x, seen, past)
-        patches = self.head(self.norm(x[:, latents.shape[1] :])).astype(jnp.float32)
-        return unpatchify(patches, grid, self.patch), memory
+        rotation = self.rotary.of(mine, before=latents.shape[1])
+        x, memory = self.transformer.extend(x, seen, past, rotation)
+        return self._video(x[:, latents.shape[1] :], self.grid), memory
 
 
 class Tokenizer(nnx.Module):
-    """Encodes videos to N discrete codes, and decodes them.
+    """Encodes videos to N discrete codes, or for the KL bottleneck continuous latents, and decodes them.
+
+    Videos may have fewer frames than a clip and another height and width, all divisible into patches: positions follow
+    the coordinates, see `Positions3d`, and the number of codes stays N. In the patchwise layout each patch has a code.
 
     If the configuration has a ladder, `lengths` [B, T] int32 are the numbers of codes of each block of each clip, and
     codes and latents are packed (`larp_jax.models.packing`). Without them, every clip gets the largest uniform numbers.
@@ -194,23 +251,37 @@ class Tokenizer(nnx.Module):
           The reconstruction [B, T, H, W, C] float32 (not clamped) and the output of the quantizer.
         """
         quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
-        return self.decode_latents(quantized.z_q, quantized.lengths), quantized
+        return self.decode_latents(quantized.z_q, quantized.lengths, video.shape[1:4]), quantized
 
-    def quantize(self, video: jax.Array, lengths: jax.Array | None = None, **options) -> Quantized:
-        """The first half of `__call__`, with the same arguments."""
+    def quantize(
+        self, video: jax.Array, lengths: jax.Array | None = None, *, seen: jax.Array | None = None, **options
+    ) -> Quantized:
+        """The first half of `__call__`, with the same arguments; `seen` as for `Encoder`."""
         lengths = self._lengths(lengths, video.shape[0])
-        return self.quantizer(self.quantizer.project(self.encoder(video, lengths)), lengths=lengths, **options)
+        latents = self.quantizer.project(self.encoder(video, lengths, seen))
+        return self.quantizer(latents, lengths=lengths, **options)
 
-    def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
+    def decode_latents(
+        self, z_q: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped, of this shape [T, H, W], or of its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
+        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]), shape)
 
-    def decode(self, indices: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Codes [B, N] int -> video [B, T, H, W, C] float32, not clamped; `lengths` as for `decode_latents`."""
-        return self.decode_latents(self.quantizer.lookup(indices), lengths)
+    def decode_with_features(
+        self, z_q: jax.Array, lengths: jax.Array | None, layer: int, shape: tuple[int, ...] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The result of `decode_latents`, and the decoder's patches after `layer` blocks, [B, t, h, w, D] float32."""
+        lengths = self._lengths(lengths, z_q.shape[0])
+        return self.decoder.with_features(self.quantizer.expand(z_q), lengths, layer, shape)
+
+    def decode(
+        self, tokens: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Codes [B, N] int, or for the KL bottleneck latents [B, N, d] -> video as `decode_latents`."""
+        return self.decode_latents(self.quantizer.lookup(tokens), lengths, shape)
 
     def extend(
         self, frames: jax.Array, lengths: jax.Array, past: Sequence[tuple[Memory, Memory]]
@@ -225,8 +296,8 @@ class Tokenizer(nnx.Module):
           past: what this method returned for each block before.
 
         Returns:
-          Codes [B, largest number of the ladder] int32 (0 after the block's own), the reconstructed frames (not
-          clamped), and the memory of the block in encoder and decoder.
+          Codes [B, largest number of the ladder] int32, or latents with an axis of d (0 after the block's own), the
+          reconstructed frames (not clamped), and the memory of the block in encoder and decoder.
         """
         codes, of_encoder = self.encode_block(frames, lengths, [memory for memory, _ in past])
         reconstruction, of_decoder = self.decode_block(codes, lengths, [memory for _, memory in past])
@@ -237,7 +308,7 @@ class Tokenizer(nnx.Module):
     ) -> tuple[jax.Array, Memory]:
         """The first half of `extend`: codes and the memory in the encoder, which is all that `past` contains."""
         h, memory = self.encoder.extend(frames, self._block_layout(lengths, past), past)
-        return self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).indices, memory
+        return self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).tokens, memory
 
     def decode_block(
         self, codes: jax.Array, lengths: jax.Array, past: Sequence[Memory]

@@ -29,7 +29,7 @@ BATCH = P(("dcn", "data", "fsdp"))
 
 # The first match applies. A spec is for the last axes; stacked layers have one more in front, which is never split.
 RULES = (
-    (r"(qkv|gate|up|proj|in_linear)/kernel", P("fsdp", "model")),
+    (r"(qkv|gate|up|proj|in_linear|modulation)/kernel", P("fsdp", "model")),
     (r"(out|down|head|out_linear)/kernel", P("model", "fsdp")),
     # by columns: the number of rows, codes and a separator or classes and null, is odd
     (r"(token_embedding|class_embedding|positions|queries)(/table)?$", P(None, ("fsdp", "model"))),

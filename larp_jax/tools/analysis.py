@@ -3,7 +3,8 @@
 By construction, holistic tokens are not tied to places in the clip. To find out what a position encodes, its code is
 replaced and the clip decoded: where the clip changes (ablation maps over space and time), how much its error to the
 original increases, and how good the clip is if only some of the codes are kept. In addition: which codes each position
-uses, and how well the prior predicts them.
+uses, and how well the prior predicts them. Continuous latents are replaced like codes; how much each position carries
+is then the KL divergence of its Gaussian.
 """
 
 import os
@@ -22,6 +23,7 @@ from larp_jax.allocation import Assigner
 from larp_jax.api import LoadedTokenizer
 from larp_jax.config import Assignment, MeshConfig
 from larp_jax.data import ClipSpec
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.video import write_png
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import ReconstructionEvaluator
@@ -40,10 +42,10 @@ from larp_jax.weights.checkpoint import Checkpoint
 FORMAT = "larp_jax.token_analysis"
 VERSION = 1
 NUMBERS, ARRAYS, MAPS = "analysis.json", "analysis.npz", "maps.png"
-FIGURES = "kept", "change", "reach", "entropy", "prior", "accuracy"
+FIGURES = "kept", "change", "reach", "entropy", "kl", "prior", "accuracy"
 REPLACEMENTS = {
-    "other": "the code of another of these clips at the same position",
-    "common": "the most frequent code at the same position",
+    "other": "the code (or latent) of another of these clips at the same position",
+    "common": "the most frequent code (or the mean latent) at the same position",
 }
 ROWS = 16  # variants of a batch that one call decodes in sequence
 KEPT_COUNTS = 16
@@ -56,6 +58,8 @@ DEFINITIONS = {
     "time": "the same over frames",
     "entropy": "entropy of the codes seen at the position, in nats; at most log(clips)",
     "codes": "number of distinct codes seen at the position",
+    "kl": "KL divergence of the position's Gaussian from the standard normal distribution, in nats, mean over clips",
+    "spread": "root mean variance of the channels of the position's latent over clips",
     "prior_cross_entropy": "cross-entropy of the position's code under the prior, given the latents before it, in nats",
     "prior_top1": "share of clips whose code the prior ranks first",
     "prior_top5": "share of clips whose code the prior ranks among the first five",
@@ -79,8 +83,8 @@ def analyze(
     """Analyzes what the token positions encode, and writes numbers and images.
 
     The folder receives `analysis.json` (the returned dictionary), `analysis.npz` (`patches` [N, t, h, w] and `frames`
-    [N, T]: mean squared change of the clip by decoder patch and by frame; `counts` [N, K] of the codes), `maps.png` and
-    `*.svg`.
+    [N, T]: mean squared change of the clip by decoder patch and by frame; `counts` [N, K] of the codes, or `mean` and
+    `std` [N, d] of latents), `maps.png` and `*.svg`.
 
     Args:
       found: checkpoint of a tokenizer.
@@ -98,25 +102,22 @@ def analyze(
       (`tokens`: numbers of kept codes, and `psnr` by order), `protocol`.
 
     Raises:
-      InputError: the tokenizer has no codes, the data cannot be read or has too few clips, or the output cannot be
-        written.
+      InputError: the data cannot be read or has too few clips, or the output cannot be written.
     """
     model = found.recipe.model
-    if not model.quantizer.has_codes:
-        raise InputError(f"{found.path} has continuous latents (quantizer.kind='kl') and no codes to analyze")
     output = files.check_folder(output)
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     sampled = found.recipe.data
-    clip = ClipSpec(model.frames, model.resolution, flip=False, fps=sampled.fps, stride=sampled.stride)
+    clip = ClipSpec.of(model.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(
         output, names, ours=names if is_analysis(output / NUMBERS) else (), but=" and is not an analysis"
     ) as folder:
-        result, patches, frames, counts = _analyze(found, clips, ablated, replace, budget, batch_size)
+        result, patches, frames, seen = _analyze(found, clips, ablated, replace, budget, batch_size)
         with files.writing(folder / ARRAYS) as file:
-            np.savez_compressed(file, patches=patches, frames=frames, counts=counts.astype(np.int32))
+            np.savez_compressed(file, patches=patches, frames=frames, **seen.arrays())
         write_png(folder / MAPS, ablation_picture(patches, frames))
         for chart in figures(result):
             files.write_bytes(folder / f"{chart.name}.svg", charts.as_file(chart).encode())
@@ -131,24 +132,24 @@ def is_analysis(path: pathlib.Path) -> bool:
 
 def _analyze(
     found: Checkpoint, clips: ClipSet, ablated: ClipSet, replace: str, budget: str | None, batch_size: int
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """The result of `analyze`, and the arrays that it writes: patches, frames, counts."""
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, "SeenCodes | SeenLatents"]:
+    """The result of `analyze`, and what it writes as arrays: patches, frames, and what was seen at the positions."""
     model = found.recipe.model
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    ladder, size = model.adaptive, model.quantizer.codebook_size
+    ladder, size = model.adaptive, model.quantizer.codes
     if ladder and budget and not isinstance(ladder.goal(budget, size, "--budget"), tuple):
         raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
     assign = tokenizer.assigner(budget)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        summary, codes, prior_scores, count = _statistics(found, tokenizer, assign, clips, mesh, batch_size)
-        positions = len(codes.counts)
+        summary, seen, prior_scores, count = _statistics(found, tokenizer, assign, clips, mesh, batch_size)
+        positions = seen.positions
         videos, mine = _read(tokenizer, budget, ablated, batch_size)
         mine = mine[:, :positions]
         fill = np.roll(mine, len(mine) // 2, axis=0)  # neighboring clips may be from the same video
         if replace == "common":
-            fill = np.broadcast_to(codes.counts.argmax(axis=1).astype(np.int32), mine.shape)
+            fill = np.broadcast_to(seen.common(), mine.shape)
         elif len(mine) < 2:
             raise InputError("there is only one clip, and no other clip to take codes from; use --replace common")
         probe = Probe(tokenizer, mesh, videos, mine, fill, assign.fixed, batch_size=batch_size)
@@ -158,19 +159,16 @@ def _analyze(
     by_position = {
         "change": patches.mean(axis=(1, 2, 3)),
         "rise": error.mean(axis=1) - whole.mean(),
-        "space": _effective_share(patches.sum(axis=1).reshape(len(patches), -1)),
-        "time": _effective_share(frames),
-        "entropy": codes.position_entropy(),
-        "codes": (codes.counts > 0).sum(axis=1),
+        "space": effective_share(patches.sum(axis=1).reshape(len(patches), -1)),
+        "time": effective_share(frames),
+        **seen.by_position(),
         **prior_scores,
     }
     weights = by_position["change"] / max(by_position["change"].sum(), np.finfo(float).tiny)
     summary |= {
-        "usage": float(codebook_usage(codes.counts.sum(axis=0))),
-        "perplexity": float(perplexity(codes.counts.sum(axis=0))),
-        "position_entropy": float(by_position["entropy"].mean()),
+        **seen.summary(),
         "psnr_all_replaced": kept["psnr"]["first"][0],
-        "effective_positions": _effective_share(weights[None])[0] * positions,
+        "effective_positions": effective_share(weights[None])[0] * positions,
         "space": np.nansum(weights * by_position["space"]),
         "time": np.nansum(weights * by_position["time"]),
     }
@@ -191,7 +189,59 @@ def _analyze(
             "step": found.step,
         },
     }
-    return result, patches, frames, codes.counts
+    return result, patches, frames, seen
+
+
+class SeenCodes:
+    """Which codes the clips have at each position: counts [N, K]."""
+
+    def __init__(self, counts: np.ndarray):
+        self.counts, self.positions = counts, len(counts)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What to write."""
+        return {"counts": self.counts.astype(np.int32)}
+
+    def common(self) -> np.ndarray:
+        """The most frequent code of each position, [N] int32."""
+        return self.counts.argmax(axis=1).astype(np.int32)
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Numbers of each position, [N] by name."""
+        return {"entropy": CodeStatistics(self.counts).position_entropy(), "codes": (self.counts > 0).sum(axis=1)}
+
+    def summary(self) -> dict[str, float]:
+        """Scalars by name."""
+        overall = self.counts.sum(axis=0)
+        return {
+            "usage": float(codebook_usage(overall)),
+            "perplexity": float(perplexity(overall)),
+            "position_entropy": float(self.by_position()["entropy"].mean()),
+        }
+
+
+class SeenLatents:
+    """The latents of the clips at each of the positions: mean and standard deviation [N, d], and divergence [N]."""
+
+    def __init__(self, latents: LatentStatistics, kl: LatentStatistics, positions: int):
+        self.mean, self.std, self.kl = (x[:positions] for x in (latents.mean, latents.std, kl.mean))
+        self.positions = positions
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What to write."""
+        return {"mean": self.mean.astype(np.float32), "std": self.std.astype(np.float32)}
+
+    def common(self) -> np.ndarray:
+        """The mean of each position, [N, d] float32."""
+        return self.mean.astype(np.float32)
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Numbers of each position, [N] by name."""
+        return {"kl": self.kl, "spread": np.sqrt(np.square(self.std).mean(axis=1))}
+
+    def summary(self) -> dict[str, float]:
+        """Scalars by name."""
+        return {"kl": float(self.kl.sum())}
 
 
 class Probe:
@@ -201,8 +251,8 @@ class Probe:
       tokenizer: its parameters are on the mesh.
       mesh: devices to compute on.
       videos: uint8 [M, T, H, W, C].
-      codes: [M, N] int32, the codes of the videos.
-      fill: [M, N] int32, the replacements.
+      codes: [M, N] int32, the codes of the videos, or latents [M, N, d].
+      fill: the same, the replacements.
       lengths: the numbers of codes of each block, if the tokenizer has a ladder.
       batch_size: clips decoded at a time; a multiple of the number of devices.
     """
@@ -220,8 +270,8 @@ class Probe:
     ):
         self._tokenizer, self._mesh, self._batch_size = tokenizer, mesh, batch_size
         self._rows = {"video": videos, "codes": codes, "fill": fill}
-        measure = lambda params, batch, keep: _measure(tokenizer.module(params), batch, keep, lengths)  # noqa: E731
-        self._measure = jax.jit(measure, out_shardings=sharding.replicated(mesh))
+        measured = lambda params, batch, keep: measure(tokenizer.module(params), batch, keep, lengths)  # noqa: E731
+        self._measure = jax.jit(measured, out_shardings=sharding.replicated(mesh))
 
     def calls(self, variants: int) -> int:
         """Number of progress updates of `run`."""
@@ -257,16 +307,31 @@ class Probe:
         return np.concatenate(errors, axis=1), patches / count, frames / count
 
 
-def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Assignment | None):
-    """For each row of keep [R, N]: squared errors [R, B], and sums over clips of squared changes by patch and frame."""
+def measure(
+    tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Array, lengths: Assignment | jax.Array | None
+):
+    """What `Probe` computes of one batch, for use in a compiled function.
+
+    Args:
+      tokenizer: the network.
+      batch: `video` [B, T, H, W, C], `codes` and `fill` [B, N], and `mask` [B] float32, 0 for clips that do not count.
+      keep: bool [R, N], which codes stay; the others are those of `fill`.
+      lengths: [blocks], the numbers of codes of each block, if the tokenizer has a ladder.
+
+    Returns:
+      For each row of `keep`: squared errors [R, B], and sums over clips of the squared changes, by decoder patch
+      [R, t, h, w] and by frame [R, T].
+    """
 
     def decode(codes):
-        return jnp.clip(tokenizer.decode(codes, lengths and repeated(lengths, len(codes))), 0.0, 1.0)
+        given = None if lengths is None else repeated(lengths, len(codes))
+        return jnp.clip(tokenizer.decode(codes, given), 0.0, 1.0)
 
     video, whole = as_float_video(batch["video"]), decode(batch["codes"])
     pt, ph, pw = tokenizer.config.decoder_patch
 
     def variant(kept):
+        kept = kept.reshape(-1, *(1,) * (batch["codes"].ndim - 2))  # with an axis for those of latents
         decoded = decode(jnp.where(kept, batch["codes"], batch["fill"]))
         error = jnp.square(decoded - video).mean(axis=(1, 2, 3, 4))
         change = jnp.einsum("b,bthw->thw", batch["mask"], jnp.square(decoded - whole).mean(axis=-1))
@@ -279,8 +344,9 @@ def _measure(tokenizer: Tokenizer, batch: Mapping[str, jax.Array], keep: jax.Arr
 def _statistics(
     found: Checkpoint, tokenizer: LoadedTokenizer, assign: Assigner, clips: ClipSet, mesh: Mesh, batch_size: int
 ):
-    """Summary scalars, code counts, scores of the prior by position, and the number of clips."""
-    names = [name for name in available(found.recipe, found.params) if name in ("psnr", "usage", "prior")]
+    """Summary scalars, what was seen at the positions, scores of the prior there, and the number of clips."""
+    wanted = ("psnr", "usage", "latents", "prior")
+    names = [name for name in available(found.recipe, found.params) if name in wanted]
     metrics = default_metrics(names, found.recipe)
     by_position = PriorByPosition(found.recipe) if "prior" in names else None
     evaluator = ReconstructionEvaluator(
@@ -298,11 +364,14 @@ def _statistics(
         raise InputError("no clip could be read; see the log for the reasons")
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     prior_scores = by_position.result if by_position else {}
+    if extras["latents"] is not None:
+        used = sum(assign.fixed) if assign.fixed else found.recipe.model.num_tokens
+        return summary, SeenLatents(*extras["latents"], used), prior_scores, extras["clips"]
     counts = extras["codes"].counts
-    codes = CodeStatistics(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
+    seen = SeenCodes(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
     # code 0 has no prediction
-    prior_scores = {name: np.array([np.nan, *values])[: len(codes.counts)] for name, values in prior_scores.items()}
-    return summary, codes, prior_scores, extras["clips"]
+    prior_scores = {name: np.array([np.nan, *values])[: seen.positions] for name, values in prior_scores.items()}
+    return summary, seen, prior_scores, extras["clips"]
 
 
 class PriorByPosition(PriorScore):
@@ -331,7 +400,7 @@ class PriorByPosition(PriorScore):
 def _read(
     tokenizer: LoadedTokenizer, budget: str | None, clips: ClipSet, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The clips that can be read, uint8 [M, T, H, W, C], and their codes [M, N] int32."""
+    """The clips that can be read, uint8 [M, T, H, W, C], and their codes [M, N] int32 or latents [M, N, d]."""
     videos, codes = [], []
     with clips.batches(batch_size) as batches:
         for batch in batches:
@@ -364,7 +433,7 @@ def _ablate(probe: Probe, positions: int):
     return whole, replaced, kept
 
 
-def _effective_share(weights: np.ndarray) -> np.ndarray:
+def effective_share(weights: np.ndarray) -> np.ndarray:
     """exp(entropy) / n of rows of n weights: 1 if all are equal, 1 / n if only one is above 0, NaN if all are 0."""
     total = weights.sum(axis=1, keepdims=True)
     shares = weights / np.where(total > 0, total, 1.0)
@@ -389,33 +458,34 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     Args:
       patches: mean squared changes [N, t, h, w].
       frames: mean squared changes [N, T].
-      side: approximate width of a tile in pixels.
+      side: approximate longer side of a tile in pixels.
       gap: pixels between tiles.
 
     Returns:
       uint8 [height, width, 3].
     """
     shown = np.unique(np.linspace(0, len(patches) - 1, min(TILES, len(patches))).round().astype(int))
-    scale = max(1, side // patches.shape[2])
+    scale = max(1, side // max(patches.shape[2:]))
     tiles = []
     for place, time in zip(patches[shown].mean(axis=1), frames[shown], strict=True):
-        tile = np.kron(_scaled(place), np.ones((scale, scale)))
-        strip = _scaled(time)[np.arange(tile.shape[1]) * len(time) // tile.shape[1]]
+        tile = np.kron(scaled(place), np.ones((scale, scale)))
+        strip = scaled(time)[np.arange(tile.shape[1]) * len(time) // tile.shape[1]]
         blank = np.full((2, tile.shape[1]), np.nan)
         tiles.append(np.concatenate([tile, blank, np.tile(strip, (gap, 1))]))
     columns = int(np.ceil(np.sqrt(len(tiles))))
     tiles += [np.full_like(tiles[0], np.nan)] * (-len(tiles) % columns)
     tiles = [np.pad(tile, gap, constant_values=np.nan) for tile in tiles]
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return _colored(np.concatenate(rows))
+    return colored(np.concatenate(rows))
 
 
-def _scaled(mean_squares: np.ndarray) -> np.ndarray:
+def scaled(mean_squares: np.ndarray) -> np.ndarray:
+    """Roots of mean squared changes, divided by the largest: what the maps show, in [0, 1]."""
     root = np.sqrt(mean_squares)
     return root / max(root.max(), np.finfo(float).tiny)
 
 
-def _colored(values: np.ndarray) -> np.ndarray:
+def colored(values: np.ndarray) -> np.ndarray:
     """Maps [H, W] in [0, 1] to colors, uint8 [H, W, 3]; NaN becomes white."""
     at = np.linspace(0, 1, len(SEQUENTIAL))
     colors = np.stack([np.interp(np.nan_to_num(values), at, channel) for channel in SEQUENTIAL.T], axis=-1)
@@ -442,6 +512,7 @@ def figures(result: Mapping[str, Any]) -> list[charts.Chart]:
         by_position("change", "Change when the code is replaced", {"change": "clip", "rise": "error"}, "mean square"),
         by_position("reach", "Extent of the change", {"space": "share of the frame", "time": "share of frames"}),
         by_position("entropy", "Entropy of the codes", {"entropy": ""}, "nats"),
+        by_position("kl", "KL of the latents", {"kl": ""}, "nats"),
         by_position("prior", "Cross-entropy of the prior", {"prior_cross_entropy": ""}, "nats"),
         by_position("accuracy", "Accuracy of the prior", {"prior_top1": "top 1", "prior_top5": "top 5"}),
     ]

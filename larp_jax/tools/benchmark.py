@@ -14,7 +14,6 @@ from flax import nnx
 from larp_jax.config import MeshConfig, RouterConfig, TokenizerRecipe
 from larp_jax.data import ClipSpec, Source, timing, train_batches
 from larp_jax.data.pipeline import ReadClip
-from larp_jax.errors import InputError
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
@@ -24,6 +23,13 @@ from larp_jax.training.common import DTYPES
 from larp_jax.training.tokenizer import TokenizerStage
 
 WINDOWS = 5
+# Losses without which the step is compiled too: name, setting, its value that turns the loss off. For the discriminator
+# (`gan`) that program is timed as well.
+TERMS = (
+    ("prior", "prior_weight", 0.0),
+    ("perceptual", "perceptual", "none"),
+    ("alignment", "alignment_weight", 0.0),
+)
 CLIPS_TIMED_ALONE = 64
 # What the ceilings are measured with: the width of the matrices, and the numbers to read over all devices of a CPU or
 # on each other device.
@@ -43,7 +49,7 @@ def benchmark_data(
 
     Args:
       spec: the data set, in the format of `larp_jax.data.parse_spec`.
-      clip: frames and resolution of a clip.
+      clip: frames and size of a clip.
       batch_size: clips per batch.
       workers: processes that read; 0 reads in threads.
       seconds: length of the measurement, without opening the data set and the warm-up of 3 batches.
@@ -120,17 +126,16 @@ def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, floa
     return clips, elapsed, time.process_time() - spent
 
 
-def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[str, Any]:
+def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0, by_term: bool = True) -> dict[str, Any]:
     """Measures the training step on clips of noise: needs no data set and no weights.
 
-    In addition to the whole step, with and without an update of the discriminator, its parts are measured as separate
-    programs: the step without a discriminator, and the discriminator update. Calls of all programs alternate, so that
-    other load on the machine slows all of them equally. Two of the programs give the ceilings: products of large
-    matrices, and reading memory.
+    Programs are the step with and without an update of the discriminator, the step without it, the update alone, and
+    two for the ceilings, large products and reading memory. Their calls alternate, so other load slows all equally.
 
     Args:
       recipe: recipe of a tokenizer.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      by_term: whether to compile the step without each of its losses too, for their memory.
 
     Returns:
       The settings and results by name. Times (`..._ms`) are medians; `step_ms` is the mean over a period of
@@ -138,9 +143,10 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
       counted by `larp_jax.tools.flops`. `compiler_flops_share` is XLA's count for the whole program divided by ours,
       both with the body of each loop counted once (above 1, because XLA also counts other operations). `mfu` is the
       time of the model FLOPs at the ceiling divided by `step_ms`. `memory_..._mb` are the megabytes of a compiled
-      program on one device: arguments, results and temporaries. With a discriminator, `memory_over_parts` is the memory
-      of the step divided by that of both parts together, and `gan_time_ratio` and `gan_flops_ratio` are time and FLOPs
-      of the step divided by those of the step without a discriminator.
+      program on one device: arguments, results and temporaries; `memory_without_TERM_mb` is that of the step without
+      one of the losses and its networks. With a discriminator, `memory_over_parts` is the memory of the step divided by
+      that of both parts together, and `gan_time_ratio` and `gan_flops_ratio` are time and FLOPs of the step divided by
+      those of the step without a discriminator.
 
     Raises:
       InputError: the batch cannot be split over the devices, or sizes do not match.
@@ -157,8 +163,8 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         if every > 1:
             programs["between"] = lambda: whole(first_update + 1)
         if has_gan:
-            plain = _Step(_without_gan(recipe), mesh)
-            alone = _DiscriminatorStep(recipe, mesh)
+            plain = _Step(_without(recipe, adversarial_weight=0.0), mesh)
+            alone = _DiscriminatorStep(recipe, mesh, whole.frozen)
             programs |= {"plain": lambda: plain(first_update), "alone": alone}
         times = _times_in_turns(programs, seconds)
 
@@ -185,6 +191,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         **ceiling,
         "mfu": per_clip * clips / step / 1e12 / ceiling["ceiling_tflops_second"],
         "memory_step_mb": whole.memory / 1e6,
+        **(memory_without_terms(recipe, mesh) if by_term else {}),
     }
     if has_gan:
         result |= {
@@ -201,8 +208,34 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
     return result
 
 
-def _without_gan(recipe: TokenizerRecipe) -> TokenizerRecipe:
-    return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
+def _without(recipe: TokenizerRecipe, **off) -> TokenizerRecipe:
+    """The recipe with these settings of its losses."""
+    return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, **off))
+
+
+def memory_without_terms(recipe: TokenizerRecipe, mesh) -> dict[str, float]:
+    """Megabytes of the compiled step on one device without each of `TERMS` that it has: `memory_without_TERM_mb`."""
+    loss = recipe.loss
+    with jax.set_mesh(mesh):
+        return {
+            f"memory_without_{term}_mb": _memory(_without(recipe, **{setting: off}), mesh) / 1e6
+            for term, setting, off in TERMS
+            if getattr(loss, setting) != off
+        }
+
+
+def _memory(recipe: TokenizerRecipe, mesh) -> float:
+    """Bytes of the compiled step on one device; nothing is allocated."""
+    stage, key = TokenizerStage(recipe), rng.key(0)
+    shapes = jax.eval_shape(stage.init, key)
+    placement, replicated = sharding.state_shardings(shapes, mesh), sharding.replicated(mesh)
+    rows = jax.ShapeDtypeStruct((recipe.data.batch_size, *recipe.model.clip_shape), jnp.uint8)
+    inputs = shapes, {"video": rows}, key, stage.frozen_shapes()
+    placements = placement, {"video": sharding.batch_sharding(mesh)}, replicated, replicated
+    step = jax.jit(
+        stage.train_step, donate_argnums=0, in_shardings=placements, out_shardings=(placement, replicated)
+    )
+    return _Program(step.lower(*inputs)).memory
 
 
 def benchmark_codec(
@@ -231,13 +264,8 @@ def benchmark_codec(
       its time divided by that of the encoding; `gflops_clip`, `compiler_flops_share`,
       `ceiling_tflops_second` and `mfu` as in `benchmark_train`; `memory_mb` of the compiled program on one device; and
       the ceiling of memory bandwidth (`ceiling_gigabytes_second`).
-
-    Raises:
-      InputError: the tokenizer has continuous latents and no codes.
     """
     config = recipe.model
-    if not config.quantizer.has_codes:
-        raise InputError(f"benchmark {what} needs codes; model.quantizer.kind='kl' has continuous latents")
     recipe = dataclasses.replace(recipe, precision=precision, mesh=MeshConfig())
     mesh = sharding.make_mesh(recipe.mesh)
     clips = -(-batch_size // mesh.size) * mesh.size
@@ -245,12 +273,14 @@ def benchmark_codec(
     graphdef, rows = nnx.graphdef(nnx.eval_shape(make)), sharding.batch_sharding(mesh)
 
     def encode(params, video):
-        return nnx.merge(graphdef, params).quantize(as_float_video(video)).indices
+        return nnx.merge(graphdef, params).quantize(as_float_video(video)).tokens
 
-    def decode(params, codes):
-        return jnp.clip(nnx.merge(graphdef, params).decode(codes), 0.0, 1.0)
+    def decode(params, tokens):
+        return jnp.clip(nnx.merge(graphdef, params).decode(tokens), 0.0, 1.0)
 
-    def random_codes():
+    def random_tokens():
+        if not config.quantizer.has_codes:
+            return jax.random.normal(rng.key(1), (clips, *config.token_shape))
         return jax.random.randint(rng.key(1), (clips, config.num_tokens), 0, config.quantizer.codebook_size)
 
     accuracy = "float32" if precision == "float32" else "default"
@@ -260,7 +290,7 @@ def benchmark_codec(
         if what == "encode":
             function, batch = encode, _noise_clips(recipe, clips, mesh)
         else:
-            function, batch = decode, jax.jit(random_codes, out_shardings=rows)()
+            function, batch = decode, jax.jit(random_tokens, out_shardings=rows)()
         program = _Program(jax.jit(function, out_shardings=rows).lower(params, batch))
         ceilings = Ceilings(mesh, precision)
         calls = ceilings.programs | {"batch": lambda: program.compiled(params, batch)}
@@ -334,28 +364,29 @@ class _Step(_Program):
 class _DiscriminatorStep(_Program):
     """The discriminator update on one part of an accumulated batch and the same number of reconstructions."""
 
-    def __init__(self, recipe: TokenizerRecipe, mesh):
-        stage, self.key = TokenizerStage(recipe), rng.key(0)
+    def __init__(self, recipe: TokenizerRecipe, mesh, frozen: dict):
+        stage, key = TokenizerStage(recipe), rng.key(0)
 
         def init(key):
             state = stage.init(key)
             return state.params["discriminator"], state.opt_state["discriminator"]
 
-        def step(params, opt_state, video, reconstruction, key):
-            grads, logs = stage.discriminator_gradient(params, opt_state, video, reconstruction, key)
-            return stage.discriminator_update(params, opt_state, grads, logs)
+        def step(params, opt_state, video, reconstruction, key, frozen):
+            found = stage.adversary.gradient(params, opt_state, video, reconstruction, key, frozen)
+            return stage.adversary.update(params, opt_state, *found)
 
-        shapes = jax.eval_shape(stage.init, self.key)
+        shapes = jax.eval_shape(stage.init, key)
         placement = sharding.state_shardings(shapes, mesh)
         placement = placement.params["discriminator"], placement.opt_state["discriminator"]
-        self.state = jax.jit(init, out_shardings=placement)(self.key)
+        self.state = jax.jit(init, out_shardings=placement)(key)
         clips = _noise_clips(recipe, recipe.data.batch_size // recipe.accumulate, mesh)
-        self.video = jax.jit(lambda x: x / jnp.float32(255.0))(clips)
+        video = jax.jit(lambda x: x / jnp.float32(255.0))(clips)
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=placement)
-        super().__init__(step.lower(*self.state, self.video, self.video, self.key))
+        self.others = video, video, key, {name: x for name, x in frozen.items() if name == "trunk"}
+        super().__init__(step.lower(*self.state, *self.others))
 
     def __call__(self):
-        self.state = self.compiled(*self.state, self.video, self.video, self.key)
+        self.state = self.compiled(*self.state, *self.others)
         return self.state
 
 

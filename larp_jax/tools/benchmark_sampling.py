@@ -11,20 +11,25 @@ import numpy as np
 from flax import nnx
 
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
-from larp_jax.config import AUTO, GeneratorConfig, MeshConfig
+from larp_jax.config import AUTO, FlowConfig, GeneratorConfig, MeshConfig
+from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.stream import Stream
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Generator
 from larp_jax.models.sampling import Plan, Sampled, SamplingOptions
 from larp_jax.runtime import rng, sharding
+from larp_jax.tools import flops
 from larp_jax.tools.benchmark import Ceilings, all_times_in_turns
 from larp_jax.weights.checkpoint import Checkpoint
 
 
-def untrained_generator(config: GeneratorConfig, *, precision: str = "float32") -> LoadedGenerator:
+def untrained_generator(config: GeneratorConfig | FlowConfig, *, precision: str = "float32") -> LoadedGenerator:
     """A generator with random weights, to measure how fast it samples."""
-    params = nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
-    return LoadedGenerator(config, params, precision=precision)
+    network = LoadedGenerator.network if config.has_codes else LoadedFlow.network
+    params = nnx.to_pure_dict(nnx.state(network(config, rngs=nnx.Rngs(0)), nnx.Param))
+    if config.has_codes:
+        return LoadedGenerator(config, params, precision=precision)
+    statistics = np.zeros(config.code_dim), np.ones(config.code_dim)
+    return LoadedFlow(config, params, statistics=statistics, precision=precision)
 
 
 def benchmark_sample(
@@ -91,7 +96,7 @@ def benchmark_sample(
     work = _least_work(generator, options.plan(config.symbols), batch_size, steps)
     result = {
         **_described(generator, tokens, lengths, batch_size),
-        **vars(options),
+        **options.fitting(config),
         **_device(),
         "tokens_per_second": batch_size * tokens / batch,
         "videos_per_second": batch_size / batch,
@@ -105,6 +110,76 @@ def benchmark_sample(
     if len(windows) > 1:
         passes = {(rows, window): int(sample(rows, window).passes) for rows in (1, batch_size) for window in windows}
         result |= _windows(times, passes, batch_size, config.num_tokens)
+    return result
+
+
+def benchmark_flow(
+    generator: LoadedFlow,
+    options: SamplingOptions,
+    *,
+    tokenizer: LoadedTokenizer | None = None,
+    batch_size: int = 8,
+    seconds: float = 10.0,
+) -> dict[str, Any]:
+    """Measures how fast a flow generator samples on one device.
+
+    Args:
+      generator: the generator. Its speed does not depend on its weights.
+      options: sampling options.
+      tokenizer: if given, the time to the first clip is measured too, which it decodes.
+      batch_size: samples per batch.
+      seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+
+    Returns:
+      The settings, and medians: `videos_per_second` of whole batches; `single_video_seconds` of a batch of one, and the
+      95th percentile of its calls, `single_video_p95_seconds`; `compile_seconds`; `passes` through the network;
+      `pass_ms`; `gigaflops_per_pass`, counted by `larp_jax.tools.flops`, and per second; the ceilings of the device,
+      whose calls alternate with the samples; and `share_of_matmul_ceiling`, which is reached. With a tokenizer
+      `first_clip_seconds` and `first_clip_p95_seconds`, from the call to the pixels of one clip on the host.
+    """
+    config, settings = generator.config, options.fitting(generator.config)
+
+    def sample(rows):
+        given, numbers = Condition.zeros(config, rows), np.arange(rows)
+        classes = numbers % config.num_classes if config.has_classes else None
+        return generator.sample_counted(classes, frames=given.frames, indices=numbers, key=rng.key(0), **settings)
+
+    began = time.perf_counter()
+    passes = int(jax.block_until_ready(sample(batch_size)).passes)
+    first = time.perf_counter() - began
+    with jax.default_matmul_precision("float32" if generator.precision == "float32" else "default"):
+        ceilings = Ceilings(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), str(generator.dtype))
+    calls = ceilings.programs | {"batch": lambda: sample(batch_size), "single": lambda: sample(1)}
+    if tokenizer:
+        calls["first clip"] = lambda: np.asarray(tokenizer.decode(*sample(1).arrays.values()))
+    taken = all_times_in_turns(calls, seconds)
+    times = {name: statistics.median(values) for name, values in taken.items()}
+    late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
+    groups = 1 + len(options.plan(config.symbols).scales)
+    gigaflops, ceiling = batch_size * groups * flops.flow(config) / 1e9, ceilings.rates(times)
+    rate = gigaflops * passes / times["batch"]
+    result = {
+        "size": config.size,
+        "parameters_millions": generator.parameters / 1e6,
+        "latents": config.num_tokens,
+        "channels": config.code_dim,
+        "batch_size": batch_size,
+        "precision": generator.precision,
+        **settings,
+        **_device(),
+        "videos_per_second": batch_size / times["batch"],
+        "single_video_seconds": times["single"],
+        "single_video_p95_seconds": late["single"],
+        "compile_seconds": first - times["batch"],
+        "passes": passes,
+        "pass_ms": 1e3 * times["batch"] / passes,
+        "gigaflops_per_pass": gigaflops,
+        "gigaflops_per_second": rate,
+        **ceiling,
+        "share_of_matmul_ceiling": rate / 1e3 / ceiling["ceiling_tflops_second"],
+    }
+    if tokenizer:
+        result |= {"first_clip_seconds": times["first clip"], "first_clip_p95_seconds": late["first clip"]}
     return result
 
 
@@ -158,7 +233,7 @@ def benchmark_stream(
         "parameters_millions": generator.parameters / 1e6,
         "precision": generator.precision,
         "budget": budget,
-        **vars(options),
+        **options.fitting(config),
         **_device(),
         "block_frames": block_frames,
         "clip_frames": block_frames * blocks,
@@ -184,7 +259,7 @@ def precision_change(found: Checkpoint, precision: str) -> dict[str, float]:
     classes = numbers % config.num_classes if config.has_classes else None
     given = {"classes": classes, "frames": Condition.zeros(config, 8).frames}
     sampled = exact.sample_counted(**given, indices=numbers, key=rng.key(0))
-    codes, lengths, _ = sampled
+    codes, lengths = sampled.codes, sampled.lengths
     logits, changed = (np.asarray(one.logits(codes, lengths=lengths, **given)) for one in (exact, other))
     if config.ladder:  # what may stand in the sequence, without what follows its end
         ends = np.asarray(lengths).sum(axis=1, keepdims=True) + config.blocks

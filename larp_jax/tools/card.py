@@ -65,8 +65,10 @@ def _use(found: Checkpoint, repository: str) -> Iterable[str]:
     yield from ("```python", *(["import jax"] if found.recipe.stage == "generator" else []), "import larp_jax", "")
     if found.recipe.stage == "tokenizer":
         yield f'tokenizer = larp_jax.load_tokenizer("hf://{repository}")'
-        yield "codes = tokenizer.encode(video)  # [B, T, H, W, 3] float in [0, 1] or uint8 -> [B, N] int32"
-        yield "video = tokenizer.decode(codes)"
+        has_codes = found.recipe.model.quantizer.has_codes
+        name, shape = ("codes", "[B, N] int32") if has_codes else ("latents", "[B, N, d] float32")
+        yield f"{name} = tokenizer.encode(video)  # [B, T, H, W, 3] float in [0, 1] or uint8 -> {shape}"
+        yield f"video = tokenizer.decode({name})"
     else:
         yield f'generator = larp_jax.load_generator("hf://{repository}")'
         given = {"classes": found.recipe.model.has_classes, "frames": found.recipe.model.has_frames}
@@ -83,8 +85,10 @@ def _facts(found: Checkpoint) -> list[tuple[str, Any]]:
     facts = [(f"parameters of the {name}", f"{size:,}") for name, size in sorted(sizes.items())]
     if isinstance(found.recipe, TokenizerRecipe):
         facts += [("clip (frames, height, width, channels)", " x ".join(map(str, model.clip_shape)))]
-        codes = f"{model.num_tokens:,} of {model.quantizer.codebook_size:,}"
-        facts += [("codes of a clip", codes if model.quantizer.has_codes else "none: continuous latents")]
+        if model.quantizer.has_codes:
+            facts += [("codes of a clip", f"{model.num_tokens:,} of {model.quantizer.codebook_size:,}")]
+        else:
+            facts += [("latents of a clip", f"{model.num_tokens:,} of {model.quantizer.code_dim} floats")]
         facts += [("fingerprint", fingerprint(model, found.params["tokenizer"]))]
     else:
         facts += [("codes of a clip", f"{model.num_tokens:,} of {model.codebook_size:,}"), ("given", model.given)]

@@ -56,7 +56,8 @@ OPTIONAL_PACKAGES = (
     ("mlflow", "reporting runs to MLflow (config.tracker='mlflow')", "mlflow"),
     ("tensorflow", "TFDS data sets that only TensorFlow can read", "tensorflow-cpu"),
     ("gcsfs", "gs:// for workdirs, checkpoints, codes and outputs", "gcsfs"),
-    ("torch", "comparisons with PyTorch in the tests; not used otherwise", "torch"),
+    ("gradio", "the page of larp-jax demo", "gradio"),
+    ("torch", "larp_jax.torch_reader, which reads exported tokenizers without JAX", "torch"),
     ("libtpu", "TPUs; larp-jax plan --topology on any machine", "'jax[tpu]'"),
 )
 
@@ -77,7 +78,7 @@ def report() -> str:
         "Packages": [_packages],
         "Devices": [_devices],
         "Optional parts": [_optional_parts],
-        "Weights for metrics": [_weights],
+        "Weights of networks": [_weights],
     }
     return "\n\n".join("\n".join([title, *(_lines(parts) or ["  none"])]) for title, parts in sections.items())
 
@@ -302,6 +303,7 @@ def _optional_parts() -> Iterator[str]:
 
 
 def _weights() -> Iterator[str]:
+    from larp_jax.config.teachers import TEACHERS
     from larp_jax.weights import networks
 
     for kind in networks.KINDS:
@@ -310,3 +312,9 @@ def _weights() -> Iterator[str]:
             f"found at {path} ({origin})" if path.is_file() else
             f"missing: expected at {path} ({origin}); {networks.how_to_get(kind)}"
         )  # fmt: skip
+    places = {name: networks.locate(name) for name in TEACHERS}
+    for name, (path, origin) in places.items():
+        if path.is_file():
+            yield f"{name:<20} found at {path} ({origin})"
+    if missing := [name for name, (path, _) in places.items() if not path.is_file()]:
+        yield f"{'teachers':<20} missing: {', '.join(missing)}; {networks.how_to_get(missing[0])}, and so on"

@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from larp_jax import api, data, files, metrics
-from larp_jax.config import Experiment, GeneratorRecipe, to_dict
+from larp_jax.config import Experiment, GeneratorRecipe, TokenizerRecipe, completed, to_dict
 from larp_jax.data.codes import (
     MANIFEST,
     new_manifest,
@@ -53,6 +54,7 @@ LPIPS_CLIPS, LPIPS_FRAMES = 64, 2  # clips, and frames of each, that LPIPS compa
 PERMUTATION_SEED = 0
 PICTURED = 8  # clips
 ORDERED, PERMUTED = "codes", "permuted"
+GENERATORS = {ORDERED: "generator", PERMUTED: "generator_permuted"}
 
 
 def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: str = "", jobs: int = 1) -> dict:
@@ -84,16 +86,31 @@ def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: 
 
 def _check_settings(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Writes the settings of the experiment, or checks that those in the folder are the same."""
-    settings = {"format": FORMAT, **json.loads(json.dumps(to_dict(experiment)))}
+    settings = _plain({"format": FORMAT, **to_dict(experiment)})
     path = workdir / SETTINGS
     if path.exists():
-        before = files.json_object(path)
-        # more seeds continue an experiment; anything else would mix different ones
-        if {**before, "seeds": 0} != {**settings, "seeds": 0}:
+        if not _is_continued(files.json_object(path), settings):
             raise InputError(f"{workdir} holds an experiment with other settings ({SETTINGS}); name another --workdir")
     elif any(entry.name not in (".larp_jax.lock",) for entry in workdir.iterdir()):
         raise InputError(f"--workdir {workdir} is not empty and holds no experiment; name another")
     files.write_json(path, settings)
+
+
+def _is_continued(before: dict, settings: dict) -> bool:
+    """Whether an experiment is an earlier one with more seeds or arms; anything else would mix different ones."""
+
+    def rest(settings):
+        return {name: x for name, x in settings.items() if name not in ("arms", "generator", "seeds")}
+
+    recipes = before.get("arms", {}) | {"": before.get("generator", {})}
+    now = settings["arms"] | {"": settings["generator"]}
+    same = all(now.get(name) == _plain(completed(recipe)) for name, recipe in recipes.items())
+    return same and rest(before) == rest(settings)
+
+
+def _plain(values: dict) -> dict:
+    """As JSON reads them."""
+    return json.loads(json.dumps(values))
 
 
 def _names(experiment: Experiment) -> list[tuple[str, int]]:
@@ -140,8 +157,11 @@ def _run_cells(experiment: Experiment, workdir: pathlib.Path) -> None:
     probe = _make_probe(experiment, workdir)
     names = _names(experiment)
     for number, (arm, seed) in enumerate(names, 1):
-        folder = _folder(workdir, arm, seed)
+        folder, source = _folder(workdir, arm, seed), experiment.arms[arm].init_from
         if (folder / CELL).exists():
+            continue
+        if source and not _is_made(_folder(workdir, source, seed)):
+            logger.info("%s is left for later, as it starts from %s, which is not complete", folder, source)
             continue
         with contextlib.ExitStack() as stack:
             try:
@@ -155,9 +175,18 @@ def _run_cells(experiment: Experiment, workdir: pathlib.Path) -> None:
                 files.write_json(folder / CELL, cell.to_json())
 
 
+def _is_made(folder: pathlib.Path) -> bool:
+    """Waits for another process that works on a cell; then whether the cell is complete."""
+    while not (folder / CELL).exists():
+        with contextlib.suppress(InputError), files.claim(folder, "cell"):
+            return (folder / CELL).exists()
+        time.sleep(1)
+    return True
+
+
 def _clip(experiment: Experiment) -> data.ClipSpec:
     model = next(iter(experiment.arms.values())).model
-    return data.ClipSpec(frames=model.frames, resolution=model.resolution)
+    return data.ClipSpec.of(model.clip_shape)
 
 
 def _make_probe(experiment: Experiment, workdir: pathlib.Path) -> ClipProbe:
@@ -203,17 +232,19 @@ def _held_out(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
 @rng.pinned()
 def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path, probe: ClipProbe) -> Cell:
     """Trains and measures one arm with one seed; what the folder already holds is not computed again."""
-    recipe = dataclasses.replace(experiment.arms[arm], seed=seed)
+    recipe, made = _recipe(experiment, arm, seed, folder)
     train(recipe, folder / "tokenizer")
     found = api.load_checkpoint(folder / "tokenizer")
     tokenizer = api.load_tokenizer(folder / "tokenizer")
     clips, labels = _held_out(experiment)
-    _write_codes(experiment, tokenizer, recipe.data.train, recipe.data.eval, folder)
-    ordered = _train_generator(experiment.generator, seed, folder / ORDERED, folder / "generator")
-    permuted = _train_generator(experiment.generator, seed, folder / PERMUTED, folder / "generator_permuted")
-    test = _rows(folder / ORDERED / "test")
-    generator = api.load_generator(ordered)
-    samples, sampled_classes = _sample(generator, tokenizer, experiment.samples, seed)
+    if made == folder:
+        _write_codes(experiment, tokenizer, recipe.data.train, recipe.data.eval, folder)
+        _train_generator(experiment.generator, seed, folder / ORDERED, folder / GENERATORS[ORDERED])
+        _train_generator(experiment.generator, seed, folder / PERMUTED, folder / GENERATORS[PERMUTED])
+    ordered, permuted = (api.load_generator(_best(made / name)) for name in GENERATORS.values())
+    ordered.check_tokenizer(tokenizer)
+    test = _rows(made / ORDERED / "test")
+    samples, sampled_classes = _sample(ordered, tokenizer, experiment.samples, seed)
     reconstructions = _reconstruct(tokenizer, clips)
     real_features, _ = probe.measure(clips)
     _, recognized = probe.measure(reconstructions)
@@ -221,9 +252,9 @@ def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path,
     values = {
         "psnr": np.asarray(metrics.psnr(clips / np.float32(255), reconstructions)),
         "recognized": recognized == labels,
-        "unigram": _unigram(_rows(folder / ORDERED / "train")["codes"], test["codes"], tokenizer),
-        "cross_entropy": _cross_entropy(generator, test),
-        "cross_entropy_permuted": _cross_entropy(api.load_generator(permuted), _rows(folder / PERMUTED / "test")),
+        "unigram": _unigram(_rows(made / ORDERED / "train")["codes"], test["codes"], tokenizer),
+        "cross_entropy": _cross_entropy(ordered, test),
+        "cross_entropy_permuted": _cross_entropy(permuted, _rows(made / PERMUTED / "test")),
         "sample_accuracy": predicted == sampled_classes,
         "sample_distance": np.array([probe_distance(features, real_features)]),
         **_lpips(clips, reconstructions),
@@ -233,6 +264,18 @@ def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path,
     write_png(folder / "reconstructions.png", frame_grid(list(pairs.reshape(-1, *clips.shape[1:]))))
     write_png(folder / "samples.png", frame_grid(list(to_uint8(samples[: 2 * PICTURED]))))
     return Cell({name: np.asarray(value, np.float64) for name, value in values.items()})
+
+
+def _recipe(
+    experiment: Experiment, arm: str, seed: int, folder: pathlib.Path
+) -> tuple[TokenizerRecipe, pathlib.Path]:
+    """The recipe of a cell, and the folder of its codes and generators: that of another arm if the codes are its."""
+    recipe, made = dataclasses.replace(experiment.arms[arm], seed=seed), folder
+    if recipe.init_from:
+        source = folder.parents[1] / recipe.init_from / folder.name
+        made = source if recipe.trained == "decoder" else folder
+        recipe = dataclasses.replace(recipe, init_from=os.fspath(source / "tokenizer"))
+    return recipe, made
 
 
 def _reconstruct(tokenizer: api.LoadedTokenizer, clips: np.ndarray) -> np.ndarray:
@@ -281,8 +324,8 @@ def _copy_codes(source: pathlib.Path, target: pathlib.Path, rows: slice, positio
     write_manifest(target, new_manifest(sizes=[len(codes)], rows=manifest["rows"][rows], **details))
 
 
-def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """Trains a generator on codes; returns its checkpoint with the lowest cross-entropy of the validation codes."""
+def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Trains a generator on codes, and keeps all its checkpoints."""
     recipe = dataclasses.replace(
         recipe,
         seed=seed,
@@ -292,6 +335,10 @@ def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, wo
         keep=recipe.steps,
     )
     train(recipe, workdir)
+
+
+def _best(workdir: pathlib.Path) -> pathlib.Path:
+    """The checkpoint of a generator with the lowest cross-entropy of the validation codes."""
     scores = {row["step"]: row["eval/cross_entropy"] for row in read_metrics(workdir) if "eval/cross_entropy" in row}
     return workdir / "checkpoints" / str(min(scores, key=lambda step: (scores[step], step)))
 

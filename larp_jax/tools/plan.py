@@ -16,6 +16,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops, hlo
 from larp_jax.training.stages import TASKS
+from larp_jax.weights.networks import teacher_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,13 @@ def plan(
       gpus: KIND:N, such as H200:8; estimated without compiling.
 
     Returns:
-      Results by name, ready for JSON. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
-      of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
-      `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
-      `traffic_gb`, `collectives` and, for several slices, `network` (transfers between slices) are read from the
-      compiled program, with all branches counted. `step_ms` is predicted from the published limits of the chip: the
-      longer of compute and memory traffic, plus collectives and transfers, without overlap.
+      Results by name, ready for JSON. `clip_bits` or `clip_floats` is how much a tokenizer encodes a clip to. Memory
+      and memory traffic are those of one chip. `flops_step` are the model FLOPs of a step that also updates the
+      discriminator, over all chips, counted by `larp_jax.tools.flops`; `flops_compiler` are the FLOPs of one chip as
+      counted by XLA, with the body of each loop counted once. `traffic_gb`, `collectives` and, for several slices,
+      `network` (transfers between slices) are read from the compiled program, with all branches counted. `step_ms` is
+      predicted from the published limits of the chip: the longer of compute and memory traffic, plus collectives and
+      transfers, without overlap.
 
     Raises:
       InputError: the hardware is unknown, the step cannot be compiled for it here, or the recipe does not fit it.
@@ -97,6 +99,7 @@ def plan(
         "accumulate": recipe.accumulate,
         "remat": recipe.remat,
         "precision": recipe.precision,
+        **({f"clip_{unit}": n for unit, n in recipe.model.size_of_clip.items()} if recipe.stage == "tokenizer" else {}),
         **({"sharded": share} if mesh.shape["fsdp"] > 1 else {}),
         "flops_step": sum(counts.values()) * recipe.data.batch_size,
         "how": "estimated, not compiled" if gpus else "compiled ahead of time",
@@ -171,20 +174,25 @@ def change(recipe, mesh: Mesh | AbstractMesh, state: float, chip: Chip) -> str:
 
 def model_flops(recipe) -> dict[str, float]:
     """FLOPs per clip or sequence of a step of any stage, by part, from `larp_jax.tools.flops`."""
-    if recipe.stage == "generator":
-        return flops.generator_train_step(recipe.model)
+    if recipe.holds == "generator":
+        count = flops.generator_train_step if recipe.model.has_codes else flops.flow_train_step
+        return count(recipe.model)
     if recipe.stage == "router":
         return flops.router_train_step(recipe.model)
     return flops.train_step(recipe)
 
 
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the batch of a step: videos, codes for a generator, or videos and rewards."""
+    """Shapes, dtypes and shardings of the batch of a step.
+
+    Videos; codes, or latents as they are stored, for a generator; or videos and rewards.
+    """
     rows = recipe.data.batch_size
-    if recipe.stage == "generator":
-        shapes = {"codes": ((rows, recipe.model.num_tokens), jnp.int32), "label": ((rows,), jnp.int32)}
+    if recipe.holds == "generator":
+        tokens, dtype = ("codes", jnp.int32) if recipe.model.has_codes else ("latents", jnp.float16)
+        shapes = {tokens: ((rows, *recipe.model.token_shape), dtype), "label": ((rows,), jnp.int32)}
         if recipe.model.has_frames:
-            shapes["condition"] = shapes["codes"]
+            shapes["condition"] = shapes[tokens]
         if recipe.model.ladder:
             shapes["lengths"] = (rows, recipe.model.blocks), jnp.int32
     elif recipe.stage == "router":
@@ -202,26 +210,37 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
     Per block and per element of a token vector: 30 bytes if computed in 16 bits (Korthikanti et al. 2022, arXiv
     2205.05198, without attention scores), and 8 bytes for the float32 residual stream, which both norms read. If blocks
     are recomputed, 4 bytes of the stream are kept per block, and one block in full. LPIPS keeps every feature map of
-    VGG16.
+    VGG16. A teacher of alignment keeps nothing, the trunk of a discriminator what its blocks keep.
     """
     parts = sharding.batch_parts(mesh) * recipe.accumulate
     width = 2 if recipe.precision == "bfloat16" else 4
     c = recipe.model
-    if recipe.stage == "generator":
-        stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
+    if recipe.holds == "generator":
+        stacks, maps = [(c.symbols, c)], 0
+        if c.has_codes:
+            stacks, maps = [(c.condition_tokens + c.symbols - 1, c)], c.symbols * c.vocabulary * 4
     elif recipe.stage == "router":
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
-        stacks = [(patches[0] + c.num_tokens, c.encoder), (patches[1] + c.num_tokens, c.decoder)]
+        stacks: list = [(patches[1] + c.tokens_beside_patches, c.decoder)]
+        if recipe.trained == "all":
+            stacks += [(patches[0] + c.tokens_beside_patches, c.encoder)]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
-        if recipe.loss.adversarial_weight:
-            stacks += [(1 + patches[0], recipe.discriminator)] * 2
         maps = 0
+        if recipe.loss.adversarial_weight and recipe.discriminator.kind == "frozen":
+            trunk, last = teacher_config(recipe.discriminator.trunk), recipe.discriminator.layers[-1]
+            if trunk.family == "vgg16":
+                maps += c.frames * flops.vgg_features(flops.seen_size(trunk, c.clip_shape)) * width
+            else:
+                places, _ = flops.places(trunk, c.clip_shape, last)
+                stacks += [(places, dataclasses.replace(trunk, depth=last))]
+        elif recipe.loss.adversarial_weight:
+            stacks += [(1 + patches[0], recipe.discriminator)] * 2
         if recipe.loss.perceptual != "none":
             frames = recipe.loss.perceptual_frames or c.frames
-            maps = frames * flops.vgg_features(c.resolution) * width
+            maps += frames * flops.vgg_features(c.clip_shape[1:3]) * width
     tokens = 0.0
     for length, config in stacks:
         block = 8 + 30 * width / 2

@@ -33,7 +33,15 @@ CELLS = {"reconstruction": "original left, reconstruction right", "samples": "sa
 # panels at the end. Each scalar without a panel gets its own.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "", {"train/loss": ""}),
-    ("Reconstruction loss", "", {"train/loss_reconstruction": "pixels", "train/loss_perceptual": "perceptual"}),
+    (
+        "Reconstruction loss",
+        "",
+        {
+            "train/loss_reconstruction": "pixels",
+            "train/loss_frame_difference": "changes between frames",
+            "train/loss_perceptual": "perceptual",
+        },
+    ),
     ("PSNR", "dB", {"train/psnr": "training"}),
     ("SSIM", "", {"train/ssim": "training"}),
     ("Codes in use", "share", {"train/usage_clip": "clip", "train/usage_batch": "batch"}),
@@ -57,6 +65,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Accuracy of the next code", "share", {"train/top1": "top 1", "train/top5": "top 5"}),
     ("Rewards of a batch", "", {"train/reward": "chosen", "train/reward_best": "best"}),
     ("Best assignment chosen", "share", {"train/assignment_top1": "training"}),
+    ("Alignment with the teacher: minus the cosine", "", {"train/loss_alignment": "training"}),
     ("Adversarial losses", "", {"train/loss_adversarial": "tokenizer", "train/loss_discriminator": "discriminator"}),
     ("Logits of the discriminator", "", {"train/logits_real": "real", "train/logits_fake": "reconstruction"}),
     ("Learning rate", "", {"train/learning_rate": ""}),

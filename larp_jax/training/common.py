@@ -42,6 +42,11 @@ def mean_over_parts(f: Callable, parts: int, x):
     return jax.tree.map(lambda y: y / parts, total)
 
 
+def merged(tree: dict, part: dict) -> dict:
+    """Nested dictionaries with the leaves of `part`, which has some of their paths, in place of their own."""
+    return tree | {name: merged(tree[name], x) if isinstance(x, dict) else x for name, x in part.items()}
+
+
 def updated(
     state: TrainState, grads: dict, optimizer: optax.GradientTransformation, name: str, ema_decay: float
 ) -> TrainState:
@@ -74,7 +79,7 @@ def warn_if_data_changed(metadata: Mapping[str, Any], identity: Mapping[str, Any
 
 def clip_spec(model: TokenizerConfig, sampled: DataConfig) -> data.ClipSpec:
     """The training clips of a tokenizer."""
-    return data.ClipSpec(model.frames, model.resolution, sampled.flip, fps=sampled.fps, stride=sampled.stride)
+    return data.ClipSpec.of(model.clip_shape, flip=sampled.flip, fps=sampled.fps, stride=sampled.stride)
 
 
 def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:
@@ -84,6 +89,7 @@ def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, 
         clip,
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
+        shapes=recipe.data.sizes,
         start_step=start_step,
         workers=recipe.data.workers,
         process_index=jax.process_index(),

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from larp_jax import api, data
-from larp_jax.config import GeneratorRecipe, Ladder, TokenizerConfig
-from larp_jax.data.codes import CodeSet, ladder_of
+from larp_jax.config import FlowRecipe, GeneratorRecipe, Ladder, TokenizerConfig
+from larp_jax.data.codes import CodeSet, has_latents, ladder_of
 from larp_jax.data.sources import class_list, labels
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
-from larp_jax.evaluation.evaluators import NextCodeEvaluator, encoded_clips
+from larp_jax.evaluation.evaluators import NextCodeEvaluator, ScoreEvaluator, encoded_clips
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.models.condition import Condition
+from larp_jax.models.flow import Flow
 from larp_jax.models.generator import Generator
 from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums
 from larp_jax.models.next_code import NextCode
@@ -40,6 +41,7 @@ from larp_jax.weights.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
+NOISY_CONTEXT = 0.75  # share of the steps with noise in the context (released code of reAR)
 SAMPLES_SHOWN = 8  # samples shown in an evaluation
 GUIDANCE = 1.25  # classifier-free guidance of these samples (Ho & Salimans 2022, arXiv 2207.12598)
 
@@ -59,9 +61,12 @@ class GeneratorStage:
       tokenizer: configuration of the tokenizer in `frozen`; None if batches contain codes.
     """
 
-    def __init__(self, recipe: GeneratorRecipe, tokenizer: TokenizerConfig | None = None):
+    network: type[Generator] | type[Flow] = Generator
+
+    def __init__(self, recipe: GeneratorRecipe | FlowRecipe, tokenizer: TokenizerConfig | None = None):
         self.recipe, model = recipe, recipe.model
-        self._make = lambda rngs: Generator(model, rngs=rngs, remat=recipe.remat, dtype=common.DTYPES[recipe.precision])
+        dtype = common.DTYPES[recipe.precision]
+        self._make = lambda rngs: self.network(model, rngs=rngs, remat=recipe.remat, dtype=dtype)
         make = {"generator": self._make}
         if tokenizer is not None:
             make["tokenizer"] = lambda rngs: Tokenizer(tokenizer, rngs=rngs)
@@ -95,15 +100,19 @@ class GeneratorStage:
             return batch
         return encode_batch(self.module("tokenizer", frozen), batch, cond_frames=self.recipe.given_frames)
 
-    def score(self, params: dict, batch: dict, key: jax.Array | None = None) -> NextCode:
-        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; a key turns on dropout."""
-        return score_batch(self.module("generator", params), batch, key=key)
+    def score(
+        self, params: dict, batch: dict, key: jax.Array | None = None, context_noise: jax.Array | None = None
+    ) -> NextCode:
+        """Scores the generator's predictions of `codes` [B, N] in a batch without `video`; options of `score_batch`."""
+        return score_batch(self.module("generator", params), batch, key=key, context_noise=context_noise)
 
     def sums(self, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Sums of these scores without dropout, see `score_sums`."""
         return score_sums(self.recipe.model, self.score(params, batch), batch)
 
-    def gradient(self, params: dict, batch: dict, key: jax.Array, frozen: dict) -> tuple[dict, dict]:
+    def gradient(
+        self, params: dict, batch: dict, key: jax.Array, frozen: dict, **scheduled: jax.Array
+    ) -> tuple[dict, dict]:
         """The gradient of the loss of a batch, and scalars to log.
 
         The loss is the mean cross-entropy over the tokens of all clips, so each weighs the same. With a ladder that of
@@ -114,28 +123,61 @@ class GeneratorStage:
           batch: see the class.
           key: turns on dropout.
           frozen: as for `train_step`.
+          **scheduled: from `scheduled`.
         """
-        model = self.recipe.model
-        # of the whole batch, so that it does not matter in which part of it a clip is
-        codes = batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
+        tokens = self.mean_tokens(batch)
 
         def of_part(i, part):
             part = self.codes(part, frozen)
 
             def objective(params):
-                scored = self.score(params, part, jax.random.fold_in(key, i))
-                sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, part).items()}
-                loss = sums["cross_entropy"] / codes
-                logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
-                if model.ladder:
-                    length = sums["length_cross_entropy"]
-                    logs |= {"code_loss": loss, "length_loss": length / model.blocks}
-                    loss = (sums["cross_entropy"] + length) / (codes + model.blocks)
-                return loss, {"loss": loss, **logs}
+                return self.objective(params, part, jax.random.fold_in(key, i), tokens, **scheduled)
 
             return jax.grad(objective, has_aux=True)(params)
 
         return common.mean_over_parts(of_part, self.recipe.accumulate, batch)
+
+    def mean_tokens(self, batch: dict) -> jax.Array | int:
+        """Mean number of codes of the clips of a whole batch, so that it does not matter in which part a clip is."""
+        model = self.recipe.model
+        return batch["lengths"].sum(axis=1).mean() if model.ladder else model.num_tokens
+
+    def scheduled(self, step: jax.Array | int) -> dict[str, jax.Array]:
+        """Numbers that change over training, by name, for `gradient`; steps count from 1.
+
+        `context_noise`: the largest share of random codes in the context.
+        """
+        recipe = self.recipe
+        if not recipe.context_noise:
+            return {}
+        return {"context_noise": optim.linear(recipe.context_noise, 0.0, NOISY_CONTEXT * recipe.steps)(step)}
+
+    def objective(
+        self, params: dict, batch: dict, key: jax.Array, codes: jax.Array | int, **scheduled: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        """The loss of part of a batch without `video`, and scalars to log; other arguments as for `gradient`."""
+        model, scored = self.recipe.model, self.score(params, batch, key, **scheduled)
+        sums = {name: total.mean() for name, (total, _) in score_sums(model, scored, batch).items()}
+        loss = sums["cross_entropy"] / codes
+        logs = {f"top{n}": sums[f"top{n}"] / codes for n in (1, 5)}
+        if model.ladder:
+            length = sums["length_cross_entropy"]
+            logs |= {"code_loss": loss, "length_loss": length / model.blocks}
+            loss = (sums["cross_entropy"] + length) / (codes + model.blocks)
+        return loss, {"loss": loss, **logs}
+
+    def sample(
+        self, params: dict, condition: Condition, numbers: np.ndarray, key: jax.Array, cfg_scale: float
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Samples codes, and with a ladder their numbers, for `decode`."""
+        options = SamplingOptions(cfg_scale=cfg_scale)
+        plan, generator = options.plan(self.recipe.model.symbols), self.module("generator", params)
+        sampled = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
+        return sampled.codes, sampled.lengths
+
+    def decode(self, frozen: dict, codes: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Videos of codes as `sample` and `codes` return them."""
+        return self.module("tokenizer", frozen).decode(codes, lengths)
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update.
@@ -151,7 +193,9 @@ class GeneratorStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        grads, logs = self.gradient(state.params, batch, key, frozen)
+        scheduled = self.scheduled(state.step + 1)
+        grads, logs = self.gradient(state.params, batch, key, frozen, **scheduled)
+        logs |= scheduled
         logs["grad_norm"] = optax.tree.norm(grads)
         logs["learning_rate"] = self.learning_rate(state.step + 1)
         return common.updated(state, grads, self.optimizer, "generator", recipe.optim.ema_decay), logs
@@ -167,11 +211,12 @@ class GeneratorTask:
       InputError: model, tokenizer and data do not match.
     """
 
-    stage_class = GeneratorStage
-    shown = ("loss", "top1", "top5")
+    stage_class: ClassVar[type[GeneratorStage]] = GeneratorStage
+    evaluator_class: ClassVar[type[ScoreEvaluator]] = NextCodeEvaluator
+    shown: tuple[str, ...] = ("loss", "top1", "top5")
     only_logged = ()
 
-    def __init__(self, recipe: GeneratorRecipe, mesh: Mesh):
+    def __init__(self, recipe: GeneratorRecipe | FlowRecipe, mesh: Mesh):
         self._mesh = mesh
         self._tokenizer, params = _load_tokenizer(recipe)
         self._clip = None
@@ -180,8 +225,9 @@ class GeneratorTask:
             self._clip = common.clip_spec(config, recipe.data)
             name = fingerprint(config, params["tokenizer"])
             recipe = _with_fingerprint(recipe, name, f"tokenizer={recipe.tokenizer}")
-            sizes = config.quantizer.codebook_size, config.num_tokens, config.adaptive
-            recipe = _with_sizes(recipe, *sizes, "the tokenizer")
+            quantizer = config.quantizer
+            size = quantizer.codebook_size if quantizer.has_codes else quantizer.code_dim
+            recipe = _with_sizes(recipe, self.sizes(size, config.num_tokens, config.adaptive), "the tokenizer")
             if recipe.given_frames >= config.frames:
                 raise InputError(f"cond_frames={recipe.cond_frames} must be below the clip's {config.frames} frames")
         train = lambda: data.open_source(recipe.data.train, self._clip)  # noqa: E731
@@ -196,7 +242,8 @@ class GeneratorTask:
                 raise InputError(f"data.train has the classes {ours}, data.eval {theirs}; give data of the same ones")
         self._identity = common.data_identity(self._names())
         self.recipe, self._class_counts = self._with_classes(recipe)
-        self.inputs = ("codes", "label") if isinstance(self._train, CodeSet) else ("video", "label")
+        tokens = self.tokens if isinstance(self._train, CodeSet) else "video"
+        self.inputs: tuple[str, ...] = (tokens, "label")
         if isinstance(self._train, CodeSet) and recipe.given_frames:
             self.inputs += ("condition",)
         if self.recipe.model.ladder:
@@ -221,7 +268,11 @@ class GeneratorTask:
         codes = CodeSet(parsed.name)
         manifest = codes.manifest
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
-        recipe = _with_sizes(recipe, manifest["K"], manifest["N"], ladder_of(manifest), f"data {spec}")
+        if has_latents(manifest) == recipe.model.has_codes:
+            found, wanted = ("latents", "codes") if recipe.model.has_codes else ("codes", "latents")
+            raise InputError(f"data {spec} holds {found}, and this generator is one of {wanted}; give others")
+        size = manifest["K"] if recipe.model.has_codes else manifest["d"]
+        recipe = _with_sizes(recipe, self.sizes(size, manifest["N"], ladder_of(manifest)), f"data {spec}")
         wanted = recipe.given_frames
         if wanted not in (0, manifest.get("cond_frames")):
             raise InputError(
@@ -229,6 +280,16 @@ class GeneratorTask:
             )
         codes.rows  # noqa: B018  (read only after these checks: codes may be large, or damaged)
         return codes, recipe
+
+    @property
+    def tokens(self) -> str:
+        """The name of the array that clips are encoded to."""
+        return "codes"
+
+    def sizes(self, size: int, num_tokens: int, ladder: Ladder | None) -> dict[str, Any]:
+        """The settings of the model that codes (of so many) or latents (of so many channels) tell."""
+        found: dict[str, Any] = {"codebook_size": size, "num_tokens": num_tokens, "blocks": 1, "ladder": ()}
+        return found | ({"blocks": ladder.blocks, "ladder": ladder.rungs} if ladder else {})
 
     def _with_classes(self, recipe: GeneratorRecipe) -> tuple[GeneratorRecipe, np.ndarray | None]:
         """The recipe with the number of classes, and the number of training videos of each class."""
@@ -266,7 +327,7 @@ class GeneratorTask:
         """Reads or computes the codes of the evaluation clips, and prepares the samples to show."""
         recipe, rows = self.recipe, None
         if isinstance(self._eval, CodeSet):
-            rows = self._eval.some(recipe.data.eval_clips)
+            rows = self.rows(self._eval.some(recipe.data.eval_clips))
         elif self._eval is not None:
             rows = encoded_clips(
                 self.stage.codes, self.frozen, self._eval, self._mesh, batch_size=recipe.data.batch_size
@@ -274,9 +335,14 @@ class GeneratorTask:
         if rows is not None:
             if self._class_counts is not None and not recipe.model.class_dropout and rows["label"].min() < 0:
                 raise InputError("data.eval has videos without a class, which need model.class_dropout above 0")
-            self._evaluator = NextCodeEvaluator(self.stage.sums, rows, self._mesh, batch_size=recipe.data.batch_size)
+            batch_size = recipe.data.batch_size
+            self._evaluator = self.evaluator_class(self.stage.sums, rows, self._mesh, batch_size=batch_size)
         if self._tokenizer is not None:
             self._prepare_samples(rows)
+
+    def rows(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows of a `CodeSet` as the evaluator needs them."""
+        return rows
 
     def batches(self, start_step):
         """This process's rows of the batches of clips or codes from a step on."""
@@ -315,20 +381,17 @@ class GeneratorTask:
         if model.has_frames:
             if rows is None:
                 return
-            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("label", "condition", "codes")}
+            inputs = {name: rows[name][numbers % len(rows[name])] for name in ("label", "condition", self.tokens)}
         else:
             counts = np.zeros(0) if self._class_counts is None else self._class_counts
             trained = np.flatnonzero(counts) if counts.any() else np.array([-1])
             inputs = {"label": trained[numbers % len(trained)].astype(np.int32)}
-        options = SamplingOptions(cfg_scale=GUIDANCE if model.has_null_class else 1.0)
+        scale, stage = GUIDANCE if model.has_null_class else 1.0, self.stage
 
-        def sample(params, frozen, codes=None, **given):
-            condition = Condition.of_batch(model, given)
-            generator, tokenizer = self.stage.module("generator", params), self.stage.module("tokenizer", frozen)
-            key, plan = rng.key(self.recipe.seed), options.plan(model.symbols)
-            sampled, lengths, _ = sample_codes(generator, condition, numbers, key, options.scalars(), plan)
-            originals = [] if codes is None else [tokenizer.decode(codes)]
-            return [*originals, tokenizer.decode(sampled, lengths)]
+        def sample(params, frozen, **given):
+            condition, key = Condition.of_batch(model, given), rng.key(self.recipe.seed)
+            originals = [stage.decode(frozen, given[self.tokens])] if self.tokens in given else []
+            return [*originals, stage.decode(frozen, *stage.sample(params, condition, numbers, key, scale))]
 
         self._sample = jax.jit(sample, out_shardings=sharding.replicated(self._mesh))
         self._sample_inputs = jax.device_put(inputs, sharding.batch_sharding(self._mesh))
@@ -355,7 +418,7 @@ class GeneratorTask:
             )
 
 
-def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, dict]:
+def _load_tokenizer(recipe: GeneratorRecipe | FlowRecipe) -> tuple[TokenizerConfig | None, dict]:
     """Configuration and parameters (`{"tokenizer": ...}`) of the recipe's tokenizer; (None, {}) if it has none."""
     if not recipe.tokenizer:
         return None, {}
@@ -363,8 +426,9 @@ def _load_tokenizer(recipe: GeneratorRecipe) -> tuple[TokenizerConfig | None, di
         found = api.load_checkpoint(os.path.expanduser(recipe.tokenizer))
     except InputError as error:
         raise InputError(f"tokenizer={recipe.tokenizer}: {error}") from error
-    if not found.recipe.model.quantizer.has_codes:
-        raise InputError(f"tokenizer={recipe.tokenizer} has continuous latents and no codes; give another")
+    if found.recipe.model.quantizer.has_codes != recipe.model.has_codes:
+        kinds = "codes and no continuous latents", "continuous latents and no codes"
+        raise InputError(f"tokenizer={recipe.tokenizer} has {kinds[recipe.model.has_codes]}; give another")
     return found.recipe.model, {"tokenizer": found.params["tokenizer"]}
 
 
@@ -376,16 +440,11 @@ def _with_fingerprint(recipe: GeneratorRecipe, name: str, where: str) -> Generat
     return dataclasses.replace(recipe, tokenizer_fingerprint=name)
 
 
-def _with_sizes(
-    recipe: GeneratorRecipe, codebook_size: int, num_tokens: int, ladder: Ladder | None, where: str
-) -> GeneratorRecipe:
-    """The recipe with the sizes of codes filled in; `InputError` if it has other sizes."""
-    found: dict[str, Any] = {"codebook_size": codebook_size, "num_tokens": num_tokens, "blocks": 1, "ladder": ()}
-    if ladder:
-        found |= {"blocks": ladder.blocks, "ladder": ladder.rungs}
-    unset = {"codebook_size": 0, "num_tokens": 0, "blocks": 1, "ladder": ()}
+def _with_sizes(recipe: Any, found: Mapping[str, Any], where: str) -> Any:
+    """The recipe with these sizes filled in; `InputError` if it has other sizes."""
+    unset = {"blocks": 1, "ladder": ()}
     for name, value in found.items():
-        wanted = getattr(recipe.model, name)
-        if wanted not in (unset[name], value):
-            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to {unset[name]}")
+        wanted, default = getattr(recipe.model, name), unset.get(name, 0)
+        if wanted not in (default, value):
+            raise InputError(f"model.{name}={wanted}, but {where} has {value}; set it to {value}, or to {default}")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))

@@ -8,12 +8,18 @@ import jax.numpy as jnp
 from larp_jax.config import PriorConfig
 from larp_jax.models.next_code import next_code
 from larp_jax.models.packing import mean_of_codes
+from larp_jax.models.quantizer import normalize
 
 
 def reconstruction_loss(video: jax.Array, reconstruction: jax.Array, kind: str) -> jax.Array:
     """Mean absolute (`l1`) or squared (`l2`) difference over all elements, a scalar."""
     difference = video.astype(jnp.float32) - reconstruction.astype(jnp.float32)
     return jnp.mean(jnp.abs(difference) if kind == "l1" else jnp.square(difference))
+
+
+def alignment_loss(features: jax.Array, target: jax.Array) -> jax.Array:
+    """Minus the mean cosine between features and their targets, [..., C] each; a scalar (EVATok, arXiv 2603.12267)."""
+    return -jnp.mean(jnp.sum(normalize(features) * normalize(target), axis=-1))
 
 
 def prior_loss(

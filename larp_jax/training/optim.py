@@ -66,8 +66,11 @@ def decay_kernels(weight: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam for the tokenizer and the prior, at one learning rate except for the multipliers."""
-    return _adam(config, _of_update(learning_rate(config, steps)), scale_by_path(config.multipliers))
+    """Adam or AdamW for the tokenizer and the prior, at one learning rate except for the multipliers."""
+    scale = scale_by_path(config.multipliers)
+    if config.weight_decay:  # scaled too, so that frozen parameters do not decay
+        scale = optax.chain(decay_kernels(config.weight_decay), scale)
+    return _adam(config, _of_update(learning_rate(config, steps)), scale)
 
 
 def make_discriminator_optimizer(

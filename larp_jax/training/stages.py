@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from larp_jax import data
 from larp_jax.state import TrainState
+from larp_jax.training.flow import FlowTask
 from larp_jax.training.generator import GeneratorTask
 from larp_jax.training.router import RouterTask
 from larp_jax.training.tokenizer import TokenizerTask
@@ -82,4 +83,9 @@ class Task(Protocol):
 
 
 # By the stage's name in a recipe.
-TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask, "generator": GeneratorTask, "router": RouterTask}
+TASKS: dict[str, type[Task]] = {
+    "tokenizer": TokenizerTask,
+    "generator": GeneratorTask,
+    "flow": FlowTask,
+    "router": RouterTask,
+}

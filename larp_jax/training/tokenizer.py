@@ -1,7 +1,9 @@
 """Stage 1: tokenizer, prior and discriminator trained together (LARP, arXiv 2410.21264, sections 3.2 and 3.3).
 
 `TokenizerStage` is the jitted step: pure functions of arrays that know nothing of meshes or loops. `TokenizerTask` is
-the rest of a run: the data it reads, its evaluation and its metadata. The loop is in `larp_jax.training.train`.
+the rest of a run: the data it reads, its evaluation and its metadata. The discriminator is in
+`larp_jax.training.adversarial`, networks that never change in `larp_jax.training.frozen`, and the loop in
+`larp_jax.training.train`.
 """
 
 import dataclasses
@@ -9,7 +11,6 @@ import difflib
 import functools
 import logging
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import api, data, metrics
-from larp_jax.allocation import check_router
+from larp_jax import data, metrics
 from larp_jax.config import AUTO, RANDOM, TokenizerRecipe
 from larp_jax.data.video import frame_grid
 from larp_jax.errors import InputError
 from larp_jax.evaluation.evaluators import ReconstructionEvaluator
 from larp_jax.evaluation.protocols import ClipSet
 from larp_jax.evaluation.registry import available, default_metrics
+from larp_jax.models.alignment import Projector, resampled
 from larp_jax.models.anchored_init import anchored_init
-from larp_jax.models.discriminator import Discriminator
-from larp_jax.models.lpips import Lpips
 from larp_jax.models.packing import layout, repeated
 from larp_jax.models.paths import path_name
 from larp_jax.models.pixels import as_float_video
@@ -37,14 +36,15 @@ from larp_jax.models.quantizer import Quantized, kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
-from larp_jax.training import common, losses, optim
-from larp_jax.weights import checkpoint, networks
-from larp_jax.weights.fingerprint import digest
+from larp_jax.training import common, corruption, losses, optim
+from larp_jax.training.adversarial import Adversary
+from larp_jax.training.frozen import Frozen
+from larp_jax.weights import checkpoint
+from larp_jax.weights.fingerprint import digest, parts
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = 2  # number of the random key of lengths; sampling and the prior have the first two
-LECAM_DECAY = 0.999  # the released code
+LENGTHS, VIEW, NOISE = 2, 3, 4  # numbers of random keys; sampling and the prior have the first two
 MEAN_CLIP_CLIPS = 256
 
 
@@ -52,28 +52,27 @@ MEAN_CLIP_CLIPS = 256
 
 
 class TokenizerStage:
-    """Tokenizer, prior and discriminator, updated together."""
+    """Tokenizer, prior, projector and discriminator, updated together; those of them that the recipe needs."""
 
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
         loss = recipe.loss
+        self._frozen = Frozen(recipe)
         make = {"tokenizer": self._make_tokenizer}
         if loss.prior_weight:
             make["prior"] = self._make_prior
+        self.adversary = None
         if loss.adversarial_weight:
-            make["discriminator"] = self._make_discriminator
+            self.adversary = Adversary(recipe, self.module, self._frozen.modules.get("trunk"))
+            make["discriminator"] = self.adversary.make
+        if loss.alignment_weight:
+            make["projector"] = self._make_projector
         self._make = make
-        frozen = {"lpips": self._make_lpips} if loss.perceptual != "none" else {}
-        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in (make | frozen).items()}
-        self._router_params = None
-        if recipe.router:
-            self._abstract["router"], self._router_params = _load_router(recipe)
-        self.graphdefs = {name: nnx.graphdef(module) for name, module in self._abstract.items()}
+        self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
+        modules = self._abstract | self._frozen.modules
+        self.graphdefs = {name: nnx.graphdef(module) for name, module in modules.items()}
         self._check_multipliers()
         self.optimizer = optim.make_optimizer(recipe.optim, recipe.steps)
-        self.discriminator_optimizer = optim.make_discriminator_optimizer(
-            recipe.optim, recipe.steps, start=loss.adversarial_start, every=loss.discriminator_every
-        )
         self.learning_rate = optim.learning_rate(recipe.optim, recipe.steps)
         quantizer = recipe.model.quantizer
         self.temperature = optim.linear(
@@ -88,7 +87,7 @@ class TokenizerStage:
 
     def _check_multipliers(self) -> None:
         """`InputError` if a multiplier matches no parameter. Multipliers for a prior are allowed without a prior."""
-        modules = {name: self._abstract[name] for name in ("tokenizer", "prior") if name in self._make}
+        modules = _model(self._abstract)
         params = {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
         names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
         paths = {name[:end] for name in names for end in [i for i, c in enumerate(name) if c == "/"] + [len(name)]}
@@ -119,14 +118,9 @@ class TokenizerStage:
             dtype=common.DTYPES[r.precision],
         )
 
-    def _make_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
-        r = self.recipe
-        # R1 needs second derivatives, which cuDNN's attention in half precision does not support
-        dtype = jnp.float32 if r.loss.r1_weight else common.DTYPES[r.precision]
-        return Discriminator(r.discriminator, r.model.clip_shape, rngs=rngs, remat=r.remat, dtype=dtype)
-
-    def _make_lpips(self, rngs: nnx.Rngs) -> Lpips:
-        return Lpips(rngs=rngs, dtype=common.DTYPES[self.recipe.precision])
+    def _make_projector(self, rngs: nnx.Rngs) -> Projector:
+        r, channels = self.recipe, self._frozen.modules["teacher"].dim
+        return Projector(r.model.decoder.width, channels, rngs=rngs, dtype=common.DTYPES[r.precision])
 
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step."""
@@ -135,15 +129,9 @@ class TokenizerStage:
             for i, (name, make) in enumerate(self._make.items())
         }
         model = _model(params)
-        opt_state = {"tokenizer": self.optimizer.init(model)}
-        if "discriminator" in params:
-            names = ["loss_discriminator", "loss_lecam", "logits_real", "logits_fake", "lecam_real", "lecam_fake"]
-            names += ["loss_r1"] if self.recipe.loss.r1_weight else []
-            opt_state["discriminator"] = {
-                "optimizer": self.discriminator_optimizer.init(params["discriminator"]),
-                # the logs of its last update, shown until the next one; they include the EMAs of LeCam
-                "last": {name: jnp.zeros(()) for name in names},
-            }
+        opt_state = {"tokenizer": self.optimizer.init(self.trained(model))}
+        if self.adversary is not None:
+            opt_state["discriminator"] = self.adversary.init(params["discriminator"])
         ema = jax.tree.map(jnp.copy, model) if self.recipe.optim.ema_decay else {}
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
@@ -176,29 +164,27 @@ class TokenizerStage:
         return dataclasses.replace(state, params=replaced(state.params), ema=ema)
 
     def frozen(self) -> dict:
-        """Weights that steps read and never change, by module: `lpips` with a perceptual loss, `router` if it chooses.
+        """Weights that steps read and never change, by module; see `larp_jax.training.frozen`.
 
         Raises:
-          InputError: the file of weights is missing or damaged.
+          InputError: a file of weights is missing or damaged.
         """
-        name = self.recipe.loss.perceptual
-        frozen = {} if self._router_params is None else {"router": self._router_params}
-        if name == "none":
-            return frozen
-        try:
-            lpips = networks.load_lpips(None if name == "lpips" else name)
-        except InputError as error:
-            raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
-        return frozen | {"lpips": nnx.to_pure_dict(nnx.state(lpips, nnx.Param))}
+        return self._frozen.load()
 
     def frozen_shapes(self) -> dict:
-        """Shapes and dtypes of what `frozen` returns, without its file."""
-        shapes = {name: m for name, m in self._abstract.items() if name not in self._make}
-        return {name: nnx.to_pure_dict(nnx.state(m, nnx.Param)) for name, m in shapes.items()}
+        """Shapes and dtypes of what `frozen` returns, without its files."""
+        return self._frozen.shapes()
 
     def module(self, name: str, params: dict) -> nnx.Module:
         """The module of that name with its parameters, `params[name]`."""
         return nnx.merge(self.graphdefs[name], params[name])
+
+    def trained(self, params: dict) -> dict:
+        """What the optimizer of the tokenizer updates, of parameters by module. A discriminator has its own."""
+        model = _model(params)
+        if self.recipe.trained == "decoder":
+            model["tokenizer"] = parts(model["tokenizer"])[1]
+        return model
 
     def train_step(self, state: TrainState, batch: dict, key: jax.Array, frozen: dict) -> tuple[TrainState, dict]:
         """One update: of the discriminator if it is due, then of tokenizer and prior against the new discriminator.
@@ -217,39 +203,26 @@ class TokenizerStage:
         """
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
-        params, opt_state, model, last = state.params, state.opt_state, _model(state.params), {}
+        params, opt_state, model, last = state.params, state.opt_state, self.trained(state.params), {}
 
         def forward(i, video):
             """(reconstruction, the other losses), pullback, (codes, logs)"""
             video = as_float_video(video)
             part_key = jax.random.fold_in(key, i)
             f = functools.partial(self._forward, video=video, step=state.step + 1, key=part_key, frozen=frozen)
-            return jax.vjp(f, model, has_aux=True)
+            return jax.vjp(lambda model: f(common.merged(_model(params), model)), model, has_aux=True)
 
         if recipe.accumulate == 1:
             once = forward(0, batch["video"])
             forward = lambda *_: once  # noqa: E731
 
-        if "discriminator" in params:
-
-            def discriminator_step(discriminator, opt_state):
-                def gradient(i, video):
-                    (reconstruction, _), _, _ = forward(i, video)
-                    part_key = jax.random.fold_in(key, recipe.accumulate + i)
-                    video = as_float_video(video)
-                    return self.discriminator_gradient(discriminator, opt_state, video, reconstruction, part_key)
-
-                grads, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
-                return self.discriminator_update(discriminator, opt_state, grads, logs)
-
-            start, every = recipe.loss.adversarial_start, recipe.loss.discriminator_every
-            is_due = (state.step >= start) & (state.step % every == 0)
-            same = lambda *unchanged: unchanged  # noqa: E731
-            after = jax.lax.cond(is_due, discriminator_step, same, params["discriminator"], opt_state["discriminator"])
-            params, opt_state = (
-                old | {"discriminator": new} for old, new in zip((params, opt_state), after, strict=True)
+        if self.adversary is not None:
+            before, reconstruct = (x["discriminator"] for x in (params, opt_state)), lambda *part: forward(*part)[0][0]
+            after, its_state = self.adversary.updated_if_due(
+                state.step, *before, batch["video"], reconstruct, key, frozen
             )
-            last = opt_state["discriminator"]["last"]
+            params, opt_state = params | {"discriminator": after}, opt_state | {"discriminator": its_state}
+            last = its_state["last"]
 
         def gradient(i, video):
             (reconstruction, _), pullback, (codes, logs) = forward(i, video)
@@ -265,7 +238,9 @@ class TokenizerStage:
         grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
         updates, tokenizer_state = self.optimizer.update(grads, opt_state["tokenizer"], model)
         model = optax.apply_updates(model, updates)
-        ema = optax.incremental_update(model, state.ema, 1.0 - recipe.optim.ema_decay) if state.ema else {}
+        ema = state.ema
+        if ema:  # only of what is trained: of equal numbers it would differ by rounding
+            ema = common.merged(ema, optax.incremental_update(model, self.trained(ema), 1.0 - recipe.optim.ema_decay))
 
         logs |= last
         logs["grad_norm"] = optax.tree.norm(grads)
@@ -276,7 +251,7 @@ class TokenizerStage:
             logs["perplexity"] = metrics.perplexity(codes)
             logs["kl_from_uniform"] = metrics.kl_from_uniform(codes)
         opt_state = opt_state | {"tokenizer": tokenizer_state}
-        return TrainState(state.step + 1, params | model, opt_state, ema), logs
+        return TrainState(state.step + 1, common.merged(params, model), opt_state, ema), logs
 
     def lengths(self, video: jax.Array, key: jax.Array | None, frozen: dict) -> jax.Array | None:
         """Numbers of codes of each block, [B, T] int32; None if every clip has the same number.
@@ -292,7 +267,7 @@ class TokenizerStage:
         if budget == AUTO:
             return self.module("router", frozen).lengths(video)
         if budget != RANDOM:
-            return repeated(model.adaptive.budget(budget, model.quantizer.codebook_size), len(video))
+            return repeated(model.adaptive.budget(budget, model.quantizer.codes), len(video))
         if key is None:
             return repeated(model.adaptive.largest, len(video))
         assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
@@ -308,9 +283,22 @@ class TokenizerStage:
         tokenizer = self.module("tokenizer", model)
         share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
         lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS), frozen)
-        reconstruction, quantized = tokenizer(
-            video, lengths, key=sample_key, temperature=self.temperature(step), share=share
-        )
+        seen, corrupted = None, recipe.corruption
+        if corrupted.of_encoder:
+            lengths, seen = corruption.view(recipe, video.shape, lengths, jax.random.fold_in(key, VIEW))
+        quantized = tokenizer.quantize(
+            video, lengths, seen=seen, temperature=self.temperature(step), share=share,
+            key=sample_key if recipe.trained == "all" else None,
+        )  # fmt: skip
+        z_q = quantized.z_q
+        if corrupted.noise:
+            z_q = corruption.noisy(z_q, corrupted.noise, jax.random.fold_in(key, NOISE), quantized.valid)
+        if "projector" in model:
+            reconstruction, features = tokenizer.decode_with_features(
+                z_q, quantized.lengths, recipe.loss.alignment_layer, video.shape[1:4]
+            )
+        else:
+            reconstruction = tokenizer.decode_latents(z_q, quantized.lengths, video.shape[1:4])
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * share * quantized.loss
@@ -318,6 +306,9 @@ class TokenizerStage:
             terms = self._prior_losses(model, quantized, tokenizer.quantizer.codebook, step, prior_key)
             loss += recipe.loss.prior_weight * share * terms["loss_prior"]
             logs |= terms
+        if "projector" in model:
+            logs["loss_alignment"] = self._alignment_loss(model, frozen, video, features)
+            loss += recipe.loss.alignment_weight * logs["loss_alignment"]
         codes = None
         if quantized.indices is not None:
             codes = metrics.code_counts(quantized.indices, recipe.model.quantizer.codebook_size, quantized.valid)
@@ -340,72 +331,33 @@ class TokenizerStage:
         )
         return {"loss_prior": loss, **accuracy}
 
+    def _alignment_loss(self, model: dict, frozen: dict, video: jax.Array, features: jax.Array) -> jax.Array:
+        """The alignment of the decoder's features [B, t, h, w, D] with those of the teacher, a scalar."""
+        target = jax.lax.stop_gradient(self.module("teacher", frozen)(video))
+        projected = self.module("projector", model)(features)
+        return losses.alignment_loss(projected, resampled(target, features.shape[1:4]))
+
     def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
         """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
         weights = self.recipe.loss
         terms = {"reconstruction": losses.reconstruction_loss(video, reconstruction, weights.reconstruction)}
+        if weights.frame_difference_weight:
+            changes = (jnp.diff(x, axis=1) for x in (video, reconstruction))
+            terms["frame_difference"] = losses.reconstruction_loss(*changes, weights.reconstruction)
         if "lpips" in frozen:
             lpips, frames = self.module("lpips", frozen), slice(None)
             if weights.perceptual_frames:
                 frames = jax.random.choice(key, video.shape[1], (weights.perceptual_frames,), replace=False)
             terms["perceptual"] = losses.perceptual_loss(lpips.distance, video[:, frames], reconstruction[:, frames])
-        if "discriminator" in params:
-            discriminator = self.module("discriminator", params)
-            terms["adversarial"] = losses.started(
-                step >= weights.adversarial_start,
-                lambda x: losses.adversarial_loss(weights.adversarial, discriminator(x)),
-                reconstruction,
-            )
+        if self.adversary is not None:
+            terms["adversarial"] = self.adversary.loss(params["discriminator"], reconstruction, step, frozen)
         total = sum(getattr(weights, f"{name}_weight", 1.0) * term for name, term in terms.items())
         return total, {f"loss_{name}": term for name, term in terms.items()}
-
-    def discriminator_gradient(
-        self, params: dict, opt_state: dict, video: jax.Array, reconstruction: jax.Array, key: jax.Array
-    ) -> tuple[dict, dict]:
-        """Gradient of the discriminator's objective on clips and their reconstructions, both float [B, T, H, W, C].
-
-        Args:
-          params: of the discriminator.
-          opt_state: of the discriminator; contains the EMAs of LeCam.
-          video: in [0, 1].
-          reconstruction: treated as a constant.
-          key: random key of the smoothed targets.
-
-        Returns:
-          The gradient and the logs.
-        """
-        weights, before = self.recipe.loss, opt_state["last"]
-
-        def objective(params):
-            discriminator = self.module("discriminator", {"discriminator": params})
-            real, fake = discriminator(video), discriminator(jax.lax.stop_gradient(reconstruction))
-            loss = losses.discriminator_loss(weights.adversarial, real, fake, key)
-            lecam = losses.lecam_loss(real, fake, before["lecam_real"], before["lecam_fake"])
-            logs = {"loss_discriminator": loss, "loss_lecam": lecam}
-            logs |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-            loss += weights.lecam_weight**2 * lecam  # the released code applies the weight twice
-            if weights.r1_weight:
-                logs["loss_r1"] = losses.r1_penalty(discriminator, video)
-                loss += weights.r1_weight * logs["loss_r1"]
-            return loss, logs
-
-        return jax.grad(objective, has_aux=True)(params)
-
-    def discriminator_update(self, params: dict, opt_state: dict, grads: dict, logs: dict) -> tuple[dict, dict]:
-        """The discriminator's parameters and `opt_state` after an update by the results of `discriminator_gradient`."""
-        updates, optimizer = self.discriminator_optimizer.update(grads, opt_state["optimizer"], params)
-        averages = {
-            f"lecam_{side}": optax.incremental_update(
-                logs[f"logits_{side}"], opt_state["last"][f"lecam_{side}"], 1.0 - LECAM_DECAY
-            )
-            for side in ("real", "fake")
-        }
-        return optax.apply_updates(params, updates), {"optimizer": optimizer, "last": logs | averages}
 
     def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
         """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
         quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
-        if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
+        if min(video.shape[2:4]) >= metrics.SSIM_WINDOW:
             quality["ssim"] = jax.lax.cond(
                 (step + 1) % self.recipe.log_every == 0,
                 lambda: metrics.ssim(video, reconstruction).mean(),
@@ -414,18 +366,8 @@ class TokenizerStage:
         return quality
 
 
-def _load_router(recipe: TokenizerRecipe) -> tuple[nnx.Module, dict]:
-    """Module and parameters of the recipe's router; `InputError` if it cannot be read or is of other clips."""
-    try:
-        module, params = api.load_router(os.path.expanduser(recipe.router))
-        check_router(module.config, recipe.model)
-    except InputError as error:
-        raise InputError(f"router={recipe.router}: {error}") from error
-    return module, params
-
-
 def _model(params: dict) -> dict:
-    """All modules but the discriminator: tokenizer and prior."""
+    """All modules but the discriminator, trained together: tokenizer, prior and projector."""
     return {name: x for name, x in params.items() if name != "discriminator"}
 
 
@@ -437,7 +379,7 @@ class TokenizerTask:
 
     stage_class = TokenizerStage
     inputs = ("video",)
-    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_adversarial", "psnr", "perplexity")
+    shown = ("loss", "loss_reconstruction", "loss_prior", "loss_alignment", "loss_adversarial", "psnr", "perplexity")
     only_logged = ("ssim",)
 
     def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):

@@ -15,7 +15,7 @@ import time
 import jax
 
 from larp_jax import files, storage
-from larp_jax.config import TRAINING_FIELDS, Recipe, differences, parse_recipe, to_dict
+from larp_jax.config import TRAINING_FIELDS, Recipe, completed, differences, to_dict
 from larp_jax.errors import InputError
 from larp_jax.runtime import distributed, rng, sharding
 from larp_jax.runtime.clock import Clock
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "tracker", "mesh",
               "remat", "accumulate", "precision", "tokenizer", "router", "data.eval", "data.workers", "data.eval_clips",
               "optim", "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
-              "loss.adversarial_weight",
+              "loss.adversarial_weight", "loss.frame_difference_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
@@ -132,7 +132,7 @@ class Run:
         trace = Profile(self.workdir, profile, self.first_step)
         pending = None  # the step and logs of the last update, which the device may still be computing
         batches = self.task.batches(self.first_step)
-        stopping = False
+        stopping, compiled = False, set()
         if jax.process_count() > 1:
             self.stop.defer(HURRIED)  # all processes stop after the same step
         with batches, self.writer, self._progress() as progress, Watchdog() as watchdog:
@@ -160,8 +160,11 @@ class Run:
                     with self.clock.measure("input"):
                         batch = next(batches)
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
-                    watchdog.at(self.step, COMPUTE, slow=not new)
-                    with contextlib.nullcontext() if new else self.clock.measure("start"):  # it compiles
+                    shapes = tuple(x.shape for x in batch.values())
+                    known = shapes in compiled
+                    compiled.add(shapes)
+                    watchdog.at(self.step, COMPUTE, slow=not known)
+                    with contextlib.nullcontext() if known else self.clock.measure("start"):  # it compiles
                         self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
                     self.state = self.task.after_step(self.state, self.step, self._placement, self.key)
@@ -193,7 +196,7 @@ class Run:
         try:
             resources.enter_context(checkpoint.claim(self.workdir))
             before = checkpoint.read_config(self.workdir)
-            changed = {} if before is None else differences(_complete(before), recipe)
+            changed = {} if before is None else differences(completed(before), recipe)
             if changed and not checkpoint.steps(self.workdir):
                 logger.info("%s contains no checkpoint; the new recipe replaces the old one", self.workdir)
                 if jax.process_index() == 0:
@@ -278,14 +281,6 @@ def _check_workdir(workdir: pathlib.Path) -> None:
         return
     if before is not None and before.get("stage") not in TASKS:
         raise InputError(f"{workdir / checkpoint.CONFIG} is not that of a run; choose another --workdir")
-
-
-def _complete(config: dict) -> dict:
-    """The recipe of a `config.json`, with settings that were added later at their defaults."""
-    try:
-        return to_dict(parse_recipe(config))
-    except InputError:  # it has settings that no longer exist; they show as differences
-        return config
 
 
 def _may_change(name: str, before, after) -> bool:

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import operator
 import os
 import pathlib
@@ -35,7 +34,6 @@ from larp_jax import files, npz, storage
 from larp_jax.config import TokenizerRecipe, parse_recipe
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
-from larp_jax.models.paths import path_name
 from larp_jax.state import TrainState
 from larp_jax.weights import released
 from larp_jax.weights.checksums import CHECKSUMS, checksums, find_damage, items_of, read_json_item, write_digests
@@ -334,6 +332,8 @@ class Checkpoint:
       class_names: for a generator, the classes of its training data in the order of their labels; empty if unknown.
       class_codes: for a generator with a ladder, the mean number of codes of the training clips of each class, None
         where there are none; empty if unknown.
+      statistics: for a flow generator, mean and standard deviation of each channel of the latents of its training
+        clips, [d] float32 each; None for others.
     """
 
     path: pathlib.Path
@@ -346,6 +346,7 @@ class Checkpoint:
     class_counts: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     class_codes: tuple[float | None, ...] = ()
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def of(cls, path: pathlib.Path, recipe: Any, params: dict, known: Mapping[str, Any], **more) -> "Checkpoint":
@@ -358,6 +359,8 @@ class Checkpoint:
         if not all(isinstance(name, str) for name in names):
             raise ValueError("its class_names are not strings")
         more = {"mean_clip": None} | more
+        if (latents := known.get("latent_statistics")) is not None:
+            more["statistics"] = tuple(np.asarray(latents[name], np.float32) for name in ("mean", "std"))
         return cls(
             path=path,
             recipe=recipe,
@@ -488,7 +491,7 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
         arrays = reader.metadata(directory / item).item_metadata
         if arrays is None:
             raise ValueError(f"the description of {item} is missing")
-        _check_sizes(recipe, arrays.tree)
+        released.check_sizes(recipe, arrays.tree)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays.tree)
         params = reader.restore(directory / item, restore_args=as_numpy)
     mean_clip = None
@@ -496,28 +499,6 @@ def _load(directory: pathlib.Path, weights: str) -> Checkpoint:
         path = directory.parent.parent / MEAN_CLIP
         mean_clip = read_mean_clip(path, recipe.model.clip_shape) if path.exists() else None
     return Checkpoint.of(directory, recipe, params, metadata, mean_clip=mean_clip)
-
-
-def _check_sizes(recipe: Any, arrays: Any) -> None:
-    """Raises ValueError if the sizes of stored arrays differ from those of the recipe's networks.
-
-    Called before reading any array or creating a network: damaged sizes may exceed the memory.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
-    stored = {path_name(path): math.prod(x.shape) for path, x in leaves}
-    model = recipe.model
-    items = released.model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model)
-    sizes = {item.path: item.size for item in items if isinstance(item, released.Parameter)}
-    if isinstance(recipe, TokenizerRecipe):  # the released layout has no blocks
-        sizes["tokenizer/encoder/queries/block_table"] = model.blocks * model.encoder.width
-        sizes["tokenizer/decoder/latent_positions/block_table"] = model.blocks * model.decoder.width
-        sizes["prior/block_table"] = model.blocks * recipe.prior.width
-    elif model.ladder:
-        sizes["generator/block_positions"] = model.blocks * model.width
-        sizes["generator/place_positions"] = (model.ladder[-1] + 1) * model.width
-    for path, size in sizes.items():
-        if stored.get(path, size) != size:
-            raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")
 
 
 def write_imported(

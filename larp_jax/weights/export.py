@@ -136,7 +136,7 @@ def known_of(found: Checkpoint) -> dict[str, Any]:
 def codebook_manifest(
     config: TokenizerConfig, params: Mapping, *, step: int | None = None, usage_counts: Sequence[int] | None = None
 ) -> dict:
-    """Description of an exported codebook, ready for JSON.
+    """Description of an exported tokenizer and of its codebook, if it has one, ready for JSON.
 
     Args:
       config: configuration of the tokenizer.
@@ -145,11 +145,14 @@ def codebook_manifest(
       usage_counts: how often each of the K codes was used, if known.
     """
     q = config.quantizer
-    manifest: dict[str, Any] = {
+    codebook = {
         "K": q.codebook_size,
-        "d": q.code_dim,
         "normalisation": "l2" if q.l2_normalized else "none",
         "temperature": q.temperature,
+    }
+    manifest: dict[str, Any] = {
+        **(codebook if q.has_codes else {}),
+        "d": q.code_dim,
         "N": config.num_tokens,
         "clip": list(config.clip_shape),
         "patch": list(config.encoder_patch),
@@ -220,10 +223,11 @@ def export_stablehlo(
 ) -> None:
     """Writes `encode.bin` and `decode.bin`, functions that need only `jax.export` to run (see docs/export.md).
 
-    `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32. `decode`: codes -> video, clamped to
-    [0, 1]. If the tokenizer has a ladder, both have the numbers of codes by block, [B, blocks] int32, as a second
-    argument. The files contain the weights, compute in float32 for any B, and run on CPUs, NVIDIA GPUs and TPUs.
-    `manifest.json` is that of a codebook, with the version of JAX that wrote the files (`jax`, `calling_convention`).
+    `encode`: video [B, T, H, W, C] float32 in [0, 1] -> codes [B, N] int32, or latents [B, N, d] float32. `decode`:
+    these -> video, clamped to [0, 1]. If the tokenizer has a ladder, both have the numbers of codes by block,
+    [B, blocks] int32, as a second argument. The files contain the weights, compute in float32 for any B, and run on
+    CPUs, NVIDIA GPUs and TPUs. `manifest.json` is that of a codebook, with the version of JAX that wrote the files
+    (`jax`, `calling_convention`).
 
     Args:
       directory: created; must not exist or must be empty.
@@ -232,19 +236,17 @@ def export_stablehlo(
       step: their training step, if known.
 
     Raises:
-      InputError: the directory is not empty, or the tokenizer has no codes.
+      InputError: the directory is not empty.
       OSError: writing failed.
     """
-    if not config.quantizer.has_codes:
-        raise InputError("model.quantizer.kind='kl' has continuous latents and no codes to export functions of")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Tokenizer(config, rngs=nnx.Rngs(0))))
     tokenizer = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
 
     def encode(video, *lengths):
-        return tokenizer.quantize(video, *lengths).indices
+        return tokenizer.quantize(video, *lengths).tokens
 
-    def decode(codes, *lengths):
-        return jnp.clip(tokenizer.decode(codes, *lengths), 0.0, 1.0)
+    def decode(tokens, *lengths):
+        return jnp.clip(tokenizer.decode(tokens, *lengths), 0.0, 1.0)
 
     try:
         import flatbuffers  # noqa: F401  (how jax.export serializes)
@@ -254,7 +256,9 @@ def export_stablehlo(
     (batch,) = jax.export.symbolic_shape("b")
     inputs = {
         encode: jax.ShapeDtypeStruct((batch, *config.clip_shape), jnp.float32),
-        decode: jax.ShapeDtypeStruct((batch, config.num_tokens), jnp.int32),
+        decode: jax.ShapeDtypeStruct(
+            (batch, *config.token_shape), jnp.int32 if config.quantizer.has_codes else jnp.float32
+        ),
     }
     lengths = [jax.ShapeDtypeStruct((batch, config.blocks), jnp.int32)] if config.adaptive else []
     with files.new_folder(directory) as folder:

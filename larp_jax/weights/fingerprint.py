@@ -27,9 +27,19 @@ def fingerprint(config: TokenizerConfig, params: Mapping) -> str:
     Returns:
       16 hexadecimal digits.
     """
+    return digest(json.dumps(_settings(config), sort_keys=True), parts(params)[0])
+
+
+def decoder_fingerprint(params: Mapping) -> str:
+    """A hash of what decodes codes. Tokenizers with one `fingerprint` may have decoders that were trained further."""
+    return digest("", parts(params)[1])
+
+
+def parts(params: Mapping) -> tuple[dict, dict]:
+    """The parameters of a tokenizer that its codes depend on, and those that only decode them."""
     quantizer = {name: leaf for name, leaf in params["quantizer"].items() if name != "out_linear"}
-    settings = json.dumps(_settings(config), sort_keys=True)
-    return digest(settings, {"encoder": params["encoder"], "quantizer": quantizer})
+    decoding = {"decoder": params["decoder"], "quantizer": {"out_linear": params["quantizer"]["out_linear"]}}
+    return {"encoder": params["encoder"], "quantizer": quantizer}, decoding
 
 
 def digest(settings: str, params: Mapping) -> str:

@@ -66,12 +66,12 @@ def read_model(
     Raises:
       InputError: as for `import_huggingface`, or `larp_jax.json` is not one of that model.
     """
-    path = _located(source)
+    path = located(source)
     _, config, params = import_huggingface(path, ema=ema)
     recipe = GeneratorRecipe(model=config) if isinstance(config, GeneratorConfig) else config
     if not (path / OURS).exists():
         return recipe, params, {}
-    known = _read_json(path / OURS)
+    known = read_settings(path / OURS)
     values, settings = to_dict(recipe), known.pop("settings", {})
     sizes = {"code_counts": recipe.model.quantizer.codebook_size} if isinstance(recipe, TokenizerRecipe) else {}
     sizes |= {"class_counts": recipe.model.num_classes} if isinstance(recipe, GeneratorRecipe) else {}
@@ -103,7 +103,7 @@ def _check_known(known: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
             raise ValueError(f"{name} is not what it should be")
 
 
-def _located(source: str | os.PathLike) -> pathlib.Path:
+def located(source: str | os.PathLike) -> pathlib.Path:
     """The folder or file of a source, downloaded if it is a repository."""
     path = files.readable(source, "--source")
     if path.exists():
@@ -132,7 +132,7 @@ def import_huggingface(
     Raises:
       InputError: a setting or tensor is missing, unexpected, of the wrong shape or not supported.
     """
-    path = _located(source)
+    path = located(source)
     if path.is_file():
         with files.fetched(path) as file:
             values, tensors, where = _read_checkpoint(file, ema)
@@ -141,12 +141,12 @@ def import_huggingface(
         if ema:
             raise InputError(f"{path} contains only one set of weights, no EMA; leave out --ema")
         where = str(path / CONFIG)
-        values = _read_json(path / CONFIG)
+        values = read_settings(path / CONFIG)
         if not (path / WEIGHTS).exists():
             raise InputError(f"{path / WEIGHTS} is missing; {LAYOUT}")
         with files.fetched(path / WEIGHTS) as file:
             tensors = read_safetensors(file, UNREAD)
-        prior_sizes = _read_json(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
+        prior_sizes = read_settings(path / PRIOR_SIZES).get("prior", {}) if (path / PRIOR_SIZES).exists() else None
         if not isinstance(prior_sizes, Mapping | None):
             raise InputError(f'{path / PRIOR_SIZES} must contain {{"prior": {{...}}}}')
 
@@ -160,7 +160,8 @@ def import_huggingface(
     return kind, config, released.params_from_released(items, tensors)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The object in config.json or a file next to it; `InputError` if it is missing or broken."""
     try:
         values = read_json(path)
     except FileNotFoundError:

@@ -132,7 +132,7 @@ def params_of_package(nested: Mapping[str, Any], where: str) -> dict[str, np.nda
         for part in ("kernel", "bias"):
             params[f"{path}/{part}"] = flat.pop(f"VGG16_0/Conv_{number}/{part}", np.zeros(0))
     shapes = {name: x.shape for name, x in (params | flat).items()}
-    compare_shapes({name: x.shape for name, x in template("lpips").items()}, shapes, where)
+    compare_shapes(template("lpips"), shapes, where)
     return finished(params, where)
 
 

@@ -6,20 +6,26 @@ Import and export use the same tables, so they cannot disagree. This module does
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 from einops import rearrange
 
 from larp_jax.config import (
     DiscriminatorConfig,
+    FlowConfig,
     GeneratorConfig,
     PriorConfig,
     RouterConfig,
     TokenizerConfig,
     TokenizerRecipe,
     TransformerConfig,
+    swiglu_width,
 )
 from larp_jax.models.embeddings import sincos_1d, sincos_3d
+from larp_jax.models.flow import TIME_WIDTH
+from larp_jax.models.paths import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +111,18 @@ def _norm(path, name, width, *, bias=True, layers=0):
         yield Parameter(f"{path}/bias", (f"{name}.bias",), (width,), layers=layers)
 
 
-def _transformer(path, name, config: TransformerConfig):
+def _transformer(path, name, config: TransformerConfig, kind: str = "larp"):
+    """Blocks of a kind; no released model has those of `vitok`, so their names are chosen here."""
+    larp, hidden = kind == "larp", 4 * config.width if kind == "larp" else swiglu_width(config.width)
     path, name, d, n = f"{path}/blocks", f"{name}.blocks.{{}}", config.width, config.depth
-    yield from _norm(f"{path}/norm1", f"{name}.norm1", d, layers=n)
+    yield from _norm(f"{path}/norm1", f"{name}.norm1", d, bias=larp, layers=n)
     yield from _linear(f"{path}/attention/qkv", f"{name}.attn.qkv", d, 3 * d, bias=False, layers=n)
     yield from _linear(f"{path}/attention/out", f"{name}.attn.proj", d, d, layers=n)
-    yield from _norm(f"{path}/norm2", f"{name}.norm2", d, layers=n)
-    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, 4 * d, layers=n)
-    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", 4 * d, d, layers=n)
+    yield from _norm(f"{path}/norm2", f"{name}.norm2", d, bias=larp, layers=n)
+    if not larp:
+        yield from _linear(f"{path}/mlp/gate", f"{name}.mlp.gate", d, hidden, bias=False, layers=n)
+    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, hidden, bias=larp, layers=n)
+    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", hidden, d, bias=larp, layers=n)
 
 
 def _positions_3d(path, fixed, learned: dict, learns: bool, token_type: str | None, grid, width):
@@ -172,7 +182,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         "encoder_latent_query_token_type_embed" if c.use_encoder_latent_query_token_type_embed else None,
         c.latent_position_base,
     )
-    yield from _transformer("encoder/transformer", "encoder", c.encoder)
+    yield from _transformer("encoder/transformer", "encoder", c.encoder, c.block)
     projected = q.code_dim * (1 if q.has_codes else 2)
     yield from _linear("quantizer/in_linear", "bottleneck.in_linear", c.encoder.width, projected)
     if q.norm == "ln_d":
@@ -202,7 +212,7 @@ def tokenizer_tensors(config: TokenizerConfig) -> Iterator[Parameter | Table]:
         c.decoder_grid,
         c.decoder.width,
     )
-    yield from _transformer("decoder/transformer", "decoder", c.decoder)
+    yield from _transformer("decoder/transformer", "decoder", c.decoder, c.block)
     yield from _norm("decoder/norm", "final_layer.norm_final", c.decoder.width)
     # rows are (time in patch, row, column, channel) in both
     outputs = math.prod(c.decoder_patch) * c.channels
@@ -286,10 +296,36 @@ def router_tensors(config: RouterConfig) -> Iterator[Parameter | Table]:
     yield from _linear("head", "head", d, config.adaptive.count)
 
 
-def model_tensors(config: TokenizerRecipe | GeneratorConfig | RouterConfig) -> list[Parameter | Table]:
+def flow_tensors(config: FlowConfig) -> Iterator[Parameter | Table]:
+    """A flow generator; there is no released one, the names are those of DiT (arXiv 2212.09748) where it has them."""
+    c, d, n = config, config.width, config.depth
+    path, name = "blocks", "blocks.{}"
+    yield from _linear("in_proj", "x_embedder", c.code_dim, d)
+    yield Parameter("positions", ("pos_embed",), (1, c.num_tokens, d), "1 n d -> n d")
+    yield from _linear("time_up", "t_embedder.mlp.0", TIME_WIDTH, d)
+    yield from _linear("time_down", "t_embedder.mlp.2", d, d)
+    if c.class_rows:
+        yield Parameter("class_embedding", ("y_embedder.embedding_table.weight",), (c.class_rows, d), "k d -> k d")
+    if c.has_frames:
+        yield from _linear("frames_proj", "frames_embedder", c.code_dim, d)
+        yield Parameter("no_frames", ("no_frames",), (d,))
+    yield from _linear(f"{path}/qkv", f"{name}.attn.qkv", d, 3 * d, layers=n)
+    yield from _norm(f"{path}/q_norm", f"{name}.attn.q_norm", d // c.heads, bias=False, layers=n)
+    yield from _norm(f"{path}/k_norm", f"{name}.attn.k_norm", d // c.heads, bias=False, layers=n)
+    yield from _linear(f"{path}/out", f"{name}.attn.proj", d, d, layers=n)
+    yield from _linear(f"{path}/mlp/up", f"{name}.mlp.fc1", d, 4 * d, layers=n)
+    yield from _linear(f"{path}/mlp/down", f"{name}.mlp.fc2", 4 * d, d, layers=n)
+    yield from _linear(f"{path}/modulation", f"{name}.adaLN_modulation.1", d, 6 * d, layers=n)
+    yield from _linear("modulation", "final_layer.adaLN_modulation.1", d, 2 * d)
+    yield from _linear("head", "final_layer.linear", d, c.code_dim)
+
+
+def model_tensors(config: TokenizerRecipe | GeneratorConfig | FlowConfig | RouterConfig) -> list[Parameter | Table]:
     """The tensors of a released file; parameter paths start with the key in `TrainState.params`."""
     if isinstance(config, GeneratorConfig):
         parts = {"generator": generator_tensors(config)}
+    elif isinstance(config, FlowConfig):
+        parts = {"generator": flow_tensors(config)}
     elif isinstance(config, RouterConfig):
         parts = {"router": router_tensors(config)}
     else:
@@ -301,6 +337,28 @@ def model_tensors(config: TokenizerRecipe | GeneratorConfig | RouterConfig) -> l
         for part, items in parts.items()
         for item in items
     ]
+
+
+def check_sizes(recipe: Any, arrays: Any) -> None:
+    """Raises ValueError if the sizes of stored arrays differ from those of the recipe's networks.
+
+    Called before reading any array or creating a network: damaged sizes may exceed the memory.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
+    stored = {path_name(path): math.prod(x.shape) for path, x in leaves}
+    model = recipe.model
+    items = model_tensors(recipe if isinstance(recipe, TokenizerRecipe) else model)
+    sizes = {item.path: item.size for item in items if isinstance(item, Parameter)}
+    if isinstance(recipe, TokenizerRecipe):  # the released layout has no blocks
+        sizes["tokenizer/encoder/queries/block_table"] = model.blocks * model.encoder.width
+        sizes["tokenizer/decoder/latent_positions/block_table"] = model.blocks * model.decoder.width
+        sizes["prior/block_table"] = model.blocks * recipe.prior.width
+    elif model.ladder:
+        sizes["generator/block_positions"] = model.blocks * model.width
+        sizes["generator/place_positions"] = (model.ladder[-1] + 1) * model.width
+    for path, size in sizes.items():
+        if stored.get(path, size) != size:
+            raise ValueError(f"{path} has {stored[path]} values, its settings require {size}")
 
 
 def expected_shapes(items: Iterable[Parameter | Table]) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,11 @@ from larp_jax.config import default_recipe
 
 
 def get_config(variant: str = ""):
-    """Variant `plain` leaves out prior and discriminator, `adaptive` has two blocks of frames with 2, 4 or 8 codes."""
+    """The tokenizer, or a variant.
+
+    Variant `plain` leaves out prior and discriminator, `adaptive` has two blocks of frames with 2, 4 or 8 codes,
+    `continuous` has latents in place of codes.
+    """
     config = default_recipe()
     config.steps = 6
     config.log_every = 1
@@ -37,6 +41,8 @@ def get_config(variant: str = ""):
         config.start.anchored = True
         config.start.continuous_steps, config.start.kmeans_clips, config.start.ramp_steps = 2, 8, 1
         config.loss.adversarial_weight = 0.0
-    if variant == "plain":
+    if variant == "continuous":
+        config.model.quantizer.kind, config.model.quantizer.kl_weight = "kl", 1e-3
+    if variant in ("plain", "continuous"):
         config.loss.prior_weight = config.loss.adversarial_weight = 0.0
     return config

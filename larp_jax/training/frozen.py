@@ -1,0 +1,113 @@
+"""The networks that a tokenizer's training reads and never changes: router, LPIPS, teachers."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from larp_jax import api
+from larp_jax.allocation import check_router
+from larp_jax.config import TokenizerRecipe
+from larp_jax.errors import InputError
+from larp_jax.models.lpips import Lpips
+from larp_jax.models.paths import path_name
+from larp_jax.models.teachers import Teacher, make_teacher
+from larp_jax.training import common
+from larp_jax.weights import networks
+
+
+class Frozen:
+    """The frozen networks of a recipe, by name: `router`, `lpips`, `teacher` (of alignment), `trunk` (of the
+    discriminator); only those that the recipe needs.
+
+    Attributes:
+      modules: the networks without weights.
+
+    Raises:
+      InputError: the router cannot be read or is of other clips, or there is no such teacher.
+    """
+
+    def __init__(self, recipe: TokenizerRecipe):
+        self._recipe, self.modules = recipe, {}
+        loss, dtype = recipe.loss, common.DTYPES[recipe.precision]
+        if loss.perceptual != "none":
+            self.modules["lpips"] = nnx.eval_shape(lambda: Lpips(rngs=nnx.Rngs(0), dtype=dtype))
+        self._router_params = None
+        if recipe.router:
+            self.modules["router"], self._router_params = _load_router(recipe)
+        self._teachers = {}
+        if loss.alignment_weight:
+            self._teachers["teacher"] = "loss.alignment", loss.alignment, dtype
+        if loss.adversarial_weight and recipe.discriminator.kind == "frozen":
+            # second derivatives as in `larp_jax.training.adversarial.Adversary.make`
+            trunk_dtype = jnp.float32 if loss.r1_weight else dtype
+            self._teachers["trunk"] = "discriminator.trunk", recipe.discriminator.trunk, trunk_dtype
+        for name, (setting, wanted, dtype) in self._teachers.items():
+            self.modules[name] = self._teacher(setting, wanted, dtype)
+
+    def _teacher(self, setting: str, wanted: str, dtype) -> Teacher:
+        try:
+            config = networks.teacher_config(wanted)
+            make = functools.partial(make_teacher, config, remat=self._recipe.remat, dtype=dtype)
+            module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+            frames, *own, _ = self._recipe.model.clip_shape
+            for size in (own, *self._recipe.data.sizes):
+                module.grid((frames, *size))
+        except InputError as error:
+            raise InputError(f"{setting}={wanted}: {error}") from error
+        return module
+
+    def load(self) -> dict:
+        """Parameters by network. The kernels of teachers are in the dtype of the computation.
+
+        Raises:
+          InputError: a file of weights is missing or damaged.
+        """
+        loaded = {} if self._router_params is None else {"router": self._router_params}
+        if "lpips" in self.modules:
+            loaded["lpips"] = self._load_lpips()
+        for name, (setting, wanted, dtype) in self._teachers.items():
+            try:
+                loaded[name] = _kernels_as(dtype, _params(networks.load_teacher(wanted)))
+            except InputError as error:
+                raise InputError(f"{setting}={wanted}: {error}") from error
+        return loaded
+
+    def _load_lpips(self) -> dict:
+        name = self._recipe.loss.perceptual
+        try:
+            return _params(networks.load_lpips(None if name == "lpips" else name))
+        except InputError as error:
+            raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
+
+    def shapes(self) -> dict:
+        """Shapes and dtypes of what `load` returns, without any file of weights."""
+        shapes = {name: _params(module) for name, module in self.modules.items()}
+        for name, (_, _, dtype) in self._teachers.items():
+            shapes[name] = jax.eval_shape(functools.partial(_kernels_as, dtype), shapes[name])
+        return shapes
+
+
+def _params(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def _kernels_as(dtype, params: dict) -> dict:
+    """The parameters, with kernels in this dtype: what every product would convert them to."""
+
+    def converted(path, x):
+        return jnp.asarray(x, dtype) if path_name(path).endswith("kernel") else x
+
+    return jax.tree_util.tree_map_with_path(converted, params)
+
+
+def _load_router(recipe: TokenizerRecipe) -> tuple[nnx.Module, dict]:
+    """Module and parameters of the recipe's router; `InputError` if it cannot be read or is of other clips."""
+    try:
+        module, params = api.load_router(os.path.expanduser(recipe.router))
+        check_router(module.config, recipe.model)
+    except InputError as error:
+        raise InputError(f"router={recipe.router}: {error}") from error
+    return module, params
