@@ -25,8 +25,8 @@ SAMPLING = {"cfg_scale": 1.5, "top_k": 40, "key": jax.random.key(0)}
 def main(tokenizer_path: str, generator_path: str, output: str) -> None:
     """Writes an animation: rows of held-out clips, their reconstructions, and samples of the same classes."""
     tokenizer, generator = larp_jax.load_tokenizer(tokenizer_path), larp_jax.load_generator(generator_path)
-    frames, size, _, _ = tokenizer.config.clip_shape
-    spec = ClipSpec(frames=frames, resolution=size)
+    frames, size, *_ = tokenizer.config.clip_shape
+    spec = ClipSpec.of(tokenizer.config.clip_shape)
     source = open_source("moving_shapes/plain:test", spec)
     clips, classes = zip(*(source.read_clip(index, 0, spec) for index in CLIPS), strict=True)
     clips = np.stack(clips)

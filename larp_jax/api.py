@@ -13,10 +13,17 @@ from jax.sharding import Mesh
 
 from larp_jax import files
 from larp_jax.allocation import Assigner
-from larp_jax.config import TokenizerConfig
+from larp_jax.config import AUTO, TokenizerConfig
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedGenerator, checked_params
-from larp_jax.models.checks import checked_integers, checked_latents, checked_lengths, checked_video
+from larp_jax.models.checks import (
+    checked_clips,
+    checked_integers,
+    checked_latents,
+    checked_lengths,
+    checked_shape,
+    checked_video,
+)
 from larp_jax.models.layers import Memory
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
@@ -183,8 +190,8 @@ class LoadedTokenizer:
         def encode(params, video, lengths, key):
             return self.module(params).quantize(as_float_video(video), lengths, key=key).tokens
 
-        def decode(params, codes, lengths):
-            return jnp.clip(self.module(params).decode(codes, lengths), 0.0, 1.0)
+        def decode(params, codes, lengths, shape):
+            return jnp.clip(self.module(params).decode(codes, lengths, shape), 0.0, 1.0)
 
         def reconstruct(params, video, lengths):
             return jnp.clip(self.module(params)(as_float_video(video), lengths)[0], 0.0, 1.0)
@@ -196,7 +203,8 @@ class LoadedTokenizer:
             frames, memory = self.module(params).decode_block(codes, lengths, past)
             return jnp.clip(frames, 0.0, 1.0), memory
 
-        self._encode, self._decode, self._reconstruct = jax.jit(encode), jax.jit(decode), jax.jit(reconstruct)
+        self._encode, self._reconstruct = jax.jit(encode), jax.jit(reconstruct)
+        self._decode = jax.jit(decode, static_argnames="shape")
         self._encode_block, self._decode_block = jax.jit(encode_block), jax.jit(decode_block)
 
     @property
@@ -234,8 +242,13 @@ class LoadedTokenizer:
     ) -> Any:
         """Encodes videos to codes, or to continuous latents if the tokenizer has these.
 
+        The number of codes does not depend on the size of clips: positions follow the coordinates of patches, in time
+        from the first frame on (as the authors' `encode_eval`), and within a frame from edge to edge. A model that was
+        trained on one size only is best at this size.
+
         Args:
-          video: [B, T, H, W, C] uint8, or floats in [0, 1].
+          video: [B, T, H, W, C] uint8, or floats in [0, 1]. Besides those of `config.clip_shape`, H and W may be any
+            multiples of the patches; and T may be lower, a multiple of them in time, if there is no ladder.
           key: samples codes (at the configured temperature) or latents as in training; None returns the nearest codes
             or the means of the latents.
           budget: how many codes, as for `assign`; only for tokenizers with a ladder.
@@ -248,7 +261,7 @@ class LoadedTokenizer:
           ValueError: the video has another rank, size, dtype or range.
           InputError: the budget does not fit the tokenizer.
         """
-        video, key = checked_video(video, self.config.clip_shape), None if key is None else rng.as_key(key)
+        video, key = checked_clips(video, self.config), None if key is None else rng.as_key(key)
         lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             codes = self._encode(self._params, self._split(video), self._split(lengths), key)
@@ -267,11 +280,15 @@ class LoadedTokenizer:
           [B, blocks] int32; None if the tokenizer has no ladder and therefore the same number of codes for every clip.
 
         Raises:
-          InputError: the budget does not fit the tokenizer, or needs a router or weights that are missing.
+          InputError: the budget does not fit the tokenizer or the size of the clips, or needs a router or weights that
+            are missing.
         """
         if not (budget is None or isinstance(budget, (str, int)) or np.ndim(budget) != 2):
             return checked_lengths(budget, self.config.adaptive, len(video), whole=True)
         name = str(budget)
+        if name == AUTO and np.shape(video)[1:] != self.config.clip_shape:
+            own, got = ("x".join(map(str, shape[:3])) for shape in (self.config.clip_shape, np.shape(video)[1:]))
+            raise InputError(f"budget auto: the router is for clips of {own}, not {got}; give a number of codes")
         if name not in self._assigners:
             assigner = self.assigner(budget)
             self._assigners[name] = assigner.params, jax.jit(assigner)
@@ -332,13 +349,22 @@ class LoadedTokenizer:
         codes, lengths = self.encode(video, budget=budget)
         return codes, lengths[:, :count]
 
-    def decode(self, codes: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray | None = None) -> jax.Array:
+    def decode(
+        self,
+        codes: jax.Array | np.ndarray,
+        lengths: jax.Array | np.ndarray | None = None,
+        *,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> jax.Array:
         """Decodes codes, or latents if the tokenizer has these, to videos.
 
         Args:
           codes: [B, N] integers in [0, K), or latents [B, N, d] floats.
           lengths: of tokenizers with a ladder, the numbers of codes by block, [B, blocks] integers, as `encode` returns
             them. Those of the first blocks alone, [B, n], decode to the first frames.
+          frames: T, if the clips were encoded from fewer frames than `config.clip_shape` has.
+          size: (H, W), if it is not that of `config.clip_shape`.
 
         Returns:
           [B, T, H, W, C] float32 in [0, 1]; of n blocks, n / blocks of the T frames.
@@ -348,8 +374,10 @@ class LoadedTokenizer:
         """
         codes = self._checked_codes(codes, self.config.num_tokens)
         lengths = checked_lengths(lengths, self.config.adaptive, len(codes))
+        own = self.config.clip_shape
+        shape = checked_shape((frames or own[0], *(size or own[1:3]), own[3]), self.config)[:3]
         with rng.pinned(), jax.default_matmul_precision("float32"):
-            return self._decode(self._params, self._split(codes), self._split(lengths))
+            return self._decode(self._params, self._split(codes), self._split(lengths), shape)
 
     def encode_block(
         self, frames: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, past: Sequence[Memory] = ()
@@ -468,7 +496,7 @@ class LoadedTokenizer:
         Raises:
           ValueError: as for `encode`.
         """
-        video = checked_video(video, self.config.clip_shape)
+        video = checked_clips(video, self.config)
         lengths = self.assign(video, budget)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             return self._reconstruct(self._params, self._split(video), self._split(lengths))

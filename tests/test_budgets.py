@@ -187,7 +187,7 @@ def test_a_generator_samples_codes_of_different_lengths(run, adaptive, tmp_path,
     predict = ["--input", where("clip.mp4"), "--output"]
     call("predict", *predict, where("after"))
     found = codes_on_disk.CodeSet(where("after")).rows
-    own, lengths = adaptive.encode_frames(VideoFile(where("clip.mp4")).read(0, 8, 32, exact=True)[None, :4])
+    own, lengths = adaptive.encode_frames(VideoFile(where("clip.mp4")).read(0, 8, (32, 32), exact=True)[None, :4])
     assert lengths.tolist() == [[4]] and found["lengths"][0, 0] == 4
     np.testing.assert_array_equal(found["codes"][0, :4], own[0, :4])
     call("predict", *predict, where("picture"), "--cond-frames", 1, "--budget", 4)

@@ -47,13 +47,14 @@ PLAIN = TokenizerRecipe(
     corruption=CorruptionConfig(future=0.5, patches=0.5, noise=3.0),
     data=DataConfig(batch_size=4),
 )
+SHAPE = (4000, *PLAIN.model.clip_shape)
 LADDER = dataclasses.replace(PLAIN, model=dataclasses.replace(PLAIN.model, blocks=4, ladder=(2, 4)))
 
 
 def test_the_future_is_left_out_with_its_probability_and_never_the_start():
     lengths = jnp.tile(jnp.array([2, 4, 2, 4]), (4000, 1))
     only = lambda recipe, **options: dataclasses.replace(recipe, corruption=CorruptionConfig(**options))  # noqa: E731
-    found, seen = corruption.view(only(LADDER, future=0.6), 4000, lengths, jax.random.key(0))
+    found, seen = corruption.view(only(LADDER, future=0.6), SHAPE, lengths, jax.random.key(0))
     assert seen is None
     kept = np.asarray(found > 0)
     assert kept[:, 0].all() and (kept[:, 1:] <= kept[:, :-1]).all()
@@ -61,11 +62,11 @@ def test_the_future_is_left_out_with_its_probability_and_never_the_start():
     counts = np.bincount(kept.sum(axis=1), minlength=5) / 4000
     np.testing.assert_allclose(counts, [0, 0.2, 0.2, 0.2, 0.4], atol=0.03)
 
-    none, seen = corruption.view(only(PLAIN, future=0.6), 4000, None, jax.random.key(0))
+    none, seen = corruption.view(only(PLAIN, future=0.6), SHAPE, None, jax.random.key(0))
     assert none is None and seen.shape == (4000, 16)  # 4 parts in time, of 2 x 2 patches each
     np.testing.assert_array_equal(seen, np.repeat(kept, 4, axis=1))
 
-    _, seen = corruption.view(only(PLAIN, patches=0.5), 4000, None, jax.random.key(0))
+    _, seen = corruption.view(only(PLAIN, patches=0.5), SHAPE, None, jax.random.key(0))
     shares = 1.0 - np.asarray(seen).mean(axis=1)
     np.testing.assert_allclose(shares.mean(), 0.25, atol=0.02)
     assert shares.std() > 0.15  # of each clip, another share

@@ -9,17 +9,19 @@ SIDES = st.integers(1, 2000)
 COUNTS = st.integers(1, 200)
 
 
-@given(SIDES, SIDES, st.integers(1, 256))
-def test_scaled_frames_cover_the_crop_and_keep_their_aspect(width, height, resolution):
-    scaled = scaled_size(width, height, resolution)
-    assert min(scaled) == resolution
+@given(SIDES, SIDES, st.integers(1, 256), st.integers(1, 256))
+def test_scaled_frames_cover_the_crop_and_keep_their_aspect(width, height, rows, columns):
+    scaled = scaled_size(width, height, (rows, columns))
+    assert scaled[0] >= columns and scaled[1] >= rows
+    assert scaled[0] == columns or scaled[1] == rows
     assert abs(scaled[0] * height - scaled[1] * width) <= max(width, height)
+    assert min(scaled_size(width, height, (rows, rows))) == rows  # the shorter side of a square
 
 
 def test_crop_is_the_center():
     image = np.arange(5 * 9).reshape(5, 9)
-    np.testing.assert_array_equal(center_crop(image, 5), image[:, 2:7])
-    np.testing.assert_array_equal(center_crop(image.T, 5), image.T[2:7])
+    np.testing.assert_array_equal(center_crop(image, (5, 5)), image[:, 2:7])
+    np.testing.assert_array_equal(center_crop(image.T, (5, 5)), image.T[2:7])
 
 
 @given(COUNTS, COUNTS)
@@ -41,7 +43,7 @@ def test_short_clips_repeat_their_last_frame(frames, count):
     np.testing.assert_array_equal(filled.ravel(), np.minimum(np.arange(len(filled)), frames - 1))
 
 
-@pytest.mark.parametrize("bad", [{"frames": 0}, {"resolution": -1}])
+@pytest.mark.parametrize("bad", [{"frames": 0}, {"resolution": -1}, {"resolution": (8, 0)}])
 def test_clips_have_a_size(bad):
     with pytest.raises(InputError, match="must be positive"):
         ClipSpec(**bad)

@@ -66,10 +66,10 @@ def test_frames_are_the_pictures_in_the_order_of_their_numbers(tmp_path, name):
     assert (file.info.frames, file.info.fps, file.info.width, file.info.height) == (12, 25.0, 32, 32)
     tolerance = 8 if name.endswith(".jpg") else 0
     for start, count in ((0, 12), (9, 3), (2, 1)):
-        read = pickle.loads(pickle.dumps(file)).read(start, count, 32, exact=True)
+        read = pickle.loads(pickle.dumps(file)).read(start, count, (32, 32), exact=True)
         np.testing.assert_allclose(read.astype(int), frames[start : start + count].astype(int), atol=tolerance)
-    np.testing.assert_array_equal(streamed(folder, ClipSpec(5, 32)), file.read(0, 12, 32))
-    np.testing.assert_array_equal(file.read(0, 12, 16), streamed(folder, ClipSpec(4, 16)))
+    np.testing.assert_array_equal(streamed(folder, ClipSpec(5, 32)), file.read(0, 12, (32, 32)))
+    np.testing.assert_array_equal(file.read(0, 12, (16, 16)), streamed(folder, ClipSpec(4, 16)))
 
 
 def test_missing_numbers_and_ends(tmp_path):
@@ -78,11 +78,11 @@ def test_missing_numbers_and_ends(tmp_path):
     (folder / "002.png").unlink()
     (folder / "004.png").unlink()
     file = pictures.open_video(folder)
-    np.testing.assert_array_equal(file.read(1, 3, 32, exact=True), frames[[1, 3, 5]])
-    np.testing.assert_array_equal(file.read(3, 2, 32), frames[[3, 5]])  # the last two
-    assert len(file.read(0, 9, 32, exact=True)) == 4
+    np.testing.assert_array_equal(file.read(1, 3, (32, 32), exact=True), frames[[1, 3, 5]])
+    np.testing.assert_array_equal(file.read(3, 2, (32, 32)), frames[[3, 5]])  # the last two
+    assert len(file.read(0, 9, (32, 32), exact=True)) == 4
     with pytest.raises(InputError, match="ends after 4 frames, before frame 5"):
-        file.read(3, 2, 32, exact=True)
+        file.read(3, 2, (32, 32), exact=True)
 
 
 @pytest.mark.parametrize("sampling", [{"fps": 10.0}, {"fps": 50.0}, {"stride": 3}], ids=str)
@@ -95,21 +95,21 @@ def test_pictures_are_sampled_like_videos_of_25_frames_per_second(tmp_path, samp
     else:
         numbers = list(range(0, 13, 3))
     assert (file.info.frames, file.info.fps) == (len(numbers), fps or 25 / 3)
-    np.testing.assert_array_equal(file.read(1, 4, 16, exact=True), frames[numbers[1:5]])
+    np.testing.assert_array_equal(file.read(1, 4, (16, 16), exact=True), frames[numbers[1:5]])
     np.testing.assert_array_equal(streamed(tmp_path, clip), frames[numbers])
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_damaged_picture_ends_the_video(tmp_path, suffix, caplog, monkeypatch):
     folder = write(tmp_path / "v", moving_frames(20, 32, 32), f"{{:02}}{suffix}")
-    frames = pictures.open_video(folder).read(0, 20, 32)
+    frames = pictures.open_video(folder).read(0, 20, (32, 32))
     damaged = folder / f"09{suffix}"
     damaged.write_bytes(damaged.read_bytes()[:-20])  # as an interrupted copy leaves it
     file = pictures.open_video(folder)
-    np.testing.assert_array_equal(file.read(10, 4, 32, exact=True), frames[10:14])  # needs no damaged picture
-    np.testing.assert_array_equal(file.read(8, 4, 32), frames[5:9])
+    np.testing.assert_array_equal(file.read(10, 4, (32, 32), exact=True), frames[10:14])  # needs no damaged picture
+    np.testing.assert_array_equal(file.read(8, 4, (32, 32)), frames[5:9])
     with pytest.raises(InputError, match=r"v: ends after 9 frames, before frame 12"):
-        file.read(8, 4, 32, exact=True)
+        file.read(8, 4, (32, 32), exact=True)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(streamed(folder, ClipSpec(4, 32)), frames[:9])
     assert "9 of 20 frames can be decoded" in caplog.text
@@ -123,7 +123,7 @@ def test_a_damaged_picture_ends_the_video(tmp_path, suffix, caplog, monkeypatch)
             pictures.open_video(folder)
     shutil.rmtree(folder)
     with pytest.raises(InputError, match="v: no frame of it can be decoded"):
-        file.read(8, 4, 32)
+        file.read(8, 4, (32, 32))
 
 
 def test_a_picture_that_hangs(tmp_path, monkeypatch):
@@ -132,10 +132,10 @@ def test_a_picture_that_hangs(tmp_path, monkeypatch):
     (tmp_path / "002.png").unlink()
     os.mkfifo(tmp_path / "002.png")
     with pytest.raises(InputError, match=r"reading took longer than 0\.2 seconds"):
-        file.read(1, 3, 16)
+        file.read(1, 3, (16, 16))
     (tmp_path / "002.png").unlink()
     with pytest.raises(InputError, match="took longer"):  # it is not read again
-        file.read(1, 3, 16)
+        file.read(1, 3, (16, 16))
 
 
 def test_pictures_of_several_sizes_get_the_size_of_the_first(tmp_path):
@@ -149,7 +149,7 @@ def test_pictures_of_several_sizes_get_the_size_of_the_first(tmp_path):
         frames = streamed(tmp_path, ClipSpec(length, 16), whole=True)
         assert frames.shape == (4, 20, 30, 3) and (np.abs(frames[:3].astype(int) - 99) <= 1).all()
         assert frames[3, -1].mean() - frames[3, 0].mean() > 200  # what was left is up
-    assert pictures.open_video(tmp_path).read(0, 4, 16).shape == (4, 16, 16, 3)
+    assert pictures.open_video(tmp_path).read(0, 4, (16, 16)).shape == (4, 16, 16, 3)
 
 
 @pytest.fixture(scope="module")

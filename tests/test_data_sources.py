@@ -51,12 +51,12 @@ def test_folders_give_names_labels_and_clips(folder, caplog):
     assert "skipped 1 of 5 files" in record.getMessage() and "walk/broken.mp4" in record.getMessage()
     clip, label = source.read_clip(2, 3, CLIP)
     assert (clip.shape, clip.dtype, label) == (CLIP.shape, np.uint8, 1)
-    np.testing.assert_array_equal(clip, video.VideoFile(folder / "walk" / "b.mp4").read(3, 8, 32))
+    np.testing.assert_array_equal(clip, video.VideoFile(folder / "walk" / "b.mp4").read(3, 8, (32, 32)))
 
 
 def test_random_starts_cover_all_that_fit(folder):
     source, rng = FolderSource(folder), np.random.default_rng(0)
-    whole = video.VideoFile(folder / "walk" / "b.mp4").read(0, 20, 32)
+    whole = video.VideoFile(folder / "walk" / "b.mp4").read(0, 20, (32, 32))
     starts = set()
     for _ in range(100):
         clip, _ = source.read_clip(2, rng, CLIP)

@@ -25,7 +25,7 @@ def assert_reads_are_slices(path, starts, resolution=32):
     decoded = whole(path, resolution)
     file = video.VideoFile(path)
     for start in starts:
-        window = file.read(start, 16, resolution, exact=True)
+        window = file.read(start, 16, (resolution, resolution), exact=True)
         np.testing.assert_array_equal(window, decoded[start : start + 16], err_msg=f"{path} from {start}")
     return file
 
@@ -47,13 +47,13 @@ def test_seeking_agrees_with_slicing(made, name):
 
 def test_seeking_decodes_from_the_keyframe_before(made, monkeypatch):
     file = video.VideoFile(made / "h264_bframes.mp4")
-    file.read(0, 4, 16)
+    file.read(0, 4, (16, 16))
     monkeypatch.setattr(video, "_decode", None)  # decoding from the beginning would fail
     seen = []
     monkeypatch.setattr(
         video, "_packets", lambda *args, packets=video._packets: (seen.append(p) or p for p in packets(*args))
     )
-    file.read(36, 4, 16)
+    file.read(36, 4, (16, 16))
     assert len(seen) < 10
 
 
@@ -62,7 +62,7 @@ def test_frames_of_the_right_size_are_not_resized(tmp_path, width):
     side = width // 8 * 8 - 8
     gray = moving_frames(5, side, width)[..., :1].repeat(3, axis=-1)  # no color, nothing is lost to subsampling
     write_as(tmp_path / "video.mkv", gray, *KINDS["ffv1.mkv"])
-    first, second = (video.VideoFile(tmp_path / "video.mkv").read(0, 5, side) for _ in range(2))
+    first, second = (video.VideoFile(tmp_path / "video.mkv").read(0, 5, (side, side)) for _ in range(2))
     left = round((width - side) / 2)
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first.astype(int), gray[:, :, left : left + side], atol=3)
@@ -101,7 +101,7 @@ def test_odd_files_give_frames_or_a_one_line_error(videos_dir):
         if "multistream" not in row["file"]:  # the list counts its first stream, which is not the one read
             assert len(decoded) == int(row["decoded_frames"]), row["file"]
         file = video.VideoFile(path)
-        window = file.read(max(0, file.info.frames - 16), 16, 16)
+        window = file.read(max(0, file.info.frames - 16), 16, (16, 16))
         if "hole" in row["file"]:  # its end can be decoded from a keyframe after the damage
             assert window.shape == (16, 16, 16, 3)
         else:
@@ -121,9 +121,9 @@ def test_files_that_claim_too_much(tmp_path, made):
     decoded = whole(header_first, 16)
     assert 16 < len(decoded) < FRAMES
     file = video.VideoFile(header_first)
-    np.testing.assert_array_equal(file.read(FRAMES - 16, 16, 16), decoded[-16:])
+    np.testing.assert_array_equal(file.read(FRAMES - 16, 16, (16, 16)), decoded[-16:])
     with pytest.raises(InputError, match="ends after"):
-        file.read(FRAMES - 16, 16, 16, exact=True)
+        file.read(FRAMES - 16, 16, (16, 16), exact=True)
     (tmp_path / "headless.mov").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=r"headless\.mov"):
         video.probe(tmp_path / "headless.mov")
@@ -159,7 +159,7 @@ def test_windows_of_a_short_video_repeat_its_last_frame(tmp_path):
     ((start, frames, valid),) = video.read_windows(tmp_path / "v.mp4", ClipSpec(16, 48))
     assert (start, valid, frames.shape, frames.dtype) == (0, 5, (16, 48, 48, 3), np.uint8)
     np.testing.assert_array_equal(frames[5:], np.repeat(frames[4:5], 11, axis=0))
-    assert len(video.VideoFile(tmp_path / "v.mp4").read(0, 16, 48, exact=True)) == 5
+    assert len(video.VideoFile(tmp_path / "v.mp4").read(0, 16, (48, 48), exact=True)) == 5
 
 
 def test_windows_stream(tmp_path):
@@ -170,8 +170,8 @@ def test_windows_stream(tmp_path):
 
 def test_video_files_can_be_sent_to_workers(made):
     file = video.VideoFile(made / "vp9.webm")
-    window = file.read(20, 8, 16)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(file)).read(20, 8, 16), window)
+    window = file.read(20, 8, (16, 16))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(file)).read(20, 8, (16, 16)), window)
 
 
 @pytest.mark.parametrize("height,width", [(48, 64), (47, 63), (1, 1)])
@@ -223,9 +223,9 @@ def test_png_is_lossless(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
     video.write_png(tmp_path / "image.png", image)
     data = (tmp_path / "image.png").read_bytes()
-    np.testing.assert_array_equal(video.decode_images([data, data], 48), [image, image])
+    np.testing.assert_array_equal(video.decode_images([data, data], (48, 48)), [image, image])
     with pytest.raises(InputError, match="not a readable PNG, JPEG or H.264 keyframe"):
-        video.decode_images([data[:60]], 48)
+        video.decode_images([data[:60]], (48, 48))
 
 
 def test_resizing_is_close_to_antialiased_bilinear():
@@ -234,7 +234,7 @@ def test_resizing_is_close_to_antialiased_bilinear():
     y, x = np.mgrid[:480, :640]
     image = np.stack([x % 4 * 40 + y // 8, y % 6 * 20 + x // 8, (x + y) % 256], axis=-1).astype(np.uint8)
     expected = np.asarray(image_module.fromarray(image).resize((85, 64), image_module.Resampling.BILINEAR))
-    resized = video.resize_frames([image], 64)[0]
+    resized = video.resize_frames([image], (64, 64))[0]
     difference = np.abs(resized.astype(int) - expected[:, 10:74].astype(int))
     assert difference[..., :2].mean() < 1.5  # the third channel wraps around, where filters differ
     assert difference.max() < 40
@@ -287,6 +287,6 @@ def test_pixels_become_square(tmp_path):
     info = video.probe(tmp_path / "wide.mp4")
     assert (info.width, info.height) == (64, 32)
     ((_, window, _),) = video.read_windows(tmp_path / "wide.mp4", ClipSpec(1, 64))
-    for frames in (video.VideoFile(tmp_path / "wide.mp4").read(0, 1, 64), window):
+    for frames in (video.VideoFile(tmp_path / "wide.mp4").read(0, 1, (64, 64)), window):
         rows, columns = np.nonzero(frames[0, ..., 1] > 128)
         assert abs(np.ptp(rows) - np.ptp(columns)) <= 2 < 30 < np.ptp(rows)

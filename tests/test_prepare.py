@@ -50,7 +50,7 @@ def videos(tmp_path_factory):
     (folder / "train" / "run" / "broken.mp4").write_bytes(b"no video")
     (folder / "train" / "notes.txt").write_text("no video either")
     shutil.copy(folder / "train" / "walk" / "2.mp4", folder / "val" / "walk" / "twin.mp4")
-    again = video.VideoFile(folder / "train" / "run" / "3.mp4").read(0, 29, 40)
+    again = video.VideoFile(folder / "train" / "run" / "3.mp4").read(0, 29, (40, 40))
     video.write_video(folder / "val" / "run" / "smaller.mp4", again, 10)
     return folder
 

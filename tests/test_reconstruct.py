@@ -13,7 +13,7 @@ from larp_jax.data import ClipSpec
 from larp_jax.data.inputs import Inputs, output_names
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
-from larp_jax.inference.reconstruct import _assembled, _resized, _squares, reconstruct
+from larp_jax.inference.reconstruct import _assembled, _resized, _tiles, reconstruct
 from larp_jax.inference.tokenize import detokenize, tokenize
 
 
@@ -77,9 +77,9 @@ def test_a_perfect_model_reconstructs_any_shape(tmp_path, fit, error):
     y, x = np.mgrid[:48, :70]
     smooth = np.stack([y / 48, x / 70, (x + y) / 118], axis=-1)
     frames = np.uint8(np.repeat(255 * smooth[None], 8, axis=0))
-    for shape in (frames, frames[:, :20]):
-        parts = _squares(shape, 32, fit)
-        assert parts.shape[1:] == (8, 32, 32, 3)
+    for shape, size in ((frames, (32, 32)), (frames[:, :20], (32, 32)), (frames, (40, 24)), (frames, (48, 70))):
+        parts = _tiles(shape, size, fit)
+        assert parts.shape[1:] == (8, *size, 3)
         again = _assembled(parts, shape.shape, fit)
         assert np.abs(again - shape / 255.0).max() < error
 

@@ -62,6 +62,14 @@ def positive(text: str) -> int:
     return value
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """The side of a square, or a height and a width such as 72,128."""
+    sides = [positive(side) for side in text.split(",")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the side of a square nor a height and a width")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 def add_config(sub, *, required=True) -> None:
     """Adds --config."""
     sub.add_argument(
@@ -93,6 +101,18 @@ def add_videos(sub, max_clips) -> None:
         help=f"at most N clips, spread evenly over the data set; 0 for all (default: {max_clips})",
     )  # fmt: skip
     add_batch_size(sub)
+
+
+def add_clip(sub) -> None:
+    """Adds --size and --fewer-frames."""
+    sub.add_argument(
+        "--size", type=size, metavar="S",
+        help="side of square clips, or height and width such as 72,128, that the model encodes (default: its own)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--fewer-frames", action="store_true",
+        help="encode what is shorter than a clip as it is, instead of holding its last frame still",
+    )
 
 
 def add_budget(sub) -> None:

@@ -1,6 +1,6 @@
 """The command prepare."""
 
-from larp_jax.cli.arguments import SPEC, add_command, count, positive
+from larp_jax.cli.arguments import SPEC, add_command, count, size
 
 
 def add_prepare(commands) -> None:
@@ -25,7 +25,8 @@ def add_prepare(commands) -> None:
         "--root", metavar="DIR", help="folder that the paths in lists are relative to (default: the folder of the list)"
     )
     sub.add_argument(
-        "--size", type=positive, default=128, metavar="S", help="height and width of the frames (default: 128)"
+        "--size", type=size, default=128, metavar="S",
+        help="side of square frames, or height and width such as 72,128 (default: 128)",
     )
     sub.add_argument(
         "--storage", choices=("jpeg", "raw", "h264"), default="jpeg", help="storage format of frames (default: jpeg)"

@@ -7,6 +7,7 @@ from larp_jax.cli.arguments import (
     add_budget,
     add_cfg_scale,
     add_checkpoint,
+    add_clip,
     add_command,
     add_guidance,
     add_processes,
@@ -35,9 +36,10 @@ def add_reconstruct(commands) -> None:
     add_budget(sub)
     sub.add_argument(
         "--fit", choices=("resize", "tile", "crop"), default="resize",
-        help="how frames of files meet the model's square: squeeze whole frames to it, cover them with tiles at their"
+        help="how frames of files meet the model's clips: squeeze whole frames to them, cover them with tiles at their"
         " own size, or crop the center (default: resize)",
     )  # fmt: skip
+    add_clip(sub)
 
 
 def _reconstruct(arguments):
@@ -50,6 +52,8 @@ def _reconstruct(arguments):
         arguments.input,
         arguments.output,
         fit=arguments.fit,
+        size=arguments.size,
+        fewer_frames=arguments.fewer_frames,
         budget=arguments.budget,
         max_clips=arguments.max_clips,
         batch_size=arguments.batch_size,
@@ -77,6 +81,7 @@ def add_tokenize(commands) -> None:
         "--cond-frames", type=count, default=0, metavar="F",
         help="also write the condition codes for frame prediction from F frames",
     )  # fmt: skip
+    add_clip(sub)
 
 
 def _tokenize(arguments):
@@ -92,6 +97,8 @@ def _tokenize(arguments):
         windows=arguments.windows,
         flips=arguments.flips,
         cond_frames=arguments.cond_frames,
+        size=arguments.size,
+        fewer_frames=arguments.fewer_frames,
         budget=arguments.budget,
         batch_size=arguments.batch_size,
     )

@@ -5,6 +5,7 @@ import functools
 import math
 
 from larp_jax.config.checks import at_least_0, check_positions, one_of, require, within
+from larp_jax.config.clips import Clips
 from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import Ladder
 
@@ -137,8 +138,11 @@ class QuantizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Clips):
     """The tokenizer (LARP, arXiv 2410.21264, section 3.2).
+
+    Clips are squares of `resolution`, or if `shape` is given, of this height and width, such as 72,128; `resolution` is
+    then the shorter side.
 
     `layout` is `holistic`: queries collect what the codes encode (LARP); or `patchwise`: each patch has its own code,
     as in earlier tokenizers, and `num_tokens` is the number of patches.
@@ -167,6 +171,7 @@ class TokenizerConfig:
     block: str = "larp"
     frames: int = 16
     resolution: int = 128
+    shape: tuple[int, ...] = ()
     channels: int = 3
     patch_frames: int = 4
     patch_size: int = 8
@@ -204,20 +209,12 @@ class TokenizerConfig:
         require(base > 0, f"model.latent_position_base must be positive, got {base}")
         set_field("decoder_patch_frames", self.decoder_patch_frames or self.patch_frames)
         set_field("decoder_patch_size", self.decoder_patch_size or self.patch_size)
+        self._settle_shape()
         for name in ("frames", "resolution", "channels", "patch_frames", "patch_size", "num_tokens"):
             require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         require(self.channels == 3, f"model.channels={self.channels} is not supported: videos are RGB; set it to 3")
-        for whole, part in (
-            ("frames", "patch_frames"),
-            ("resolution", "patch_size"),
-            ("frames", "decoder_patch_frames"),
-            ("resolution", "decoder_patch_size"),
-        ):
-            size, patch = getattr(self, whole), getattr(self, part)
-            require(
-                size % patch == 0,
-                f"model.{whole}={size} is not divisible by model.{part}={patch}; change one of them",
-            )
+        self._check_patch("patch_frames", "patch_size")
+        self._check_patch("decoder_patch_frames", "decoder_patch_size")
         one_of("model.layout", self.layout, ("holistic", "patchwise"))
         one_of("model.block", self.block, ("larp", "vitok"))
         for name in ("encoder", "decoder") if self.is_rotary else ():
@@ -308,6 +305,12 @@ class TokenizerConfig:
         return self.decoder_patch_frames, self.decoder_patch_size, self.decoder_patch_size
 
     @property
+    def clip_unit(self) -> tuple[int, int, int]:
+        """(time, height, width) whose multiples divide into the patches of encoder and decoder."""
+        t, h, w = map(math.lcm, self.encoder_patch, self.decoder_patch)
+        return t, h, w
+
+    @property
     def encoder_grid(self) -> tuple[int, int, int]:
         """Number of patches (time, height, width) in the encoder."""
         return self._grid(self.encoder_patch)
@@ -316,15 +319,6 @@ class TokenizerConfig:
     def decoder_grid(self) -> tuple[int, int, int]:
         """Number of patches (time, height, width) in the decoder."""
         return self._grid(self.decoder_patch)
-
-    def _grid(self, patch):
-        pt, ph, pw = patch
-        return self.frames // pt, self.resolution // ph, self.resolution // pw
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int, int]:
-        """Shape [T, H, W, C] of a clip."""
-        return self.frames, self.resolution, self.resolution, self.channels
 
 
 # Settings of TokenizerConfig that affect only initialization and training: tokenizers that differ in no other setting

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from larp_jax.config.checks import require
+from larp_jax.config.clips import Clips
 from larp_jax.config.ladder import Ladder
 from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, from_size
 from larp_jax.config.training import GeneratorOptimConfig, Recipe
@@ -14,12 +15,12 @@ ROUTER_SIZES = {"S": (384, 12, 6)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Clips):
     """The router: a transformer over patches of a clip with a class token, and one output for each assignment.
 
     `size` selects width, depth and heads; each can be overridden. Patches are larger than those of a tokenizer: the
     router tells still clips from busy ones, and should cost little. If `frames`, `resolution`, `num_tokens`, `blocks`
-    and `ladder` are 0 or empty, training sets them to those of the tokenizer, which the rewards name.
+    and `ladder` are 0 or empty, training sets them, and `shape`, to those of the tokenizer, which the rewards name.
     """
 
     size: str = "S"
@@ -30,6 +31,7 @@ class RouterConfig:
     patch_size: int = 32
     frames: int = 0
     resolution: int = 0
+    shape: tuple[int, ...] = ()
     num_tokens: int = 0
     blocks: int = 0
     ladder: tuple[int, ...] = ()
@@ -41,10 +43,10 @@ class RouterConfig:
         TransformerConfig(width=self.width, depth=self.depth, heads=self.heads).check("model")
         for name in ("frames", "resolution", "num_tokens", "blocks"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
-        for whole, part in (("frames", "patch_frames"), ("resolution", "patch_size")):
-            size, patch = getattr(self, whole), getattr(self, part)
-            require(patch > 0, f"model.{part} must be positive, got {patch}")
-            require(size % patch == 0, f"model.{whole}={size} is not divisible by model.{part}={patch}; change it")
+        for name in ("patch_frames", "patch_size"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+        self._settle_shape()
+        self._check_patch("patch_frames", "patch_size")
         if self.ladder and self.blocks and self.num_tokens:
             self.adaptive.check()
 
@@ -55,7 +57,7 @@ class RouterConfig:
 
     def for_tokenizer(self, tokenizer: TokenizerConfig) -> "RouterConfig":
         """These settings for the clips and assignments of a tokenizer with a ladder."""
-        same = ("frames", "resolution", "num_tokens", "blocks", "ladder")
+        same = ("frames", "resolution", "shape", "num_tokens", "blocks", "ladder")
         return dataclasses.replace(self, **{name: getattr(tokenizer, name) for name in same})
 
     @functools.cached_property
@@ -71,13 +73,7 @@ class RouterConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Number of patches (time, height, width)."""
-        side = self.resolution // self.patch_size
-        return self.frames // self.patch_frames, side, side
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int, int]:
-        """Shape [T, H, W, C] of a clip."""
-        return self.frames, self.resolution, self.resolution, 3
+        return self._grid(self.patch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +95,6 @@ class RouterRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         data = self.data
-        for name, default in (("flip", False), ("fps", 0.0), ("stride", 1)):
+        for name, default in (("flip", False), ("fps", 0.0), ("stride", 1), ("shapes", "")):
             value = getattr(data, name)
             require(value == default, f"data.{name}={value} is that of the rewards for a router; leave it out")

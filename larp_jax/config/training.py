@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 
 from larp_jax.config.checks import at_least_0, check_seed, one_of, require, within
 from larp_jax.config.condition import Conditional
 from larp_jax.config.ladder import AUTO, RANDOM
 from larp_jax.config.models import DiscriminatorConfig, GeneratorConfig, PriorConfig, TokenizerConfig
+from larp_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,9 @@ class DataConfig:
 
     Clips are consecutive frames at the rate of their video. With `fps`, videos are sampled at that rate, by the time
     at which each frame is shown; with `stride`, every `stride`-th frame is taken.
+
+    Training clips have the shape of the model; or with `shapes`, such as 64x64,48x80,80x48 (heights x widths), those of
+    each step have one of these, and are from the videos to whose aspect ratio it is nearest. For tokenizers.
     """
 
     train: str = ""
@@ -170,12 +175,25 @@ class DataConfig:
     flip: bool = False
     fps: float = 0.0
     stride: int = 1
+    shapes: str = ""
 
     def __post_init__(self):
+        require(len(set(self.sizes)) == len(self.sizes), f"data.shapes={self.shapes} has one twice; leave it out")
         require(self.stride > 0, f"data.stride must be positive, got {self.stride}")
         require(not self.fps or self.stride == 1, "data.fps and data.stride cannot be combined; leave one out")
         require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
         at_least_0("data", self, "eval_clips", "workers", "fps")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each of the `shapes`."""
+        found = []
+        for text in self.shapes.split(",") if self.shapes else ():
+            known = re.fullmatch("[1-9][0-9]{0,6}x[1-9][0-9]{0,6}", text.strip())
+            require(bool(known), f"data.shapes={self.shapes} must be heights x widths such as 64x64,48x80")
+            height, width = map(int, text.split("x"))
+            found.append((height, width))
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,6 +328,8 @@ class TokenizerRecipe(Recipe):
             self.loss.perceptual == "none" or self.model.resolution >= 16,
             f"loss.perceptual needs a model.resolution of at least 16, got {self.model.resolution}; set it to 'none'",
         )
+        for size in self.data.sizes:
+            self._check_size(size)
         layer, depth = self.loss.alignment_layer, self.model.decoder.depth
         require(
             not self.loss.alignment_weight or 1 <= layer <= depth,
@@ -350,6 +370,26 @@ class TokenizerRecipe(Recipe):
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",
+        )
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """`InputError` unless clips of one of `data.shapes` suit all modules."""
+        given = f"data.shapes has {size[0]}x{size[1]}"
+        require(not self.model.is_patchwise, f"{given}, and model.layout='patchwise' takes one shape; leave it out")
+        require(self.budget != AUTO, f"{given}, and the router of budget=auto takes one shape; leave out one of them")
+        try:
+            dataclasses.replace(self.model, shape=size)
+        except InputError as error:
+            raise InputError(f"{given}: {error}") from error
+        patch = self.discriminator.patch_size
+        require(
+            not (self.loss.adversarial_weight and self.discriminator.kind == "transformer")
+            or not any(side % patch for side in size),
+            f"{given}, not divisible by discriminator.patch_size={patch}; change one of them",
+        )
+        require(
+            self.loss.perceptual == "none" or min(size) >= 16,
+            f"{given}, and loss.perceptual needs sides of at least 16; set it to 'none'",
         )
 
     def _check_corruption(self) -> None:
@@ -393,6 +433,7 @@ class SecondStageRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         require(self.cond_frames > 0, f"cond_frames must be positive, got {self.cond_frames}")
+        require(not self.data.shapes, f"data.shapes={self.data.shapes} is for tokenizers; leave it out")
 
     @property
     def holds(self) -> str:

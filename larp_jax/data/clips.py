@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class ClipSpec:
 
     Attributes:
       frames: T, consecutive frames.
-      resolution: H = W. The shorter side is resized to it (bilinear, antialiased) and the center is cut out.
+      resolution: H = W, or (H, W). Frames are resized to cover it (bilinear, antialiased), a square with their shorter
+        side, and the center is cut out. For squares it becomes a single number.
       flip: whether a random half of the training clips is mirrored left to right. Evaluation never flips.
       fps: frames per second at which videos are sampled; 0 for their own rates.
       stride: every how many frames one is taken; 1 for all.
@@ -30,19 +32,33 @@ class ClipSpec:
     """
 
     frames: int = 16
-    resolution: int = 128
+    resolution: int | tuple[int, int] = 128
     flip: bool = True
     fps: float = 0.0
     stride: int = 1
 
     def __post_init__(self):
+        height, width = self.size
+        object.__setattr__(self, "resolution", height if height == width else (height, width))
         for name in ("frames", "resolution", "stride"):
-            if getattr(self, name) < 1:
+            if min(self.size if name == "resolution" else (getattr(self, name),)) < 1:
                 raise InputError(f"a clip's {name} must be positive, got {getattr(self, name)}")
         if not 0.0 <= self.fps < math.inf:
             raise InputError(f"a clip's fps must be positive, or 0 for the rates of the videos, got {self.fps}")
         if self.fps and self.stride > 1:
             raise InputError(f"a clip has an fps, {self.fps:g}, or a stride, {self.stride}, not both; leave one out")
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int, int], **options: Any) -> Self:
+        """The clips of a model, whose shape is [T, H, W, C]; `options` are the other attributes."""
+        frames, height, width, _ = shape
+        return cls(frames, (height, width), **options)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        side = self.resolution
+        return side if isinstance(side, tuple) else (side, side)
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -65,20 +81,21 @@ class ClipSpec:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[T, H, W, 3]."""
-        return self.frames, self.resolution, self.resolution, 3
+        return self.frames, *self.size, 3
 
 
-def scaled_size(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """(width, height) of a frame after resizing its shorter side to `resolution`; the other side is rounded down."""
-    if width < height:
-        return resolution, resolution * height // width
-    return resolution * width // height, resolution
+def scaled_size(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a frame after resizing it to just cover `size`, (H, W); the longer side is rounded down."""
+    rows, columns = size
+    if columns * height > rows * width:
+        return columns, columns * height // width
+    return rows * width // height, rows
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """A view of the central size x size pixels of [H, W] or [H, W, C]."""
-    top, left = (round((side - size) / 2) for side in image.shape[:2])
-    return image[top : top + size, left : left + size]
+def center_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A view of the central (height, width) pixels of [H, W] or [H, W, C]."""
+    top, left = (round((side - n) / 2) for side, n in zip(image.shape, size, strict=False))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def mirror(frames: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ like codes. The manifest describes the source of each row, in order:
   input, skipped, cond_frames: only in codes written by `tokenize`.
   class_codes, class_codes_in_training: mean number of codes of each class (null: none), of the samples and of the
     clips that the generator was trained on; only in sampled codes, if "packed".
+  fewer_frames: true if windows of fewer than T frames were encoded as they are, up to the end of a patch.
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
@@ -193,6 +194,8 @@ def _complaint(manifest: dict) -> str | None:
         return "clip is not [T, H, W, C]"
     if not is_count(manifest.get("cond_frames", 0), 0):
         return "cond_frames is not an integer of at least 0"
+    if type(manifest.get("fewer_frames", False)) is not bool:
+        return "fewer_frames is neither true nor false"
     names = manifest.get("label_names", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return "label_names is not a list of names"
@@ -373,6 +376,8 @@ class CodeSet:
         if not (self.path / MANIFEST).exists() and (found := advice(self.path)):
             raise InputError(f"{directory} contains no codes written by larp-jax tokenize; {found}")
         self.manifest = read_manifest(directory)
+        if self.manifest.get("fewer_frames"):
+            raise InputError(f"{directory} has clips of fewer frames; tokenize again without --fewer-frames")
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
         self._labels = np.array([row["label"] for row in rows], np.int32)

@@ -80,7 +80,7 @@ class Inputs:
       clip: length and size of a window.
       max_clips: at most this many windows of a data set, spread evenly over it; 0 for all.
       windows: at most this many full windows of each video, spread evenly over it; 0 for the windows above.
-      whole: whether frames of files keep their own size, see `read_windows`; those of data sets are squares.
+      whole: whether frames of files keep their own size, see `read_windows`; those of data sets have that of a clip.
 
     Attributes:
       videos: the videos whose headers can be read.
@@ -155,7 +155,7 @@ class Inputs:
 
             def read():
                 for start in starts:
-                    frames = file.read(start, clip.frames, clip.resolution, exact=True)
+                    frames = file.read(start, clip.frames, clip.size, exact=True)
                     yield start, repeat_last(frames, clip.frames), len(frames), label
 
             return InputVideo(name, file.path, file.info.fps, len(starts), read)
@@ -168,7 +168,7 @@ class Inputs:
 
     def _of_picture(self, path: pathlib.Path) -> InputVideo:
         clip = self._clip
-        frames = repeat_last(to_rgb([read_picture(path)], 0 if self._whole else clip.resolution), clip.frames)
+        frames = repeat_last(to_rgb([read_picture(path)], None if self._whole else clip.size), clip.frames)
         return InputVideo(path.name, path, 0.0, 1, lambda: iter([(0, frames, clip.frames, NO_LABEL)]))
 
     def _of_folder(self, found: FolderVideos) -> list[InputVideo]:

@@ -45,7 +45,7 @@ def prepare(config: str, resolution: int) -> str:
 
     Args:
       config: one of `CONFIGS`. Empty or a variant alone: the smallest size of at least `resolution`, or the largest.
-      resolution: resolution of the clips.
+      resolution: the longer side of the clips.
 
     Returns:
       NAME/CONFIG/VERSION for `TfdsSource`.

@@ -84,18 +84,18 @@ class PictureFolder(Video):
         except InputError as error:
             said = str(error).removeprefix(f"{path}: ").removeprefix(os.path.join(path, ""))
             raise InputError(f"{path}: {said}") from error
-        height, width = video.to_rgb([first], 0).shape[1:3]
+        height, width = video.to_rgb([first], None).shape[1:3]
         codec = os.path.splitext(names[0])[1].lower()[1:]
         super().__init__(path, VideoInfo(len(names), RATE, width, height, codec), clip)
         self._names = "/".join(names)  # one text: data sets have hundreds of thousands of folders
 
-    def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
+    def _read(self, start: int, count: int, size: tuple[int, int], exact: bool) -> np.ndarray:
         names = _sampled(self._names.split("/"), self._clip)
         window = names[start : start + count]
         frames: Sequence = list(_frames(self.path, window))
         if not frames or len(frames) < len(window) or start + count > max(count, len(names)):
             frames = self._last(_frames(self.path, names), start, count, exact)
-        return video.to_rgb(frames, resolution)
+        return video.to_rgb(frames, size)
 
 
 def _sampled(names: Sequence[str], clip: ClipSpec) -> list[str]:
@@ -145,8 +145,8 @@ def read_windows(
     if not os.path.isdir(path):
         return video.read_windows(path, clip, whole=whole)
     names = _sampled(frame_names(path), clip)
-    resolution = 0 if whole else clip.resolution
-    windows = video.in_windows(path, _frames(path, names), clip.frames, resolution, claimed=len(names))
+    size = None if whole else clip.size
+    windows = video.in_windows(path, _frames(path, names), clip.frames, size, claimed=len(names))
     return each_in_time(path, windows)
 
 

@@ -1,5 +1,6 @@
 """Batches of clips, by Grain: training data as a function of (seed, step), evaluation data in a fixed order."""
 
+import dataclasses
 import itertools
 import logging
 import weakref
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from larp_jax.data.buckets import ShapedClips, Turns, nearest_shapes
 from larp_jax.data.clips import ClipSpec, mirror, window_starts
 from larp_jax.data.folders import MANY_NAMES, NO_LABEL, cores
 from larp_jax.data.sources import MixtureSource, Source, open_source
@@ -65,6 +67,7 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
+    shapes: Sequence[tuple[int, int]] = (),
     start_step: int = 0,
     workers: int = 0,
     process_index: int = 0,
@@ -77,6 +80,9 @@ def train_batches(
 
     With weights, each part of a mixture has its own epochs; without, the parts are one list.
 
+    With `shapes`, all clips of a step have one of them, and are from the videos to whose aspect ratio it is nearest. A
+    shape comes as often as its videos, in a random order (`larp_jax.data.buckets`).
+
     If a video cannot be read, another one replaces it. Each such video is logged once, and their total at the end.
 
     Args:
@@ -84,6 +90,7 @@ def train_batches(
       clip: length, size and augmentation of the clips.
       batch_size: clips per step over all processes.
       seed: seed of order, starts and flips.
+      shapes: (height, width) of the clips, all different; by default, all have that of `clip`.
       start_step: step to begin at.
       workers: number of reading processes; 0 reads in threads of this process, one per core.
       process_index: index of this process.
@@ -100,7 +107,11 @@ def train_batches(
 
     rows = _LocalRows(batch_size, process_index, process_count, start_step)
     source = open_source(spec, clip)
-    clips = _sample_videos(source, seed).random_map(ReadClip(source, clip))
+    clips = (
+        _shaped_clips(source, clip, shapes, seed, batch_size)
+        if shapes
+        else _sample_videos(source, seed).random_map(ReadClip(source, clip))
+    )
     clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
     return Batches(source, _Reported(_iterate(clips, rows.local, workers)))
 
@@ -135,19 +146,45 @@ class _Reported:
         self._batches.close()
 
 
-def _sample_videos(source: Source, seed: int):
-    """An endless Grain data set of video indices: epochs without replacement, mixed if the source has weights."""
+def _sample_videos(source: Source, seed: int, videos: np.ndarray | None = None):
+    """An endless Grain data set of video indices: epochs without replacement, mixed if the source has weights.
+
+    `videos` [n] are the indices to sample, in ascending order; all by default.
+    """
     import grain
 
     def epochs(start, stop):
-        return grain.MapDataset.range(ENDLESS).seed(seed).map(_Epochs(start, stop, seed))
+        numbers = grain.MapDataset.range(ENDLESS).seed(seed).map(_Epochs(start, stop, seed))
+        return numbers if videos is None else numbers.map(videos.__getitem__)
 
     if not isinstance(source, MixtureSource) or not source.weights:
-        return epochs(0, len(source))
-    weights = source.weights
-    ends = list(itertools.accumulate(map(len, source.parts), initial=0))
-    parts = [epochs(start, stop) for start, stop in itertools.pairwise(ends)]
-    return grain.MapDataset.mix(parts, weights=[weight / sum(weights) for weight in weights]).seed(seed)
+        return epochs(0, len(source) if videos is None else len(videos))
+    weights, ends = source.weights, list(itertools.accumulate(map(len, source.parts), initial=0))
+    if videos is not None:
+        lengths, ends = np.diff(ends), np.searchsorted(videos, ends).tolist()
+        weights = tuple(weights * np.diff(ends) / lengths)
+    parts = [epochs(start, stop) for start, stop in itertools.pairwise(ends) if start < stop]
+    return grain.MapDataset.mix(parts, weights=[weight / sum(weights) for weight in weights if weight]).seed(seed)
+
+
+def _shaped_clips(
+    source: Source, clip: ClipSpec, shapes: Sequence[tuple[int, int]], seed: int, batch_size: int
+) -> ShapedClips:
+    """Training clips by number, each step in one of the shapes."""
+    nearest = nearest_shapes([source.aspect(index) for index in range(len(source))], shapes)
+    often = np.ones(len(source))
+    if isinstance(source, MixtureSource) and source.weights:
+        lengths = [len(part) for part in source.parts]
+        often = np.repeat(np.divide(source.weights, lengths), lengths)
+    clips = []
+    for number, shape in enumerate(shapes):
+        videos = np.flatnonzero(nearest == number)
+        spec = dataclasses.replace(clip, resolution=shape)
+        clips.append(_sample_videos(source, seed, videos).random_map(ReadClip(source, spec)) if len(videos) else None)
+        level = logging.INFO if len(videos) else logging.WARNING
+        logger.log(level, "data.shapes: %d of %d videos are in %dx%d", len(videos), len(source), *shape)
+    shares = np.bincount(nearest, often, len(shapes))
+    return ShapedClips(clips, Turns(shares.tolist(), seed), batch_size)
 
 
 class _Epochs:

@@ -62,13 +62,13 @@ class Settings:
     """How videos are stored.
 
     Attributes:
-      size: H = W of the frames. The shorter side is resized to it and the center is cut out, as in training.
+      size: H = W of the frames, or (H, W). They are resized to cover it and the center is cut out, as in training.
       storage: "raw" (uint8), "jpeg" or "h264" (keyframes only).
       quality: for jpeg, FFmpeg's scale from 1 (best) to 31; for h264, x264's CRF from 0 (best) to 51; None for the
         default.
     """
 
-    size: int = 128
+    size: int | tuple[int, int] = 128
     storage: str = "jpeg"
     quality: int | None = None
 
@@ -81,8 +81,15 @@ class Settings:
         if not best <= self.quality <= worst:
             scale = f"is {best} (best) to {worst}" if worst else "does not apply to raw; leave it out"
             raise InputError(f"--quality of {self.storage} {scale}, got {self.quality}")
-        if self.size < 8 or self.size % 2:
-            raise InputError(f"--size must be an even number of at least 8, got {self.size}")
+        sides = self.clip.size
+        if any(side < 8 or side % 2 for side in sides):
+            raise InputError(f"--size must be even numbers of at least 8, got {','.join(map(str, sides))}")
+        object.__setattr__(self, "size", self.clip.resolution)
+
+    @property
+    def clip(self) -> ClipSpec:
+        """The frames of a record."""
+        return ClipSpec(FRAMES_PER_RECORD, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +244,14 @@ def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path)
     """(message, bytes that the data set will need), estimated from a few frames of a few videos."""
     videos = plan["videos"]
     total = sum(frames for _, (frames, _) in videos)
-    per_frame = 3.0 * settings.size**2
+    height, width = settings.clip.size
+    per_frame = 3.0 * height * width
     if settings.storage != "raw":
         numbers = sorted({number * len(videos) // SAMPLED for number in range(SAMPLED)})
         stored = count = 0
         for item, header in (videos[number] for number in numbers):
             with contextlib.suppress(InputError):
-                _, frames = next(_runs(Item(*item), header[0], settings.size))
+                _, frames = next(_runs(Item(*item), header[0], settings.clip))
                 stored += sum(map(len, _encode(frames, settings)))
                 count += len(frames)
         per_frame = stored / max(1, count)
@@ -251,7 +259,7 @@ def _estimate(plan: Mapping[str, Any], settings: Settings, output: pathlib.Path)
     originals = sum(_file_size(item[2]) for item, _ in videos)
     free = _free(output)
     return (
-        f"estimate: {len(videos):,} videos, {total:,} frames at {settings.size}x{settings.size} as {settings.storage}"
+        f"estimate: {len(videos):,} videos, {total:,} frames at {height}x{width} as {settings.storage}"
         f" need {readable(needed)} (original files: {readable(originals)})"
         + ("" if free == math.inf else f"; {readable(int(free))} are free")
     ), needed
@@ -462,15 +470,15 @@ def _opened(spec: str):
     return _sources[spec]
 
 
-def _runs(item: Item, frames: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first frame, uint8 [n, size, size, 3]) of each record."""
+def _runs(item: Item, frames: int, clip: ClipSpec) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first frame, uint8 [n, H, W, 3]) of each record."""
     if item.path:
-        for start, run, valid in read_windows(item.path, ClipSpec(FRAMES_PER_RECORD, size)):
+        for start, run, valid in read_windows(item.path, clip):
             yield start, run[:valid]
         return
-    for start in range(0, frames, FRAMES_PER_RECORD):
-        clip = ClipSpec(min(FRAMES_PER_RECORD, frames - start), size)
-        yield start, _opened(item.spec).read_clip(item.index, start, clip)[0]
+    for start in range(0, frames, clip.frames):
+        record = dataclasses.replace(clip, frames=min(clip.frames, frames - start))
+        yield start, _opened(item.spec).read_clip(item.index, start, record)[0]
 
 
 def _encode(frames: np.ndarray, settings: Settings) -> list[bytes]:
@@ -486,7 +494,7 @@ def _write_video(writer, item: Item, claimed: int, fps: float, settings: Setting
     from tensorflow_datasets.proto import tf_example_pb2
 
     count, gray = 0, []
-    for start, frames in _runs(item, claimed, settings.size):
+    for start, frames in _runs(item, claimed, settings.clip):
         example = tf_example_pb2.Example()
         features = example.features.feature
         features["video"].bytes_list.value.extend(_encode(frames, settings))
@@ -552,7 +560,7 @@ _ENCODING = {
 def _write_tfds(output, listing, settings: Settings, template, kept, notes) -> None:
     import tensorflow_datasets as tfds
 
-    image = (settings.size, settings.size, 3)
+    image = (*settings.clip.size, 3)
     stored = {
         "raw": lambda: tfds.features.Tensor(shape=(None, *image), dtype=np.uint8, encoding="bytes"),
         "jpeg": lambda: tfds.features.Sequence(tfds.features.Image(shape=image, encoding_format="jpeg")),

@@ -20,10 +20,10 @@ MANY_BARS = 12  # largest number of bars that are printed
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """Mean green of the cells of a frame: uint8 [S, S, 3] -> uint8 [THUMBNAIL, THUMBNAIL]."""
-    cell = len(frame) // THUMBNAIL
-    green = frame[: cell * THUMBNAIL, : cell * THUMBNAIL, 1]
-    return green.reshape(THUMBNAIL, cell, THUMBNAIL, cell).mean(axis=(1, 3)).round().astype(np.uint8)
+    """Mean green of the cells of a frame: uint8 [H, W, 3] -> uint8 [THUMBNAIL, THUMBNAIL]."""
+    height, width = (side // THUMBNAIL for side in frame.shape[:2])
+    green = frame[: height * THUMBNAIL, : width * THUMBNAIL, 1]
+    return green.reshape(THUMBNAIL, height, THUMBNAIL, width).mean(axis=(1, 3)).round().astype(np.uint8)
 
 
 def look(thumbnails: Sequence[np.ndarray]) -> str:

@@ -53,18 +53,18 @@ class Video(abc.ABC):
             self.info = dataclasses.replace(info, frames=count, fps=rate)
         self._too_slow = ""  # the error message if the video is not read again
 
-    def read(self, start: int, count: int, resolution: int, *, exact: bool = False) -> np.ndarray:
-        """Reads consecutive frames, resized and cropped to squares.
+    def read(self, start: int, count: int, size: tuple[int, int], *, exact: bool = False) -> np.ndarray:
+        """Reads consecutive frames, resized and cropped.
 
         Args:
           start: number of the first frame.
           count: number of frames, at least 1.
-          resolution: side of the squares.
+          size: (H, W).
           exact: whether to raise if the video decodes to fewer than start + count frames. Otherwise its last `count`
             frames are returned, or all of them if there are fewer.
 
         Returns:
-          uint8 [n, resolution, resolution, 3], 1 <= n <= count.
+          uint8 [n, H, W, 3], 1 <= n <= count.
 
         Raises:
           InputError: the video cannot be read in time, or `exact` is not met although it has more than `count` frames.
@@ -72,14 +72,14 @@ class Video(abc.ABC):
         if self._too_slow:
             raise InputError(self._too_slow)
         try:
-            return in_time(self.path, self._read, start, count, resolution, exact)
+            return in_time(self.path, self._read, start, count, size, exact)
         except InputError as error:
             if isinstance(error.__cause__, TimeoutError):
                 self._too_slow = str(error)
             raise
 
     @abc.abstractmethod
-    def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
+    def _read(self, start: int, count: int, size: tuple[int, int], exact: bool) -> np.ndarray:
         """`read` without a time limit."""
 
     def _last(self, frames: Iterator, start: int, count: int, exact: bool) -> Sequence:

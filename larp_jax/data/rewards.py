@@ -196,8 +196,7 @@ def ladder_of(manifest: Mapping[str, Any]) -> Ladder:
 
 def clip_of(manifest: Mapping[str, Any]) -> ClipSpec:
     """Size and sampling of the clips of a manifest."""
-    frames, side, *_ = manifest["clip"]
-    return ClipSpec(frames, side, flip=False, **manifest["sampling"])
+    return ClipSpec.of(manifest["clip"], flip=False, **manifest["sampling"])
 
 
 class RewardSet:

@@ -11,7 +11,7 @@ from larp_jax.data.clips import ClipSpec
 class Source(abc.ABC):
     """Random access to the videos of a data set; safe to use from several threads, and can be pickled.
 
-    Subclasses implement all methods. An index is that of a video, independent of its storage.
+    Subclasses implement all abstract methods. An index is that of a video, independent of its storage.
 
     Args:
       label_names: names of the classes in the order of their labels; empty without classes.
@@ -41,6 +41,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def frames(self, index: int) -> int:
         """Number of frames according to the header; a damaged file may decode to fewer."""
+
+    def aspect(self, index: int) -> float:
+        """Width over height of a video of square pixels; 0.0 if it is not known without reading the video."""
+        return 0.0
 
     @abc.abstractmethod
     def label(self, index: int) -> int:

@@ -29,7 +29,7 @@ def open_source(spec: str | DataSpec, clip: ClipSpec | None = None, *, default_s
 
     Args:
       spec: text for `parse_spec`, or its result.
-      clip: its resolution selects the config of moving_shapes if the spec names none; its rate is that at which the
+      clip: its longer side selects the config of moving_shapes if the spec names none; its rate is that at which the
         videos are sampled.
       default_split: the split if the spec names none; for a folder, the split to use if it has splits.
 
@@ -64,7 +64,7 @@ def _open(spec: DataSpec, clip: ClipSpec | None, default_split: str) -> Source:
     if spec.kind == "moving_shapes":
         from larp_jax.data import moving_shapes
 
-        return TfdsSource(moving_shapes.prepare(spec.name, (clip or ClipSpec()).resolution), split)
+        return TfdsSource(moving_shapes.prepare(spec.name, max((clip or ClipSpec()).size)), split)
     prepared = (find_data_set(spec.name) / VIDEOS).exists()
     return (PreparedSource if prepared else TfdsSource)(spec.name, split)
 
@@ -117,6 +117,9 @@ class FolderSource(Source):
     def frames(self, index):
         return self._videos[index].info.frames
 
+    def aspect(self, index):
+        return self._videos[index].info.width / self._videos[index].info.height
+
     def label(self, index):
         return self._labels[index]
 
@@ -125,7 +128,7 @@ class FolderSource(Source):
         random_start = isinstance(start, np.random.Generator)
         if random_start:
             start = int(start.integers(last_start(self.frames(index), clip.frames) + 1))
-        frames = self._videos[index].read(start, clip.frames, clip.resolution, exact=not random_start)
+        frames = self._videos[index].read(start, clip.frames, clip.size, exact=not random_start)
         return repeat_last(frames, clip.frames), self._labels[index]
 
     def size(self, index):
@@ -208,6 +211,9 @@ class SampledSource(Source):
     def origin(self, index):
         return self._source.origin(index)
 
+    def aspect(self, index):
+        return self._source.aspect(index)
+
     def fps(self, index):
         return self._clip.rate(self._source.fps(index))
 
@@ -257,6 +263,10 @@ class MixtureSource(Source):
     def frames(self, index):
         part, index = self._locate(index)
         return self.parts[part].frames(index)
+
+    def aspect(self, index):
+        part, index = self._locate(index)
+        return self.parts[part].aspect(index)
 
     def label(self, index):
         part, index = self._locate(index)

@@ -76,6 +76,12 @@ class _Records:
                 )
             self.stored = _open_records(self.data_set, folder, split)
 
+    @property
+    def aspect(self) -> float:
+        """Width over height of all videos; 0.0 if the features do not fix them."""
+        _, height, width, _ = self.shape
+        return width / height if height and width else 0.0
+
     def damage_as_input_error(self) -> contextlib.AbstractContextManager[None]:
         """Context manager for reading files of the data set: errors become one line."""
         return _as_input_error(f"TFDS data set {self.data_set}")
@@ -142,6 +148,10 @@ class TfdsSource(Source):
         with _as_input_error(self.name(index)):
             return len(self._records.frames(self._records.read(index)))
 
+    def aspect(self, index):
+        """That of the features: all videos have the same, or it is unknown."""
+        return self._records.aspect
+
     def label(self, index):
         """Reads the record."""
         with _as_input_error(self.name(index)):
@@ -155,7 +165,7 @@ class TfdsSource(Source):
                 start = int(start.integers(last_start(len(stored), clip.frames) + 1))
             elif start and start + clip.frames > len(stored):
                 raise InputError(f"{self.name(index)} ends after {len(stored)} frames, before {start + clip.frames}")
-            frames = _decoded(stored[start : start + clip.frames], clip.resolution)
+            frames = _decoded(stored[start : start + clip.frames], clip.size)
             return repeat_last(frames, clip.frames), self._records.label(features)
 
     def size(self, index):
@@ -253,6 +263,10 @@ class PreparedSource(Source):
     def frames(self, index):
         return self._videos[index].frames
 
+    def aspect(self, index):
+        """That of the frames, which all have the same size."""
+        return self._records.aspect
+
     def label(self, index):
         return self._videos[index].label
 
@@ -271,7 +285,7 @@ class PreparedSource(Source):
                 runs.append(run[max(0, start - first) : stop - first])
             as_array = self._records.encoding == "bytes"
             stored = np.concatenate(runs) if as_array else list(itertools.chain.from_iterable(runs))
-            frames = _decoded(stored, clip.resolution)
+            frames = _decoded(stored, clip.size)
             return repeat_last(frames, clip.frames), row.label
 
     def size(self, index):
@@ -303,13 +317,13 @@ def _as_input_error(what: str) -> Iterator[None]:
         raise InputError(f"{what} is damaged ({reason(error)}); prepare the data set again") from error
 
 
-def _decoded(frames: Sequence[bytes] | np.ndarray, resolution: int) -> np.ndarray:
+def _decoded(frames: Sequence[bytes] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if not len(frames):
         raise InputError("it contains no frames")
     if not isinstance(frames, np.ndarray):
-        return video.decode_images(frames, resolution)
+        return video.decode_images(frames, size)
     frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
-    return frames if frames.shape[1:3] == (resolution, resolution) else video.resize_frames(frames, resolution)
+    return frames if frames.shape[1:3] == size else video.resize_frames(frames, size)
 
 
 def tfds_root() -> pathlib.Path:

@@ -90,7 +90,7 @@ class VideoFile(Video):
         self._times: Sequence[int] | None = None  # of the frames, in order of presentation; empty: do not seek
         self._key_times: Sequence[int] = ()
 
-    def _read(self, start: int, count: int, resolution: int, exact: bool) -> np.ndarray:
+    def _read(self, start: int, count: int, size: tuple[int, int], exact: bool) -> np.ndarray:
         if self._times is None:
             self._make_index()
         # If the index ends before the window, the file has fewer frames than its header claims, and is decoded below.
@@ -100,10 +100,10 @@ class VideoFile(Video):
             with _open(self.path) as (container, stream):
                 frames = self._seek_and_decode(container, stream, self._times[numbers[0] : numbers[-1] + 1])
                 if frames is not None:
-                    return to_rgb([frames[n - numbers[0]] for n in numbers], resolution, pixel_aspect(stream))
+                    return to_rgb([frames[n - numbers[0]] for n in numbers], size, pixel_aspect(stream))
         with _open(self.path) as (container, stream):
             frames = self._last(_sampled(container, stream, self._clip), start, count, exact)
-            return to_rgb(frames, resolution, pixel_aspect(stream))
+            return to_rgb(frames, size, pixel_aspect(stream))
 
     def _sampled_count(self) -> int:
         """Number of sampled frames according to the index; 0 without one."""
@@ -170,7 +170,7 @@ def read_windows(
     Args:
       path: the file.
       clip: length, size and rate of a window.
-      whole: whether frames keep their own size, [H, W] of square pixels, instead of `clip.resolution`.
+      whole: whether frames keep their own size, [H, W] of square pixels, instead of that of the clip.
 
     Yields:
       (number of the first frame, uint8 [T, H, W, 3], number of valid frames). Only the last window may have fewer than
@@ -180,24 +180,24 @@ def read_windows(
       InputError: no frame of the file can be decoded, or a window takes longer than the time limit. Damage after the
         first frame ends the video there and is logged.
     """
-    yield from each_in_time(path, _read_windows(path, clip, 0 if whole else clip.resolution))
+    yield from each_in_time(path, _read_windows(path, clip, None if whole else clip.size))
 
 
-def _read_windows(path, clip: ClipSpec, resolution: int) -> Iterator[tuple[int, np.ndarray, int]]:
+def _read_windows(path, clip: ClipSpec, size: tuple[int, int] | None) -> Iterator[tuple[int, np.ndarray, int]]:
     with _open(path) as (container, stream):
         claimed = 0 if clip.sampling else stream.frames
         frames = _sampled(container, stream, clip)
-        yield from in_windows(path, frames, clip.frames, resolution, pixel_aspect(stream), claimed)
+        yield from in_windows(path, frames, clip.frames, size, pixel_aspect(stream), claimed)
 
 
 def in_windows(
-    path, frames: Iterator, length: int, resolution: int, aspect: float = 1.0, claimed: int = 0
+    path, frames: Iterator, length: int, size: tuple[int, int] | None, aspect: float = 1.0, claimed: int = 0
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """`read_windows` from the decoded frames; `claimed` is how many there should be, 0 for unknown."""
     start, first = 0, None
     while window := list(itertools.islice(frames, length)):
         first = first or window[0]
-        yield start, repeat_last(to_rgb(window, resolution, aspect, first), length), len(window)
+        yield start, repeat_last(to_rgb(window, size, aspect, first), length), len(window)
         start += len(window)
     if start == 0:
         raise no_frames(path)
@@ -205,23 +205,23 @@ def in_windows(
         logger.warning("%s: %d of %d frames can be decoded", path, start, claimed)
 
 
-def resize_frames(frames: Iterable[np.ndarray], resolution: int) -> np.ndarray:
-    """Resizes and crops uint8 [h, w, 3] frames to uint8 [n, resolution, resolution, 3]."""
+def resize_frames(frames: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Resizes and crops uint8 [h, w, 3] frames to uint8 [n, H, W, 3], where `size` is (H, W)."""
     av = _av()
-    return to_rgb([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in frames], resolution)
+    return to_rgb([av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in frames], size)
 
 
-def decode_images(images: Iterable[bytes], resolution: int) -> np.ndarray:
-    """Decodes images in memory, resized and cropped, to uint8 [n, resolution, resolution, 3].
+def decode_images(images: Iterable[bytes], size: tuple[int, int] | None) -> np.ndarray:
+    """Decodes images in memory, resized and cropped, to uint8 [n, H, W, 3].
 
     Args:
       images: as for `image_frames`.
-      resolution: side of the squares; 0 for the size of the first image.
+      size: (H, W); None for that of the first image.
 
     Raises:
       InputError: an image is of another kind, or damaged.
     """
-    return to_rgb(image_frames(images), resolution)
+    return to_rgb(image_frames(images), size)
 
 
 def image_frames(images: Iterable[bytes]) -> list:
@@ -461,11 +461,11 @@ def square_size(frame, aspect: float) -> tuple[int, int]:
     return frame.width, round(frame.height / aspect)
 
 
-def to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0, first=None) -> np.ndarray:
-    """Decoded frames as uint8 [n, resolution, resolution, 3]: scaled, converted, turned upright and cropped.
+def to_rgb(frames: Sequence, size: tuple[int, int] | None, aspect: float = 1.0, first=None) -> np.ndarray:
+    """Decoded frames as uint8 [n, H, W, 3]: scaled, converted, turned upright and cropped to `size`, (H, W).
 
-    `aspect` is the width of a pixel over its height. With resolution 0, all frames get the size of `first`, a frame, in
-    square pixels; by default, that of the first of them.
+    `aspect` is the width of a pixel over its height. Without a size, all frames get that of `first`, a frame, in square
+    pixels; by default, that of the first of them.
 
     libswscale scales and converts in one pass. Its bilinear filter widens when shrinking, so it is antialiased. From
     Pillow's antialiased bilinear filter on full-size RGB, for which the chroma is enlarged first, it differs by 1.3
@@ -475,18 +475,19 @@ def to_rgb(frames: Sequence, resolution: int, aspect: float = 1.0, first=None) -
 
     reformatter = VideoReformatter()
     first = first or frames[0]
-    size = square_size(first, aspect)
-    shape = (resolution, resolution) if resolution else size if first.rotation % 180 else size[::-1]
+    own = square_size(first, aspect)
+    shape = size or (own if first.rotation % 180 else own[::-1])
     out = np.empty((len(frames), *shape, 3), np.uint8)
 
     def upright(image, frame):
         image = np.rot90(image, frame.rotation // 90)
-        return center_crop(image, resolution) if resolution else image
+        return center_crop(image, size) if size else image
 
     with stage("resize"):
         for target, frame in zip(out, frames, strict=True):
-            own = shape if frame.rotation % 180 else shape[::-1]
-            width, height = scaled_size(*square_size(frame, aspect), resolution) if resolution else own
+            width, height = shape if frame.rotation % 180 else shape[::-1]
+            if size:
+                width, height = scaled_size(*square_size(frame, aspect), (height, width))
             # Planes of green, blue and red are twice as fast as packed RGB, which would also halve the chroma's width.
             # Without scaling, however, libswscale leaves columns of planes after the last multiple of 16 unwritten, and
             # packed RGB is equal if the chroma is already halved, and avoids joining the planes.

@@ -31,7 +31,7 @@ from larp_jax.weights.checkpoint import Checkpoint
 
 CLIPS = (
     "T frames each, chosen as described under `windows`; leftover frames at the end of a video are dropped, a video"
-    " shorter than T repeats its last frame; shorter side resized to the resolution (bilinear, antialiased), then"
+    " shorter than T repeats its last frame; resized to just cover the resolution (bilinear, antialiased), then"
     " center crop; no flips"
 )
 
@@ -317,7 +317,7 @@ def _clips(request: _Request, found: Checkpoint, config: TokenizerConfig, cond_f
     sampled = found.recipe.data
     return ClipSet(
         request.data,
-        ClipSpec(config.frames, config.resolution, flip=False, fps=sampled.fps, stride=sampled.stride),
+        ClipSpec.of(config.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride),
         protocol,
         name=name or "",
         max_clips=request.max_clips,

@@ -72,9 +72,7 @@ def allocate(
     output = files.check_folder(output)
     reward, metrics = _measured(metric, config.resolution, lpips, output)
     reward = Reward(metric=reward, quality_weight=quality_weight, length_weight=length_weight)
-    clip = data.ClipSpec(
-        config.frames, config.resolution, flip=False, fps=tokenizer.fps, stride=tokenizer.stride
-    )
+    clip = data.ClipSpec.of(config.clip_shape, flip=False, fps=tokenizer.fps, stride=tokenizer.stride)
     source = data.open_source(spec, clip)
     windows = choose_windows(source, clip, max_clips)
     described = {

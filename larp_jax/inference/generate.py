@@ -390,7 +390,7 @@ def predict(
     sampler = Sampler(
         generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames, budget=budget
     )
-    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+    clip = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
     names = output_names([video.name for video in inputs.videos])

@@ -10,6 +10,7 @@ import numpy as np
 
 from larp_jax import files
 from larp_jax.api import LoadedTokenizer
+from larp_jax.config import TokenizerConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import (
     MANIFEST,
@@ -27,6 +28,7 @@ from larp_jax.data.inputs import Inputs, output_names, playable_fps
 from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
+from larp_jax.models.checks import checked_clip_shape, checked_shape
 from larp_jax.models.pixels import hold_last_frame, to_uint8
 from larp_jax.runtime.progress import Progress
 
@@ -40,6 +42,8 @@ def tokenize(
     windows: int = 0,
     flips: bool = False,
     cond_frames: int = 0,
+    size: int | tuple[int, int] | None = None,
+    fewer_frames: bool = False,
     budget: str | None = None,
     batch_size: int = 8,
     shard_rows: int = SHARD_ROWS,
@@ -60,6 +64,8 @@ def tokenize(
       flips: whether to add, after all others, the codes of all windows mirrored left to right.
       cond_frames: number of given frames for frame prediction. Adds the codes of each window with the last given frame
         repeated after them (`condition` in the shards); 0 for none.
+      size: side of a square, or (H, W), of the clips; by default, that of the tokenizer.
+      fewer_frames: as for `larp_jax.inference.reconstruct.reconstruct`. Generators do not train on such codes.
       budget: how many codes clips get, as for `LoadedTokenizer.assign`; for tokenizers with a ladder.
       batch_size: windows per batch.
       shard_rows: rows per shard.
@@ -68,34 +74,31 @@ def tokenize(
       The manifest, as described in `larp_jax.data.codes`.
 
     Raises:
-      InputError: nothing can be read, or the folder already contains codes or is being written.
+      InputError: nothing can be read, the folder already contains codes or is being written, or the tokenizer does not
+        take such clips.
     """
     config = tokenizer.config
-    if not 0 <= cond_frames < config.frames:
-        raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
-    if cond_frames and config.adaptive:
-        raise InputError(
-            "--cond-frames is for tokenizers without a ladder; leave it out: codes start with those of the first frames"
-        )
+    shape = _checked_shape(config, cond_frames, size, fewer_frames)
     tokenizer.assigner(budget)  # refuses a wrong budget before any work
     output = files.check_folder(output)
     _check_free(output)
-    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+    clip = ClipSpec.of(shape, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips, windows=windows)
     with files.claim(output), files.temporary_folder(output, "shards") as folder:
         _check_free(output)  # again, because another call may just have ended
         statistics = None if config.quantizer.has_codes else LatentStatistics(config.quantizer.code_dim)
         rows, counts, used = _write_shards(
-            tokenizer, inputs, folder, flips, cond_frames, budget, batch_size, shard_rows, statistics
+            tokenizer, inputs, folder, flips, cond_frames, fewer_frames, budget, batch_size, shard_rows, statistics
         )
         if not rows:
             raise InputError(f"{source}: nothing in it can be read")
-        adaptive = {"budget": budget, "mean_codes": used / len(rows)} if config.adaptive else {}
+        details = {"budget": budget, "mean_codes": used / len(rows)} if config.adaptive else {}
+        details |= {"fewer_frames": True} if fewer_frames else {}
         manifest = new_manifest(
             fingerprint=tokenizer.fingerprint,
             step=tokenizer.step,
             N=config.num_tokens,
-            clip=config.clip_shape,
+            clip=shape,
             sizes=counts,
             K=config.quantizer.codebook_size,
             statistics=statistics,
@@ -104,16 +107,36 @@ def tokenize(
             label_names=list(inputs.label_names),
             skipped=dict(inputs.skipped),
             cond_frames=cond_frames,
-            **adaptive,
+            **details,
             rows=rows,
         )
-        for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
-            if SHARD_NAME.fullmatch(path.name):
-                path.unlink()
-        for number, shard in enumerate(manifest["shards"]):
-            files.move(folder / str(number), output / shard["file"])
-        write_manifest(output, manifest)
+        _publish(folder, output, manifest)
     return manifest
+
+
+def _publish(folder: pathlib.Path, output: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Moves the shards 0, 1 and so on to the output, and completes it with the manifest."""
+    for path in output.iterdir():  # left by a call that was killed before it wrote the manifest
+        if SHARD_NAME.fullmatch(path.name):
+            path.unlink()
+    for number, shard in enumerate(manifest["shards"]):
+        files.move(folder / str(number), output / shard["file"])
+    write_manifest(output, manifest)
+
+
+def _checked_shape(
+    config: TokenizerConfig, cond_frames: int, size: int | tuple[int, int] | None, fewer_frames: bool
+) -> tuple[int, ...]:
+    """The shape of the clips; `InputError` if an argument does not suit the tokenizer."""
+    if not 0 <= cond_frames < config.frames:
+        raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
+    if cond_frames and config.adaptive:
+        raise InputError(
+            "--cond-frames is for tokenizers without a ladder; leave it out: codes start with those of the first frames"
+        )
+    if cond_frames and fewer_frames:
+        raise InputError("--fewer-frames: generators, for which --cond-frames is, train on whole clips; leave out one")
+    return checked_clip_shape(config, size, fewer_frames=fewer_frames)
 
 
 def _check_free(output: pathlib.Path) -> None:
@@ -128,6 +151,7 @@ def _write_shards(
     folder: pathlib.Path,
     flips: bool,
     cond_frames: int,
+    fewer_frames: bool,
     budget: str | None,
     batch_size: int,
     shard_rows: int,
@@ -151,7 +175,9 @@ def _write_shards(
         # reads the input once per orientation, because detokenize joins consecutive windows
         for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
             clips = clips[:, :, :, ::-1] if flip else clips
-            batch = _encoded(tokenizer, clips, cond_frames, budget)
+            valid = [window.valid for window in found] + [found[-1].valid] * (len(clips) - len(found))
+            frames = _frames_of(tokenizer, valid, fewer_frames)
+            batch = _encoded(tokenizer, clips, frames, cond_frames, budget)
             pending.append({name: np.asarray(codes)[: len(found)] for name, codes in batch.items()})
             encoded = pending[-1][tokens]
             totals = np.full(len(found), encoded.shape[1])
@@ -180,13 +206,31 @@ def _write_shards(
     return rows, counts, used
 
 
-def _encoded(tokenizer: LoadedTokenizer, clips: np.ndarray, cond_frames: int, budget: str | None) -> dict:
-    """The arrays of a shard for these clips."""
+def _frames_of(tokenizer: LoadedTokenizer, valid: Sequence[int], fewer_frames: bool) -> np.ndarray:
+    """The number of frames that are encoded of windows with so many valid ones."""
+    unit = tokenizer.config.clip_unit[0] if fewer_frames else tokenizer.config.frames
+    return -(-np.asarray(valid) // unit) * unit
+
+
+def _by_frames(counts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(count, the rows with this count of frames, the same rows repeated to the number of all rows) of each count."""
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        yield int(count), rows, np.resize(rows, len(counts))
+
+
+def _encoded(
+    tokenizer: LoadedTokenizer, clips: np.ndarray, counts: np.ndarray, cond_frames: int, budget: str | None
+) -> dict:
+    """The arrays of a shard for these clips, of each of which so many frames are encoded."""
     tokens = tokenizer.config.quantizer.tokens
     if tokenizer.config.adaptive:
         encoded, lengths = tokenizer.encode(clips, budget=budget)
         return {tokens: encoded, "lengths": lengths}
-    batch = {tokens: tokenizer.encode(clips)}
+    found = {}
+    for count, rows, padded in _by_frames(counts):
+        found |= dict(zip(rows.tolist(), np.asarray(tokenizer.encode(clips[padded, :count])), strict=False))
+    batch = {tokens: np.stack([found[row] for row in range(len(clips))])}
     if cond_frames:
         batch["condition"] = tokenizer.encode(hold_last_frame(clips, cond_frames))
     return batch
@@ -221,12 +265,14 @@ def detokenize(
     size, expected = ("K", config.quantizer.codebook_size)
     if not config.quantizer.has_codes:
         size, expected = ("d", config.quantizer.code_dim)
-    if (manifest.get(size), manifest["N"], manifest["clip"], ladder_of(manifest)) != (
-        expected, config.num_tokens, list(config.clip_shape), config.adaptive
+    if (manifest.get(size), manifest["N"], manifest["clip"][0], ladder_of(manifest)) != (
+        expected, config.num_tokens, config.frames, config.adaptive
     ):  # fmt: skip
         raise InputError(
             f"{source}/{MANIFEST}: {size}, N, clip or ladder are not those of the tokenizer; tokenize again"
         )
+    for frames in {config.frames, *_frames_of(tokenizer, [1], fewer_frames=bool(manifest.get("fewer_frames")))}:
+        checked_shape((int(frames), *manifest["clip"][1:]), config)
     rows = manifest["rows"]
     runs = list(_runs(rows))
     names = [f"{name}.mp4" for name in output_names([name for name, _ in runs])]
@@ -267,14 +313,22 @@ def _runs(rows: Sequence[dict]) -> Iterator[tuple[str, int]]:
 def _decoded(
     tokenizer: LoadedTokenizer, folder: pathlib.Path, manifest: dict, batch_size: int, progress: Progress
 ) -> Iterator[np.ndarray]:
-    """The clip of each row, float32 [T, H, W, 3] in [0, 1]."""
+    """The clip of each row, float32 [T, H, W, 3] in [0, 1], with those frames that were encoded."""
+    size, fewer_frames = tuple(manifest["clip"][1:3]), bool(manifest.get("fewer_frames"))
+    counts = _frames_of(tokenizer, [row["frames"] for row in manifest["rows"]], fewer_frames)
+    done = 0
     for number in range(len(manifest["shards"])):
         shard = read_shard(folder, manifest, number)
         encoded = shard[tokenizer.config.quantizer.tokens]
         total = len(encoded)
         for begin in range(0, total, batch_size):
             numbers = np.minimum(np.arange(begin, begin + batch_size), total - 1)
-            lengths = shard["lengths"][numbers] if "lengths" in shard else None
-            clips = np.asarray(tokenizer.decode(encoded[numbers], lengths))[: total - begin]
-            progress.update(len(clips))
-            yield from clips
+            clips = {}
+            for count, rows, padded in _by_frames(counts[done + numbers]):
+                lengths = shard["lengths"][numbers[padded]] if "lengths" in shard else None
+                decoded = tokenizer.decode(encoded[numbers[padded]], lengths, frames=count, size=size)
+                clips |= dict(zip(rows.tolist(), np.asarray(decoded), strict=False))
+            found = [clips[row] for row in range(min(batch_size, total - begin))]
+            progress.update(len(found))
+            yield from found
+        done += total

@@ -1,10 +1,59 @@
 """Checks of the arrays that users pass to the Python interface."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larp_jax.config import Ladder
+from larp_jax.config import Ladder, TokenizerConfig
+from larp_jax.config.checks import check_positions
+from larp_jax.errors import InputError
+
+
+def checked_shape(shape: tuple[int, ...], config: TokenizerConfig) -> tuple[int, ...]:
+    """Checks the shape [T, H, W, C] of clips that a tokenizer is to encode or decode, and returns it.
+
+    It takes its own, and if it is holistic also frames of any other height and width that divide into patches, and
+    without a ladder fewer frames that do.
+
+    Raises:
+      InputError: it does not take this shape.
+    """
+    own = config.clip_shape
+    if shape == own:
+        return own
+    expected = f"[{', '.join(map(str, own))}]"
+    if not config.is_patchwise:
+        unit, side, _ = config.clip_unit
+        frames = own[:1] if config.ladder else range(unit, own[0] + 1, unit)
+        expected += f", or T from {list(frames)} and H and W multiples of {side}"
+        if shape[0] in frames and shape[3:] == own[3:] and all(n > 0 and n % side == 0 for n in shape[1:3]):
+            patch = map(min, config.encoder_patch, config.decoder_patch)
+            check_positions(math.prod(shape[:3]) // math.prod(patch) + config.num_tokens, "the patches of a clip")
+            return shape
+    raise InputError(f"clips must be {expected}, got {list(shape)}")
+
+
+def checked_clip_shape(
+    config: TokenizerConfig, size: int | tuple[int, int] | None, *, fewer_frames: bool = False
+) -> tuple[int, ...]:
+    """The shape [T, H, W, C] of clips of this size, (H, W) or the side of a square; None for that of a tokenizer.
+
+    Raises:
+      InputError: the tokenizer does not take it, or with `fewer_frames` clips of fewer frames.
+    """
+    frames, *own, channels = config.clip_shape
+    height, width = own if size is None else (size, size) if isinstance(size, int) else size
+    if fewer_frames:
+        checked_shape((config.clip_unit[0], height, width, channels), config)
+    return checked_shape((frames, height, width, channels), config)
+
+
+def checked_clips(video, config: TokenizerConfig) -> np.ndarray | jax.Array:
+    """`checked_video` of clips of any shape that a tokenizer takes, see `checked_shape`."""
+    shape = np.shape(video)
+    return checked_video(video, checked_shape(shape[1:], config) if len(shape) == 5 else config.clip_shape)
 
 
 def checked_video(video, clip_shape: tuple[int, ...]) -> np.ndarray | jax.Array:

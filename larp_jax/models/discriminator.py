@@ -13,6 +13,7 @@ from flax import nnx
 from larp_jax.config import DiscriminatorConfig
 from larp_jax.errors import InputError
 from larp_jax.models.embeddings import PatchEmbed, Positions3d
+from larp_jax.models.grids import patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 from larp_jax.models.teachers import Teacher
 
@@ -48,7 +49,7 @@ class Discriminator(nnx.Module):
                 f"clips of {'x'.join(map(str, size))} are not divisible into discriminator patches of"
                 f" {'x'.join(map(str, config.patch))}; change discriminator.patch_frames or discriminator.patch_size"
             )
-        grid = tuple(n // patch for n, patch in zip(size, config.patch, strict=True))
+        grid = patch_grid(size, config.patch)
         self.patch_embed = PatchEmbed(config.patch, channels, config.width, rngs=rngs, dtype=dtype)
         self.positions = Positions3d(grid, config.width, rngs=rngs, learned=False, token_type=False)
         # Xavier-uniform with shape [1, 1, D], as in the released code
@@ -60,7 +61,8 @@ class Discriminator(nnx.Module):
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Clips [B, T, H, W, C] in [0, 1] -> logits [B] float32."""
-        patches = self.patch_embed(video) + self.positions()
+        grid = patch_grid(video.shape[1:], self.patch_embed.patch)
+        patches = self.patch_embed(video) + self.positions(grid)
         token = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
         x = self.transformer(jnp.concatenate([token, patches], axis=1))
         return self.head(self.norm(x[:, 0]))[:, 0].astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
+
 import math
 
 import jax
@@ -8,17 +9,18 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from larp_jax.models.grids import Grid, coordinates, grid_coordinates
 from larp_jax.models.layers import Dtype, Linear
 from larp_jax.models.packing import Layout
 
 
-def patchify(video: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+def patchify(video: jax.Array, patch: Grid) -> jax.Array:
     """[B, T, H, W, C] -> [B, (T/pt)(H/ph)(W/pw), pt*ph*pw*C]: patches in (time, height, width) order."""
     pt, ph, pw = patch
     return rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
-def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+def unpatchify(patches: jax.Array, grid: Grid, patch: Grid) -> jax.Array:
     """The inverse of `patchify`: the last axis is (time-in-patch, row, column, channel). `grid` is in patches."""
     (t, h, w), (pt, ph, pw) = grid, patch
     return rearrange(
@@ -29,7 +31,7 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int, int], patch: tuple[int,
 class PatchEmbed(nnx.Module):
     """Patch embedding: a 3-D convolution with stride equal to kernel size, as one matrix product (section 3.2)."""
 
-    def __init__(self, patch: tuple[int, int, int], channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
+    def __init__(self, patch: Grid, channels: int, width: int, *, rngs: nnx.Rngs, dtype: Dtype):
         pt, ph, pw = patch
         self.proj = Linear(pt * ph * pw * channels, width, rngs=rngs, dtype=dtype)
         self.patch = patch
@@ -48,12 +50,13 @@ def sincos_1d(positions: np.ndarray, width: int, base: float = 10000.0) -> np.nd
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
+def sincos_3d(grid: Grid, width: int, of: Grid | None = None) -> np.ndarray:
     """Sine-cosine table [t*h*w, width] of a patch grid, float64: the sum of a 2-D spatial and a 1-D temporal table.
 
-    The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate.
+    The first half of the spatial table encodes the *width* coordinate, the second half the height coordinate. `of` is
+    the grid whose coordinates are used, see `Positions3d`; by default, `grid` itself.
     """
-    t, h, w = (np.arange(n) for n in grid)
+    t, h, w = grid_coordinates(grid, of)
     shape = (*grid, width // 2)
     across = np.broadcast_to(sincos_1d(w, width // 2)[None, None], shape)
     down = np.broadcast_to(sincos_1d(h, width // 2)[None, :, None], shape)
@@ -116,17 +119,13 @@ class Positions3d(nnx.Module):
 
     Each learned table is initialized as the 1-D sine-cosine table of width D (section 3.2). If positions are `rotary`,
     there is no fixed table: it is zero.
+
+    For frames of another size, rows and columns get the coordinates of their centers: a fixed table is computed there,
+    and learned ones are interpolated linearly between their rows. In time, patches of fewer frames are the first.
     """
 
     def __init__(
-        self,
-        grid: tuple[int, int, int],
-        width: int,
-        *,
-        rngs: nnx.Rngs,
-        learned: bool,
-        token_type: bool,
-        rotary: bool = False,
+        self, grid: Grid, width: int, *, rngs: nnx.Rngs, learned: bool, token_type: bool, rotary: bool = False
     ):
         def axis(n):
             return nnx.Param(jnp.asarray(sincos_1d(np.arange(n), width), jnp.float32)) if learned else None
@@ -135,16 +134,28 @@ class Positions3d(nnx.Module):
         self.token_type = _token_type(width, rngs) if token_type else None
         self.grid, self.width, self.rotary = grid, width, rotary
 
-    def __call__(self) -> jax.Array:
-        """The table, [t*h*w, D] float32, in (time, height, width) order."""
+    def __call__(self, grid: Grid | None = None) -> jax.Array:
+        """The table for a grid of patches, by default its own: [t*h*w, D] float32, in (time, height, width) order."""
+        grid = grid or self.grid
+        if grid[0] > self.grid[0]:
+            raise ValueError(f"{grid[0]} patches in time are more than the {self.grid[0]} of a clip")
         if self.time is None and self.rotary:
-            table = jnp.zeros((math.prod(self.grid), self.width), jnp.float32)
+            table = jnp.zeros((math.prod(grid), self.width), jnp.float32)
         elif self.time is None:
-            table = jnp.asarray(sincos_3d(self.grid, self.width), jnp.float32)
+            table = jnp.asarray(sincos_3d(grid, self.width, self.grid), jnp.float32)
         else:
-            t, h, w = self.time[...], self.height[...], self.columns[...]
+            t, h, w = self.time[...][: grid[0]], _rows(self.height[...], grid[1]), _rows(self.columns[...], grid[2])
             table = (t[:, None, None] + h[None, :, None] + w[None, None, :]).reshape(-1, self.width)
         return table if self.token_type is None else table + self.token_type[...]
+
+
+def _rows(table: jax.Array, count: int) -> jax.Array:
+    """`count` rows of a table, at the coordinates of `coordinates`; beyond its ends, those at the ends."""
+    if count == len(table):
+        return table
+    places = np.clip(coordinates(count, len(table)), 0, len(table) - 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(places[:, None] - np.arange(len(table))))
+    return jnp.matmul(jnp.asarray(weights, jnp.float32), table, precision="float32")
 
 
 def _token_type(width: int, rngs: nnx.Rngs) -> nnx.Param:

@@ -8,23 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from larp_jax.models.grids import Grid, grid_coordinates
+
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the angles, [N, d / 2] float32 each
 
 BASE = 10000.0
 
 
-def angles_3d(grid: tuple[int, int, int], width: int) -> np.ndarray:
+def angles_3d(grid: Grid, width: int, of: Grid | None = None) -> np.ndarray:
     """Angles [t*h*w, width / 2] of a patch grid in (time, height, width) order, float64.
 
     Args:
       grid: number of patches (time, height, width).
       width: d, the width of a head: even, and at least 6.
+      of: the grid in whose coordinates patches are, see `grid_coordinates`.
     """
     across = 2 * (width // 6)
     tables = []
-    for size, part in zip(grid, (width - 2 * across, across, across), strict=True):
+    for places, part in zip(grid_coordinates(grid, of), (width - 2 * across, across, across), strict=True):
         frequencies = BASE ** (-np.arange(0, part, 2, dtype=np.float64) / part)
-        tables.append(np.arange(size)[:, None] * frequencies)
+        tables.append(places[:, None] * frequencies)
     t, h, w = tables
     axes = t[:, None, None], h[None, :, None], w[None, None]
     return np.concatenate([np.broadcast_to(x, (*grid, x.shape[-1])) for x in axes], axis=-1).reshape(-1, width // 2)

@@ -6,6 +6,7 @@ from flax import nnx
 
 from larp_jax.config import RouterConfig, TransformerConfig
 from larp_jax.models.embeddings import PatchEmbed, Positions3d
+from larp_jax.models.grids import patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 
 
@@ -33,7 +34,8 @@ class Router(nnx.Module):
 
     def __call__(self, video: jax.Array) -> jax.Array:
         """Video [B, T, H, W, C] in [0, 1] -> logits [B, assignments] float32, in the order of the ladder."""
-        patches = self.patch_embed(video - 0.5) + self.patch_positions()
+        grid = patch_grid(video.shape[1:], self.patch_embed.patch)
+        patches = self.patch_embed(video - 0.5) + self.patch_positions(grid)
         first = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
         x = self.transformer(jnp.concatenate([first, patches], axis=1))
         return self.head(self.norm(x[:, 0])).astype(jnp.float32)

@@ -11,6 +11,7 @@ from flax import nnx
 from larp_jax.config import TokenizerConfig
 from larp_jax.models import packing
 from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
+from larp_jax.models.grids import Grid, patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Memory, Transformer
 from larp_jax.models.quantizer import Quantized, Quantizer
 from larp_jax.models.rotary import Rotation, angles_3d, rotation
@@ -21,13 +22,17 @@ class _Rotary:
     """The rotations of sequences of patches of a grid and tokens that have no place in it, if they are `used`."""
 
     used: bool
-    grid: tuple[int, int, int]
+    grid: Grid
     heads: int
     width: int
 
-    def of(self, patches: slice = slice(None), *, before: int = 0, after: int = 0) -> Rotation | None:
-        """The rotation of these patches with so many tokens before or after them; None if none is used."""
-        return rotation(angles_3d(self.grid, self.width)[patches], before, after) if self.used else None
+    def of(
+        self, patches: slice = slice(None), *, grid: Grid | None = None, before: int = 0, after: int = 0
+    ) -> Rotation | None:
+        """The rotation of these patches, of a grid, with so many tokens before or after them; None if none is used."""
+        if not self.used:
+            return None
+        return rotation(angles_3d(grid or self.grid, self.width, self.grid)[patches], before, after)
 
 
 class Encoder(nnx.Module):
@@ -72,9 +77,10 @@ class Encoder(nnx.Module):
 
         With `seen`, [B, patches] bool, queries and patches do not attend to the other patches.
         """
-        patches = self.patch_embed(video) + self.patch_positions()
+        grid = patch_grid(video.shape[1:], self.patch_embed.patch)
+        patches = self.patch_embed(video) + self.patch_positions(grid)
         if self.queries is None:
-            return self.transformer(patches, rotation=self.rotary.of())
+            return self.transformer(patches, rotation=self.rotary.of(grid=grid))
         if lengths is None and seen is None:
             queries, blocks = self.queries(), None
             queries = jnp.broadcast_to(queries, (patches.shape[0], *queries.shape))
@@ -87,7 +93,7 @@ class Encoder(nnx.Module):
             if seen is not None:  # a patch that comes after all blocks is seen by none
                 first = jnp.where(seen, first, lengths.shape[1])
             blocks = jnp.concatenate([first, layout.block], axis=1)
-        rotation = self.rotary.of(after=queries.shape[1])
+        rotation = self.rotary.of(grid=grid, after=queries.shape[1])
         x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks, rotation)
         return x[:, patches.shape[1] :]
 
@@ -144,31 +150,35 @@ class Decoder(nnx.Module):
         )
         self.grid, self.patch, self.blocks = c.decoder_grid, c.decoder_patch, c.blocks
 
-    def __call__(self, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped.
+    def __call__(
+        self, latents: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, D] -> video [B, T, H, W, C] float32, not clamped; `shape` is [T, H, W], by default its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        x, first, shared = self._inputs(latents, lengths)
-        return self._video(self.transformer(x, *shared)[:, first:])
+        grid = patch_grid(shape, self.patch) if shape else self.grid
+        x, first, shared = self._inputs(latents, lengths, grid)
+        return self._video(self.transformer(x, *shared)[:, first:], grid)
 
     def with_features(
-        self, latents: jax.Array, lengths: jax.Array | None, layer: int
+        self, latents: jax.Array, lengths: jax.Array | None, layer: int, shape: tuple[int, ...] | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `__call__`, and the patches after the first `layer` blocks, [B, t, h, w, D] float32."""
-        x, first, shared = self._inputs(latents, lengths)
+        grid = patch_grid(shape, self.patch) if shape else self.grid
+        x, first, shared = self._inputs(latents, lengths, grid)
         x, kept = self.transformer.keeping(x, layer, *shared)
-        return self._video(x[:, first:]), kept[:, first:].reshape(len(kept), -1, *self.grid[1:], kept.shape[-1])
+        return self._video(x[:, first:], grid), kept[:, first:].reshape(len(kept), -1, *grid[1:], kept.shape[-1])
 
-    def _video(self, x: jax.Array) -> jax.Array:
+    def _video(self, x: jax.Array, grid: Grid) -> jax.Array:
         patches = self.head(self.norm(x)).astype(jnp.float32)
-        return unpatchify(patches, (patches.shape[1] // (self.grid[1] * self.grid[2]), *self.grid[1:]), self.patch)
+        return unpatchify(patches, (patches.shape[1] // (grid[1] * grid[2]), *grid[1:]), self.patch)
 
-    def _inputs(self, latents, lengths) -> tuple[jax.Array, int, tuple]:
+    def _inputs(self, latents, lengths, grid: Grid) -> tuple[jax.Array, int, tuple]:
         """What the transformer reads, [B, N + patches, D], the position of the first patch, blocks and rotation."""
-        queries = self.patch_queries()
+        queries = self.patch_queries(grid)
         if self.latent_positions is None:
-            return latents + queries, 0, (None, self.rotary.of())
+            return latents + queries, 0, (None, self.rotary.of(grid=grid))
         if lengths is None:
             latents, blocks = latents + self.latent_positions(), None
         else:
@@ -177,7 +187,7 @@ class Decoder(nnx.Module):
             queries = queries[: len(queries) // self.blocks * lengths.shape[1]]
             last = packing.block_of_patches(lengths, len(queries))
             blocks = jnp.concatenate([layout.block, last], axis=1)
-        rotation = self.rotary.of(slice(len(queries)), before=latents.shape[1])
+        rotation = self.rotary.of(slice(len(queries)), grid=grid, before=latents.shape[1])
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
         return jnp.concatenate([latents, queries], axis=1), latents.shape[1], (blocks, rotation)
 
@@ -191,11 +201,14 @@ class Decoder(nnx.Module):
         x = jnp.concatenate([latents + self.latent_positions.at(layout), queries], axis=1)
         rotation = self.rotary.of(mine, before=latents.shape[1])
         x, memory = self.transformer.extend(x, seen, past, rotation)
-        return self._video(x[:, latents.shape[1] :]), memory
+        return self._video(x[:, latents.shape[1] :], self.grid), memory
 
 
 class Tokenizer(nnx.Module):
     """Encodes videos to N discrete codes, or for the KL bottleneck continuous latents, and decodes them.
+
+    Videos may have fewer frames than a clip and another height and width, all divisible into patches: positions follow
+    the coordinates, see `Positions3d`, and the number of codes stays N. In the patchwise layout each patch has a code.
 
     If the configuration has a ladder, `lengths` [B, T] int32 are the numbers of codes of each block of each clip, and
     codes and latents are packed (`larp_jax.models.packing`). Without them, every clip gets the largest uniform numbers.
@@ -238,7 +251,7 @@ class Tokenizer(nnx.Module):
           The reconstruction [B, T, H, W, C] float32 (not clamped) and the output of the quantizer.
         """
         quantized = self.quantize(video, lengths, key=key, temperature=temperature, share=share)
-        return self.decode_latents(quantized.z_q, quantized.lengths), quantized
+        return self.decode_latents(quantized.z_q, quantized.lengths, video.shape[1:4]), quantized
 
     def quantize(
         self, video: jax.Array, lengths: jax.Array | None = None, *, seen: jax.Array | None = None, **options
@@ -248,23 +261,27 @@ class Tokenizer(nnx.Module):
         latents = self.quantizer.project(self.encoder(video, lengths, seen))
         return self.quantizer(latents, lengths=lengths, **options)
 
-    def decode_latents(self, z_q: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped.
+    def decode_latents(
+        self, z_q: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Latents [B, N, d] -> video [B, T, H, W, C] float32, not clamped, of this shape [T, H, W], or of its own.
 
         If the lengths are only those of the first blocks, the video is only their frames.
         """
-        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]))
+        return self.decoder(self.quantizer.expand(z_q), self._lengths(lengths, z_q.shape[0]), shape)
 
     def decode_with_features(
-        self, z_q: jax.Array, lengths: jax.Array | None, layer: int
+        self, z_q: jax.Array, lengths: jax.Array | None, layer: int, shape: tuple[int, ...] | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `decode_latents`, and the decoder's patches after `layer` blocks, [B, t, h, w, D] float32."""
         lengths = self._lengths(lengths, z_q.shape[0])
-        return self.decoder.with_features(self.quantizer.expand(z_q), lengths, layer)
+        return self.decoder.with_features(self.quantizer.expand(z_q), lengths, layer, shape)
 
-    def decode(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    def decode(
+        self, tokens: jax.Array, lengths: jax.Array | None = None, shape: tuple[int, ...] | None = None
+    ) -> jax.Array:
         """Codes [B, N] int, or for the KL bottleneck latents [B, N, d] -> video as `decode_latents`."""
-        return self.decode_latents(self.quantizer.lookup(tokens), lengths)
+        return self.decode_latents(self.quantizer.lookup(tokens), lengths, shape)
 
     def extend(
         self, frames: jax.Array, lengths: jax.Array, past: Sequence[tuple[Memory, Memory]]

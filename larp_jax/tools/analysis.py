@@ -109,7 +109,7 @@ def analyze(
     if replace not in REPLACEMENTS:
         raise InputError(f"--replace {replace} is not known; choose from {', '.join(REPLACEMENTS)}")
     sampled = found.recipe.data
-    clip = ClipSpec(model.frames, model.resolution, flip=False, fps=sampled.fps, stride=sampled.stride)
+    clip = ClipSpec.of(model.clip_shape, flip=False, fps=sampled.fps, stride=sampled.stride)
     clips, ablated = (ClipSet(spec, clip, max_clips=count) for count in (max_clips, ablated_clips))
     names = [NUMBERS, ARRAYS, MAPS, *(f"{name}.svg" for name in FIGURES)]
     with files.outputs(
@@ -458,14 +458,14 @@ def ablation_picture(patches: np.ndarray, frames: np.ndarray, *, side: int = 32,
     Args:
       patches: mean squared changes [N, t, h, w].
       frames: mean squared changes [N, T].
-      side: approximate width of a tile in pixels.
+      side: approximate longer side of a tile in pixels.
       gap: pixels between tiles.
 
     Returns:
       uint8 [height, width, 3].
     """
     shown = np.unique(np.linspace(0, len(patches) - 1, min(TILES, len(patches))).round().astype(int))
-    scale = max(1, side // patches.shape[2])
+    scale = max(1, side // max(patches.shape[2:]))
     tiles = []
     for place, time in zip(patches[shown].mean(axis=1), frames[shown], strict=True):
         tile = np.kron(scaled(place), np.ones((scale, scale)))

@@ -49,7 +49,7 @@ def benchmark_data(
 
     Args:
       spec: the data set, in the format of `larp_jax.data.parse_spec`.
-      clip: frames and resolution of a clip.
+      clip: frames and size of a clip.
       batch_size: clips per batch.
       workers: processes that read; 0 reads in threads.
       seconds: length of the measurement, without opening the data set and the warm-up of 3 batches.

@@ -158,7 +158,7 @@ class Demo:
         """
         tokenizer, path = self.tokenizer, pathlib.Path(path)
         config = tokenizer.config
-        spec = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+        spec = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
         try:
             (video,) = Inputs(str(path), spec).videos
             found = next(itertools.islice(video.read(), number, None), None)

@@ -172,9 +172,9 @@ class Page:
 
     def _head(self) -> str:
         config, step = self._demo.tokenizer.config, self._demo.tokenizer.step
-        frames, side, _, _ = config.clip_shape
+        frames, height, width, _ = config.clip_shape
         numbers = [
-            ("clip", f"{frames} × {side} × {side}"),
+            ("clip", f"{frames} × {height} × {width}"),
             ("codes", f"up to {config.num_tokens}" if config.adaptive else str(config.num_tokens)),
             ("codebook", f"{self._size:,}"),
         ]

@@ -76,7 +76,7 @@ def drift(
         raise InputError(f"--frames {frames}: drift is measured in windows of {config.frames} frames; give more")
     output = files.check_folder(output)
     network = None if probe is None else ClipProbe.load(probe, config.clip_shape, generator.config.num_classes)
-    clip = ClipSpec(config.frames, config.resolution, fps=tokenizer.fps, stride=tokenizer.stride)
+    clip = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
     source = data.open_source(spec, clip, default_split="test")
     windows = choose_windows(source, clip, videos)
     given = {"frames": count * config.frames, "context": context, "budget": budget, **vars(options)}

@@ -186,7 +186,7 @@ def _is_made(folder: pathlib.Path) -> bool:
 
 def _clip(experiment: Experiment) -> data.ClipSpec:
     model = next(iter(experiment.arms.values())).model
-    return data.ClipSpec(frames=model.frames, resolution=model.resolution)
+    return data.ClipSpec.of(model.clip_shape)
 
 
 def _make_probe(experiment: Experiment, workdir: pathlib.Path) -> ClipProbe:

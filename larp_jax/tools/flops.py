@@ -59,7 +59,7 @@ def _train_step(recipe: TokenizerRecipe, *, compiled: bool) -> dict[str, float]:
 
     if recipe.loss.perceptual != "none":
         frames = recipe.loss.perceptual_frames or c.frames
-        counts["perceptual"] = frames * _vgg(c.resolution)
+        counts["perceptual"] = frames * _vgg(c.clip_shape[1:3])
 
     if recipe.loss.alignment_weight:
         teacher = teacher_config(recipe.loss.alignment)
@@ -98,10 +98,17 @@ def _frozen_discriminator(recipe: TokenizerRecipe, compiled: bool) -> tuple[floa
 
 def places(teacher: TeacherConfig, clip_shape: tuple[int, ...], layer: int) -> tuple[int, int]:
     """Number of places and channels of the features of a teacher after a block; of VGG16, after a stage."""
-    frames, resolution = clip_shape[0], teacher.resolution or clip_shape[1]
+    frames, (height, width) = clip_shape[0], seen_size(teacher, clip_shape)
     if teacher.family == "vgg16":
-        return frames * (resolution >> (layer - 1)) ** 2, STAGES[layer - 1][-1]
-    return max(1, frames // teacher.traits.tubelet) * (resolution // teacher.patch) ** 2, teacher.width
+        return frames * (height >> (layer - 1)) * (width >> (layer - 1)), STAGES[layer - 1][-1]
+    patches = (height // teacher.patch) * (width // teacher.patch)
+    return max(1, frames // teacher.traits.tubelet) * patches, teacher.width
+
+
+def seen_size(teacher: TeacherConfig, clip_shape: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of the frames that a teacher sees of clips [T, H, W, C]."""
+    side = teacher.resolution
+    return (side, side) if side else (clip_shape[1], clip_shape[2])
 
 
 def _features(
@@ -111,9 +118,9 @@ def _features(
 
     Compiled, there is a loop up to each of the blocks.
     """
-    frames, resolution = clip_shape[0], teacher.resolution or clip_shape[1]
+    frames = clip_shape[0]
     if teacher.family == "vgg16":
-        return frames * _vgg_forward(resolution, layers[-1]), 0.0
+        return frames * _vgg_forward(seen_size(teacher, clip_shape), layers[-1]), 0.0
     blocks = len(layers) if compiled else layers[-1]
     patches, width = places(teacher, clip_shape, blocks)
     pixels = patches * teacher.traits.tubelet * teacher.patch**2 * 3
@@ -209,9 +216,10 @@ def router_train_step(config: RouterConfig) -> dict[str, float]:
     return {"router": 3 * router(config) - pixels}  # no gradient with respect to pixels
 
 
-def vgg_features(resolution: int) -> int:
-    """Number of values in all feature maps of VGG16 for one frame."""
-    return sum((resolution >> i) ** 2 * sum(widths) for i, widths in enumerate(STAGES))
+def vgg_features(size: tuple[int, int]) -> int:
+    """Number of values in all feature maps of VGG16 for one frame of this height and width."""
+    height, width = size
+    return sum((height >> i) * (width >> i) * sum(widths) for i, widths in enumerate(STAGES))
 
 
 def _linear(inputs: float, outputs: float) -> float:
@@ -226,17 +234,17 @@ def _stack(config: TransformerConfig, tokens: int, *, attention: bool = True) ->
     return config.depth * (products + scores)
 
 
-def _vgg(resolution: int) -> float:
+def _vgg(size: tuple[int, int]) -> float:
     """LPIPS of two frames, with the gradient with respect to one of them and no gradient of weights."""
-    return 3 * _vgg_forward(resolution, len(STAGES))
+    return 3 * _vgg_forward(size, len(STAGES))
 
 
-def _vgg_forward(resolution: int, stages: int) -> float:
+def _vgg_forward(size: tuple[int, int], stages: int) -> float:
     """Features of one frame up to a stage."""
     total, inputs = 0.0, 3
-    for widths in STAGES[:stages]:
+    for i, widths in enumerate(STAGES[:stages]):
+        pixels = (size[0] >> i) * (size[1] >> i)
         for width in widths:
-            total += _linear(resolution**2 * 9 * inputs, width)
+            total += _linear(pixels * 9 * inputs, width)
             inputs = width
-        resolution //= 2
     return total

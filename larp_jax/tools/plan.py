@@ -232,7 +232,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         if recipe.loss.adversarial_weight and recipe.discriminator.kind == "frozen":
             trunk, last = teacher_config(recipe.discriminator.trunk), recipe.discriminator.layers[-1]
             if trunk.family == "vgg16":
-                maps += c.frames * flops.vgg_features(trunk.resolution or c.resolution) * width
+                maps += c.frames * flops.vgg_features(flops.seen_size(trunk, c.clip_shape)) * width
             else:
                 places, _ = flops.places(trunk, c.clip_shape, last)
                 stacks += [(places, dataclasses.replace(trunk, depth=last))]
@@ -240,7 +240,7 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
             stacks += [(1 + patches[0], recipe.discriminator)] * 2
         if recipe.loss.perceptual != "none":
             frames = recipe.loss.perceptual_frames or c.frames
-            maps += frames * flops.vgg_features(c.resolution) * width
+            maps += frames * flops.vgg_features(c.clip_shape[1:3]) * width
     tokens = 0.0
     for length, config in stacks:
         block = 8 + 30 * width / 2

@@ -79,7 +79,7 @@ def warn_if_data_changed(metadata: Mapping[str, Any], identity: Mapping[str, Any
 
 def clip_spec(model: TokenizerConfig, sampled: DataConfig) -> data.ClipSpec:
     """The training clips of a tokenizer."""
-    return data.ClipSpec(model.frames, model.resolution, sampled.flip, fps=sampled.fps, stride=sampled.stride)
+    return data.ClipSpec.of(model.clip_shape, flip=sampled.flip, fps=sampled.fps, stride=sampled.stride)
 
 
 def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:
@@ -89,6 +89,7 @@ def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, 
         clip,
         batch_size=recipe.data.batch_size,
         seed=recipe.seed,
+        shapes=recipe.data.sizes,
         start_step=start_step,
         workers=recipe.data.workers,
         process_index=jax.process_index(),

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from larp_jax.config import TokenizerRecipe
+from larp_jax.models.grids import patch_grid
 from larp_jax.models.packing import mean_of_clips
 
 
 def view(
-    recipe: TokenizerRecipe, rows: int, lengths: jax.Array | None, key: jax.Array
+    recipe: TokenizerRecipe, shape: tuple[int, ...], lengths: jax.Array | None, key: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """What the encoder is given of each clip: numbers of codes by block, and which patches.
 
@@ -20,14 +21,15 @@ def view(
 
     Args:
       recipe: with its `corruption`.
-      rows: number of clips, B.
+      shape: of the clips, [B, T, H, W, C].
       lengths: [B, T] int32, numbers of codes of whole clips; None without a ladder.
       key: random key.
 
     Returns:
       The lengths, and [B, patches] bool: the patches that are given; None for all.
     """
-    corruption, patches, seen = recipe.corruption, math.prod(recipe.model.encoder_grid), None
+    corruption, rows, seen = recipe.corruption, shape[0], None
+    patches = math.prod(patch_grid(shape[1:], recipe.model.encoder_patch))
     future_key, patch_key = jax.random.split(key)
     if corruption.future:
         parts = recipe.future_parts

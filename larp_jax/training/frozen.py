@@ -52,7 +52,9 @@ class Frozen:
             config = networks.teacher_config(wanted)
             make = functools.partial(make_teacher, config, remat=self._recipe.remat, dtype=dtype)
             module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-            module.grid(self._recipe.model.clip_shape[:3])
+            frames, *own, _ = self._recipe.model.clip_shape
+            for size in (own, *self._recipe.data.sizes):
+                module.grid((frames, *size))
         except InputError as error:
             raise InputError(f"{setting}={wanted}: {error}") from error
         return module

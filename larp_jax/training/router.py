@@ -192,7 +192,8 @@ def _complete(recipe: RouterRecipe, clips: RewardSet, where: str) -> RouterRecip
         )
     found = {
         "frames": clips.clip.frames,
-        "resolution": clips.clip.resolution,
+        "resolution": min(clips.clip.size),
+        "shape": () if len(set(clips.clip.size)) == 1 else clips.clip.size,
         "num_tokens": clips.ladder.bucket,
         "blocks": clips.ladder.blocks,
         "ladder": clips.ladder.rungs,

@@ -285,7 +285,7 @@ class TokenizerStage:
         lengths = self.lengths(video, jax.random.fold_in(key, LENGTHS), frozen)
         seen, corrupted = None, recipe.corruption
         if corrupted.of_encoder:
-            lengths, seen = corruption.view(recipe, len(video), lengths, jax.random.fold_in(key, VIEW))
+            lengths, seen = corruption.view(recipe, video.shape, lengths, jax.random.fold_in(key, VIEW))
         quantized = tokenizer.quantize(
             video, lengths, seen=seen, temperature=self.temperature(step), share=share,
             key=sample_key if recipe.trained == "all" else None,
@@ -295,10 +295,10 @@ class TokenizerStage:
             z_q = corruption.noisy(z_q, corrupted.noise, jax.random.fold_in(key, NOISE), quantized.valid)
         if "projector" in model:
             reconstruction, features = tokenizer.decode_with_features(
-                z_q, quantized.lengths, recipe.loss.alignment_layer
+                z_q, quantized.lengths, recipe.loss.alignment_layer, video.shape[1:4]
             )
         else:
-            reconstruction = tokenizer.decode_latents(z_q, quantized.lengths)
+            reconstruction = tokenizer.decode_latents(z_q, quantized.lengths, video.shape[1:4])
         logs = {f"quantizer_{name}": value for name, value in quantized.terms.items()}
         logs["loss_quantizer"] = quantized.loss
         loss = recipe.loss.quantizer_weight * share * quantized.loss
@@ -357,7 +357,7 @@ class TokenizerStage:
     def _image_quality(self, step, video, reconstruction) -> dict[str, jax.Array]:
         """PSNR, and SSIM if frames are large enough. SSIM costs more and is computed only in logged steps."""
         quality = {"psnr": metrics.psnr(video, reconstruction).mean()}
-        if self.recipe.model.resolution >= metrics.SSIM_WINDOW:
+        if min(video.shape[2:4]) >= metrics.SSIM_WINDOW:
             quality["ssim"] = jax.lax.cond(
                 (step + 1) % self.recipe.log_every == 0,
                 lambda: metrics.ssim(video, reconstruction).mean(),

@@ -132,7 +132,7 @@ class Run:
         trace = Profile(self.workdir, profile, self.first_step)
         pending = None  # the step and logs of the last update, which the device may still be computing
         batches = self.task.batches(self.first_step)
-        stopping = False
+        stopping, compiled = False, set()
         if jax.process_count() > 1:
             self.stop.defer(HURRIED)  # all processes stop after the same step
         with batches, self.writer, self._progress() as progress, Watchdog() as watchdog:
@@ -160,8 +160,11 @@ class Run:
                     with self.clock.measure("input"):
                         batch = next(batches)
                     batch = sharding.to_mesh({name: batch[name] for name in self.task.inputs}, self.mesh)
-                    watchdog.at(self.step, COMPUTE, slow=not new)
-                    with contextlib.nullcontext() if new else self.clock.measure("start"):  # it compiles
+                    shapes = tuple(x.shape for x in batch.values())
+                    known = shapes in compiled
+                    compiled.add(shapes)
+                    watchdog.at(self.step, COMPUTE, slow=not known)
+                    with contextlib.nullcontext() if known else self.clock.measure("start"):  # it compiles
                         self.state, logs = self.train_step(self.state, batch, self.key, self.task.frozen)
                     self.step += 1
                     self.state = self.task.after_step(self.state, self.step, self._placement, self.key)
