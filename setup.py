@@ -17,7 +17,7 @@ def requirements() -> list[str]:
 
 GCS = ["gcsfs>=2025.5"]
 TENSORBOARDX = "tensorboardX>=2.6.4"
-GRADIO = ["gradio>=6,<7"]  # the page of larp-jax demo
+GRADIO = ["gradio>=6.31,<7"]  # the page of larp-jax demo
 
 # Figures and site. MkDocs 2 and later releases of the theme are other programs.
 DOCS = ["matplotlib", "pillow", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<9.7", "mkdocstrings[python]>=0.30,<2"]

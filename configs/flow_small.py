@@ -1,37 +1,18 @@
-"""A small flow generator of continuous latents, and the tokenizer that it is for; both train on two CPU cores.
+"""A small flow generator for tokenizers trained with configs/latents.py; trains on two CPU cores.
 
-    larp-jax train --config configs/flow_small.py:tokenizer --workdir runs/latents
     larp-jax tokenize --checkpoint runs/latents --input moving_shapes/plain:train --output runs/latents_codes \
         --windows 4 --flips
     larp-jax train --config configs/flow_small.py --workdir runs/flow
 
-Clips of 8x32x32 become 16 latents of 8 channels. Other tokenizers with continuous latents will do: give
---config.tokenizer, and data that they encoded.
+Other tokenizers with continuous latents will do, such as that of configs/vitok_small.py: give --config.tokenizer, and
+data that it encoded.
 """
 
-from larp_jax.config import default_recipe, experiment_recipes
+from larp_jax.config import default_recipe
 
 
-def get_config(variant=""):
-    """The recipe of the generator, or with the variant `tokenizer` that of its tokenizer."""
-    if variant not in ("", "tokenizer"):
-        raise ValueError(f"variant {variant!r} is not known, only 'tokenizer' is")
-    return tokenizer() if variant else generator()
-
-
-def tokenizer():
-    """The tokenizer of the experiments, with a Gaussian bottleneck in place of codes."""
-    config, _ = experiment_recipes()
-    config.model.quantizer.kind, config.model.quantizer.kl_weight = "kl", 1e-5
-    config.loss.prior_weight = 0.0
-    config.start.continuous_steps = config.start.ramp_steps = 0
-    config.optim.multipliers = {"tokenizer/decoder/head": 10.0}  # the head starts at zero
-    config.optim.ema_decay = 0.99
-    return config
-
-
-def generator():
-    """A DiT of 1.3 M parameters."""
+def get_config():
+    """The recipe: a DiT of 0.6 M parameters."""
     config = default_recipe("flow")
     config.tokenizer = "runs/latents"
     config.steps = 3000

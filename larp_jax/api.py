@@ -314,7 +314,7 @@ class LoadedTokenizer:
                     f" {self.config.num_tokens} codes; leave it out"
                 )
         elif isinstance(budget, (str, int)):
-            chosen = ladder.goal(str(budget), self.config.quantizer.codebook_size)
+            chosen = ladder.goal(str(budget), self.config.quantizer.codes)
         else:
             chosen = ladder.largest if budget is None else ladder.checked(list(budget), "budget")
         return Assigner(self.config, chosen, self.module, self._router)
@@ -373,7 +373,7 @@ class LoadedTokenizer:
           ValueError: the codes or lengths have another rank, size, dtype or range, or do not belong together.
           InputError: the tokenizer does not decode to such frames.
         """
-        codes = self._checked_codes(codes)
+        codes = self._checked_codes(codes, self.config.num_tokens)
         lengths = checked_lengths(lengths, self.config.adaptive, len(codes))
         own = self.config.clip_shape
         shape = checked_shape((frames or own[0], *(size or own[1:3]), own[3]), self.config)[:3]
@@ -391,7 +391,8 @@ class LoadedTokenizer:
           past: what this method returned for the block before; empty for the first of a clip.
 
         Returns:
-          Codes [B, R] int32, where R is the largest number of the ladder, 0 after those of the block; and the new past.
+          Codes [B, R] int32, or latents [B, R, d] float32, where R is the largest number of the ladder, 0 after those
+          of the block; and the new past.
 
         Raises:
           ValueError: an argument is not as described.
@@ -409,7 +410,7 @@ class LoadedTokenizer:
         """Decodes what `encode_block` returns, block after block, to frames [B, T / blocks, H, W, C] float32 in [0, 1].
 
         Args:
-          codes: [B, R] integers.
+          codes: [B, R] integers, or latents [B, R, d] floats.
           lengths: [B] integers.
           past: what this method returned for the block before; empty for the first of a clip.
 
@@ -421,7 +422,7 @@ class LoadedTokenizer:
           InputError: the tokenizer has no ladder.
         """
         config, lengths = self.config, self._checked_block(lengths, past)
-        codes = checked_integers("codes", codes, (config.query_rows,), 0, config.quantizer.codebook_size)
+        codes = self._checked_codes(codes, config.query_rows)
         with rng.pinned(), jax.default_matmul_precision("float32"):
             frames, memory = self._decode_block(self._params, codes, lengths, tuple(past))
         return frames, (*past, memory)
@@ -478,7 +479,8 @@ class LoadedTokenizer:
                 yield np.asarray(self.decode(block))
                 continue
             lengths = np.full(len(block), block.shape[1])
-            padded = np.pad(block, ((0, 0), (0, max(0, config.query_rows - block.shape[1]))))
+            more = max(0, config.query_rows - block.shape[1])
+            padded = np.pad(block, ((0, 0), (0, more), *((0, 0),) * (block.ndim - 2)))
             frames, past = self.decode_block(padded, lengths, past if number % config.blocks else ())
             yield np.asarray(frames)
 
@@ -515,7 +517,8 @@ class LoadedTokenizer:
         found = checked_lengths(np.asarray(lengths)[:, None], ladder, len(lengths))
         return None if found is None else found[:, 0]
 
-    def _checked_codes(self, codes):
-        if not self.config.quantizer.has_codes:
-            return checked_latents(codes, (self.config.num_tokens, self.config.quantizer.code_dim))
-        return checked_integers("codes", codes, (self.config.num_tokens,), 0, self.config.quantizer.codebook_size)
+    def _checked_codes(self, codes, count: int):
+        q = self.config.quantizer
+        if not q.has_codes:
+            return checked_latents(codes, (count, q.code_dim))
+        return checked_integers("codes", codes, (count,), 0, q.codebook_size)

@@ -66,7 +66,9 @@ def main() -> None:
             recipe = parse_recipe(tokenizer)
             measure(
                 f"train, batch {size}, remat {remat}",
-                lambda recipe=recipe: benchmark.benchmark_train(recipe, seconds=arguments.seconds),
+                lambda recipe=recipe: benchmark.benchmark_train(
+                    recipe, seconds=arguments.seconds, by_term=False
+                ),
             )
     recipe = parse_recipe(tokenizer)
     for what in ("encode", "decode"):

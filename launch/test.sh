@@ -16,5 +16,5 @@ if [[ "${1:-}" == --quick ]]; then
   set -- -m 'not slow' "$@"
 fi
 # Compilation uses one core per test. All tests of a file run in one process, because they share fixtures; files with
-# slow tests come first (tests/conftest.py), so that no process is left alone with one at the end.
-pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+# slow tests come first, so that no process is left alone with one at the end. tests/conftest.py says how many processes.
+pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@"

@@ -32,7 +32,9 @@ STEPS, SAVE_EVERY, EVAL_EVERY = 24, 3, 4
 # Activities during which a process is killed: {name: maximum delay of the kill after its start, in seconds}.
 MOMENTS = {"start": 6.0, "data": 0.3, "save": 0.05, "evaluation": 0.3}
 POLL = 0.002
-PATIENCE = 3600  # maximum wait for a moment, in seconds
+# tensorboardX imports PyTorch if it is installed, which takes a second, and uses nothing of it here.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import tensorboardX; del sys.modules['torch']"
+PROGRAM = f"{WITHOUT_TORCH}; from larp_jax.cli import main; sys.exit(main())"
 
 
 def make_videos(folder: pathlib.Path) -> None:
@@ -66,7 +68,7 @@ class Training:
             "data.workers": workers,
         }
         config = f"{HERE / 'configs' / 'tiny.py'}:{variant}".rstrip(":")
-        self._command = [sys.executable, "-m", "larp_jax", "train", "--config", config]
+        self._command = [sys.executable, "-c", PROGRAM, "train", "--config", config]
         self._command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in settings.items())]
         # every process compiles the same programs, so all share a compilation cache
         self._environment = os.environ | {

@@ -12,7 +12,7 @@ import types
 # Set before jax is imported, so that the processes that tests start use the cache too.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # reading takes half the time of compiling
 # Tests compile more programs than they run, so fast compilation matters more than fast programs.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if sys.version_info < (3, 12):  # jax 0.10: MLIR is set up for every fusion, which is half the time; a later XLA has no
@@ -29,6 +29,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes many objects that stay, which the default thresholds look through again and again.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores, because some tests wait; more than four would take too much memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores + 1, 4)
 
 
 def pytest_collection_modifyitems(items):

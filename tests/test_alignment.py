@@ -13,6 +13,7 @@ from larp_jax.config import (
     DataConfig,
     DiscriminatorConfig,
     LossConfig,
+    MeshConfig,
     OptimConfig,
     QuantizerConfig,
     TokenizerConfig,
@@ -25,7 +26,8 @@ from larp_jax.errors import InputError
 from larp_jax.models.alignment import resampled
 from larp_jax.models.layers import unstack
 from larp_jax.models.teachers import make_teacher
-from larp_jax.tools import flops
+from larp_jax.runtime import sharding
+from larp_jax.tools import benchmark, flops
 from larp_jax.training import losses, warm_start
 from larp_jax.training.tokenizer import TokenizerStage
 from larp_jax.weights import checkpoint, networks
@@ -83,7 +85,7 @@ VIDEO = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3), dtype=np.ui
 
 @pytest.fixture(scope="module")
 def trained(recipe):
-    """Stage, frozen weights as they were and after ten steps, the states before and after, logs, and XLA's FLOPs."""
+    """Stage, frozen weights as they were and after ten steps, the states before and after, logs, and the program."""
     stage, key = TokenizerStage(recipe), jax.random.key(0)
     frozen = jax.device_put(stage.frozen())
     before = jax.device_get(frozen)
@@ -93,7 +95,7 @@ def trained(recipe):
     for _ in range(10):
         state, log = step(state, {"video": VIDEO}, key, frozen)
         logs.append({name: float(x) for name, x in log.items()})
-    return stage, before, jax.device_get(frozen), first, state, logs, step.cost_analysis()["flops"]
+    return stage, before, jax.device_get(frozen), first, state, logs, step
 
 
 def moved(before, after):
@@ -122,12 +124,20 @@ def test_training_moves_projector_and_heads_and_no_frozen_network(trained):
 
 def test_flops_are_those_of_the_compiler(trained, recipe):
     counted = sum(flops.as_compiled(recipe).values()) * len(VIDEO)
-    assert 1.0 < trained[-1] / counted < 2.0
+    assert 1.0 < trained[-1].cost_analysis()["flops"] / counted < 2.0
     found = flops.train_step(recipe)
     without = flops.train_step(
         dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, alignment_weight=0.0))
     )
     assert without == found | {"alignment": 0.0} and found["alignment"] > 0
+
+
+def test_the_step_without_alignment_needs_less_memory(trained, recipe):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    (name, megabytes), = benchmark.memory_without_terms(recipe, mesh).items()  # of the terms, it has only this one
+    used = trained[-1].memory_analysis()
+    assert name == "memory_without_alignment_mb"
+    assert 0 < megabytes < (used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes) / 1e6
 
 
 def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe):

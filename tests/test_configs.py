@@ -16,8 +16,8 @@ from larp_jax.cli.recipe import load_recipe
 from larp_jax.config import GENERATOR_SIZES, PRIOR_SIZES, TOKENIZER_SIZES, default_recipe, parse_recipe, take_sizes
 from larp_jax.data import parse_spec
 from larp_jax.errors import InputError
-from larp_jax.training.generator import GeneratorStage
 from larp_jax.training.router import RouterStage
+from larp_jax.training.stages import TASKS
 from larp_jax.training.tokenizer import TokenizerStage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -43,18 +43,21 @@ def stage_and_batch(recipe):
         return RouterStage(recipe), batch | {"rewards": shape(rows, recipe.model.adaptive.count, dtype=jnp.float32)}
     tokenizer = load(recipe.tokenizer.removeprefix("runs/")).model if recipe.tokenizer else None
     if tokenizer is not None:
-        found = {"codebook_size": tokenizer.quantizer.codebook_size, "num_tokens": tokenizer.num_tokens}
+        found = {"num_tokens": tokenizer.num_tokens}
+        name = "codebook_size" if recipe.model.has_codes else "code_dim"
+        found[name] = getattr(tokenizer.quantizer, name)
         found |= {"blocks": tokenizer.blocks, "ladder": tokenizer.ladder} if tokenizer.ladder else {}
         assert all(getattr(recipe.model, name) in (0, 1, (), size) for name, size in found.items())
         classes = recipe.model.num_classes or 16
         model = dataclasses.replace(recipe.model, **found, num_classes=classes)
         recipe = dataclasses.replace(recipe, model=model)
-    batch = {"label": shape(rows)}
+    batch, stage_class = {"label": shape(rows)}, TASKS[recipe.stage].stage_class
     if recipe.model.ladder:
         batch["lengths"] = shape(rows, recipe.model.blocks)
     if recipe.data.train.startswith("folder:"):
-        return GeneratorStage(recipe, tokenizer), batch | {"video": shape(rows, *tokenizer.clip_shape, dtype=jnp.uint8)}
-    return GeneratorStage(recipe), batch | {"codes": shape(rows, recipe.model.num_tokens)}
+        return stage_class(recipe, tokenizer), batch | {"video": shape(rows, *tokenizer.clip_shape, dtype=jnp.uint8)}
+    name, dtype = ("codes", jnp.int32) if recipe.model.has_codes else ("latents", jnp.float16)
+    return stage_class(recipe), batch | {name: shape(rows, *recipe.model.token_shape, dtype=dtype)}
 
 
 @pytest.mark.slow

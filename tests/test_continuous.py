@@ -1,19 +1,26 @@
 """Continuous latents in place of codes: the KL bottleneck through the commands."""
 
 import json
+import pathlib
+import runpy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import moving_frames
+from flax import nnx
 
 import larp_jax
 from larp_jax import cli
-from larp_jax.config import Ladder
+from larp_jax.config import Ladder, TokenizerConfig, from_dict, parse_recipe, to_dict
 from larp_jax.data import codes as codes_on_disk
 from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.video import probe, write_video
 from larp_jax.errors import InputError
+from larp_jax.models.tokenizer import Tokenizer
+
+CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +161,33 @@ def test_the_released_kl_bottleneck(reference_dir):
     np.testing.assert_allclose(tokenizer.encode(video), expected["mean"], atol=1e-5)
     decoded = np.clip(np.moveaxis(expected["reconstruction_from_mean"], 1, -1), 0.0, 1.0)
     np.testing.assert_allclose(tokenizer.decode(expected["mean"]), decoded, atol=1e-5)
+
+
+def test_a_ladder_of_latents():
+    """Blocks of frames with different numbers of latents: packed, zero behind them, and block by block the same."""
+    values = to_dict(parse_recipe(runpy.run_path(CONFIG)["get_config"]("adaptive")).model)
+    values["quantizer"] |= {"kind": "kl"}
+    config = from_dict(TokenizerConfig, values, "model")
+    init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Tokenizer(config, rngs=nnx.Rngs(0)), nnx.Param)))
+    params = init()
+    head = params["decoder"]["head"]
+    head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    tokenizer = larp_jax.api.LoadedTokenizer(config, params)
+    video = np.random.default_rng(0).random((2, 8, 32, 32, 3), np.float32)
+    budget = [[2, 4], [8, 2]]
+    latents, lengths = tokenizer.encode(video, budget=budget)
+    own = np.arange(12) < lengths.sum(axis=1)[:, None]
+    assert latents.shape == (2, 12, 4) and not np.any(latents[~own]) and np.all(np.any(latents[own], axis=-1))
+    decoded = tokenizer.decode(latents, lengths)
+    np.testing.assert_allclose(decoded, tokenizer.reconstruct(video, budget=budget), atol=1e-5)
+
+    block, memory = tokenizer.encode_block(video[:, :4], lengths[:, 0])
+    np.testing.assert_allclose(block[1], latents[1, :8], atol=1e-5)
+    np.testing.assert_allclose(block[0, :2], latents[0, :2], atol=1e-5)
+    frames, _ = tokenizer.decode_block(block, lengths[:, 0])
+    np.testing.assert_allclose(frames, decoded[:, :4], atol=1e-5)
+
+    quantized = jax.jit(tokenizer.module(params).quantizer)(jnp.ones((2, 12, 8)), lengths=jnp.asarray(lengths))
+    assert np.array_equal(np.asarray(quantized.kl) > 0, own)
+    with pytest.raises(InputError, match="latents are floats, not bits"):
+        tokenizer.encode(video, budget="bits=100")

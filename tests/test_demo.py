@@ -230,6 +230,10 @@ def test_the_page_in_a_browser(demo, videos):
         page.wait_for_function("[...document.querySelectorAll('#swapped video')].every((video) => !video.seeking)")
         assert np.abs(pixels("#swapped", 2) - pixels("#swapped", 0)).max() > 10  # the picture changed
 
+        page.fill("#number input[type=number]", "2")
+        page.press("#number input[type=number]", "Enter")
+        page.wait_for_function("document.querySelector('#reconstruction').innerText.includes('clip 2 of 3')")
+
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert not broken

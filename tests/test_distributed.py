@@ -53,16 +53,11 @@ def together(*commands, dies_at=0):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_PLATFORMS": "cpu",
-        # both compile in about the same time: they wait at most 30 seconds for one another
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     processes = []
     for i in range(2):
         flags = ["--coordinator", address, "--num-processes", "2", "--process-id", str(i)]
-        command = [sys.executable, "-c", WORKER, str(i * dies_at), commands, json.dumps(flags)]
+        command = [sys.executable, "-c", chaos.WITHOUT_TORCH + WORKER, str(i * dies_at), commands, json.dumps(flags)]
         processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         )

@@ -11,6 +11,7 @@ from larp_jax.cli.recipe import load_experiment
 from larp_jax.config import Experiment, experiment_recipes, make_experiment
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
+from larp_jax.models import classifier
 from larp_jax.tools import experiment as experiments
 from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
 from larp_jax.tools.report import report
@@ -35,8 +36,15 @@ def tiny(**changes):
     return make_experiment("Is it the same?", {"first": recipe, "same": recipe}, generator, **options)
 
 
+@pytest.fixture
+def small_measures(monkeypatch):
+    """The classifier is narrow, and LPIPS compares few frames: both take most of the time otherwise."""
+    monkeypatch.setattr(classifier, "WIDTHS", (4, 4, 4))
+    monkeypatch.setattr(experiments, "LPIPS_CLIPS", 2)
+
+
 @pytest.mark.slow
-def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeypatch):
+def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeypatch, small_measures):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
     recipe, generator = experiment_recipes("tiny")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larp_jax.config import FlowConfig, GeneratorConfig, MeshConfig, parse_recipe
+from larp_jax.config import FLOW_SIZES, FlowConfig, GeneratorConfig, MeshConfig, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.generator_api import LoadedFlow
 from larp_jax.models.condition import Condition
@@ -153,6 +153,16 @@ def test_what_is_left_out_in_training():
     times = np.asarray(times_of(jax.random.split(key, 4096)))  # logit-normal
     logits = np.log(times / (1 - times))
     assert abs(logits.mean()) < 0.06 and abs(logits.std() - 1) < 0.06
+
+
+def test_sizes_are_those_of_dit():
+    """Millions of parameters, table 1 of arXiv 2212.09748."""
+
+    def millions(size):
+        flow = nnx.eval_shape(lambda: Flow(FlowConfig(size=size), rngs=nnx.Rngs(0)))
+        return round(sum(x.size for x in jax.tree.leaves(nnx.state(flow, nnx.Param))) / 1e6)
+
+    assert {size: millions(size) for size in FLOW_SIZES} == {"S": 33, "B": 130, "L": 458, "XL": 675}
 
 
 def test_flops_are_those_of_the_compiler():

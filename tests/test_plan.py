@@ -51,6 +51,7 @@ def test_a_plan_agrees_with_the_compiled_program(tmp_path, capsys):
     assert sum(memory[name] for name in ("params", "optimizer", "ema")) == pytest.approx(held / 1e6)
     assert found["flops_compiler"] == step.flops
     assert found["flops_step"] == 8 * sum(flops.train_step(recipe).values())
+    assert found["clip_bits"] == 8 * 5  # of 32 codes
     assert {c["kind"] for c in found["collectives"]} >= {"all-gather", "all-reduce"}
     assert found["traffic_gb"] > 0 and "step_ms" not in found  # peak numbers of emulated devices are unknown
 

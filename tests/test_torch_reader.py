@@ -87,7 +87,8 @@ def test_what_it_does_not_know_is_refused_in_one_line(exported, reference_dir, t
     refused("frame_num must be a positive integer, got '8'", lambda values: values.update(frame_num="8"))
     refused("frame_num=6 must be a multiple", lambda values: values.update(frame_num=6))
     refused("too few layers", lambda values: values.update(encoder_depth=10**9))
-    refused("encoder_latent_query_embed is", lambda values: values.update(bottleneck_token_num=5))
+    refused(r"decoder_latent_pe is \(1, 8, 32\), and config.json asks for \(1, 5, 32\)",
+            lambda values: values.update(bottleneck_token_num=5))  # fmt: skip
     (tmp_path / "changed" / "config.json").write_text((exported / "config.json").read_text())
     (tmp_path / "changed" / "model.safetensors").write_bytes(b"damaged")
     refused("model.safetensors cannot be read", folder=tmp_path / "changed")

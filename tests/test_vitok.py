@@ -14,6 +14,7 @@ from larp_jax.models.anchored_init import anchored_init
 from larp_jax.models.layers import Block
 from larp_jax.models.rotary import angles_3d, rotation
 from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.tools import flops
 
 GRID = (2, 3, 4)
 SMALL = TokenizerConfig(
@@ -80,13 +81,15 @@ def test_sizes():
 
 
 def test_the_place_of_a_patch_is_only_in_the_rotation():
-    """Patches exchange their latents if they exchange their places, and without attention places do not matter."""
+    """Rows of patches that are exchanged exchange their latents only without attention; FLOPs are as the compiler's."""
     tokenizer = Tokenizer(SMALL, rngs=nnx.Rngs(0))
     assert not np.any(tokenizer.encoder.patch_positions())
     video = jax.random.uniform(jax.random.key(0), (1, *SMALL.clip_shape))
     swapped = jnp.roll(video, 8, axis=2)  # the two rows of patches
     graphdef, params = nnx.split(tokenizer)
     encode = jax.jit(lambda params, video: nnx.merge(graphdef, params).quantize(video).z.reshape(2, 2, 2, 4))
+    counted = encode.lower(params, video).compile().cost_analysis()["flops"]
+    assert flops.codec_as_compiled(SMALL)["encode"] == pytest.approx(counted, rel=0.1)
     latents, other = encode(params, video), encode(params, swapped)[:, ::-1]
     assert np.abs(latents - other).max() > 1e-4
     out = params["encoder"]["transformer"]["blocks"]["attention"]["out"]["kernel"]

@@ -161,7 +161,7 @@ class Ladder:
         Args:
           text: `128`, that many codes in equal blocks; `32,64,32,32`, the codes of each block; or `bits=1024`, the
             most codes in equal blocks that need at most so many bits, log2(K) each.
-          codebook_size: K.
+          codebook_size: K; 0 for continuous latents.
           name: where it was given, for messages.
           others: the other forms that the message about an unknown budget lists.
 
@@ -171,6 +171,7 @@ class Ladder:
         totals = [sum(lengths) for lengths in self.uniform]
         kind, equals, number = text.replace(" ", "").rpartition("=")
         if equals and kind == "bits" and _is_number(number):
+            require(codebook_size > 0, f"{name} {text}: latents are floats, not bits; give their number")
             bits = math.log2(codebook_size)
             fitting = [x for x, total in zip(self.uniform, totals, strict=True) if total * bits <= float(number)]
             require(

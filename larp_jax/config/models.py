@@ -127,6 +127,11 @@ class QuantizerConfig:
         return self.kind != "kl"
 
     @property
+    def codes(self) -> int:
+        """K, the number of different codes; 0 if there are none."""
+        return self.codebook_size if self.has_codes else 0
+
+    @property
     def tokens(self) -> str:
         """What a clip is encoded to, by the name of its array: `codes` or `latents`."""
         return "codes" if self.has_codes else "latents"
@@ -243,7 +248,6 @@ class TokenizerConfig(Clips):
                 f" model.{name}={getattr(self, name)}; change one of them",
             )
         require(not self.is_patchwise, "model.layout='patchwise' has one code per patch; leave out model.ladder")
-        require(self.quantizer.has_codes, "model.ladder needs codes, and model.quantizer.kind='kl' has none")
         require(
             self.quantizer.norm != "ln_nd",
             "model.quantizer.norm='ln_nd' needs the same number of codes in all clips; leave out model.ladder",
@@ -284,6 +288,11 @@ class TokenizerConfig(Clips):
     def is_rotary(self) -> bool:
         """Whether patches have rotary positions, in place of fixed tables."""
         return self.block == "vitok"
+
+    @property
+    def tokens_beside_patches(self) -> int:
+        """Number of queries or latents that both transformers attend to besides the patches."""
+        return 0 if self.is_patchwise else self.num_tokens
 
     @property
     def encoder_patch(self) -> tuple[int, int, int]:

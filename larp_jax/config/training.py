@@ -366,7 +366,7 @@ class TokenizerRecipe(Recipe):
             )
             object.__setattr__(self, "loss", dataclasses.replace(self.loss, prior_weight=0.0))
         if self.budget not in (RANDOM, AUTO):
-            self.model.adaptive.budget(self.budget, self.model.quantizer.codebook_size)
+            self.model.adaptive.budget(self.budget, self.model.quantizer.codes)
         require(
             not (self.loss.prior_weight and not self.model.quantizer.has_codes),
             "loss.prior_weight needs codes, and model.quantizer.kind='kl' has none; set it to 0",

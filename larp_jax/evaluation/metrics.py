@@ -310,7 +310,7 @@ class LatentUse(Metric):
         "kl": "nats, KL divergence of the Gaussians of a clip from the standard normal distribution, sum over tokens"
         " and channels, mean over clips",
         "active": "share of the channels of all tokens whose mean varies over these clips, by a standard deviation"
-        " above 0.1 (active units, Burda et al. 2016)",
+        " above 0.1 (active units, Burda et al. 2016); not with a ladder",
     }
     needs = (LATENTS,)
     panels = (
@@ -319,7 +319,7 @@ class LatentUse(Metric):
     )
 
     def __init__(self, config: TokenizerConfig):
-        self._shape = config.token_shape
+        self._shape, self._fixed = config.token_shape, config.adaptive is None
 
     @classmethod
     def create(cls, setting):
@@ -336,7 +336,8 @@ class LatentUse(Metric):
 
     def scalars(self, total):
         latents, kl = total
-        return {"kl": float(kl.mean.sum()), "active": float((latents.std > ACTIVE_STD).mean())}
+        active = {"active": float((latents.std > ACTIVE_STD).mean())}
+        return {"kl": float(kl.mean.sum())} | (active if self._fixed else {})  # with a ladder, places mix tokens
 
 
 class CodesUsed(Average):

@@ -131,7 +131,7 @@ class Quantizer(nnx.Module):
           lengths: [B, T] int32 if the latents are packed; losses are means over codes, and the indices of padding 0.
         """
         if self.config.kind == "kl":
-            return self._gaussian(projected, key)
+            return self._gaussian(projected, key, lengths)
         z = normalize(projected) if self.config.l2_normalized else projected
         codebook = self.codebook
         if self.config.kind != "svq":
@@ -155,15 +155,19 @@ class Quantizer(nnx.Module):
         z_q = z + share * jax.lax.stop_gradient(codes - z)
         return Quantized(z=z, z_q=z_q, indices=indices, loss=loss, terms=terms, lengths=lengths)
 
-    def _gaussian(self, projected, key):
+    def _gaussian(self, projected, key, lengths):
+        valid = True if lengths is None else layout(lengths, projected.shape[1]).valid[..., None]
+        if lengths is not None:  # padding becomes the standard normal distribution, whose divergence is 0
+            projected = jnp.where(valid, projected, 0.0)
         mean, log_variance = mean_and_log_variance(projected)
         divergence = mean**2 + jnp.exp(log_variance) - 1.0 - log_variance
         kl = 0.5 * jnp.sum(divergence, axis=(1, 2)).mean()
         z_q = mean
         if key is not None:
-            z_q = reparameterize(mean, log_variance, jax.random.normal(key, mean.shape))
+            z_q = reparameterize(mean, log_variance, valid * jax.random.normal(key, mean.shape))
         tokens = 0.5 * divergence.sum(axis=-1)
-        return Quantized(z=mean, z_q=z_q, indices=None, loss=self.config.kl_weight * kl, terms={"kl": kl}, kl=tokens)
+        loss = self.config.kl_weight * kl
+        return Quantized(z=mean, z_q=z_q, indices=None, loss=loss, terms={"kl": kl}, lengths=lengths, kl=tokens)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Codes [B, N] int32 -> code vectors [B, N, d]; for the KL bottleneck, latents [B, N, d] -> the same."""

@@ -296,8 +296,8 @@ class Tokenizer(nnx.Module):
           past: what this method returned for each block before.
 
         Returns:
-          Codes [B, largest number of the ladder] int32 (0 after the block's own), the reconstructed frames (not
-          clamped), and the memory of the block in encoder and decoder.
+          Codes [B, largest number of the ladder] int32, or latents with an axis of d (0 after the block's own), the
+          reconstructed frames (not clamped), and the memory of the block in encoder and decoder.
         """
         codes, of_encoder = self.encode_block(frames, lengths, [memory for memory, _ in past])
         reconstruction, of_decoder = self.decode_block(codes, lengths, [memory for _, memory in past])
@@ -308,7 +308,7 @@ class Tokenizer(nnx.Module):
     ) -> tuple[jax.Array, Memory]:
         """The first half of `extend`: codes and the memory in the encoder, which is all that `past` contains."""
         h, memory = self.encoder.extend(frames, self._block_layout(lengths, past), past)
-        return self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).indices, memory
+        return self.quantizer(self.quantizer.project(h), lengths=lengths[:, None]).tokens, memory
 
     def decode_block(
         self, codes: jax.Array, lengths: jax.Array, past: Sequence[Memory]

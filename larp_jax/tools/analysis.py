@@ -138,7 +138,7 @@ def _analyze(
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     tokenizer = LoadedTokenizer(model, found.params["tokenizer"], step=found.step, mesh=mesh)
-    ladder, size = model.adaptive, model.quantizer.codebook_size
+    ladder, size = model.adaptive, model.quantizer.codes
     if ladder and budget and not isinstance(ladder.goal(budget, size, "--budget"), tuple):
         raise InputError(f"--budget {budget} gives clips different numbers of codes; give the same to all, such as 128")
     assign = tokenizer.assigner(budget)
@@ -221,10 +221,11 @@ class SeenCodes:
 
 
 class SeenLatents:
-    """The latents of the clips at each position: their mean and standard deviation [N, d], and their divergence [N]."""
+    """The latents of the clips at each of the positions: mean and standard deviation [N, d], and divergence [N]."""
 
-    def __init__(self, latents: LatentStatistics, kl: LatentStatistics):
-        self.mean, self.std, self.kl, self.positions = latents.mean, latents.std, kl.mean, len(kl.mean)
+    def __init__(self, latents: LatentStatistics, kl: LatentStatistics, positions: int):
+        self.mean, self.std, self.kl = (x[:positions] for x in (latents.mean, latents.std, kl.mean))
+        self.positions = positions
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What to write."""
@@ -364,7 +365,8 @@ def _statistics(
     summary = {name: scores[name] for name in ("psnr", "prior_cross_entropy", "prior_top1") if name in scores}
     prior_scores = by_position.result if by_position else {}
     if extras["latents"] is not None:
-        return summary, SeenLatents(*extras["latents"]), prior_scores, extras["clips"]
+        used = sum(assign.fixed) if assign.fixed else found.recipe.model.num_tokens
+        return summary, SeenLatents(*extras["latents"], used), prior_scores, extras["clips"]
     counts = extras["codes"].counts
     seen = SeenCodes(counts[counts.any(axis=1)])  # with a ladder, only places of blocks that have them
     # code 0 has no prediction

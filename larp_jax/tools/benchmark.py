@@ -126,16 +126,16 @@ def _measure(batches, batch_size: int, seconds: float) -> tuple[int, float, floa
     return clips, elapsed, time.process_time() - spent
 
 
-def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[str, Any]:
+def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0, by_term: bool = True) -> dict[str, Any]:
     """Measures the training step on clips of noise: needs no data set and no weights.
 
-    Separate programs are the step with and without an update of the discriminator, the step without a discriminator,
-    the update alone, and two that give the ceilings: products of large matrices, and reading memory. Calls of all
-    programs alternate, so that other load on the machine slows all of them equally.
+    Programs are the step with and without an update of the discriminator, the step without it, the update alone, and
+    two for the ceilings, large products and reading memory. Their calls alternate, so other load slows all equally.
 
     Args:
       recipe: recipe of a tokenizer.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
+      by_term: whether to compile the step without each of its losses too, for their memory.
 
     Returns:
       The settings and results by name. Times (`..._ms`) are medians; `step_ms` is the mean over a period of
@@ -191,7 +191,7 @@ def benchmark_train(recipe: TokenizerRecipe, *, seconds: float = 10.0) -> dict[s
         **ceiling,
         "mfu": per_clip * clips / step / 1e12 / ceiling["ceiling_tflops_second"],
         "memory_step_mb": whole.memory / 1e6,
-        **_memory_without_terms(recipe, mesh),
+        **(memory_without_terms(recipe, mesh) if by_term else {}),
     }
     if has_gan:
         result |= {
@@ -213,8 +213,8 @@ def _without(recipe: TokenizerRecipe, **off) -> TokenizerRecipe:
     return dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, **off))
 
 
-def _memory_without_terms(recipe: TokenizerRecipe, mesh) -> dict[str, float]:
-    """`memory_without_TERM_mb` for each of `TERMS` that the recipe has."""
+def memory_without_terms(recipe: TokenizerRecipe, mesh) -> dict[str, float]:
+    """Megabytes of the compiled step on one device without each of `TERMS` that it has: `memory_without_TERM_mb`."""
     loss = recipe.loss
     with jax.set_mesh(mesh):
         return {

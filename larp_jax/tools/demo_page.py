@@ -8,6 +8,7 @@ import errno
 import functools
 import html
 import importlib.util
+import logging
 import os
 import pathlib
 import socket
@@ -24,6 +25,8 @@ from larp_jax.data.video import encode_png, frame_grid, write_video
 from larp_jax.errors import InputError, reason
 from larp_jax.tools import charts
 from larp_jax.tools.demo import FILL, MOST_FRAMES, SAMPLES, Clip, Demo, Maps, read_positions
+
+logger = logging.getLogger(__name__)
 
 SIDE = 256  # clips on the page have at least about so many pixels a side, or compression would smear small ones
 FIRST_PORT, PORTS = 7860, 100
@@ -51,7 +54,9 @@ def shown(content: str) -> str:
 
 def problem(error: Exception) -> str:
     """What the page says about an error, in one line."""
-    return shown(f'<p class="problem">{html.escape(reason(error))}</p>')
+    expected = isinstance(error, (ValueError, OSError))  # `InputError` is a ValueError
+    said = reason(error) if expected else f"{type(error).__name__}: {reason(error)}"
+    return shown(f'<p class="problem">{html.escape(said)}</p>')
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
@@ -219,7 +224,7 @@ class Page:
         again = tried(read, failed)
         events = [
             file.change(lambda path, budget: again(path, 1, budget), [file, budget], outputs, **options),
-            number.release(again, [file, number, budget], outputs, **options),
+            number.input(again, [file, number, budget], outputs, trigger_mode="always_last", **options),
             budget.input(again, [file, number, budget], outputs, **options),
         ]
 
@@ -341,12 +346,13 @@ class Page:
 
 
 def tried(function: Callable, failed: Callable[[Exception], Any]) -> Callable:
-    """The function, or what `failed` makes of an error that its inputs caused."""
+    """The function, or what `failed` makes of its error."""
 
     def attempt(*arguments):
         try:
             return function(*arguments)
-        except (InputError, ValueError, OSError) as error:
+        except Exception as error:  # a page shows one line for any error, as the command line does
+            logger.debug("on the page", exc_info=True)
             return failed(error)
 
     return attempt
@@ -366,7 +372,8 @@ def played(demo: Demo, label: int, guidance: float, seed: int, frames: int) -> I
                 caption = f"<figcaption>frame {len(found)}</figcaption>"
                 yield shown(f'<div class="clips" style="--clips: 1"><figure>{image}{caption}</figure></div>')
         yield shown(clips([(f"{len(found)} frames", np.stack(found))], fps))
-    except (InputError, ValueError) as error:
+    except Exception as error:  # as in `tried`
+        logger.debug("on the page", exc_info=True)
         yield problem(error)
 
 

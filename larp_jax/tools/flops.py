@@ -39,16 +39,16 @@ def train_step(recipe: TokenizerRecipe) -> dict[str, float]:
 def _train_step(recipe: TokenizerRecipe, *, compiled: bool) -> dict[str, float]:
     """`train_step`; if compiled, loops over the blocks of teachers count once."""
     c, q, n = recipe.model, recipe.model.quantizer, recipe.model.num_tokens
-    pixels = math.prod(c.clip_shape)
+    pixels, own = math.prod(c.clip_shape), c.tokens_beside_patches
     in_patches, out_patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
     counts = dict.fromkeys(("tokenizer", "prior", "perceptual", "alignment", "adversarial", "discriminator"), 0.0)
 
     passes = 1 if recipe.trained == "decoder" else 3  # through what codes depend on
     tokenizer = min(passes, 2) * _linear(pixels, c.encoder.width)  # no gradient with respect to pixels
-    encoded = _stack(c.encoder, in_patches + n) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
+    encoded = _stack(c.encoder, in_patches + own) + _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
     tokenizer += passes * encoded
     tokenizer += q.has_codes * (1 + passes * bool(q.entropy_weight)) * _linear(n * q.code_dim, q.codebook_size)
-    tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + n))
+    tokenizer += 3 * (_linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, out_patches + own))
     counts["tokenizer"] = tokenizer + 3 * _linear(pixels, c.decoder.width)
 
     if recipe.loss.prior_weight:
@@ -134,11 +134,11 @@ def _features(
 def codec(config: TokenizerConfig) -> dict[str, float]:
     """FLOPs per clip of `encode`, video to codes or latents, and of `decode`, these to video."""
     c, q, n = config, config.quantizer, config.num_tokens
-    pixels = math.prod(c.clip_shape)
-    encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + n)
+    pixels, own = math.prod(c.clip_shape), c.tokens_beside_patches
+    encode = _linear(pixels, c.encoder.width) + _stack(c.encoder, math.prod(c.encoder_grid) + own)
     encode += _linear(n * c.encoder.width, q.code_dim * (2 - q.has_codes))
     encode += q.has_codes * _linear(n * q.code_dim, q.codebook_size)
-    decode = _linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, math.prod(c.decoder_grid) + n)
+    decode = _linear(n * q.code_dim, c.decoder.width) + _stack(c.decoder, math.prod(c.decoder_grid) + own)
     return {"encode": encode, "decode": decode + _linear(pixels, c.decoder.width)}
 
 

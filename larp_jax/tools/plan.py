@@ -62,13 +62,13 @@ def plan(
       gpus: KIND:N, such as H200:8; estimated without compiling.
 
     Returns:
-      Results by name, ready for JSON. `clip` is how much a tokenizer encodes a clip to: `bits` of codes, or `floats` of
-      latents. Memory and memory traffic are those of one chip. `flops_step` are the model FLOPs
-      of a step that also updates the discriminator, over all chips, counted by `larp_jax.tools.flops`;
-      `flops_compiler` are the FLOPs of one chip as counted by XLA, with the body of each loop counted once.
-      `traffic_gb`, `collectives` and, for several slices, `network` (transfers between slices) are read from the
-      compiled program, with all branches counted. `step_ms` is predicted from the published limits of the chip: the
-      longer of compute and memory traffic, plus collectives and transfers, without overlap.
+      Results by name, ready for JSON. `clip_bits` or `clip_floats` is how much a tokenizer encodes a clip to. Memory
+      and memory traffic are those of one chip. `flops_step` are the model FLOPs of a step that also updates the
+      discriminator, over all chips, counted by `larp_jax.tools.flops`; `flops_compiler` are the FLOPs of one chip as
+      counted by XLA, with the body of each loop counted once. `traffic_gb`, `collectives` and, for several slices,
+      `network` (transfers between slices) are read from the compiled program, with all branches counted. `step_ms` is
+      predicted from the published limits of the chip: the longer of compute and memory traffic, plus collectives and
+      transfers, without overlap.
 
     Raises:
       InputError: the hardware is unknown, the step cannot be compiled for it here, or the recipe does not fit it.
@@ -99,7 +99,7 @@ def plan(
         "accumulate": recipe.accumulate,
         "remat": recipe.remat,
         "precision": recipe.precision,
-        **({"clip": recipe.model.size_of_clip} if recipe.stage == "tokenizer" else {}),
+        **({f"clip_{unit}": n for unit, n in recipe.model.size_of_clip.items()} if recipe.stage == "tokenizer" else {}),
         **({"sharded": share} if mesh.shape["fsdp"] > 1 else {}),
         "flops_step": sum(counts.values()) * recipe.data.batch_size,
         "how": "estimated, not compiled" if gpus else "compiled ahead of time",
@@ -223,9 +223,9 @@ def activation_bytes(recipe, mesh: Mesh | AbstractMesh) -> float:
         stacks, maps = [(1 + math.prod(c.grid), c)], 0
     else:
         patches = math.prod(c.encoder_grid), math.prod(c.decoder_grid)
-        stacks = [(patches[1] + c.num_tokens, c.decoder)]
+        stacks: list = [(patches[1] + c.tokens_beside_patches, c.decoder)]
         if recipe.trained == "all":
-            stacks += [(patches[0] + c.num_tokens, c.encoder)]
+            stacks += [(patches[0] + c.tokens_beside_patches, c.encoder)]
         if recipe.loss.prior_weight:
             stacks += [(c.num_tokens, recipe.prior)] * recipe.prior.rounds
         maps = 0

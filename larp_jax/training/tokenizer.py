@@ -267,7 +267,7 @@ class TokenizerStage:
         if budget == AUTO:
             return self.module("router", frozen).lengths(video)
         if budget != RANDOM:
-            return repeated(model.adaptive.budget(budget, model.quantizer.codebook_size), len(video))
+            return repeated(model.adaptive.budget(budget, model.quantizer.codes), len(video))
         if key is None:
             return repeated(model.adaptive.largest, len(video))
         assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
