@@ -371,6 +371,7 @@ class LoadedTokenizer:
 
         Raises:
           ValueError: the codes or lengths have another rank, size, dtype or range, or do not belong together.
+          InputError: the tokenizer does not decode to such frames.
         """
         codes = self._checked_codes(codes, self.config.num_tokens)
         lengths = checked_lengths(lengths, self.config.adaptive, len(codes))

@@ -35,6 +35,7 @@ POLL = 0.002
 # tensorboardX imports PyTorch if it is installed, which takes a second, and uses nothing of it here.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import tensorboardX; del sys.modules['torch']"
 PROGRAM = f"{WITHOUT_TORCH}; from larp_jax.cli import main; sys.exit(main())"
+PATIENCE = 3600  # maximum wait for a moment, in seconds
 
 
 def make_videos(folder: pathlib.Path) -> None:

@@ -132,6 +132,7 @@ def test_flops_are_those_of_the_compiler(trained, recipe):
     assert without == found | {"alignment": 0.0} and found["alignment"] > 0
 
 
+@pytest.mark.slow
 def test_the_step_without_alignment_needs_less_memory(trained, recipe):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     (name, megabytes), = benchmark.memory_without_terms(recipe, mesh).items()  # of the terms, it has only this one

@@ -59,6 +59,7 @@ def test_two_runs_in_one_workdir(copied, capsys, monkeypatch):
     assert files.listing(copied).keys() == before
 
 
+@pytest.mark.slow
 def test_commands_there_and_back(trained, tokenizer, bucket, tmp_path):
     def run(command):
         assert cli.main(command.split()) == 0

@@ -206,6 +206,7 @@ def test_a_generator_samples_codes_of_different_lengths(run, adaptive, tmp_path,
     assert "the generator has no ladder, the tokenizer 2 blocks of (2, 4, 8) codes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_a_generator_of_different_lengths(run, adaptive, tmp_path, capsys):
     """The ladder comes from the codes; the run learns the lengths of each class, and says how they are in the data."""
     folder, rngs = tmp_path / "codes", np.random.default_rng(0)

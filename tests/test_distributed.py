@@ -201,6 +201,7 @@ with watchdog.Watchdog() as found:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("culprit", "said"),
     [

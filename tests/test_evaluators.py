@@ -106,6 +106,7 @@ def whole(folder, tmp_path_factory):
         return evaluate(folder, devices=1, batch_size=CLIPS)
 
 
+@pytest.mark.slow
 def test_batches_devices_and_padding_change_nothing(folder, whole, cache):
     whole, extras = whole
     assert extras["clips"] == CLIPS

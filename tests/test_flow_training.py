@@ -11,8 +11,13 @@ import pytest
 
 import larp_jax
 from larp_jax import cli
+from larp_jax.data import ClipSpec
 from larp_jax.data.codes import CodeSet
 from larp_jax.errors import InputError
+from larp_jax.evaluation.generated import videos_for
+from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.inference.generate import Sampler
+from larp_jax.models.sampling import SamplingOptions
 from larp_jax.weights import checkpoint
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny_flow.py")
@@ -164,6 +169,16 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
     ):
         assert cli.main(command) == 2
         assert message in capsys.readouterr().err
+
+
+def test_videos_to_evaluate_are_the_same_from_disk(offline, continuous, tmp_path):
+    generator, tokenizer = larp_jax.load_generator(offline / "run"), larp_jax.load_tokenizer(continuous)
+    sampler = Sampler(generator, tokenizer, options=SamplingOptions(solver_steps=2), batch_size=2)
+    clips = ClipSet("moving_shapes:test", ClipSpec(8, 32), max_clips=3)
+    videos = lambda: np.concatenate(list(videos_for(sampler, clips, np.arange(3), folder=tmp_path / "kept")))  # noqa: E731
+    sampled = videos()
+    assert sampled.shape == (3, 8, 32, 32, 3)
+    np.testing.assert_array_equal(videos(), sampled)
 
 
 def test_tokenizers_and_data_of_the_other_kind(offline, continuous, tmp_path, capsys):

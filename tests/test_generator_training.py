@@ -102,6 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online, trained, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_starting_from_the_weights_of_another_run(online, trained, tmp_path, capsys):
     workdir, start = tmp_path / "run", f"--config.init_from={online}"
     message = error_of(capsys, workdir, trained, start, "--config.model.num_classes=20", "--config.model.heads=4")

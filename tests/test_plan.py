@@ -154,7 +154,7 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_for_one_slice(tmp_path):
-    found, said = plan_for_tpus(tmp_path / "plan.json", "--config", f"{TINY}:plain", "--topology", "v5e:2x4")
+    found, said = plan_for_tpus(tmp_path / "plan.json", "--config", TINY, "--topology", "v5e:2x4")
     assert found["mesh"] == {"dcn": 1, "data": 8, "fsdp": 1, "model": 1} and found["fits"]
     assert "network" not in found and "between slices" not in said
 

@@ -10,7 +10,15 @@ from data_helpers import moving_frames
 from flax import nnx
 
 from larp_jax import cli, data, load_tokenizer
-from larp_jax.config import DataConfig, TokenizerConfig, TokenizerRecipe, from_dict, to_dict
+from larp_jax.config import (
+    CorruptionConfig,
+    DataConfig,
+    TokenizerConfig,
+    TokenizerRecipe,
+    TransformerConfig,
+    from_dict,
+    to_dict,
+)
 from larp_jax.data import ClipSpec, prepare
 from larp_jax.data.buckets import BLOCK, Turns, nearest_shapes
 from larp_jax.data.codes import read_manifest
@@ -19,6 +27,9 @@ from larp_jax.errors import InputError
 from larp_jax.inference.reconstruct import reconstruct
 from larp_jax.inference.tokenize import detokenize, tokenize
 from larp_jax.models.embeddings import Positions3d, sincos_1d, sincos_3d
+from larp_jax.models.rotary import angles_3d
+from larp_jax.models.tokenizer import Tokenizer
+from larp_jax.training import corruption
 from larp_jax.weights.released_config import config_to_released
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "tiny.py")
@@ -68,6 +79,29 @@ def test_positions_follow_coordinates(learned):
         np.testing.assert_array_equal(sincos_3d((2, 4, 8), 16, (2, 4, 8)), sincos_3d((2, 4, 8), 16))
     with pytest.raises(ValueError, match="more than the 2 of a clip"):
         table((3, 4, 8))
+
+
+def test_rotary_positions_follow_coordinates():
+    own = angles_3d((2, 4, 8), 12)
+    np.testing.assert_array_equal(angles_3d((2, 4, 8), 12, (2, 4, 8)), own)
+    np.testing.assert_array_equal(angles_3d((1, 4, 8), 12, (2, 4, 8)), own[:32])
+    own, twice = own.reshape(2, 4, 8, 6), angles_3d((2, 8, 8), 12, (2, 4, 8)).reshape(2, 8, 8, 6)
+    np.testing.assert_allclose(twice.reshape(2, 4, 2, 8, 6).mean(axis=2), own, atol=1e-12)  # halves around a whole
+
+
+@pytest.mark.parametrize("options", [{"block": "vitok"}, {"decoder_patch_size": 8}, {"learned_encoder_patch_pe": True}])
+def test_every_kind_of_block_and_table_takes_other_sizes(options):
+    size = TransformerConfig(width=24, depth=1, heads=2)
+    options |= {"frames": 8, "shape": (16, 32), "patch_size": 4, "num_tokens": 6}
+    config = TokenizerConfig(encoder=size, decoder=size, **options)
+    video = jax.ShapeDtypeStruct((2, 4, 24, 40, 3), np.float32)
+    features = lambda x: Tokenizer(config, rngs=nnx.Rngs(0)).decode_with_features(x, None, 1, video.shape[1:4])  # noqa: E731
+    found, quantized = jax.eval_shape(lambda x: Tokenizer(config, rngs=nnx.Rngs(0))(x), video)
+    decoded, kept = jax.eval_shape(features, quantized.z_q)
+    patch = config.decoder_patch_size
+    assert found.shape == decoded.shape == video.shape and kept.shape == (2, 1, 24 // patch, 40 // patch, 24)
+    recipe = TokenizerRecipe(model=config, corruption=CorruptionConfig(future=0.5, patches=0.5))
+    assert corruption.view(recipe, video.shape, None, jax.random.key(0))[1].shape == (2, 6 * 10)
 
 
 def test_a_tokenizer_takes_other_sizes_and_fewer_frames(tokenizer):

@@ -58,15 +58,19 @@ def video(step):
     return rng.integers(0, 256, (8, *RECIPE.model.clip_shape), dtype=np.uint8)
 
 
-def run(recipe, shape, steps=4, watch=lambda state: None):
-    """Losses of some steps, and the last state, on a mesh; `watch` is called with each state."""
+def run(recipe, shape, steps=4, watch=lambda state: None, start=None):
+    """Losses of some steps, and the last state, on a mesh; `watch` is called with each state.
+
+    `start` is the state before the first step; without it, `init` makes one on the mesh, which takes a compilation.
+    """
     stage = TokenizerStage(recipe)
     count = int(np.prod(shape))
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], model=shape[2]), jax.devices()[:count])
     key = jax.random.key(0)
     placement = sharding.state_shardings(jax.eval_shape(stage.init, key), mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(stage.init, out_shardings=placement)(key)
+        init = jax.jit(stage.init, out_shardings=placement)
+        state = init(key) if start is None else jax.device_put(start, placement)
         step = jax.jit(
             stage.train_step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
         )
@@ -93,8 +97,8 @@ def on_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])  # others: tests/test_generator_steps.py
 def test_losses_are_the_same_on_every_mesh(shape):
-    expected, _ = on_one_device()
-    logs, state = run(RECIPE, shape, steps=STEPS)
+    expected, (start, *_) = on_one_device()
+    logs, state = run(RECIPE, shape, steps=STEPS, start=start if shape == (8, 1, 1) else None)
     for one, other in zip(expected, logs, strict=True):
         assert {"loss_adversarial", "loss_discriminator", "loss_lecam"} <= one.keys()
         for name in one:
@@ -167,9 +171,10 @@ PLAIN = dataclasses.replace(
 
 @pytest.mark.slow
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
-    whole, state = run(PLAIN, (1, 1, 1), steps=2)
+    states = []
+    whole, state = run(PLAIN, (1, 1, 1), steps=2, watch=states.append)
     assert whole[0]["loss_r1"] > 0
-    parts, other = run(dataclasses.replace(PLAIN, accumulate=2), (2, 2, 1), steps=2)
+    parts, other = run(dataclasses.replace(PLAIN, accumulate=2), (2, 2, 1), steps=2, start=states[0])
     for i in range(2):
         for name in whole[i].keys() - {"loss_lecam", "ssim"}:  # LeCam takes the relu of means over the clips of a part
             np.testing.assert_allclose(parts[i][name], whole[i][name], rtol=2e-5, atol=1e-6, err_msg=name)
@@ -192,7 +197,7 @@ def test_perceptual_weights_are_an_argument_and_frames_may_be_sampled(narrow_vgg
     _, log = step(state, batch, jax.random.key(1), frozen)
     total = log["loss_reconstruction"] + 0.1 * log["loss_quantizer"] + 2.0 * log["loss_perceptual"]
     np.testing.assert_allclose(log["loss"], total, rtol=1e-5)
-    assert log["loss_perceptual"] > 0
+    assert log["loss_perceptual"] > 0 and np.isfinite(log["loss"])
     _, blind = step(state, batch, jax.random.key(1), jax.tree.map(jnp.zeros_like, frozen))
     assert blind["loss_perceptual"] == 0 and blind["grad_norm"] != log["grad_norm"]
     _, other = step(state, batch, jax.random.key(2), frozen)
@@ -224,17 +229,10 @@ def test_ssim_is_logged_in_logged_steps_only():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [
-    {"loss": LossConfig(prior_weight=0.0, perceptual="none", adversarial_weight=0.0)},
-    {"precision": "bfloat16", "remat": "block"},
-])  # fmt: skip
-def test_variants_of_the_recipe_take_a_step(change):
-    recipe = dataclasses.replace(RECIPE, **change)
-    logs, state = run(recipe, (1, 1, 1), steps=2)
+def test_a_step_in_half_precision_that_computes_activations_again():
+    start = on_one_device()[1][0]
+    logs, _ = run(dataclasses.replace(RECIPE, precision="bfloat16", remat="block"), (1, 1, 1), steps=2, start=start)
     assert np.isfinite(logs[-1]["loss"])
-    weights = recipe.loss
-    assert ("prior" in state.params) == (weights.prior_weight > 0)
-    assert ("discriminator" in state.params) == (weights.adversarial_weight > 0)
 
 
 def test_clips_must_divide_into_the_discriminators_patches():
@@ -268,7 +266,8 @@ def test_the_first_update_is_step_1_of_every_schedule():
             loss=LossConfig(perceptual="none", adversarial_weight=0.0),
         )
         stage = TokenizerStage(recipe)
-        return jax.jit(stage.train_step)(stage.init(jax.random.key(0)), {"video": video(0)}, jax.random.key(1), {})[1]
+        state = jax.jit(stage.init)(jax.random.key(0))
+        return jax.jit(stage.train_step)(state, {"video": video(0)}, jax.random.key(1), {})[1]
 
     mixed, plain = first(1.0), first(0.0)
     np.testing.assert_allclose(mixed["temperature"], 0.3 - 0.2 / 10, rtol=1e-5)
@@ -309,7 +308,7 @@ def test_a_detached_prior_learns_but_does_not_shape_the_codes(objective, detache
     prior = dataclasses.replace(RECIPE.prior, objective=objective, detached=detached)
     recipe = dataclasses.replace(RECIPE, prior=prior)
     stage = TokenizerStage(dataclasses.replace(recipe, loss=LossConfig(perceptual="none", adversarial_weight=0.0)))
-    params = stage.init(jax.random.key(0)).params
+    params = {name: on_one_device()[1][0].params[name] for name in ("tokenizer", "prior")}
 
     @jax.jit
     def gradient(params):

@@ -69,6 +69,11 @@ def test_block(reference):
     assert np.abs(unrotated - reference["y"]).max() > 1e-2
 
 
+def test_what_a_clip_costs():
+    assert SMALL.encoded_as == "8 latents of 4 floats, 32 floats in all"
+    assert TokenizerConfig().encoded_as == "1,024 codes of 13 bits, 13,312 bits in all"
+
+
 def test_sizes():
     assert [TOKENIZER_SIZES[f"vitok_{size}"][:2] for size in "sbl"] == [(768, 6), (768, 12), (1152, 24)]
     millions = []

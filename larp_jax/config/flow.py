@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from larp_jax.config.checks import check_positions, one_of, require
+from larp_jax.config.checks import MOST_POSITIONS, one_of, require
 from larp_jax.config.condition import Conditional
 from larp_jax.config.models import NUMBERS, TransformerConfig, from_size
 from larp_jax.config.training import GeneratorOptimConfig, SecondStageRecipe
@@ -52,7 +52,10 @@ class FlowConfig(Conditional):
         one_of("model.condition", self.condition, ("class", "frames", "class+frames", "none"))
         for name in ("num_tokens", "code_dim", "num_classes"):
             require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
-        check_positions(self.num_tokens, "the condition")
+        require(
+            self.num_tokens <= MOST_POSITIONS,
+            f"model.num_tokens={self.num_tokens} is above the limit of {MOST_POSITIONS}; lower it",
+        )
         for part in ("class", "frames"):
             rate = getattr(self, f"{part}_dropout")
             require(0 <= rate < 1, f"model.{part}_dropout must be in [0, 1), got {rate}")

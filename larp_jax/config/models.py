@@ -284,6 +284,14 @@ class TokenizerConfig(Clips):
         return {"floats": math.prod(self.token_shape)}
 
     @property
+    def encoded_as(self) -> str:
+        """What a clip is encoded to, as text: `1,024 codes of 13 bits, 13,312 bits in all`."""
+        ((unit, total),) = self.size_of_clip.items()
+        most = "at most " if self.ladder else ""
+        each = f"{self.num_tokens:,} {self.quantizer.tokens} of {total / self.num_tokens:g} {unit}"
+        return f"{most}{each}, {round(total):,} {unit} in all"
+
+    @property
     def is_rotary(self) -> bool:
         """Whether patches have rotary positions, in place of fixed tables."""
         return self.block == "vitok"

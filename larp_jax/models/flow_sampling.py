@@ -1,6 +1,6 @@
 """Sampling from a flow generator: one compiled program from noise to latents, for any number of steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from larp_jax.models.condition import Condition
 from larp_jax.models.flow import Flow, noise_of
 from larp_jax.models.sampling import Plan, guide, guided_conditions, interleaved
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class SampledLatents(NamedTuple):
@@ -61,7 +63,7 @@ def sample_latents(
     return SampledLatents(*solve(velocity, noise, scalars["solver_steps"]))
 
 
-def euler(velocity, x: jax.Array, steps: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def euler(velocity: Velocity, x: jax.Array, steps: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Integrates dx/dt = v(x, t) from t = 1 to 0 by Euler's method: (x at 0, number of evaluations of v).
 
     Args:
@@ -77,7 +79,7 @@ def euler(velocity, x: jax.Array, steps: jax.Array | int) -> tuple[jax.Array, ja
     return jax.lax.fori_loop(0, steps, step, x), steps
 
 
-def heun(velocity, x: jax.Array, steps: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def heun(velocity: Velocity, x: jax.Array, steps: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """What `euler` does, by Heun's method; the last step is Euler's (Karras et al. 2022, arXiv 2206.00364, alg. 1).
 
     Training sees no times close to 0, where Heun's method would evaluate the velocity a last time. The loop is over

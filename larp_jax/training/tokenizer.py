@@ -393,6 +393,7 @@ class TokenizerTask:
         source = data.open_source(recipe.data.train, self._clip)
         self._identity = common.data_identity(map(source.name, range(len(source))))
         self._evaluator = self._code_counts = None
+        logger.info("a clip is encoded to %s", model.encoded_as)
         self._coded_from = self.stage.continuous_steps and self.stage.continuous_steps + recipe.start.ramp_steps
 
     def after_step(self, state, step, placement, key):
