@@ -26,7 +26,7 @@ from larp_jax.tools.analysis import ROWS, colored, effective_share, measure, sca
 SAMPLES = 4
 MOST_FRAMES = 512  # of a stream on the page, which keeps them
 
-FILL = "those of the clip mirrored, upside down, played backward and in inverted colors; the map is the mean of four"
+FILL = "those of the clip mirrored, upside down, played backward, and in inverted colors"
 
 
 @dataclasses.dataclass(frozen=True)

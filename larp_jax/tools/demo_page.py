@@ -248,7 +248,7 @@ class Page:
             self._title(
                 "Codes, and where each acts",
                 "The number above each code is its position. Choose a code to see where the clip changes when it is"
-                f" replaced by {FILL}.",
+                f" replaced. The map is the mean over four codes in its place: {FILL}.",
             )  # fmt: skip
             button = gr.Button("Show where each code acts", elem_id="act")
             grid = self._output("codes", "The codes of the video appear here.", js_on_load=CLICK)
