@@ -74,7 +74,7 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
     Raises:
       InputError: a latent exceeds the range of float16.
     """
-    arrays = {name: _stored(name, values) for name, values in arrays.items()}
+    arrays = {name: as_stored(name, values) for name, values in arrays.items()}
     if "lengths" in arrays:
         (name,) = arrays.keys() & {"codes", "latents"}
         values, lengths = arrays[name], np.asarray(arrays["lengths"], np.int32)
@@ -85,8 +85,12 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
         np.savez(file, **arrays)
 
 
-def _stored(name: str, values: np.ndarray) -> np.ndarray:
-    """Values of a shard in the dtype of the format."""
+def as_stored(name: str, values: np.ndarray) -> np.ndarray:
+    """Values of a shard in the dtype of the format: floats as float16.
+
+    Raises:
+      InputError: a value is NaN, or exceeds the range of float16; `name` is for the message.
+    """
     values = np.asarray(values)
     if not np.issubdtype(values.dtype, np.floating):
         return values
