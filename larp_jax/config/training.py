@@ -61,7 +61,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorruptionConfig:
-    """What encoder and decoder are not given in training, while they have to reconstruct whole clean clips.
+    """Corruption of what encoder and decoder are given in training; they still have to reconstruct whole clean clips.
 
     Evaluation and `tokenize` never corrupt anything. All of it is off in the published recipe.
 

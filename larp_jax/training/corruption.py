@@ -1,4 +1,4 @@
-"""What encoder and decoder are not given in training, see `CorruptionConfig`: the future, patches, clean latents."""
+"""Corruption in training, see `CorruptionConfig`: the future or patches are hidden, latents are noisy."""
 
 import math
 
