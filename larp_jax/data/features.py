@@ -1,0 +1,192 @@
+"""Clips with features of a frozen network on disk, as `larp-jax features` writes them: tokenizers align with these.
+
+A folder of features contains `features-00000-of-00012.npy` and so on, and `manifest.json`, which is written last: a
+folder without it is incomplete. A shard is an array of records, each a clip and what the network sees in it, so that
+training reads both at once:
+
+  video: [T, H, W, 3] uint8.
+  features: [t, h, w, C] float16, on the grid of the decoder's patches (`larp_jax.models.alignment.resampled`).
+  window: int64, number of the clip's window among those that were to be read.
+  flip: bool, whether the clip is mirrored left to right, and its features are those of the mirrored clip.
+
+The manifest contains:
+
+  format, version: "larp_jax.features", 1.
+  teacher: `name`, or the family if it was given by its path; `config`, its sizes; `sha256` of its file.
+  precision: dtype of its computation.
+  clip, features: [T, H, W, 3] and [t, h, w, C].
+  data, sampling: the data set, and the `fps` or `stride` at which its videos were sampled.
+  windows, flips: at most so many windows of each video (0: consecutive ones), and whether mirrored ones were added.
+  shards: `file` and `rows` (their number) of each shard.
+  rows: `video` (index in the data set), `source` (its name), `start` (first frame) and `flip`.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from larp_jax import files, npz
+from larp_jax.config.teachers import TeacherConfig, teacher_from_dict
+from larp_jax.data import manifests
+from larp_jax.data.clips import ClipSpec
+from larp_jax.data.pipeline import Batches, sampled_batches
+from larp_jax.errors import InputError, reason
+
+VERSION = 1
+COMMAND = "larp-jax features"
+AGAIN = f"run {COMMAND} again"
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of shard `number` of `count`."""
+    return f"features-{number:05d}-of-{count:05d}.npy"
+
+
+def record(contents: Mapping[str, Any]) -> np.dtype:
+    """The dtype of the shards, by `clip` and `features` of a manifest."""
+    fields = [("video", "u1", tuple(contents["clip"])), ("features", "<f2", tuple(contents["features"]))]
+    return np.dtype([*fields, ("window", "<i8"), ("flip", "?")])
+
+
+def write_shard(path: str | os.PathLike, rows: np.ndarray) -> None:
+    """Writes a shard, records [M], atomically."""
+    with files.writing(path) as file:
+        np.save(file, rows)
+
+
+def shard_header(path: pathlib.Path, dtype: np.dtype) -> tuple[int, int]:
+    """Number of rows of a shard, and the position in its file of the first one.
+
+    Raises:
+      InputError: the shard is missing, damaged, or of other records.
+    """
+    try:
+        with path.open("rb") as file:
+            found = npz.header(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+    except Exception as error:  # any error from NumPy on a broken header
+        said = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({reason(error)})"
+        raise InputError(f"{path} is {said}; {AGAIN}") from None
+    if found.dtype != dtype or len(found.shape) != 1 or size != start + found.shape[0] * dtype.itemsize:
+        raise InputError(f"{path} is damaged or has clips or features of another size; {AGAIN}")
+    return int(found.shape[0]), start
+
+
+def windows_of(path: pathlib.Path, dtype: np.dtype, count: int) -> list[tuple[int, bool]]:
+    """`window` and `flip` of each row of a shard of `count` windows in all; `InputError` as for `shard_header`."""
+    if not shard_header(path, dtype)[0]:
+        return []
+    rows = np.load(path, mmap_mode="r")
+    windows = rows["window"].tolist()
+    if min(windows) < 0 or max(windows) >= count:
+        raise InputError(f"{path} is damaged (it names other windows); delete it, and {AGAIN}")
+    return list(zip(windows, rows["flip"].tolist(), strict=True))
+
+
+def new_manifest(**contents) -> dict[str, Any]:
+    """A manifest in the current version; `contents` are the other keys at the top of this module."""
+    return {"format": "larp_jax.features", "version": VERSION, **contents}
+
+
+def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest, which marks the folder as complete; its shards must exist."""
+    files.write_json(directory / manifests.MANIFEST, manifest)
+
+
+def _check(manifest: dict) -> None:
+    """Any of several errors if something in a manifest is wrong."""
+    for name, length in (("clip", 4), ("features", 4)):
+        sides = manifest[name]
+        if len(sides) != length or not all(type(side) is int and 0 < side < 2**31 for side in sides):
+            raise ValueError(f"{name} is {sides}")
+    ClipSpec.of(manifest["clip"], **manifest["sampling"])
+    teacher_from_dict(manifest["teacher"]["config"])
+    if not all(isinstance(manifest["teacher"][name], str) for name in ("name", "sha256")):
+        raise ValueError("name and sha256 of the teacher must be texts")
+    if type(manifest["flips"]) is not bool:
+        raise ValueError("flips is neither true nor false")
+    shards, rows = manifest["shards"], manifest["rows"]
+    if not rows or [shard["file"] for shard in shards] != [shard_name(i, len(shards)) for i in range(len(shards))]:
+        raise ValueError("no rows, or other names of shards")
+    if sum(shard["rows"] for shard in shards) != len(rows):
+        raise ValueError(f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed")
+    for row in rows:
+        if not all(type(row[name]) is int and row[name] >= 0 for name in ("video", "start")):
+            raise ValueError("a row without its video or start")
+        if not isinstance(row["source"], str) or type(row["flip"]) is not bool:
+            raise ValueError("a row without its source or flip")
+
+
+class FeatureSet:
+    """A folder of features. Its shards are checked at once, but rows are read when they are needed.
+
+    The rows of a video (windows, mirrored or not) count as one video. Training samples one row per video and epoch,
+    with the same frequencies as windows of the video itself.
+
+    Safe to use from several threads, and can be pickled.
+
+    Args:
+      directory: the folder, on this machine.
+
+    Attributes:
+      manifest: as described at the top of this module.
+      clip: size and sampling of the clips.
+      teacher: sizes of the frozen network.
+
+    Raises:
+      InputError: the folder is incomplete or damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.path = files.local_path(directory, "folder of features")
+        self.manifest = manifests.read(
+            self.path, content="features", version=VERSION, command=COMMAND, check=_check
+        )
+        self.clip = ClipSpec.of(self.manifest["clip"], flip=False, **self.manifest["sampling"])
+        self.teacher: TeacherConfig = teacher_from_dict(self.manifest["teacher"]["config"])
+        self._record, self._places = record(self.manifest), []
+        for shard in self.manifest["shards"]:
+            path = self.path / shard["file"]
+            rows, start = shard_header(path, self._record)
+            if rows != shard["rows"]:
+                raise InputError(f"{path} has {rows} rows, but {shard['rows']} by the manifest; {AGAIN}")
+            self._places += [(path, start + row * self._record.itemsize) for row in range(rows)]
+        videos: dict[int, list[int]] = {}
+        for number, row in enumerate(self.manifest["rows"]):
+            videos.setdefault(row["video"], []).append(number)
+        self._videos = list(videos.values())
+
+    def __len__(self) -> int:
+        """Number of videos."""
+        return len(self._videos)
+
+    def names(self) -> list[str]:
+        """A name of each row, which with their order determines the order of training."""
+        return [f"{row['source']} {row['start']}{' flip' * row['flip']}" for row in self.manifest["rows"]]
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """`video` and `features` of a row.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        path, start = self._places[number]
+        try:
+            (found,) = np.fromfile(path, self._record, count=1, offset=start)
+        except (OSError, ValueError) as error:  # ValueError: the file became shorter
+            raise InputError(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
+        return {"video": found["video"], "features": found["features"]}
+
+    def batches(self, **options) -> Batches:
+        """Endless batches {"video": uint8 [B, T, H, W, 3], "features": float16 [B, t, h, w, C]}; see `sampled_batches`.
+
+        The row of each video is random.
+        """
+        return sampled_batches(self, self._read, **options)
+
+    def _read(self, video: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        rows = self._videos[video]
+        return self.row(rows[int(rng.integers(len(rows)))])
