@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from larp_jax.config import (
+    CorruptionConfig,
     DataConfig,
     DiscriminatorConfig,
     LossConfig,
@@ -205,6 +206,26 @@ def changed(recipe, **sections):
     return dataclasses.replace(
         recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()}
     )
+
+
+def test_steps_with_other_settings_keep_the_state(recipe):
+    """Everything beside alignment and the frozen discriminator that a step may have, by shapes alone."""
+    corrupted = CorruptionConfig(future=0.5, patches=0.5, noise=3.0)
+    kl = dataclasses.replace(recipe.model.quantizer, kind="kl")
+    for settings, changes in (
+        ({"remat": "block"}, {"loss": {"r1_weight": 1.0}}),
+        ({"accumulate": 2, "corruption": corrupted}, {"model": {"blocks": 2, "ladder": (2, 4), "quantizer": kl}}),
+        ({"trained": "decoder", "init_from": "x"}, {"model": {"layout": "patchwise", "num_tokens": 32}}),
+    ):
+        stage = TokenizerStage(dataclasses.replace(changed(recipe, **changes), **settings))
+        frozen, key = stage.frozen_shapes(), jax.random.key(0)
+        state = jax.eval_shape(stage.init, key)
+        after, logs = jax.eval_shape(stage.train_step, state, {"video": VIDEO}, key, frozen)
+        kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
+        assert kinds[0] == kinds[1] and {"loss_alignment", "loss_adversarial", "loss_discriminator"} <= logs.keys()
+        # second derivatives are computed in float32
+        kernels = {name: tree["patches"]["proj"]["kernel"].dtype for name, tree in frozen.items()}
+        assert kernels == {"teacher": jnp.bfloat16, "trunk": jnp.float32 if "loss_r1" in logs else jnp.bfloat16}
 
 
 def test_a_run_starts_from_weights_with_and_without_projector(trained, recipe, teacher, tmp_path, caplog):

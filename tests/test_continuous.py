@@ -163,10 +163,12 @@ def test_the_released_kl_bottleneck(reference_dir):
     np.testing.assert_allclose(tokenizer.decode(expected["mean"]), decoded, atol=1e-5)
 
 
-def test_a_ladder_of_latents():
+@pytest.mark.parametrize("kind", ["larp", "vitok"])
+def test_a_ladder_of_latents(kind):
     """Blocks of frames with different numbers of latents: packed, zero behind them, and block by block the same."""
     values = to_dict(parse_recipe(runpy.run_path(CONFIG)["get_config"]("adaptive")).model)
     values["quantizer"] |= {"kind": "kl"}
+    values["block"] = kind
     config = from_dict(TokenizerConfig, values, "model")
     init = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Tokenizer(config, rngs=nnx.Rngs(0)), nnx.Param)))
     params = init()
@@ -181,11 +183,15 @@ def test_a_ladder_of_latents():
     decoded = tokenizer.decode(latents, lengths)
     np.testing.assert_allclose(decoded, tokenizer.reconstruct(video, budget=budget), atol=1e-5)
 
-    block, memory = tokenizer.encode_block(video[:, :4], lengths[:, 0])
-    np.testing.assert_allclose(block[1], latents[1, :8], atol=1e-5)
-    np.testing.assert_allclose(block[0, :2], latents[0, :2], atol=1e-5)
-    frames, _ = tokenizer.decode_block(block, lengths[:, 0])
-    np.testing.assert_allclose(frames, decoded[:, :4], atol=1e-5)
+    seen, drawn, starts = (), (), [0, 0]
+    for number, frames in enumerate((slice(4), slice(4, 8))):
+        block, seen = tokenizer.encode_block(video[:, frames], lengths[:, number], seen)
+        for row, start in enumerate(starts):
+            end = start + int(lengths[row, number])
+            np.testing.assert_allclose(block[row, : end - start], latents[row, start:end], atol=1e-5)
+            starts[row] = end
+        shown, drawn = tokenizer.decode_block(block, lengths[:, number], drawn)
+        np.testing.assert_allclose(shown, decoded[:, frames], atol=1e-5)
 
     quantized = jax.jit(tokenizer.module(params).quantizer)(jnp.ones((2, 12, 8)), lengths=jnp.asarray(lengths))
     assert np.array_equal(np.asarray(quantized.kl) > 0, own)

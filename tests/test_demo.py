@@ -134,6 +134,17 @@ def test_positions():
             computed.read_positions(text, 8)
 
 
+def test_clips_that_are_not_square_keep_their_proportions():
+    wide = np.zeros((2, 16, 24, 3), np.uint8)
+    assert "--ratio: 24 / 16" in demo_page.clips([("a", wide), ("b", wide)], 8.0)
+    stream = type("Streaming", (), {"stream": lambda *_, **__: [wide], "tokenizer": type("T", (), {"fps": 8.0})})()
+    assert all("--ratio: 24 / 16" in shown for shown in demo_page.played(stream, 0, 1.0, 0, 2))
+    clip = computed.Clip("a", 8.0, 0, 1, wide, np.arange(3), None, wide, 20.0)
+    maps = computed.Maps(np.ones((3, 2, 4, 6)), np.ones((3, 2)))
+    assert "aspect-ratio:6 / 4" in demo_page.code_grid(clip, maps)
+    assert "var(--ratio" in (demo_page.charts.TEMPLATES / "demo.css").read_text("utf-8")
+
+
 def test_samples_and_streams(demo):
     assert demo.classes == [("any class", -1), ("0 walk", 0), ("1 <run>", 1), ("2", 2)]
     samples = demo.sample(1, guidance=1.5, seed=3)

@@ -79,10 +79,10 @@ def on_devices(count):
     return sharding.make_mesh(MeshConfig(), jax.devices()[:count])
 
 
-WITHOUT_LADDER = tuple(name for name in registry.METRICS if name != "codes")
+OF_CODES = tuple(name for name in registry.METRICS if name not in ("codes", "latents"))  # without a ladder
 
 
-def evaluate(folder, devices, batch_size, names=WITHOUT_LADDER):
+def evaluate(folder, devices, batch_size, names=OF_CODES):
     mesh = on_devices(devices)
     with jax.set_mesh(mesh):
         features = fvd.VideoFeatures(Stub(), IDENTITY)
@@ -161,9 +161,13 @@ def written_out(params, video):
 
 
 def test_metrics_that_apply_to_a_tokenizer():
-    assert registry.available(RECIPE, ["tokenizer", "prior"]) == WITHOUT_LADDER
+    assert registry.available(RECIPE, ["tokenizer", "prior"]) == OF_CODES
     ladder = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, ladder=(RECIPE.model.num_tokens,)))
-    assert registry.available(ladder, ["tokenizer", "prior"]) == tuple(registry.METRICS)
+    assert set(registry.available(ladder, ["tokenizer", "prior"])) == {*OF_CODES, "codes"}
+    continuous = dataclasses.replace(RECIPE.model.quantizer, kind="kl")
+    model = dataclasses.replace(RECIPE.model, quantizer=continuous)
+    recipe = dataclasses.replace(RECIPE, model=model, loss=dataclasses.replace(RECIPE.loss, prior_weight=0.0))
+    assert set(registry.available(recipe, ["tokenizer"])) == {*OF_CODES, "latents"} - {"usage", "prior"}
     assert "prior" not in registry.available(RECIPE, ["tokenizer"])
 
 

@@ -100,6 +100,26 @@ def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
         make_experiment("?", {"decoder": decoder, "first": first}, generator)
 
 
+def test_missing_weights_are_reported_before_any_arm_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LARP_LPIPS", str(tmp_path / "absent"))
+    run = ["experiment", "semantic:tiny", "--workdir", str(tmp_path / "run")]
+    assert cli.main(run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "arm alignment: loss.alignment=vgg16: no weights of lpips at" in error and "import --kind lpips" in error
+    assert not list((tmp_path / "run").iterdir())
+    for seed in range(3):  # what is complete needs no weights
+        (tmp_path / "run" / "alignment" / f"seed-{seed}").mkdir(parents=True)
+        (tmp_path / "run" / "alignment" / f"seed-{seed}" / "cell.json").write_text("{}")
+    experiments._check_networks(load_experiment("semantic:tiny"), tmp_path / "run")
+
+
+def test_every_shipped_experiment_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["experiment", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in SHIPPED)
+
+
 def test_arms_may_be_added_and_old_settings_are_those_of_now(tmp_path):
     two, path = tiny(), tmp_path / "experiment.json"
     one = dataclasses.replace(two, arms={"first": two.arms["first"]})

@@ -16,6 +16,7 @@ from larp_jax.data.codes import CodeSet
 from larp_jax.errors import InputError
 from larp_jax.evaluation.generated import videos_for
 from larp_jax.evaluation.protocols import ClipSet
+from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.generate import Sampler
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.weights import checkpoint
@@ -180,13 +181,18 @@ def test_videos_to_evaluate_are_the_same_from_disk(offline, continuous, tmp_path
     assert sampled.shape == (3, 8, 32, 32, 3)
     np.testing.assert_array_equal(videos(), sampled)
 
+    statistics = tuple(1e8 * x for x in generator.statistics)
+    huge = LoadedFlow(generator.config, jax.device_get(generator.params), statistics=statistics)
+    with pytest.raises(InputError, match="float16, in which they are stored, ends at 65504"):
+        Sampler(huge, tokenizer, options=SamplingOptions(solver_steps=2), batch_size=2).codes([0, 1])
+
 
 def test_tokenizers_and_data_of_the_other_kind(offline, continuous, tmp_path, capsys):
     tiny = str(pathlib.Path(CONFIG).with_name("tiny_generator.py"))
     latents = f"--config.data.train=tokens:{offline / 'latents'}"
     for options, message in (
         ([f"--config.tokenizer={continuous}"], "has continuous latents and no codes; give another"),
-        (["--config.tokenizer=", latents], "holds latents, and this generator is one of codes; give others"),
+        (["--config.tokenizer=", latents], "holds latents, and this generator needs codes; give a folder of these"),
     ):
         assert cli.main(["train", "--config", tiny, "--workdir", str(tmp_path / "run"), *options]) == 2
         assert message in capsys.readouterr().err

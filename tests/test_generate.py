@@ -329,7 +329,7 @@ def test_a_picture_and_a_class_become_video(trained, tokenizer, tmp_path, capsys
     write_png(tmp_path / "picture.png", picture[0])
     given = ["--classes=wave", "--cfg-scale=2", "--frames-scale=1.5"]
     assert run("predict", generator, trained, tmp_path / "out", f"--input={tmp_path / 'picture.png'}", *given) == 0
-    still = tokenizer.encode_frames(resize_frames(picture, 32)[None])
+    still = tokenizer.encode_frames(resize_frames(picture, (32, 32))[None])
     loaded = load_generator(generator)
     expected = loaded.sample([2], frames=still, key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
     np.testing.assert_array_equal(all_codes(tmp_path / "out"), expected)

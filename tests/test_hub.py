@@ -1,5 +1,6 @@
 """Models are pushed to and loaded from a server that speaks the hub's interface; the real hub is never reached."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ from test_export import assert_same, random_params, recipe
 import larp_jax
 from larp_jax import api, cli, config, files, hub
 from larp_jax.errors import InputError
+from larp_jax.tools.card import model_card
 from larp_jax.weights import checkpoint, export, importing, networks
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -55,6 +57,15 @@ def push(folder, name=NAME, *more):
 def error(capsys):
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("larp-jax: error: ")]
     return line
+
+
+def test_the_card_counts_only_what_is_pushed(model):
+    found = api.load_checkpoint(model)
+    beside = {name: {"out": np.zeros((3, 2), np.float32)} for name in ("projector", "discriminator")}
+    found = dataclasses.replace(found, params=found.params | beside)
+    text = model_card(found, NAME, "unknown")["README.md"].decode()
+    assert "parameters of the tokenizer" in text and "projector" not in text
+    assert "parameters of the discriminator" not in text
 
 
 def test_a_model_is_pushed_and_loaded_back_by_id(server, model, tmp_path, capsys):

@@ -21,7 +21,7 @@ from larp_jax.config import (
 )
 from larp_jax.data import ClipSpec, prepare
 from larp_jax.data.buckets import BLOCK, Turns, nearest_shapes
-from larp_jax.data.codes import read_manifest
+from larp_jax.data.codes import CodeSet, read_manifest
 from larp_jax.data.video import probe, read_windows, write_video
 from larp_jax.errors import InputError
 from larp_jax.inference.reconstruct import reconstruct
@@ -201,9 +201,13 @@ def test_fewer_frames_are_encoded_as_they_are(wide, tmp_path):
     found = [(p.frames, p.width, p.height) for p in map(probe, paths)]
     assert found == [(frames, 48, 24) for frames in (8, 9, 21, 40)]
     with pytest.raises(InputError, match="fewer frames; tokenize again without --fewer-frames"):
-        from larp_jax.data.codes import CodeSet
-
         CodeSet(tmp_path / "codes")
+    # generators sample clips of the tokenizer's own size, so they do not train on codes of others
+    tokenize(tokenizer, str(videos), tmp_path / "other", size=(24, 48), batch_size=4)
+    with pytest.raises(InputError, match="another size than its tokenizer's; tokenize again without --size"):
+        CodeSet(tmp_path / "other")
+    assert "other_size" not in tokenize(tokenizer, str(videos), tmp_path / "own", size=(36, 64), batch_size=4)
+    assert len(CodeSet(tmp_path / "own")) == 4
 
 
 def test_sizes_that_do_not_fit(tokenizer, tmp_path):

@@ -160,6 +160,7 @@ def edited(folder, **changes):
         ("vjepa2", {"mlp_ratio": "4"}, "mlp_ratio='4' must be a positive number"),
         ("videomae", {"use_mean_pooling": True}, "not expected layernorm.bias, layernorm.weight"),
         ("dinov2", {"image_size": 24}, "embeddings.position_embeddings [1, 26, 24] for [1, 37, 24]"),
+        ("dinov2", {"image_size": 2**19}, "places, above the limit of 1048576"),
         ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn=True is not supported"),
         ("dinov2_reg", {"num_register_tokens": None}, "num_register_tokens=None must be a positive whole number"),
         ("dinov3", {"intermediate_size": 81}, "of the wrong shape layer.0.mlp.down_proj.weight [24, 80] for [24, 81]"),

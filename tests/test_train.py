@@ -18,6 +18,7 @@ from larp_jax.errors import InputError
 from larp_jax.runtime.stopping import StopRequest
 from larp_jax.training import common, stages, warm_start, writers
 from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
+from larp_jax.training.train import _may_change
 from larp_jax.training.writers import MetricWriter
 from larp_jax.weights import checkpoint
 
@@ -208,6 +209,14 @@ def test_settings_against_divergence_may_change(trained, tmp_path, capsys):
     assert rows(workdir)[:4] == rows(trained)[:4]
     assert rows(workdir)[4]["train/learning_rate"] < 1.01e-4
     assert checkpoint.load(workdir).recipe.optim.clip_norm == 1.0
+
+
+def test_weights_of_losses_may_change_but_not_turn_modules_on_or_off():
+    for name in ("prior", "adversarial", "alignment", "r1"):
+        assert _may_change(f"loss.{name}_weight", 0.7, 0.3)
+        assert not _may_change(f"loss.{name}_weight", 0.7, 0.0) and not _may_change(f"loss.{name}_weight", 0.0, 0.7)
+    assert _may_change("loss.frame_difference_weight", 0.0, 0.7)  # trains no module of its own
+    assert not _may_change("loss.alignment", "vgg16", "vjepa2_l")
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ from larp_jax.config.ladder import Ladder
 NUMBERS = ("width", "depth", "heads")
 
 # The `NUMBERS` of each size. `larp_l` is the published LARP-L-Long: 172.18 M parameters with 1024 tokens and
-# 8,192 codes. Widths and depths of `vitok_*` are those of ViTok (arXiv 2501.09755), with its `block`; the numbers of
-# heads are not stated.
+# 8,192 codes. `vitok_*` are the sizes of ViTok (arXiv 2501.09755, table 1), with its `block`.
 TOKENIZER_SIZES = {
     "larp_s": (384, 12, 6),
     "larp_b": (768, 6, 12),

@@ -5,9 +5,10 @@ network and a size, such as `vjepa2_l`. The weights of a size that is not listed
 """
 
 import dataclasses
+import math
 from typing import Any
 
-from larp_jax.config.checks import check_positions, one_of, require
+from larp_jax.config.checks import MOST_POSITIONS, one_of, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,11 @@ class TeacherConfig:
         )
         if self.traits.positions in ("sincos", "learned"):
             require(min(self.table) > 0, f"teacher.table must be positive, got {list(self.table)}")
-            check_positions(self.table[0] * self.table[1] * self.table[2], f"teacher.table={list(self.table)}")
+            places = math.prod(self.table)
+            require(
+                places <= MOST_POSITIONS,
+                f"teacher.table={list(self.table)} has {places} places, above the limit of {MOST_POSITIONS}",
+            )
 
     @property
     def traits(self) -> TeacherFamily:

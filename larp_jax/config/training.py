@@ -61,7 +61,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorruptionConfig:
-    """What encoder and decoder are not given in training, while they have to reconstruct whole clean clips.
+    """Corruption of what encoder and decoder are given in training; they still have to reconstruct whole clean clips.
 
     Evaluation and `tokenize` never corrupt anything. All of it is off in the published recipe.
 
@@ -70,8 +70,8 @@ class CorruptionConfig:
     frames of the others. Parts are the blocks of a tokenizer with a ladder, of which those left out have no codes, and
     otherwise the rows of patches in time.
 
-    Each clip loses a random share of its patches at the encoder, uniform from 0 to `patches` (0.7 in l-DeTok, arXiv
-    2507.15856).
+    Each clip loses a random share of its patches at the encoder, uniform from -0.1 to `patches` (0.7 in l-DeTok, arXiv
+    2507.15856). Clips with a share below 0 lose none.
 
     With `noise`, the decoder is given (1 - t) x + `noise` t e in place of the latents x, where t is uniform in [0, 1]
     for each clip, and e normal noise as large as the latents (3 in l-DeTok).

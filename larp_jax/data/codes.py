@@ -21,6 +21,7 @@ like codes. The manifest describes the source of each row, in order:
   class_codes, class_codes_in_training: mean number of codes of each class (null: none), of the samples and of the
     clips that the generator was trained on; only in sampled codes, if "packed".
   fewer_frames: true if windows of fewer than T frames were encoded as they are, up to the end of a patch.
+  other_size: true if the height and width of the clips are not those of the tokenizer.
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
@@ -73,7 +74,7 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
     Raises:
       InputError: a latent exceeds the range of float16.
     """
-    arrays = {name: _stored(name, values) for name, values in arrays.items()}
+    arrays = {name: as_stored(name, values) for name, values in arrays.items()}
     if "lengths" in arrays:
         (name,) = arrays.keys() & {"codes", "latents"}
         values, lengths = arrays[name], np.asarray(arrays["lengths"], np.int32)
@@ -84,8 +85,12 @@ def write_shard(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
         np.savez(file, **arrays)
 
 
-def _stored(name: str, values: np.ndarray) -> np.ndarray:
-    """Values of a shard in the dtype of the format."""
+def as_stored(name: str, values: np.ndarray) -> np.ndarray:
+    """Values of a shard in the dtype of the format: floats as float16.
+
+    Raises:
+      InputError: a value is NaN, or exceeds the range of float16; `name` is for the message.
+    """
     values = np.asarray(values)
     if not np.issubdtype(values.dtype, np.floating):
         return values
@@ -194,8 +199,9 @@ def _complaint(manifest: dict) -> str | None:
         return "clip is not [T, H, W, C]"
     if not is_count(manifest.get("cond_frames", 0), 0):
         return "cond_frames is not an integer of at least 0"
-    if type(manifest.get("fewer_frames", False)) is not bool:
-        return "fewer_frames is neither true nor false"
+    for name in ("fewer_frames", "other_size"):
+        if type(manifest.get(name, False)) is not bool:
+            return f"{name} is neither true nor false"
     names = manifest.get("label_names", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return "label_names is not a list of names"
@@ -378,6 +384,10 @@ class CodeSet:
         self.manifest = read_manifest(directory)
         if self.manifest.get("fewer_frames"):
             raise InputError(f"{directory} has clips of fewer frames; tokenize again without --fewer-frames")
+        if self.manifest.get("other_size"):
+            raise InputError(
+                f"{directory} has clips of another size than its tokenizer's; tokenize again without --size"
+            )
         self.label_names = tuple(self.manifest.get("label_names", ()))
         rows = self.manifest["rows"]
         self._labels = np.array([row["label"] for row in rows], np.int32)

@@ -25,7 +25,7 @@ from larp_jax.models.quantizer import Quantized
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import sharding
 
-ACTIVE_STD = 0.1  # variance 0.01: Burda et al. 2016, arXiv 1509.00519, section 5.3
+ACTIVE_STD = 0.1  # variance 0.01: Burda et al. 2016, arXiv 1509.00519
 
 
 class Reconstructed(NamedTuple):

@@ -21,7 +21,15 @@ from larp_jax import files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer, blocks_of, load_tokenizer
 from larp_jax.config import AUTO, MeshConfig
 from larp_jax.data import ClipSpec
-from larp_jax.data.codes import mean_by_label, new_manifest, read_shard, shard_name, write_manifest, write_shard
+from larp_jax.data.codes import (
+    as_stored,
+    mean_by_label,
+    new_manifest,
+    read_shard,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from larp_jax.data.inputs import Inputs, Window, output_names, playable_fps
 from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.sources import MANY_LISTED, class_list
@@ -169,8 +177,7 @@ class Sampler:
             **condition, indices=indices, key=self._key, budget=self._budget, **vars(self._options)
         )
         self._passes.append(int(sampled.passes))
-        found = {name: np.asarray(x)[: len(numbers)] for name, x in sampled.arrays.items()}
-        return {name: x.astype(np.float16) if name == "latents" else x for name, x in found.items()}
+        return {name: as_stored(name, np.asarray(x)[: len(numbers)]) for name, x in sampled.arrays.items()}
 
     def report_passes(self) -> None:
         """With a window, logs how many codes a pass through the generator found on average."""

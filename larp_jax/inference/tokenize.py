@@ -64,7 +64,7 @@ def tokenize(
       flips: whether to add, after all others, the codes of all windows mirrored left to right.
       cond_frames: number of given frames for frame prediction. Adds the codes of each window with the last given frame
         repeated after them (`condition` in the shards); 0 for none.
-      size: side of a square, or (H, W), of the clips; by default, that of the tokenizer.
+      size: side of a square, or (H, W), of the clips; by default, that of the tokenizer. Generators train on no other.
       fewer_frames: as for `larp_jax.inference.reconstruct.reconstruct`. Generators do not train on such codes.
       budget: how many codes clips get, as for `LoadedTokenizer.assign`; for tokenizers with a ladder.
       batch_size: windows per batch.
@@ -94,6 +94,7 @@ def tokenize(
             raise InputError(f"{source}: nothing in it can be read")
         details = {"budget": budget, "mean_codes": used / len(rows)} if config.adaptive else {}
         details |= {"fewer_frames": True} if fewer_frames else {}
+        details |= {"other_size": True} if shape != config.clip_shape else {}
         manifest = new_manifest(
             fingerprint=tokenizer.fingerprint,
             step=tokenizer.step,

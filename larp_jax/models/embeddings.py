@@ -1,6 +1,5 @@
 """Patches and position tables (LARP, arXiv 2410.21264, section 3.2)."""
 
-
 import math
 
 import jax

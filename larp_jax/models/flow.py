@@ -16,8 +16,7 @@ from larp_jax.config import FlowConfig
 from larp_jax.models.attention import attention
 from larp_jax.models.condition import Condition
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.generator import RMSNorm
-from larp_jax.models.layers import Dtype, Linear, Mlp, rematerialized, run_stack, stack
+from larp_jax.models.layers import Dtype, Linear, Mlp, RMSNorm, rematerialized, run_stack, stack
 
 EPSILON = 1e-6  # of all norms, as in DiT
 TIME_WIDTH = 256  # of the sine-cosine embedding of the time, as in DiT

@@ -210,7 +210,6 @@ class SelfAttention(nnx.Module):
         y = attention(q, k, v, causal=self.causal, blocks=blocks, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)"))
 
-
     def extend(
         self, x: jax.Array, memory: Memory, *, norm: Callable, rotation: Rotation | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:

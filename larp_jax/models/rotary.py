@@ -1,4 +1,4 @@
-"""Rotary positions along the three axes of a clip (3-D axial RoPE), as in ViTok, arXiv 2501.09755, section 2.
+"""Rotary positions along the three axes of a clip (3-D axial RoPE), as in ViTok, arXiv 2501.09755, section 2.3.
 
 How the dimensions of a head are shared by the axes and the frequencies are not stated there; here they are as in Wan
 2.1, arXiv 2503.20314: a third for each of height and columns, rounded down to pairs, and the rest for time; base 10000.

@@ -52,7 +52,7 @@ class SamplingOptions:
       window: how many codes a pass through the network may find, see `_decode_in_windows`; 1 draws one after the other.
         The codes are the same, except for rounding.
       solver: `euler` or `heun`, how a flow is followed, see `larp_jax.models.flow_sampling`.
-      solver_steps: number of its steps; the published 100 (ViTok, arXiv 2501.09755). Heun's method evaluates the
+      solver_steps: number of its steps; 100 as in PV-VAE, arXiv 2605.02134, section 4.1. Heun's method evaluates the
         network twice in each but the last.
 
     Raises:

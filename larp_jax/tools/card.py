@@ -19,6 +19,7 @@ from larp_jax.weights.fingerprint import fingerprint
 
 CARD, PICTURE = "README.md", "picture.png"
 PAPER = "https://arxiv.org/abs/2410.21264"
+EXPORTED = ("generator", "prior", "tokenizer")  # modules in what is pushed; discriminator and projector are not
 # Settings that say nothing about the model: where a run read from, and how it was computed.
 _LEFT_OUT = ("tokenizer", "init_from", "mesh", "data", "tracker", "log_every", "eval_every", "save_every", "keep")
 # The folders of an absolute path, or of one that leaves its folder.
@@ -81,8 +82,9 @@ def _use(found: Checkpoint, repository: str) -> Iterable[str]:
 
 def _facts(found: Checkpoint) -> list[tuple[str, Any]]:
     model = found.recipe.model
-    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in found.params.items()}
-    facts = [(f"parameters of the {name}", f"{size:,}") for name, size in sorted(sizes.items())]
+    trees = {name: tree for name, tree in sorted(found.params.items()) if name in EXPORTED}
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
+    facts = [(f"parameters of the {name}", f"{size:,}") for name, size in sizes.items()]
     if isinstance(found.recipe, TokenizerRecipe):
         facts += [("clip (frames, height, width, channels)", " x ".join(map(str, model.clip_shape)))]
         if model.quantizer.has_codes:

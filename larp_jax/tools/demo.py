@@ -26,7 +26,7 @@ from larp_jax.tools.analysis import ROWS, colored, effective_share, measure, sca
 SAMPLES = 4
 MOST_FRAMES = 512  # of a stream on the page, which keeps them
 
-FILL = "the codes that the clip has mirrored, upside down, played backward and in inverted colors; mean of the four"
+FILL = "those of the clip mirrored, upside down, played backward, and in inverted colors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Demo:
     def maps(self, clip: Clip) -> Maps:
         """Where the decoded clip changes when one code is replaced, for each position: as `larp-jax analyze` measures.
 
-        A code is replaced by those that the clip has at the position in four other forms, see `FILL`.
+        A code is replaced by those of four variants of the clip at the same position, see `FILL`.
         """
         video, tokenizer = clip.video, self.tokenizer
         forms = np.stack([video[:, :, ::-1], video[:, ::-1], video[::-1], 255 - video])

@@ -82,13 +82,19 @@ def image_uri(image: np.ndarray) -> str:
 
 def clips(named: Sequence[tuple[str, np.ndarray]], fps: float) -> str:
     """Clips beside each other, which play together, each uint8 [T, H, W, 3] with the text below it."""
-    cells = (
-        f'<figure><video src="{video_uri(frames, fps)}" muted playsinline preload="auto"></video>'
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+    players = (
+        (name, f'<video src="{video_uri(frames, fps)}" muted playsinline preload="auto"></video>')
         for name, frames in named
     )
+    return figures(list(players), named[0][1].shape[1:3])
+
+
+def figures(named: Sequence[tuple[str, str]], size: tuple[int, int]) -> str:
+    """Images or players of one size (height, width) beside each other, each with the text below it."""
+    cells = (f"<figure>{item}<figcaption>{html.escape(name)}</figcaption></figure>" for name, item in named)
     many = " many" if len(named) > 3 else ""
-    return f'<div class="clips{many}" style="--clips: {len(named)}">{"".join(cells)}</div>'
+    style = f"--clips: {len(named)}; --ratio: {size[1]} / {size[0]}"
+    return f'<div class="clips{many}" style="{style}">{"".join(cells)}</div>'
 
 
 def beside(left: str, pairs: Sequence[tuple[str, str]]) -> str:
@@ -103,7 +109,7 @@ def reconstruction(clip: Clip, codebook_size: int) -> str:
     if clip.lengths is not None:
         numbers.append(("by block of frames", ", ".join(map(str, clip.lengths))))
     bits = count * np.log2(codebook_size)
-    numbers += [("bits", f"{bits:,.0f}"), ("fewer bits than pixels", f"{clip.video.nbytes * 8 / bits:,.0f} times")]
+    numbers += [("bits", f"{bits:,.0f}"), ("compression", f"{clip.video.nbytes * 8 / bits:,.0f} : 1")]
     pair = [("original", clip.video), ("reconstruction", clip.reconstruction)]
     said = f"{clip.name}, clip {clip.number + 1} of {clip.count}" if clip.count > 1 else clip.name
     return shown(f'<p class="quiet">{html.escape(said)}</p>' + beside(clips(pair, clip.fps), numbers))
@@ -116,7 +122,9 @@ def code_grid(clip: Clip, maps: Maps | None = None, chosen: int = -1) -> str:
     if maps is not None:
         tiles = maps.tiles()
         sprite = image_uri(np.concatenate(list(tiles), axis=1))
-        style = f".codes i{{background-image:url({sprite});background-size:{100 * count}% 100%}}"
+        height, width = tiles.shape[1:3]
+        style = f".codes i{{background-image:url({sprite});background-size:{100 * count}% 100%;"
+        style += f"aspect-ratio:{width} / {height}}}"
     for position, code in enumerate(clip.codes.tolist()):
         tile = ""
         if maps is not None:
@@ -195,7 +203,7 @@ class Page:
         """The card of the video, which writes the state `clip`; returns what registers steps after a new clip."""
         gr, demo = self._gr, self._demo
         with gr.Column(elem_classes="card"):
-            self._title("Reconstruct", "Encoded to codes, and decoded from nothing but these.")
+            self._title("Reconstruct", "The video is encoded to codes, and decoded from the codes alone.")
             file = gr.File(label="Drop a video or a picture", elem_id="video", height=120)
             with gr.Row():
                 number = gr.Slider(1, 2, value=1, step=1, label="Clip of the video", visible=False, elem_id="number")
@@ -239,8 +247,8 @@ class Page:
         with gr.Column(elem_classes="card"):
             self._title(
                 "Codes, and where each acts",
-                "Above each code its position. Choose one to see where the clip changes without it. It is replaced by "
-                + FILL + ".",
+                "The number above each code is its position. Choose a code to see where the clip changes when it is"
+                f" replaced. The map is the mean over four codes in its place: {FILL}.",
             )  # fmt: skip
             button = gr.Button("Show where each code acts", elem_id="act")
             grid = self._output("codes", "The codes of the video appear here.", js_on_load=CLICK)
@@ -369,8 +377,7 @@ def played(demo: Demo, label: int, guidance: float, seed: int, frames: int) -> I
                 time.sleep(max(0.0, due - time.monotonic()))
                 due = max(due, time.monotonic() - 1 / fps) + 1 / fps
                 image = f'<img alt="stream" src="{image_uri(frame)}">'
-                caption = f"<figcaption>frame {len(found)}</figcaption>"
-                yield shown(f'<div class="clips" style="--clips: 1"><figure>{image}{caption}</figure></div>')
+                yield shown(figures([(f"frame {len(found)}", image)], frame.shape[:2]))
         yield shown(clips([(f"{len(found)} frames", np.stack(found))], fps))
     except Exception as error:  # as in `tried`
         logger.debug("on the page", exc_info=True)

@@ -40,6 +40,7 @@ from larp_jax.models.pixels import to_uint8
 from larp_jax.runtime import rng
 from larp_jax.tools import analysis
 from larp_jax.tools.experiment_results import Cell, write_results
+from larp_jax.training.frozen import Frozen
 from larp_jax.training.train import train
 from larp_jax.training.writers import read_metrics
 from larp_jax.weights import networks
@@ -72,16 +73,29 @@ def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: 
       The contents of `results.json`, see `larp_jax.tools.experiment_results`.
 
     Raises:
-      InputError: the folder belongs to another experiment, or a recipe does not fit the data or the devices.
+      InputError: the folder belongs to another experiment, a recipe does not fit the data or the devices, or an arm
+        needs weights of another network that are not there.
       RuntimeError: a process of `jobs` failed.
     """
     workdir = files.make_folder(files.local_path(workdir, "--workdir"), "--workdir")
+    _check_networks(experiment, workdir)
     _check_settings(experiment, workdir)
     if jobs > 1:
         _run_jobs(name, experiment, workdir, jobs)
     else:
         _run_cells(experiment, workdir)
     return write_results(experiment, _complete_cells(experiment, workdir), _probe_scores(workdir), workdir)
+
+
+def _check_networks(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """`InputError` if an unfinished arm lacks weights of a frozen network; before the arms ahead of it are trained."""
+    for arm, recipe in experiment.arms.items():
+        if all((_folder(workdir, arm, seed) / CELL).exists() for seed in range(experiment.seeds)):
+            continue
+        try:
+            Frozen(recipe).load()
+        except InputError as error:
+            raise InputError(f"arm {arm}: {error}") from error
 
 
 def _check_settings(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""What encoder and decoder are not given in training, see `CorruptionConfig`: the future, patches, clean latents."""
+"""Corruption in training, see `CorruptionConfig`: the future or patches are hidden, latents are noisy."""
 
 import math
 
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from larp_jax.config import TokenizerRecipe
 from larp_jax.models.grids import patch_grid
 from larp_jax.models.packing import mean_of_clips
+
+SMALLEST_SHARE = -0.1  # l-DeTok's code: some clips keep all patches, as in evaluation
 
 
 def view(
@@ -40,8 +42,8 @@ def view(
             lengths = jnp.where(given, lengths, 0)
     if corruption.patches:
         share_key, place_key = jax.random.split(patch_key)
-        share = corruption.patches * jax.random.uniform(share_key, (rows, 1))
-        kept = jax.random.uniform(place_key, (rows, patches)) >= share
+        share = jax.random.uniform(share_key, (rows, 1), minval=SMALLEST_SHARE, maxval=corruption.patches)
+        kept = jax.random.uniform(place_key, (rows, patches)) >= share  # all of them if the share is below 0
         seen = kept if seen is None else seen & kept
     return lengths, seen
 

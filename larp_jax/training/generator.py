@@ -270,7 +270,7 @@ class GeneratorTask:
         recipe = _with_fingerprint(recipe, manifest["fingerprint"], f"data {spec}")
         if has_latents(manifest) == recipe.model.has_codes:
             found, wanted = ("latents", "codes") if recipe.model.has_codes else ("codes", "latents")
-            raise InputError(f"data {spec} holds {found}, and this generator is one of {wanted}; give others")
+            raise InputError(f"data {spec} holds {found}, and this generator needs {wanted}; give a folder of these")
         size = manifest["K"] if recipe.model.has_codes else manifest["d"]
         recipe = _with_sizes(recipe, self.sizes(size, manifest["N"], ladder_of(manifest)), f"data {spec}")
         wanted = recipe.given_frames

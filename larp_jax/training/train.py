@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "save_every", "keep", "tracker", "mesh",
               "remat", "accumulate", "precision", "tokenizer", "router", "data.eval", "data.workers", "data.eval_clips",
               "optim", "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
-              "loss.adversarial_weight", "loss.frame_difference_weight",
+              "loss.adversarial_weight", "loss.alignment_weight", "loss.frame_difference_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
 # The settings among them that change the contents of a checkpoint when they change to or from 0.
-ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.r1_weight", "optim.ema_decay"}
+ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.alignment_weight", "loss.r1_weight",
+             "optim.ema_decay"}  # fmt: skip
 
 # Pauses in seconds before the last checkpoint of a run in a bucket is tried again.
 RETRIES = (10, 30, 60, 120)

@@ -24,8 +24,9 @@ SHOWN = 20  # number of mismatches in the message
 # Settings of a model that its weights do not depend on: names of sizes, the size of clips (only the number of patches
 # depends on it), sampling and dropout in training, and settings that change shapes, which are compared anyway.
 NOT_OF_WEIGHTS = TRAINING_FIELDS | {"size", "frames", "resolution", "shape", "quantizer.kind", "init_std",
-                                    "mlp_multiplier", "mlp_multiple", "class_dropout", "token_dropout",
-                                    "attention_dropout", "residual_dropout", "mlp_dropout", "path_dropout",
+                                    "mlp_multiplier", "mlp_multiple", "class_dropout", "frames_dropout",
+                                    "token_dropout", "attention_dropout", "residual_dropout", "mlp_dropout",
+                                    "path_dropout",
                                     # settings of a prior
                                     "positions", "dropout", "temperature", "rounds", "mix_max", "mix_ramp"}  # fmt: skip
 
