@@ -108,16 +108,9 @@ def _check(manifest: dict) -> None:
         raise ValueError("name and sha256 of the teacher must be texts")
     if type(manifest["flips"]) is not bool:
         raise ValueError("flips is neither true nor false")
-    shards, rows = manifest["shards"], manifest["rows"]
-    if not rows or [shard["file"] for shard in shards] != [shard_name(i, len(shards)) for i in range(len(shards))]:
-        raise ValueError("no rows, or other names of shards")
-    if sum(shard["rows"] for shard in shards) != len(rows):
-        raise ValueError(f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed")
-    for row in rows:
-        if not all(type(row[name]) is int and row[name] >= 0 for name in ("video", "start")):
-            raise ValueError("a row without its video or start")
-        if not isinstance(row["source"], str) or type(row["flip"]) is not bool:
-            raise ValueError("a row without its source or flip")
+    manifests.check_rows(manifest, shard_name)
+    if any(type(row["flip"]) is not bool for row in manifest["rows"]):
+        raise ValueError("a row without its flip")
 
 
 class FeatureSet:

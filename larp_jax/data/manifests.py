@@ -43,3 +43,20 @@ def read(
     except (KeyError, TypeError, ValueError) as error:  # anything may stand in a damaged file
         raise InputError(f"{path} is damaged ({type(error).__name__}: {reason(error)}); {again}") from None
     return manifest
+
+
+def check_rows(manifest: dict, shard_name: Callable[[int, int], str]) -> None:
+    """Any of several errors unless `shards` have their names, and as many `rows` with `video`, `start` and `source`.
+
+    `shard_name(number, count)` is the name of a shard.
+    """
+    shards, rows = manifest["shards"], manifest["rows"]
+    if not rows or [shard["file"] for shard in shards] != [shard_name(i, len(shards)) for i in range(len(shards))]:
+        raise ValueError("no rows, or other names of shards")
+    if sum(shard["rows"] for shard in shards) != len(rows):
+        raise ValueError(f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed")
+    for row in rows:
+        if not all(type(row[name]) is int and row[name] >= 0 for name in ("video", "start")):
+            raise ValueError("a row without its video or start")
+        if not isinstance(row["source"], str):
+            raise ValueError("a row without its source")

@@ -161,16 +161,7 @@ def _check(manifest: dict) -> None:
         raise ValueError(f"the metrics {names} do not fit the reward of {reward.metric}")
     if not isinstance(manifest["data"], str) or not isinstance(manifest["fingerprint"], str):
         raise ValueError("data and fingerprint must be texts")
-    shards, rows = manifest["shards"], manifest["rows"]
-    if not rows or [shard["file"] for shard in shards] != [shard_name(i, len(shards)) for i in range(len(shards))]:
-        raise ValueError("no rows, or other names of shards")
-    if sum(shard["rows"] for shard in shards) != len(rows):
-        raise ValueError(f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed")
-    for row in rows:
-        if not all(type(row[name]) is int and row[name] >= 0 for name in ("video", "start")):
-            raise ValueError("a row without its video or start")
-        if not isinstance(row["source"], str):
-            raise ValueError("a row without its source")
+    manifests.check_rows(manifest, shard_name)
 
 
 def ladder_of(manifest: Mapping[str, Any]) -> Ladder:
