@@ -23,7 +23,7 @@ The manifest contains:
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,8 +119,6 @@ class FeatureSet:
     The rows of a video (windows, mirrored or not) count as one video. Training samples one row per video and epoch,
     with the same frequencies as windows of the video itself.
 
-    Safe to use from several threads, and can be pickled.
-
     Args:
       directory: the folder, on this machine.
 
@@ -140,38 +138,26 @@ class FeatureSet:
         )
         self.clip = ClipSpec.of(self.manifest["clip"], flip=False, **self.manifest["sampling"])
         self.teacher: TeacherConfig = teacher_from_dict(self.manifest["teacher"]["config"])
-        self._record, self._places = record(self.manifest), []
+        dtype, shards = record(self.manifest), []
         for shard in self.manifest["shards"]:
             path = self.path / shard["file"]
-            rows, start = shard_header(path, self._record)
+            rows, start = shard_header(path, dtype)
             if rows != shard["rows"]:
                 raise InputError(f"{path} has {rows} rows, but {shard['rows']} by the manifest; {AGAIN}")
-            self._places += [(path, start + row * self._record.itemsize) for row in range(rows)]
-        videos: dict[int, list[int]] = {}
-        for number, row in enumerate(self.manifest["rows"]):
-            videos.setdefault(row["video"], []).append(number)
-        self._videos = list(videos.values())
+            shards.append((path, start, rows))
+        self._read = _ReadRow(shards, dtype, [row["video"] for row in self.manifest["rows"]])
 
     def __len__(self) -> int:
         """Number of videos."""
-        return len(self._videos)
+        return self._read.videos
 
     def names(self) -> list[str]:
         """A name of each row, which with their order determines the order of training."""
         return [f"{row['source']} {row['start']}{' flip' * row['flip']}" for row in self.manifest["rows"]]
 
     def row(self, number: int) -> dict[str, np.ndarray]:
-        """`video` and `features` of a row.
-
-        Raises:
-          InputError: it cannot be read.
-        """
-        path, start = self._places[number]
-        try:
-            (found,) = np.fromfile(path, self._record, count=1, offset=start)
-        except (OSError, ValueError) as error:  # ValueError: the file became shorter
-            raise InputError(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
-        return {"video": found["video"], "features": found["features"]}
+        """`video` and `features` of a row; `InputError` if it cannot be read."""
+        return self._read.row(number)
 
     def batches(self, **options) -> Batches:
         """Endless batches {"video": uint8 [B, T, H, W, 3], "features": float16 [B, t, h, w, C]}; see `sampled_batches`.
@@ -180,6 +166,31 @@ class FeatureSet:
         """
         return sampled_batches(self, self._read, **options)
 
-    def _read(self, video: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        rows = self._videos[video]
-        return self.row(rows[int(rng.integers(len(rows)))])
+
+class _ReadRow:
+    """Reads rows; small, because every worker process has a copy. `videos` is the number of videos."""
+
+    def __init__(self, shards: Sequence[tuple[pathlib.Path, int, int]], dtype: np.dtype, videos: Sequence[int]):
+        """`shards` are (path, position of the first row, rows); `videos` gives the video of each row."""
+        self._shards, self._dtype = [shard[:2] for shard in shards], dtype
+        self._ends = np.cumsum([rows for *_, rows in shards])
+        _, video = np.unique(videos, return_inverse=True)
+        self._order = np.argsort(video, kind="stable")  # rows grouped by video
+        self._counts = np.bincount(video)
+        self._first = np.cumsum(self._counts) - self._counts
+        self.videos = len(self._counts)
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """See `FeatureSet.row`."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        path, start = self._shards[shard]
+        offset = start + (number - int(self._ends[shard - 1] if shard else 0)) * self._dtype.itemsize
+        try:
+            (found,) = np.fromfile(path, self._dtype, count=1, offset=offset)
+        except (OSError, ValueError) as error:  # ValueError: the file became shorter
+            raise InputError(f"{path} cannot be read ({reason(error)}); {AGAIN}") from error
+        return {"video": found["video"], "features": found["features"]}
+
+    def __call__(self, video: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A random row of a video."""
+        return self.row(int(self._order[self._first[video] + rng.integers(self._counts[video])]))
