@@ -16,11 +16,11 @@ from larp_jax import cli
 from larp_jax.cli import app
 from larp_jax.cli.recipe import load_recipe
 from larp_jax.config.teachers import TEACHERS, TeacherConfig
-from larp_jax.data import open_source
+from larp_jax.data import features as on_disk, open_source
 from larp_jax.data.clips import mirror
 from larp_jax.data.features import FeatureSet
 from larp_jax.errors import InputError
-from larp_jax.inference import features
+from larp_jax.inference import batches, features
 from larp_jax.models.alignment import resampled
 from larp_jax.models.teachers import make_teacher
 from larp_jax.runtime import sharding
@@ -111,12 +111,38 @@ def test_the_folder_holds_clips_and_what_the_teacher_sees_in_them_and_continues(
         assert said in error and len(error.splitlines()) == 1
 
 
+def test_two_hosts_write_what_one_writes(made, tmp_path, monkeypatch):
+    """Both in this process: the second works while the first waits for it."""
+    output, _, recipe = made
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train="moving_shapes"))
+    written, host = [], [0]
+
+    def run():
+        return features.write_features(recipe, tmp_path / "out", windows=2, flips=True)
+
+    def wait(name):
+        if host[0] == 0:
+            host[0] = 1
+            assert run() == {}
+            host[0] = 0
+
+    write = on_disk.write_shard
+    monkeypatch.setattr(on_disk, "write_shard", lambda path, rows: written.append(path.name) or write(path, rows))
+    monkeypatch.setattr(features, "SHARD_WINDOWS", 24)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: host[0])
+    monkeypatch.setattr(batches.multihost_utils, "sync_global_devices", wait)
+    assert run() == FeatureSet(output).manifest
+    assert written == [NAMES[i] for i in (0, 2, 1)]
+    assert all((tmp_path / "out" / name).read_bytes() == (output / name).read_bytes() for name in NAMES)
+
+
 def test_batches_are_a_function_of_seed_and_step(made):
     found, options = FeatureSet(made[0]), {"batch_size": 8, "seed": 3}
 
     def read(count, **more):
-        with found.batches(**options, **more) as batches:
-            return [next(batches) for _ in range(count)]
+        with found.batches(**options, **more) as endless:
+            return [next(endless) for _ in range(count)]
 
     whole = read(6)
     assert whole[0].keys() == {"video", "features"} and whole[0]["features"].shape == (8, 2, 4, 4, 24)
@@ -135,8 +161,8 @@ def test_batches_are_a_function_of_seed_and_step(made):
 
 def test_a_step_from_the_folder_is_that_from_clips(made):
     recipe = made[2]
-    with open_features(recipe).batches(batch_size=8, seed=0) as batches:
-        batch = next(batches)
+    with open_features(recipe).batches(batch_size=8, seed=0) as endless:
+        batch = next(endless)
     results, key = [], jax.random.key(0)
     for spec, names in ((recipe.data.train, ("video", "features")), ("moving_shapes", ("video",))):
         stage = TokenizerStage(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=spec)))
