@@ -159,10 +159,10 @@ def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe)
     (value, (reconstruction, features)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(model, z_q)
     tokenizer = stage.module("tokenizer", model)
     decoder = tokenizer.decoder
-    x, first, _ = decoder._inputs(tokenizer.quantizer.expand(z_q), None)
+    x, first, _ = decoder._inputs(tokenizer.quantizer.expand(z_q), None, decoder.grid)
     states = [x := block(x) for block in unstack(decoder.transformer.blocks)]
     np.testing.assert_allclose(features.reshape(2, -1, 16), states[LAYER - 1][:, first:], atol=1e-5)
-    np.testing.assert_allclose(reconstruction, decoder._video(states[-1][:, first:]), atol=1e-5)
+    np.testing.assert_allclose(reconstruction, decoder._video(states[-1][:, first:], decoder.grid), atol=1e-5)
 
     target = np.asarray(stage.module("teacher", frozen)(video))  # [2, 2, 3, 3, 24], for patches of 2 x 4 x 4
     share = np.array([[3, 0, 0], [1, 2, 0], [0, 2, 1], [0, 0, 3]]) / 3

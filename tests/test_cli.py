@@ -184,7 +184,7 @@ def test_arguments_that_are_wrong(trained, capsys, tmp_path):
     assert "choose from 'train'" in fails(["trian"], capsys)
     assert "COMMAND" in fails([], capsys)
     assert "--checkpoint" in fails(["evaluate"], capsys)
-    assert "fid is not known; choose from psnr, ssim, lpips, rfvd, usage, codes, prior" in fails(
+    assert "fid is not known; choose from psnr, ssim, lpips, rfvd, usage, latents, codes, prior" in fails(
         [*evaluate, "--metrics=psnr,fid"], capsys
     )
     absent = str(tmp_path / "absent.safetensors")
