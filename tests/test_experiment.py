@@ -12,12 +12,12 @@ from larp_jax.config import Experiment, experiment_recipes, make_experiment
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.models import classifier
-from larp_jax.tools import experiment as experiments
+from larp_jax.tools import experiment as experiments, flops
 from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
 from larp_jax.tools.report import report
 from larp_jax.training.generator import GeneratorTask
 
-SHIPPED = ("patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "semantic", "tokens")
+SHIPPED = ("bottleneck", "patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "semantic", "tokens")
 
 
 @pytest.mark.parametrize("variant", ["", "tiny", "gpu64", "gpu128"])
@@ -26,8 +26,25 @@ def test_shipped_experiments_are_valid(name, variant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # they are found from any folder
     experiment = load_experiment(f"{name}:{variant}")
     assert len(experiment.arms) >= 2 and experiment.question.endswith("?")
-    bits = {arm.model.num_tokens * np.log2(arm.model.quantizer.codebook_size) for arm in experiment.arms.values()}
-    assert len(bits) == 1 or name == "tokens"
+    sizes = {(arm.model.num_tokens, arm.model.quantizer.codebook_size) for arm in experiment.arms.values()}
+    assert len(sizes) == 1 or name == "tokens"
+
+
+@pytest.mark.parametrize("variant", ["", "tiny", "gpu64", "gpu128"])
+def test_generators_of_codes_and_latents_train_with_equal_flops(variant):
+    experiment = load_experiment(f"bottleneck:{variant}")
+    codes, latents = (experiment.arms[name].model for name in ("codes", "latents"))
+    assert codes == dataclasses.replace(latents, quantizer=codes.quantizer)
+    generator, flow = experiment.generator_of("codes"), experiment.generator_of("latents")
+    assert (generator.data, generator.precision) == (flow.data, flow.precision)
+    sizes = {"num_tokens": codes.num_tokens, "num_classes": 16}
+    one = dataclasses.replace(generator.model, codebook_size=codes.quantizer.codebook_size, **sizes)
+    other = dataclasses.replace(flow.model, code_dim=latents.quantizer.code_dim, **sizes)
+    one, other = flops.generator_train_step(one)["generator"], flops.flow_train_step(other)["generator"]
+    assert flow.steps * other == pytest.approx(generator.steps * one, rel=0.05)
+
+
+LATENTS = [f"latents/seed-0/{name}" for name in ("encoded/train", "codes/train", "codes/test")]
 
 
 def tiny(**changes):
@@ -79,6 +96,25 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
 
     with pytest.raises(InputError, match="holds an experiment with other settings"):
         experiments.run_experiment(dataclasses.replace(experiment, windows=2), tmp_path / "whole")
+    check_an_arm_with_latents_is_added(experiment, tmp_path / "whole")
+
+
+def check_an_arm_with_latents_is_added(experiment, folder):
+    shipped, before = load_experiment("bottleneck:tiny"), json.loads((folder / "results.json").read_text())
+    arms = experiment.arms | {"latents": shipped.arms["latents"]}
+    both = dataclasses.replace(experiment, arms=arms, generators={"latents": shipped.generators["latents"]})
+    results = experiments.run_experiment(both, folder)
+    assert results["arms"]["only"] == before["arms"]["only"]
+    of_codes = {"usage", "unigram", "cross_entropy", "gain", "order_gap"}
+    assert of_codes < results["arms"]["only"].keys()
+    assert results["arms"]["latents"].keys() == results["arms"]["only"].keys() - of_codes
+    rows = (folder / "results.md").read_text().splitlines()
+    assert [row.endswith("| – |") for row in rows if row.startswith(("| PSNR", "| CE", "| Samples"))] == [0, 1, 0]
+    assert not (folder / "latents" / "seed-0" / "generator_permuted").exists()
+    manifests = [json.loads((folder / path / "manifest.json").read_text()) for path in LATENTS]
+    whole, train, test = (manifest["mean"] for manifest in manifests)
+    np.testing.assert_allclose(train, whole, rtol=1e-4)  # of what float16 left of them
+    assert np.abs(np.subtract(test, whole)).max() > 1e-3  # those of its own rows
 
 
 def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
@@ -98,6 +134,22 @@ def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
     assert experiments._is_made(source)
     with pytest.raises(InputError, match="arm decoder has init_from='first'; give the name of an earlier arm"):
         make_experiment("?", {"decoder": decoder, "first": first}, generator)
+
+
+def test_an_arm_needs_a_generator_of_what_it_has(tmp_path):
+    shipped = load_experiment("bottleneck:tiny")
+    for generators in ({}, {"latents": shipped.generator}):
+        with pytest.raises(InputError, match="arm latents has latents, and its generator samples codes"):
+            dataclasses.replace(shipped, generators=generators)
+    with pytest.raises(InputError, match="a generator is given for arm 'other', which does not exist"):
+        dataclasses.replace(shipped, generators=shipped.generators | {"other": shipped.generator})
+    with pytest.raises(InputError, match="arm latents trains a decoder only"):
+        decoder = dataclasses.replace(shipped.arms["latents"], init_from="codes", trained="decoder")
+        dataclasses.replace(shipped, arms=shipped.arms | {"latents": decoder})
+    experiments._check_settings(shipped, tmp_path)
+    changed = dataclasses.replace(shipped.generators["latents"], steps=13)
+    with pytest.raises(InputError, match="holds an experiment with other settings"):
+        experiments._check_settings(dataclasses.replace(shipped, generators={"latents": changed}), tmp_path)
 
 
 def test_missing_weights_are_reported_before_any_arm_is_trained(tmp_path, monkeypatch, capsys):

@@ -32,8 +32,8 @@ def add_experiment(commands) -> None:
     )
     sub.add_argument(
         "name", metavar="NAME[:VARIANT]",
-        help="patchwise, prior, prior_size, quantizer, scheduled_sampling, semantic or tokens, or the Python file of an"
-        " experiment; the variants gpu64 and gpu128 are for one GPU",
+        help="bottleneck, patchwise, prior, prior_size, quantizer, scheduled_sampling, semantic or tokens, or the"
+        " Python file of an experiment; the variants gpu64 and gpu128 are for one GPU",
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the experiment, new or to be continued")
     sub.add_argument(

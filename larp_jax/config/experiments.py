@@ -1,9 +1,11 @@
 """Experiments: tokenizers that are trained and compared under the same conditions, and base recipes for them."""
 
 import dataclasses
+import types
 import typing
 
 from larp_jax.config.checks import require
+from larp_jax.config.flow import FlowRecipe
 from larp_jax.config.recipes import default_recipe, parse_recipe
 from larp_jax.config.training import GeneratorRecipe, TokenizerRecipe
 
@@ -20,6 +22,7 @@ class Experiment:
       arms: the recipe of the tokenizer of each arm, by name. The first arm is the one that others are compared to. The
         `init_from` of an arm is the name of an earlier one, whose tokenizer of the same seed it starts from.
       generator: the recipe of the generator, the same for all arms. Its data and tokenizer are those of the arm.
+      generators: recipes of generators by arm, for arms that have their own, such as a flow for an arm with latents.
       seeds: each arm is run with the seeds 0 to seeds - 1.
       windows: windows per training video whose codes the generator is trained on.
       samples: videos sampled from each generator.
@@ -29,6 +32,7 @@ class Experiment:
     question: str
     arms: dict[str, TokenizerRecipe]
     generator: GeneratorRecipe
+    generators: dict[str, GeneratorRecipe | FlowRecipe] = dataclasses.field(default_factory=dict)
     seeds: int = 3
     windows: int = 2
     samples: int = 256
@@ -39,7 +43,6 @@ class Experiment:
         earlier = []
         for name, arm in self.arms.items():
             require(name.replace("_", "").isalnum(), f"the name of arm {name!r} may contain only letters, digits and _")
-            require(arm.model.quantizer.has_codes, f"arm {name} has no codes (quantizer.kind='kl')")
             first = next(iter(self.arms.values()))
             require(
                 (arm.model.clip_shape, arm.data) == (first.model.clip_shape, first.data),
@@ -50,14 +53,36 @@ class Experiment:
                 arm.init_from in ("", *earlier),
                 f"arm {name} has init_from={arm.init_from!r}; give the name of an earlier arm, or leave it out",
             )
+            self._check_generator(name)
             earlier.append(name)
-        require(self.generator.model.given == "class", "the generator of an experiment must be class-conditional")
+        for name in self.generators:
+            require(name in self.arms, f"a generator is given for arm {name!r}, which does not exist")
         for field in ("seeds", "windows", "samples", "probe_steps"):
             require(getattr(self, field) > 0, f"{field} must be positive, got {getattr(self, field)}")
 
+    def _check_generator(self, arm: str) -> None:
+        """`InputError` if the generator of an arm does not sample what its tokenizer decodes."""
+        model, tokenizer = self.generator_of(arm).model, self.arms[arm]
+        ours, theirs = ("codes" if x.has_codes else "latents" for x in (model, tokenizer.model.quantizer))
+        require(ours == theirs, f"arm {arm} has {theirs}, and its generator samples {ours}; give it another")
+        require(model.given == "class", "the generator of an experiment must be class-conditional")
+        require(
+            arm not in self.generators or not tokenizer.init_from or tokenizer.trained != "decoder",
+            f"arm {arm} trains a decoder only, so its generator is that of {tokenizer.init_from}; give it none",
+        )
+
+    def generator_of(self, arm: str) -> GeneratorRecipe | FlowRecipe:
+        """The recipe of the generator of an arm."""
+        return self.generators.get(arm, self.generator)
+
 
 def make_experiment(
-    question: str, arms: typing.Mapping[str, typing.Any], generator: typing.Any, **options: typing.Any
+    question: str,
+    arms: typing.Mapping[str, typing.Any],
+    generator: typing.Any,
+    *,
+    generators: typing.Mapping[str, typing.Any] = types.MappingProxyType({}),
+    **options: typing.Any,
 ) -> Experiment:
     """An `Experiment` from recipes as `ConfigDict`s.
 
@@ -65,6 +90,7 @@ def make_experiment(
       question: what it is to find out.
       arms: recipe of the tokenizer of each arm, by name.
       generator: recipe of the generator.
+      generators: recipes of generators of single arms, by arm.
       **options: the remaining fields of `Experiment`.
 
     Raises:
@@ -74,6 +100,7 @@ def make_experiment(
         question=question,
         arms={name: parse_recipe(recipe) for name, recipe in arms.items()},
         generator=parse_recipe(generator),
+        generators={name: parse_recipe(recipe) for name, recipe in generators.items()},
         **options,
     )
 

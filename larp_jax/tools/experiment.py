@@ -1,8 +1,9 @@
 """Experiments: trains tokenizers, and generators on their codes, over arms and seeds, and compares them.
 
 A cell is one arm with one seed. Its folder holds a tokenizer, its codes, and two generators: one trained on the codes
-in their order, and one on the same codes under one fixed permutation of the positions. What is complete is kept and
-training resumes, so an interrupted experiment continues where it was and gives the same numbers.
+in their order, and one on the same codes under one fixed permutation of the positions. An arm with continuous latents
+has one generator, and none of the measures of codes. What is complete is kept and training resumes, so an interrupted
+experiment continues where it was and gives the same numbers.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,9 +23,10 @@ import numpy as np
 from flax import nnx
 
 from larp_jax import api, data, files, metrics
-from larp_jax.config import Experiment, GeneratorRecipe, TokenizerRecipe, completed, to_dict
+from larp_jax.config import Experiment, FlowRecipe, GeneratorRecipe, TokenizerRecipe, completed, to_dict
 from larp_jax.data.codes import (
     MANIFEST,
+    has_latents,
     new_manifest,
     read_manifest,
     read_shard,
@@ -31,6 +34,7 @@ from larp_jax.data.codes import (
     write_manifest,
     write_shard,
 )
+from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.video import frame_grid, write_png
 from larp_jax.errors import InputError
 from larp_jax.evaluation.probe import ClipProbe, probe_distance, train_probe
@@ -114,12 +118,18 @@ def _is_continued(before: dict, settings: dict) -> bool:
     """Whether an experiment is an earlier one with more seeds or arms; anything else would mix different ones."""
 
     def rest(settings):
-        return {name: x for name, x in settings.items() if name not in ("arms", "generator", "seeds")}
+        return {name: x for name, x in settings.items() if name not in ("arms", "generator", "generators", "seeds")}
 
-    recipes = before.get("arms", {}) | {"": before.get("generator", {})}
-    now = settings["arms"] | {"": settings["generator"]}
-    same = all(now.get(name) == _plain(completed(recipe)) for name, recipe in recipes.items())
-    return same and rest(before) == rest(settings)
+    def recipes(settings):
+        """The recipes of tokenizer and generator of each arm."""
+        own = settings.get("generators", {})
+        pairs = {arm: (recipe, own.get(arm, settings["generator"])) for arm, recipe in settings["arms"].items()}
+        return {arm: [_plain(completed(recipe)) for recipe in pair] for arm, pair in pairs.items()}
+
+    if not {"arms", "generator"} <= before.keys():
+        return False
+    now = recipes(settings)
+    return all(now.get(arm) == pair for arm, pair in recipes(before).items()) and rest(before) == rest(settings)
 
 
 def _plain(values: dict) -> dict:
@@ -252,13 +262,13 @@ def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path,
     tokenizer = api.load_tokenizer(folder / "tokenizer")
     clips, labels = _held_out(experiment)
     if made == folder:
-        _write_codes(experiment, tokenizer, recipe.data.train, recipe.data.eval, folder)
-        _train_generator(experiment.generator, seed, folder / ORDERED, folder / GENERATORS[ORDERED])
-        _train_generator(experiment.generator, seed, folder / PERMUTED, folder / GENERATORS[PERMUTED])
-    ordered, permuted = (api.load_generator(_best(made / name)) for name in GENERATORS.values())
-    ordered.check_tokenizer(tokenizer)
-    test = _rows(made / ORDERED / "test")
-    samples, sampled_classes = _sample(ordered, tokenizer, experiment.samples, seed)
+        orders = tuple(GENERATORS) if recipe.model.quantizer.has_codes else (ORDERED,)
+        _write_codes(experiment, tokenizer, recipe.data.train, recipe.data.eval, folder, orders)
+        for order in orders:
+            _train_generator(experiment.generator_of(arm), seed, folder / order, folder / GENERATORS[order])
+    generator = api.load_generator(_best(made / GENERATORS[ORDERED]))
+    generator.check_tokenizer(tokenizer)
+    samples, sampled_classes = _sample(generator, tokenizer, experiment.samples, seed)
     reconstructions = _reconstruct(tokenizer, clips)
     real_features, _ = probe.measure(clips)
     _, recognized = probe.measure(reconstructions)
@@ -266,14 +276,13 @@ def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path,
     values = {
         "psnr": np.asarray(metrics.psnr(clips / np.float32(255), reconstructions)),
         "recognized": recognized == labels,
-        "unigram": _unigram(_rows(made / ORDERED / "train")["codes"], test["codes"], tokenizer),
-        "cross_entropy": _cross_entropy(ordered, test),
-        "cross_entropy_permuted": _cross_entropy(permuted, _rows(made / PERMUTED / "test")),
         "sample_accuracy": predicted == sampled_classes,
         "sample_distance": np.array([probe_distance(features, real_features)]),
         **_lpips(clips, reconstructions),
         **_reach(found, recipe.data.eval, folder),
     }
+    if tokenizer.config.quantizer.has_codes:
+        values |= _code_measures(generator, tokenizer, made)
     pairs = np.stack([clips, to_uint8(reconstructions)], axis=1)[:PICTURED]
     write_png(folder / "reconstructions.png", frame_grid(list(pairs.reshape(-1, *clips.shape[1:]))))
     write_png(folder / "samples.png", frame_grid(list(to_uint8(samples[: 2 * PICTURED]))))
@@ -301,9 +310,14 @@ def _reconstruct(tokenizer: api.LoadedTokenizer, clips: np.ndarray) -> np.ndarra
 
 
 def _write_codes(
-    experiment: Experiment, tokenizer: api.LoadedTokenizer, train_spec: str, eval_spec: str, folder: pathlib.Path
+    experiment: Experiment,
+    tokenizer: api.LoadedTokenizer,
+    train_spec: str,
+    eval_spec: str,
+    folder: pathlib.Path,
+    orders: Iterable[str],
 ) -> None:
-    """Writes deterministic codes of training clips and, in two halves, of held-out ones, in order and permuted.
+    """Writes deterministic codes of training clips and, in two halves, of held-out ones, in order or permuted.
 
     The first half of the held-out videos, `validation`, chooses the step of a generator, the second, `test`, scores it.
     """
@@ -319,26 +333,39 @@ def _write_codes(
         "test": (written["held_out"], slice(count // 2, None)),
     }
     permutation = np.random.default_rng(PERMUTATION_SEED).permutation(tokenizer.config.num_tokens)
-    for order, positions in ((ORDERED, np.arange(len(permutation))), (PERMUTED, permutation)):
+    positions = {ORDERED: np.arange(len(permutation)), PERMUTED: permutation}
+    for order in orders:
         for name, (source, rows) in parts.items():
-            _copy_codes(source, folder / order / name, rows, positions)
+            _copy_codes(source, folder / order / name, rows, positions[order])
 
 
 def _copy_codes(source: pathlib.Path, target: pathlib.Path, rows: slice, positions: np.ndarray) -> None:
-    """Copies some rows of a folder of codes, with their positions in another order."""
+    """Copies some rows of a folder of codes or latents, with their positions in another order."""
     if (target / MANIFEST).exists():
         return
     manifest = read_manifest(source)
-    codes = np.concatenate([read_shard(source, manifest, i)["codes"] for i in range(len(manifest["shards"]))])
-    codes = codes[rows][:, positions]
+    arrays = {name: x[rows][:, positions] for name, x in _shards(source, manifest).items()}
+    statistics = None
+    if has_latents(manifest):
+        statistics = LatentStatistics(manifest["d"])
+        statistics.add(arrays["latents"])
     kept = ("fingerprint", "step", "K", "N", "clip", "label_names", "input", "skipped", "cond_frames")
     details = {name: manifest[name] for name in kept if name in manifest}
     files.make_folder(target)
-    write_shard(target / shard_name(0, 1), {"codes": codes})
-    write_manifest(target, new_manifest(sizes=[len(codes)], rows=manifest["rows"][rows], **details))
+    described = manifest["rows"][rows]
+    write_shard(target / shard_name(0, 1), arrays)
+    write_manifest(target, new_manifest(sizes=[len(described)], rows=described, statistics=statistics, **details))
 
 
-def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, workdir: pathlib.Path) -> None:
+def _shards(folder: pathlib.Path, manifest: dict) -> dict[str, np.ndarray]:
+    """The arrays of `read_shard`, of all shards."""
+    shards = [read_shard(folder, manifest, i) for i in range(len(manifest["shards"]))]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def _train_generator(
+    recipe: GeneratorRecipe | FlowRecipe, seed: int, codes: pathlib.Path, workdir: pathlib.Path
+) -> None:
     """Trains a generator on codes, and keeps all its checkpoints."""
     recipe = dataclasses.replace(
         recipe,
@@ -352,16 +379,29 @@ def _train_generator(recipe: GeneratorRecipe, seed: int, codes: pathlib.Path, wo
 
 
 def _best(workdir: pathlib.Path) -> pathlib.Path:
-    """The checkpoint of a generator with the lowest cross-entropy of the validation codes."""
-    scores = {row["step"]: row["eval/cross_entropy"] for row in read_metrics(workdir) if "eval/cross_entropy" in row}
+    """The checkpoint of a generator with the lowest error on what it was validated on."""
+    errors = {"eval/cross_entropy", "eval/flow_loss"}  # a generator has one of them
+    scores = {row["step"]: row[name] for row in read_metrics(workdir) for name in errors & row.keys()}
     return workdir / "checkpoints" / str(min(scores, key=lambda step: (scores[step], step)))
+
+
+def _code_measures(
+    generator: api.LoadedGenerator, tokenizer: api.LoadedTokenizer, made: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """How well codes are predicted: by their frequencies, by the generator, and by the one of permuted codes."""
+    permuted = api.load_generator(_best(made / GENERATORS[PERMUTED]))
+    test = _rows(made / ORDERED / "test")
+    return {
+        "unigram": _unigram(_rows(made / ORDERED / "train")["codes"], test["codes"], tokenizer),
+        "cross_entropy": _cross_entropy(generator, test),
+        "cross_entropy_permuted": _cross_entropy(permuted, _rows(made / PERMUTED / "test")),
+    }
 
 
 def _rows(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All codes [M, N] int32 and labels [M] int32 of a folder."""
     manifest = read_manifest(folder)
-    codes = [read_shard(folder, manifest, i)["codes"] for i in range(len(manifest["shards"]))]
-    return {"codes": np.concatenate(codes), "label": np.array([row["label"] for row in manifest["rows"]], np.int32)}
+    return _shards(folder, manifest) | {"label": np.array([row["label"] for row in manifest["rows"]], np.int32)}
 
 
 def _cross_entropy(generator: api.LoadedGenerator, rows: dict[str, np.ndarray]) -> np.ndarray:
@@ -410,12 +450,11 @@ def _lpips(clips: np.ndarray, reconstructions: np.ndarray) -> dict[str, np.ndarr
 
 
 def _reach(found: Checkpoint, spec: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Codes in use, and how much of the clip a code changes."""
+    """How much of the clip a code or latent changes, and the codes in use."""
     output = folder / "analysis"
     if not analysis.is_analysis(output / analysis.NUMBERS):
         analysis.analyze(found, spec, output, max_clips=0)
     summary = files.json_object(output / analysis.NUMBERS)["summary"]
-    return {
-        "usage": np.array([summary["usage"]]),
-        "reach": np.array([summary["space"] * summary["time"]]),
-    }
+    names = ("usage",) if found.recipe.model.quantizer.has_codes else ()
+    used = {name: np.array([summary[name]]) for name in names}
+    return used | {"reach": np.array([summary["space"] * summary["time"]])}

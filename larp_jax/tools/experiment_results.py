@@ -52,8 +52,8 @@ MEASURES = {
     "lpips": Measure("LPIPS", "", "lower", "of the first and last frames of the held-out clips", (("lpips", 1),)),
     "usage": Measure("Codes in use", "share", "", "of the codebook, by the held-out clips", (("usage", 1),)),
     "reach": Measure(
-        "Reach of a code", "share", "", "effective share of the clip that changes with a code (larp-jax analyze): space"
-        " times time, weighted by the change", (("reach", 1),),
+        "Reach of a code", "share", "", "effective share of the clip that changes with a code or latent (larp-jax"
+        " analyze): space times time, weighted by the change", (("reach", 1),),
     ),
     "unigram": Measure(
         "H1", "nats", "", "cross-entropy of the held-out codes under the frequencies of the training codes",

@@ -403,7 +403,6 @@ class TokenizerTask:
             self.inputs = ("video", "features")
             self._identity = common.data_identity(self._features.names())
         self._evaluator = self._code_counts = None
-        logger.info("a clip is encoded to %s", model.encoded_as)
         self._coded_from = self.stage.continuous_steps and self.stage.continuous_steps + recipe.start.ramp_steps
 
     def after_step(self, state, step, placement, key):
@@ -420,6 +419,7 @@ class TokenizerTask:
     def open_evaluation(self, workdir):
         """Opens the evaluation clips, and computes the mean training clip or reads it from the workdir."""
         recipe = self.recipe
+        logger.info("a clip is encoded to %s", recipe.model.encoded_as)  # not before a wrong workdir is refused
         if not recipe.data.eval:
             return
         path = workdir / checkpoint.MEAN_CLIP
