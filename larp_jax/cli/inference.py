@@ -187,7 +187,7 @@ def add_features(commands) -> None:
         "write clips with the features of a frozen network, which training then need not compute",
         "--config configs/quickstart.py --teacher vgg16 --windows 4 --output features\n"
         "  then train with --config.loss.alignment_weight=0.7 --config.loss.alignment=vgg16"
-        " --config.data.train=features:features",
+        " --config.loss.alignment_layer=1 --config.data.train=features:features",
     )
     add_config(sub)
     sub.add_argument(
