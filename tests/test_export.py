@@ -188,8 +188,11 @@ def tokenizer(reference_dir):
     return config.model, params["tokenizer"]
 
 
-def examples(language="python") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+def example(content: str) -> str:
+    """The Python example of the documentation that contains a text."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    (one,) = [text for text in found if content in text]
+    return one
 
 
 def test_codebooks(tokenizer, tmp_path, monkeypatch):
@@ -217,7 +220,7 @@ def test_codebooks(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     found = {}
-    exec(examples()[1], found)
+    exec(example("codebook.npz"), found)
     np.testing.assert_array_equal(found["codebook"], codebook)
     assert found["manifest"] == json.loads((tmp_path / "codebook.json").read_text())
 
@@ -259,7 +262,7 @@ def test_functions_for_other_programs(tokenizer, tmp_path, monkeypatch):
             assert part.encode() not in content, (name, part)
     monkeypatch.chdir(tmp_path)
     found = {}
-    exec(examples()[0], found)  # the example of the documentation
+    exec(example("encode.bin"), found)  # the example of the documentation
     model = build(lambda: Tokenizer(config, rngs=nnx.Rngs(0)), params)
     expected, quantized = model(found["video"])
     np.testing.assert_array_equal(found["codes"], quantized.indices)

@@ -171,6 +171,7 @@ def test_a_stopped_stream_goes_on_with_equal_frames(checkpoint, untrained, tmp_p
 
 def test_a_stream_in_a_bucket_becomes_longer(checkpoint, untrained, tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(stream, "PART_BLOCKS", 2)
+    assert run(checkpoint, untrained, tmp_path / "compiled", "--frames=20") == 0  # what follows loads its programs
     assert run(checkpoint, untrained, bucket, "--frames=10") == 0
     assert run(checkpoint, untrained, bucket, "--frames=20") == 0
     assert run(checkpoint, untrained, tmp_path / "whole", "--frames=20") == 0

@@ -312,7 +312,8 @@ def _weights() -> Iterator[str]:
             f"found at {path} ({origin})" if path.is_file() else
             f"missing: expected at {path} ({origin}); {networks.how_to_get(kind)}"
         )  # fmt: skip
-    places = {name: networks.locate(name) for name in TEACHERS}
+    named = {networks.locate(kind)[0] for kind in networks.KINDS}  # the file of LPIPS contains a teacher
+    places = {name: place for name in TEACHERS if (place := networks.locate(name))[0] not in named}
     for name, (path, origin) in places.items():
         if path.is_file():
             yield f"{name:<20} found at {path} ({origin})"
