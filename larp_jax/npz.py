@@ -44,7 +44,7 @@ def headers(path: str | os.PathLike, fix: str) -> dict[str, Array]:
             found = {}
             for name in archive.namelist():
                 with archive.open(name) as member:
-                    found[name.removesuffix(".npy")] = _header(member)
+                    found[name.removesuffix(".npy")] = header(member)
             return found
     except Exception as error:  # any error from zipfile, zlib or NumPy on a broken archive
         raise _refusal(path, error, fix) from None
@@ -69,7 +69,7 @@ def read(path: str | os.PathLike, expected: Mapping[str, Array], fix: str) -> di
             for name, wanted in expected.items():
                 stored = archive.getinfo(f"{name}.npy")
                 with archive.open(stored) as member:
-                    found = _header(member)
+                    found = header(member)
                 if not _fits(found, wanted):
                     raise InputError(f"{path} contains {found} instead of {wanted}; {fix}")
                 size = math.prod(found.shape) * found.dtype.itemsize
@@ -86,7 +86,8 @@ def read(path: str | os.PathLike, expected: Mapping[str, Array], fix: str) -> di
         raise _refusal(path, error, fix) from None
 
 
-def _header(member: BinaryIO) -> Array:
+def header(member: BinaryIO) -> Array:
+    """Dtype and shape of an array, from the header at the beginning of its npy file; any error if it has none."""
     shape, _, dtype = _READ_HEADER[np.lib.format.read_magic(member)](member)
     return Array(dtype, shape)
 

@@ -44,7 +44,8 @@ PATIENCE = 60.0  # seconds that a request may wait for the server before it coun
 
 # A URL at the beginning of a text, with one slash if it was a pathlib path, and a URL within a text.
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):/|([A-Za-z][A-Za-z0-9+.-]*)://")
-_NO_SCHEMES = ("folder", "tokens", "rewards", "tfds")  # kinds of data sets, which can be followed by an absolute path
+# Kinds of data sets, which can be followed by an absolute path.
+_NO_SCHEMES = ("folder", "tokens", "rewards", "features", "tfds")
 
 
 class LockLost(RuntimeError):

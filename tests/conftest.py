@@ -71,7 +71,7 @@ def shared_programs():
 
     def share(make):
         def stage_of(recipe, *others):
-            values = vars(recipe) | files | {"init_from": bool(recipe.init_from)}
+            values = vars(recipe) | files | {"init_from": bool(recipe.init_from), "data": recipe.data.has_features}
             key = (make, repr((values, *others)))
             if key not in stages:
                 while len(stages) > 3:

@@ -154,7 +154,7 @@ def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe)
     def loss(model, z_q):
         tokenizer = stage.module("tokenizer", model)
         reconstruction, features = tokenizer.decode_with_features(z_q, None, LAYER)
-        return stage._alignment_loss(model, frozen, video, features), (reconstruction, features)
+        return stage._alignment_loss(model, frozen, {"video": video}, features), (reconstruction, features)
 
     (value, (reconstruction, features)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(model, z_q)
     tokenizer = stage.module("tokenizer", model)

@@ -155,8 +155,8 @@ def test_reasons(error, said):
 URLS = "s3://bucket/x", "file:///x", "folder:az://bucket/x", "0.5*folder:/a+0.5*tfds:hf://bucket/x:train"
 REMOTE = {"workdir", "checkpoint", "tokenizer", "router", "output", "samples", "source"}  # may be in a bucket
 COMMANDS = (
-    "train evaluate analyze reconstruct tokenize detokenize allocate sample predict stream export import prepare plan"
-    " benchmark report"
+    "train evaluate analyze reconstruct tokenize detokenize allocate features sample predict stream export import"
+    " prepare plan benchmark report"
 ).split()
 
 

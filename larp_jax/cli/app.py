@@ -27,6 +27,7 @@ COMMANDS = (
     inference.add_tokenize,
     inference.add_detokenize,
     inference.add_allocate,
+    inference.add_features,
     inference.add_sample,
     inference.add_predict,
     inference.add_stream,

@@ -131,6 +131,14 @@ def add_batch_size(sub) -> None:
     sub.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default: 8)")
 
 
+def add_windows(sub) -> None:
+    """Adds --windows."""
+    sub.add_argument(
+        "--windows", type=count, default=0, metavar="W",
+        help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
+    )  # fmt: skip
+
+
 def add_sampling(sub, what, *, clips=True) -> None:
     """Adds the options of sampling, except guidance.
 
@@ -223,7 +231,7 @@ PATHS = ("workdir", "checkpoint", "tokenizer", "generator", "router", "output", 
 MODELS = ("checkpoint", "tokenizer", "generator", "router", "source")  # may be repositories of the hub
 _READS_BUCKETS = re.compile("(tokens|rewards):gs://")  # data sets that this program wrote
 MODEL_SETTINGS = ("--config.init_from=", "--config.tokenizer=")  # likewise
-LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe")
+LOCAL_PATHS = ("lpips", "i3d", "heads", "root", "probe", "teacher")
 TEXTS = ("config", "router_config", "overrides", "data", "training_data", "input", "source", "drift")
 FOLDER_WRITERS = (
     "analyze", "reconstruct", "tokenize", "detokenize", "allocate", "sample", "predict", "stream", "prepare"

@@ -1,4 +1,4 @@
-"""The commands reconstruct, tokenize, detokenize, allocate, sample, predict and stream."""
+"""The commands reconstruct, tokenize, detokenize, allocate, features, sample, predict and stream."""
 
 from larp_jax.cli.arguments import (
     CHECKPOINT,
@@ -9,12 +9,14 @@ from larp_jax.cli.arguments import (
     add_checkpoint,
     add_clip,
     add_command,
+    add_config,
     add_guidance,
     add_processes,
     add_sample_budget,
     add_sampling,
     add_videos,
     add_weights,
+    add_windows,
     count,
     positive,
 )
@@ -72,10 +74,7 @@ def add_tokenize(commands) -> None:
     add_checkpoint(sub)
     add_videos(sub, max_clips=0)
     add_budget(sub)
-    sub.add_argument(
-        "--windows", type=count, default=0, metavar="W",
-        help="at most W full windows per video, spread evenly over it (default: all consecutive windows)",
-    )  # fmt: skip
+    add_windows(sub)
     sub.add_argument("--flips", action="store_true", help="also encode every window mirrored left to right")
     sub.add_argument(
         "--cond-frames", type=count, default=0, metavar="F",
@@ -177,6 +176,54 @@ def _allocate(arguments):
         print_table({f"best_{name}": x for name, x in found["best"].items()})
         print_table({f"uniform_{name}": x for name, x in found["uniform"].items()})
         print(f"{found['clips']} clips, the best uniform assignment is {lengths}; in {arguments.output}")
+
+
+def add_features(commands) -> None:
+    """Adds the command features."""
+    sub = add_command(
+        commands,
+        "features",
+        _features,
+        "write clips with the features of a frozen network, which training then need not compute",
+        "--config configs/quickstart.py --teacher vgg16 --windows 4 --output features\n"
+        "  then train with --config.loss.alignment_weight=0.7 --config.loss.alignment=vgg16"
+        " --config.loss.alignment_layer=1 --config.data.train=features:features",
+    )
+    add_config(sub)
+    sub.add_argument(
+        "--teacher", metavar="T", help="the network, by name or by the path of its file (default: loss.alignment)"
+    )
+    sub.add_argument("--data", metavar="SPEC", help=f"{SPEC}; the split train by default (default: data.train)")
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
+    )
+    add_windows(sub)
+    sub.add_argument(
+        "--flips", action="store_true", help="also write every window mirrored left to right (default: as data.flip)"
+    )
+    add_batch_size(sub)
+    add_processes(sub)
+
+
+def _features(arguments):
+    from larp_jax.cli.recipe import load_recipe
+    from larp_jax.inference import features
+
+    recipe = load_recipe(arguments)
+    if recipe.stage != "tokenizer":
+        raise InputError(f"--config {arguments.config} is of a {recipe.stage}; give the recipe of a tokenizer")
+    manifest = features.write_features(
+        recipe,
+        arguments.output,
+        teacher=arguments.teacher,
+        spec=arguments.data,
+        windows=arguments.windows,
+        flips=arguments.flips or recipe.data.flip,
+        batch_size=arguments.batch_size,
+    )
+    if manifest:  # the other hosts have none
+        videos = len({row["video"] for row in manifest["rows"]})
+        print(f"{len(manifest['rows'])} clips of {videos} videos, in {arguments.output}")
 
 
 def _add_pair(sub) -> None:

@@ -158,7 +158,8 @@ class DataConfig:
 
     `batch_size` is the number of clips per step, over all hosts. `workers` is the number of processes that read clips;
     0 reads them in threads. `eval_clips` is the number of clips per evaluation; 0 means all. `flip` mirrors a random
-    half of the training clips. The released configuration turns it on, but the released data set ignores it.
+    half of the training clips. The released configuration turns it on, but the released data set ignores it. A
+    tokenizer with `loss.alignment_weight` may train on `features:DIR`, which `larp-jax features` wrote.
 
     Clips are consecutive frames at the rate of their video. With `fps`, videos are sampled at that rate, by the time
     at which each frame is shown; with `stride`, every `stride`-th frame is taken.
@@ -183,6 +184,11 @@ class DataConfig:
         require(not self.fps or self.stride == 1, "data.fps and data.stride cannot be combined; leave one out")
         require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
         at_least_0("data", self, "eval_clips", "workers", "fps")
+
+    @property
+    def has_features(self) -> bool:
+        """Whether training reads, together with each clip, the features that a tokenizer is aligned with."""
+        return self.train.startswith("features:")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

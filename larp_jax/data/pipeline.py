@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from typing import Any, Self
 
 import numpy as np
@@ -103,8 +103,6 @@ def train_batches(
       InputError: the data set cannot be opened, or the batch cannot be split. The iterator raises it if 100 videos in a
         row cannot be read.
     """
-    import grain
-
     rows = _LocalRows(batch_size, process_index, process_count, start_step)
     source = open_source(spec, clip)
     clips = (
@@ -112,8 +110,40 @@ def train_batches(
         if shapes
         else _sample_videos(source, seed).random_map(ReadClip(source, clip))
     )
-    clips = grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
-    return Batches(source, _Reported(_iterate(clips, rows.local, workers)))
+    return Batches(source, _Reported(_iterate(_of_process(clips, rows), rows.local, workers)))
+
+
+def sampled_batches(
+    source: Sized,
+    read: Callable[[int, np.random.Generator], dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless training batches of what is read of each video: epoch by epoch, without replacement.
+
+    What holds for the batches of `train_batches` holds for these, but errors of `read` are raised.
+
+    Args:
+      source: its length is the number of videos.
+      read: `read(index, rng)` returns the arrays of a video by name; can be pickled.
+      batch_size: videos per step over all processes.
+      seed: seed of order and `rng`.
+      start_step: step to begin at.
+      workers: as for `train_batches`.
+      process_index: index of this process.
+      process_count: number of processes; divides `batch_size`.
+
+    Raises:
+      InputError: the batch cannot be split.
+    """
+    rows = _LocalRows(batch_size, process_index, process_count, start_step)
+    clips = _sample_videos(source, seed).random_map(read)
+    return Batches(source, _iterate(_of_process(clips, rows), rows.local, workers))
 
 
 class _Reported:
@@ -146,7 +176,7 @@ class _Reported:
         self._batches.close()
 
 
-def _sample_videos(source: Source, seed: int, videos: np.ndarray | None = None):
+def _sample_videos(source: Sized, seed: int, videos: np.ndarray | None = None):
     """An endless Grain data set of video indices: epochs without replacement, mixed if the source has weights.
 
     `videos` [n] are the indices to sample, in ascending order; all by default.
@@ -323,6 +353,13 @@ class _LocalRows:
     def __call__(self, number: int) -> int:
         step, row = divmod(number, self.local)
         return self._first + step * self._batch_size + row
+
+
+def _of_process(clips, rows: _LocalRows):
+    """A Grain data set of the clips of this process."""
+    import grain
+
+    return grain.MapDataset.range(rows.count).map(_Lookup(clips, rows))
 
 
 class _Lookup:

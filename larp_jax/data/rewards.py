@@ -29,12 +29,13 @@ import numpy as np
 
 from larp_jax import files, npz
 from larp_jax.config import Ladder
+from larp_jax.data import manifests
 from larp_jax.data.clips import ClipSpec
+from larp_jax.data.manifests import MANIFEST
 from larp_jax.data.pipeline import Batches, eval_batches, window_batches
 from larp_jax.data.sources import Source, open_source
-from larp_jax.errors import InputError, reason
+from larp_jax.errors import InputError
 
-MANIFEST = "manifest.json"
 FORMAT = "larp_jax.rewards"
 VERSION = 1
 # Whether more of a metric is better (1) or worse (-1).
@@ -148,24 +149,7 @@ def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """Reads and checks the manifest of a folder of rewards; `InputError` if it is missing, damaged or another's."""
-    path = files.any_path(directory, "folder of rewards") / MANIFEST
-    try:
-        manifest = files.read_json(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; give a folder that larp-jax allocate completed") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); {AGAIN}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is not a manifest of rewards; give a folder written by larp-jax allocate")
-    if manifest.get("version") != VERSION:
-        raise InputError(f"{path} has version {manifest.get('version')}, but only {VERSION} is supported; {AGAIN}")
-    try:
-        _check(manifest)
-    except InputError as error:
-        raise InputError(f"{path} is damaged ({str(error).partition(';')[0]}); {AGAIN}") from None
-    except (KeyError, TypeError, ValueError) as error:  # anything may stand in a damaged file
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {reason(error)}); {AGAIN}") from None
-    return manifest
+    return manifests.read(directory, content="rewards", version=VERSION, command="larp-jax allocate", check=_check)
 
 
 def _check(manifest: dict) -> None:
@@ -177,16 +161,7 @@ def _check(manifest: dict) -> None:
         raise ValueError(f"the metrics {names} do not fit the reward of {reward.metric}")
     if not isinstance(manifest["data"], str) or not isinstance(manifest["fingerprint"], str):
         raise ValueError("data and fingerprint must be texts")
-    shards, rows = manifest["shards"], manifest["rows"]
-    if not rows or [shard["file"] for shard in shards] != [shard_name(i, len(shards)) for i in range(len(shards))]:
-        raise ValueError("no rows, or other names of shards")
-    if sum(shard["rows"] for shard in shards) != len(rows):
-        raise ValueError(f"{sum(shard['rows'] for shard in shards)} rows in shards, {len(rows)} listed")
-    for row in rows:
-        if not all(type(row[name]) is int and row[name] >= 0 for name in ("video", "start")):
-            raise ValueError("a row without its video or start")
-        if not isinstance(row["source"], str):
-            raise ValueError("a row without its source")
+    manifests.check_rows(manifest, shard_name)
 
 
 def ladder_of(manifest: Mapping[str, Any]) -> Ladder:

@@ -49,6 +49,11 @@ def _open(spec: DataSpec, clip: ClipSpec | None, default_split: str) -> Source:
         raise InputError(f"data {spec} contains codes, on which only generators train; give videos: {FORMS}")
     if spec.kind == "rewards":
         raise InputError(f"data {spec} contains rewards, on which only routers train; give videos: {FORMS}")
+    if spec.kind == "features":
+        raise InputError(
+            f"data {spec} contains clips with features, which are for data.train of a tokenizer with"
+            f" loss.alignment_weight; give videos: {FORMS}"
+        )
     if spec.kind == "mixture":
         parts = [open_source(part, clip, default_split=default_split) for part in spec.parts]
         return MixtureSource(parts, spec.weights)

@@ -23,9 +23,9 @@ _NAME_AND_SPLIT = re.compile(
 _KIND = r"(?:tfds:|folder:|moving_shapes(?:[:/+]|$))"
 _JOINT = re.compile(rf"\+(?=(?:[\d.]+\*)?{_KIND})")
 _WEIGHT = re.compile(rf"(?P<weight>[\d.]+)\*(?={_KIND})")
-_BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens|rewards)(?::|$)|{_KIND})")
-# Kinds of folders that this program writes, also to buckets.
-WRITTEN = ("tokens", "rewards")
+_BEGINNING = re.compile(rf"(?:[\d.]+\*)?(?:(?:tfds|folder|tokens|rewards|features)(?::|$)|{_KIND})")
+# Kinds of folders that this program writes.
+WRITTEN = ("tokens", "rewards", "features")
 # Suffixes of lists of videos, the inputs of `larp-jax prepare`.
 LISTS = (".csv", ".txt")
 
@@ -35,8 +35,9 @@ class DataSpec:
     """A parsed data set.
 
     Attributes:
-      kind: "folder", "tfds", "moving_shapes", "mixture", "tokens" for codes instead of videos, or "rewards".
-      name: path of the folder (of videos, codes or rewards); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
+      kind: "folder", "tfds", "moving_shapes", "mixture", "tokens" for codes instead of videos, or "rewards" or
+        "features".
+      name: path of the folder (of videos, codes, ...); NAME[/CONFIG] or path of the TFDS data set; CONFIG of
         moving_shapes, which may be empty.
       split: the TFDS split; empty if the text names none.
       parts: the data sets of a mixture, at least two.
@@ -62,10 +63,10 @@ class DataSpec:
 def parse_spec(text: str) -> DataSpec:
     """Parses `tfds:NAME[/CONFIG][:SPLIT]`, `folder:PATH`, `moving_shapes[/CONFIG][:SPLIT]`, or several joined by +.
 
-    `tokens:PATH` names codes written by `larp-jax tokenize`, `rewards:PATH` those of `larp-jax allocate`. PATH is used
-    unchanged, including colons; a leading ~ is the home folder. NAME may be the folder of a data set, such as one
-    written by `larp-jax prepare`. In the mixture `A+B`, the two data sets are one list; in `0.7*A+0.3*B`, seven of ten
-    clips are from A.
+    `tokens:PATH` names codes written by `larp-jax tokenize`, `rewards:PATH` those of `larp-jax allocate`, and
+    `features:PATH` clips with features, of `larp-jax features`. PATH is used unchanged, including colons; a leading ~
+    is the home folder. NAME may be the folder of a data set, such as one written by `larp-jax prepare`. In the mixture
+    `A+B`, the two data sets are one list; in `0.7*A+0.3*B`, seven of ten clips are from A.
 
     Raises:
       InputError: the text has none of these forms; the message suggests the nearest one.

@@ -19,6 +19,7 @@ from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
 from larp_jax.runtime import rng, sharding
 from larp_jax.tools import flops
+from larp_jax.tools.plan import batch_shapes
 from larp_jax.training.common import DTYPES
 from larp_jax.training.tokenizer import TokenizerStage
 
@@ -229,9 +230,8 @@ def _memory(recipe: TokenizerRecipe, mesh) -> float:
     stage, key = TokenizerStage(recipe), rng.key(0)
     shapes = jax.eval_shape(stage.init, key)
     placement, replicated = sharding.state_shardings(shapes, mesh), sharding.replicated(mesh)
-    rows = jax.ShapeDtypeStruct((recipe.data.batch_size, *recipe.model.clip_shape), jnp.uint8)
-    inputs = shapes, {"video": rows}, key, stage.frozen_shapes()
-    placements = placement, {"video": sharding.batch_sharding(mesh)}, replicated, replicated
+    inputs = shapes, batch_shapes(recipe, mesh), key, stage.frozen_shapes()
+    placements = placement, sharding.batch_sharding(mesh), replicated, replicated
     step = jax.jit(
         stage.train_step, donate_argnums=0, in_shardings=placements, out_shardings=(placement, replicated)
     )
@@ -351,6 +351,9 @@ class _Step(_Program):
         make_frozen = lambda: jax.tree.map(noise, stage.frozen_shapes())  # noqa: E731
         self.frozen = jax.jit(make_frozen, out_shardings=self.replicated)()
         self.batch = {"video": _noise_clips(recipe, recipe.data.batch_size, mesh)}
+        for name, x in batch_shapes(recipe, mesh).items():
+            if name not in self.batch:  # features
+                self.batch[name] = jax.jit(lambda x=x: noise(x), out_shardings=x.sharding)()
         step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(placement, self.replicated))
         super().__init__(step.lower(self.state, self.batch, self.key, self.frozen))
 

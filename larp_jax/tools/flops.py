@@ -65,7 +65,9 @@ def _train_step(recipe: TokenizerRecipe, *, compiled: bool) -> dict[str, float]:
         teacher = teacher_config(recipe.loss.alignment)
         hidden = 4 * c.decoder.width
         projector = _linear(out_patches * c.decoder.width, hidden) + _linear(out_patches * hidden, teacher.width)
-        counts["alignment"] = sum(_features(teacher, c.clip_shape, (teacher.depth,), compiled)) + 3 * projector
+        counts["alignment"] = 3 * projector
+        if not recipe.data.has_features:
+            counts["alignment"] += sum(_features(teacher, c.clip_shape, (teacher.depth,), compiled))
 
     if recipe.loss.adversarial_weight:
         parts = _frozen_discriminator if recipe.discriminator.kind == "frozen" else _discriminator

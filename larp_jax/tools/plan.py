@@ -185,7 +185,8 @@ def model_flops(recipe) -> dict[str, float]:
 def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the batch of a step.
 
-    Videos; codes, or latents as they are stored, for a generator; or videos and rewards.
+    Videos, with the features of a teacher if these are read; codes, or latents as they are stored, for a generator; or
+    videos and rewards.
     """
     rows = recipe.data.batch_size
     if recipe.holds == "generator":
@@ -200,6 +201,9 @@ def batch_shapes(recipe, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeS
         shapes["rewards"] = ((rows, recipe.model.adaptive.count), jnp.float32)
     else:
         shapes = {"video": ((rows, *recipe.model.clip_shape), jnp.uint8)}
+        if recipe.data.has_features:
+            places = (*recipe.model.decoder_grid, teacher_config(recipe.loss.alignment).width)
+            shapes["features"] = (rows, *places), jnp.float16
     placement = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     return {name: jax.ShapeDtypeStruct(*shape, sharding=placement) for name, shape in shapes.items()}
 

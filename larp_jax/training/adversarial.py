@@ -69,7 +69,7 @@ class Adversary:
         step: jax.Array,
         params: dict,
         opt_state: dict,
-        video: jax.Array,
+        clips: dict,
         reconstruct: Callable,
         key: jax.Array,
         frozen: dict,
@@ -80,19 +80,20 @@ class Adversary:
           step: number of finished steps.
           params: of the discriminator.
           opt_state: of the discriminator.
-          video: uint8 [B, T, H, W, C].
-          reconstruct: `reconstruct(i, video)` is the reconstruction of part i of the batch.
+          clips: `video` uint8 [B, T, H, W, C], and what else `reconstruct` needs.
+          reconstruct: `reconstruct(i, clips)` is the reconstruction of part i of the batch.
           key: random key of this step.
           frozen: weights that never change; see `larp_jax.training.frozen`.
         """
         weights, parts = self.recipe.loss, self.recipe.accumulate
 
         def update(params, opt_state):
-            def gradient(i, video):
-                reconstruction, part_key = reconstruct(i, video), jax.random.fold_in(key, parts + i)
-                return self.gradient(params, opt_state, as_float_video(video), reconstruction, part_key, frozen)
+            def gradient(i, clips):
+                reconstruction, part_key = reconstruct(i, clips), jax.random.fold_in(key, parts + i)
+                video = as_float_video(clips["video"])
+                return self.gradient(params, opt_state, video, reconstruction, part_key, frozen)
 
-            return self.update(params, opt_state, *common.mean_over_parts(gradient, parts, video))
+            return self.update(params, opt_state, *common.mean_over_parts(gradient, parts, clips))
 
         is_due = (step >= weights.adversarial_start) & (step % weights.discriminator_every == 0)
         return jax.lax.cond(is_due, update, lambda *unchanged: unchanged, params, opt_state)

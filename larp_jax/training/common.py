@@ -11,6 +11,7 @@ import optax
 
 from larp_jax import data
 from larp_jax.config import DataConfig, GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax.data.features import FeatureSet
 from larp_jax.state import TrainState
 from larp_jax.training.writers import MetricWriter
 
@@ -82,19 +83,24 @@ def clip_spec(model: TokenizerConfig, sampled: DataConfig) -> data.ClipSpec:
     return data.ClipSpec.of(model.clip_shape, flip=sampled.flip, fps=sampled.fps, stride=sampled.stride)
 
 
-def train_clips(recipe: TokenizerRecipe | GeneratorRecipe, clip: data.ClipSpec, start_step: int) -> data.Batches:
-    """Training batches of clips from a step on."""
-    return data.train_batches(
-        recipe.data.train,
-        clip,
-        batch_size=recipe.data.batch_size,
-        seed=recipe.seed,
-        shapes=recipe.data.sizes,
-        start_step=start_step,
-        workers=recipe.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def train_clips(
+    recipe: TokenizerRecipe | GeneratorRecipe,
+    clip: data.ClipSpec,
+    start_step: int,
+    features: FeatureSet | None = None,
+) -> data.Batches:
+    """Training batches of clips from a step on; with features if the data is a folder of them."""
+    options = {
+        "batch_size": recipe.data.batch_size,
+        "seed": recipe.seed,
+        "start_step": start_step,
+        "workers": recipe.data.workers,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if features is not None:
+        return features.batches(**options)
+    return data.train_batches(recipe.data.train, clip, shapes=recipe.data.sizes, **options)
 
 
 def write_scores(scores: Mapping[str, float], step: int, writer: MetricWriter) -> None:

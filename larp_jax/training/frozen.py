@@ -46,6 +46,8 @@ class Frozen:
             self._teachers["trunk"] = "discriminator.trunk", recipe.discriminator.trunk, trunk_dtype
         for name, (setting, wanted, dtype) in self._teachers.items():
             self.modules[name] = self._teacher(setting, wanted, dtype)
+        if recipe.data.has_features:  # the teacher's are read, so only its sizes are needed
+            self._teachers.pop("teacher", None)
 
     def _teacher(self, setting: str, wanted: str, dtype) -> Teacher:
         try:
@@ -60,7 +62,7 @@ class Frozen:
         return module
 
     def load(self) -> dict:
-        """Parameters by network. The kernels of teachers are in the dtype of the computation.
+        """Parameters by network, of those that steps run. The kernels of teachers are in the dtype of the computation.
 
         Raises:
           InputError: a file of weights is missing or damaged.
@@ -84,7 +86,8 @@ class Frozen:
 
     def shapes(self) -> dict:
         """Shapes and dtypes of what `load` returns, without any file of weights."""
-        shapes = {name: _params(module) for name, module in self.modules.items()}
+        run = self._teachers.keys() | {"lpips", "router"}
+        shapes = {name: _params(module) for name, module in self.modules.items() if name in run}
         for name, (_, _, dtype) in self._teachers.items():
             shapes[name] = jax.eval_shape(functools.partial(_kernels_as, dtype), shapes[name])
         return shapes

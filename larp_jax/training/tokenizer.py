@@ -38,6 +38,7 @@ from larp_jax.runtime import sharding
 from larp_jax.state import TrainState
 from larp_jax.training import common, corruption, losses, optim
 from larp_jax.training.adversarial import Adversary
+from larp_jax.training.features import open_features
 from larp_jax.training.frozen import Frozen
 from larp_jax.weights import checkpoint
 from larp_jax.weights.fingerprint import digest, parts
@@ -194,7 +195,8 @@ class TokenizerStage:
 
         Args:
           state: donated by the trainer.
-          batch: `video` uint8 [B, T, H, W, C].
+          batch: `video` uint8 [B, T, H, W, C]. With alignment also `features` [B, t, h, w, C], those of the teacher on
+            the grid of the decoder's patches, if the teacher is not to compute them.
           key: the run's root key; the step's randomness is a function of it and `state.step`.
           frozen: as returned by `frozen`.
 
@@ -204,28 +206,29 @@ class TokenizerStage:
         recipe = self.recipe
         key = jax.random.fold_in(key, state.step)
         params, opt_state, model, last = state.params, state.opt_state, self.trained(state.params), {}
+        clips = {name: batch[name] for name in ("video", "features") if name in batch}
 
-        def forward(i, video):
+        def forward(i, clips):
             """(reconstruction, the other losses), pullback, (codes, logs)"""
-            video = as_float_video(video)
-            part_key = jax.random.fold_in(key, i)
-            f = functools.partial(self._forward, video=video, step=state.step + 1, key=part_key, frozen=frozen)
+            clips, part_key = clips | {"video": as_float_video(clips["video"])}, jax.random.fold_in(key, i)
+            f = functools.partial(self._forward, clips=clips, step=state.step + 1, key=part_key, frozen=frozen)
             return jax.vjp(lambda model: f(common.merged(_model(params), model)), model, has_aux=True)
 
         if recipe.accumulate == 1:
-            once = forward(0, batch["video"])
+            once = forward(0, clips)
             forward = lambda *_: once  # noqa: E731
 
         if self.adversary is not None:
             before, reconstruct = (x["discriminator"] for x in (params, opt_state)), lambda *part: forward(*part)[0][0]
             after, its_state = self.adversary.updated_if_due(
-                state.step, *before, batch["video"], reconstruct, key, frozen
+                state.step, *before, clips, reconstruct, key, frozen
             )
             params, opt_state = params | {"discriminator": after}, opt_state | {"discriminator": its_state}
             last = its_state["last"]
 
-        def gradient(i, video):
-            (reconstruction, _), pullback, (codes, logs) = forward(i, video)
+        def gradient(i, clips):
+            (reconstruction, _), pullback, (codes, logs) = forward(i, clips)
+            video = clips["video"]
             part_key = jax.random.fold_in(key, 2 * recipe.accumulate + i)
             (loss, terms), cotangent = jax.value_and_grad(self._reconstruction_losses, has_aux=True)(
                 reconstruction, as_float_video(video), params, frozen, state.step, part_key
@@ -235,7 +238,7 @@ class TokenizerStage:
             logs |= self._image_quality(state.step, as_float_video(video), jnp.clip(reconstruction, 0.0, 1.0))
             return grads, codes, logs
 
-        grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, batch["video"])
+        grads, codes, logs = common.mean_over_parts(gradient, recipe.accumulate, clips)
         updates, tokenizer_state = self.optimizer.update(grads, opt_state["tokenizer"], model)
         model = optax.apply_updates(model, updates)
         ema = state.ema
@@ -273,12 +276,12 @@ class TokenizerStage:
         assignments = jnp.asarray(model.adaptive.assignments, jnp.int32)
         return assignments[jax.random.randint(key, (len(video),), 0, len(assignments))]
 
-    def _forward(self, model: dict, *, video, step, key, frozen):
+    def _forward(self, model: dict, *, clips, step, key, frozen):
         """Tokenizer and prior: ((reconstruction, weighted sum of their own losses), (code frequencies, logs)).
 
         `step` counts from 1, as the schedules do.
         """
-        recipe = self.recipe
+        recipe, video = self.recipe, clips["video"]
         sample_key, prior_key = jax.random.split(key)
         tokenizer = self.module("tokenizer", model)
         share = self.share(step - self.continuous_steps) if self.continuous_steps else 1.0
@@ -307,7 +310,7 @@ class TokenizerStage:
             loss += recipe.loss.prior_weight * share * terms["loss_prior"]
             logs |= terms
         if "projector" in model:
-            logs["loss_alignment"] = self._alignment_loss(model, frozen, video, features)
+            logs["loss_alignment"] = self._alignment_loss(model, frozen, clips, features)
             loss += recipe.loss.alignment_weight * logs["loss_alignment"]
         codes = None
         if quantized.indices is not None:
@@ -331,11 +334,13 @@ class TokenizerStage:
         )
         return {"loss_prior": loss, **accuracy}
 
-    def _alignment_loss(self, model: dict, frozen: dict, video: jax.Array, features: jax.Array) -> jax.Array:
+    def _alignment_loss(self, model: dict, frozen: dict, clips: dict, features: jax.Array) -> jax.Array:
         """The alignment of the decoder's features [B, t, h, w, D] with those of the teacher, a scalar."""
-        target = jax.lax.stop_gradient(self.module("teacher", frozen)(video))
+        target = clips.get("features")
+        if target is None:
+            target = resampled(self.module("teacher", frozen)(clips["video"]), features.shape[1:4])
         projected = self.module("projector", model)(features)
-        return losses.alignment_loss(projected, resampled(target, features.shape[1:4]))
+        return losses.alignment_loss(projected, jax.lax.stop_gradient(target.astype(jnp.float32)))
 
     def _reconstruction_losses(self, reconstruction, video, params, frozen, step, key):
         """The losses of the reconstruction: their weighted sum, and each unweighted by name."""
@@ -378,20 +383,25 @@ class TokenizerTask:
     """A run of stage 1, as `larp_jax.training.stages.Task` defines it."""
 
     stage_class = TokenizerStage
-    inputs = ("video",)
+    inputs: tuple[str, ...] = ("video",)
     shown = ("loss", "loss_reconstruction", "loss_prior", "loss_alignment", "loss_adversarial", "psnr", "perplexity")
     only_logged = ("ssim",)
 
     def __init__(self, recipe: TokenizerRecipe, mesh: Mesh):
         self.recipe, self._mesh = recipe, mesh
+        self._features = open_features(recipe) if recipe.data.has_features else None
         self.stage = self.stage_class(recipe)
         self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
         router = self.frozen.get("router")
         self._router = None if router is None else digest("", jax.device_get(router))
         model = recipe.model
         self._clip = common.clip_spec(model, recipe.data)
-        source = data.open_source(recipe.data.train, self._clip)
-        self._identity = common.data_identity(map(source.name, range(len(source))))
+        if self._features is None:
+            source = data.open_source(recipe.data.train, self._clip)
+            self._identity = common.data_identity(map(source.name, range(len(source))))
+        else:
+            self.inputs = ("video", "features")
+            self._identity = common.data_identity(self._features.names())
         self._evaluator = self._code_counts = None
         self._coded_from = self.stage.continuous_steps and self.stage.continuous_steps + recipe.start.ramp_steps
 
@@ -431,7 +441,7 @@ class TokenizerTask:
 
     def batches(self, start_step):
         """This process's rows of the batches of clips from a step on."""
-        return common.train_clips(self.recipe, self._clip, start_step)
+        return common.train_clips(self.recipe, self._clip, start_step, self._features)
 
     def watch(self, step, logs):
         """Warns if all codes collapse to one."""
@@ -481,8 +491,12 @@ class TokenizerTask:
 
     def _some_clips(self, count: int) -> np.ndarray:
         """Training clips, uint8 [count, T, H, W, 3], the same on every process and in every run of this seed."""
-        videos = []
-        with data.train_batches(self.recipe.data.train, self._clip, batch_size=16, seed=self.recipe.seed) as batches:
+        videos, spec, options = [], self.recipe.data.train, {"batch_size": 16, "seed": self.recipe.seed}
+        with (
+            data.train_batches(spec, self._clip, **options)
+            if self._features is None
+            else self._features.batches(**options)
+        ) as batches:
             while len(videos) * 16 < count:
                 videos.append(next(batches)["video"])
         return np.concatenate(videos)[:count]
