@@ -79,7 +79,7 @@ def windows_of(path: pathlib.Path, dtype: np.dtype, count: int) -> list[tuple[in
     """`window` and `flip` of each row of a shard of `count` windows in all; `InputError` as for `shard_header`."""
     if not shard_header(path, dtype)[0]:
         return []
-    rows = np.load(path, mmap_mode="r")
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
     windows = rows["window"].tolist()
     if min(windows) < 0 or max(windows) >= count:
         raise InputError(f"{path} is damaged (it names other windows); delete it, and {AGAIN}")
