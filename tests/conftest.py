@@ -96,8 +96,17 @@ def only_one_process(path: pathlib.Path):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def moving_shapes_dir(tmp_path_factory) -> pathlib.Path:
+    """$TFDS_DATA_DIR of all tests of a process, from the first to the last, whichever fixtures come and go between."""
+    folder = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
+def trained(tmp_path_factory, moving_shapes_dir, shared_programs) -> pathlib.Path:
     """Workdir of a run of tests/configs/tiny.py: six steps on moving shapes, checkpoints at 2, 4 and 6."""
     from larp_jax import cli
     from larp_jax.data import moving_shapes
@@ -112,10 +121,10 @@ def trained(tmp_path_factory, shared_programs) -> pathlib.Path:
                 small.setenv("TFDS_DATA_DIR", str(shared / "tfds"))
                 small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
                 assert cli.main(["train", "--config", str(config), "--workdir", str(shared / "run")]) == 0
-    shutil.copytree(shared, own, dirs_exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(own / "tfds"))
-        yield own / "run"
+    made = pathlib.Path("moving_shapes", "32")
+    if not (moving_shapes_dir / made).exists():
+        shutil.copytree(shared / "tfds" / made, moving_shapes_dir / made)
+    return shutil.copytree(shared / "run", own / "run")
 
 
 def random_checkpoint(folder: pathlib.Path, variant: str) -> pathlib.Path:
@@ -139,35 +148,26 @@ def random_checkpoint(folder: pathlib.Path, variant: str) -> pathlib.Path:
     return folder / "tokenizer"
 
 
-@contextlib.contextmanager
-def small_moving_shapes(folder: pathlib.Path):
-    """Moving shapes are small, and made in `folder`."""
+@pytest.fixture(scope="session")
+def small_moving_shapes(moving_shapes_dir) -> None:
+    """Moving shapes are those of `trained`."""
     from larp_jax.data import ClipSpec, moving_shapes, open_source
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
-        with pytest.MonkeyPatch.context() as small:
-            small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
-            open_source("moving_shapes", ClipSpec(8, 32))
-        yield
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
+        open_source("moving_shapes", ClipSpec(8, 32))
 
 
 @pytest.fixture(scope="session")
-def untrained(tmp_path_factory) -> pathlib.Path:
+def untrained(tmp_path_factory, small_moving_shapes) -> pathlib.Path:
     """A checkpoint of the tokenizer of tests/configs/tiny.py:adaptive with random weights; moving shapes are small."""
-    folder = tmp_path_factory.mktemp("adaptive")
-    checkpoint = random_checkpoint(folder, "adaptive")
-    with small_moving_shapes(folder):
-        yield checkpoint
+    return random_checkpoint(tmp_path_factory.mktemp("adaptive"), "adaptive")
 
 
 @pytest.fixture(scope="session")
-def continuous(tmp_path_factory) -> pathlib.Path:
+def continuous(tmp_path_factory, small_moving_shapes) -> pathlib.Path:
     """The same of tests/configs/tiny.py:continuous, whose tokenizer has continuous latents."""
-    folder = tmp_path_factory.mktemp("continuous")
-    checkpoint = random_checkpoint(folder, "continuous")
-    with small_moving_shapes(folder):
-        yield checkpoint
+    return random_checkpoint(tmp_path_factory.mktemp("continuous"), "continuous")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from test_generate import write_generator
 import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
-from larp_jax.data import ClipSpec, codes as codes_on_disk, moving_shapes
+from larp_jax.data import ClipSpec, codes as codes_on_disk
 from larp_jax.data.video import VideoFile, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation import generated, protocols
@@ -24,14 +24,11 @@ CONFIG = pathlib.Path(__file__).parent / "configs" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shared_programs):
+def run(tmp_path_factory, shared_programs, small_moving_shapes):
     """Workdir of a run of tests/configs/tiny.py:adaptive."""
     folder = tmp_path_factory.mktemp("adaptive")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
-        patch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
-        assert cli.main(["train", "--config", f"{CONFIG}:adaptive", "--workdir", str(folder / "run")]) == 0
-        yield folder / "run"
+    assert cli.main(["train", "--config", f"{CONFIG}:adaptive", "--workdir", str(folder / "run")]) == 0
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
