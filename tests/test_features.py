@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_moving_shapes
 from flax import nnx
 
 from larp_jax import cli
@@ -52,14 +51,14 @@ def recipe_of(*settings):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, small_moving_shapes):
     """The folder `out` of 32 videos, two windows each and mirrored, beside the teacher; and the command's arguments."""
     folder = tmp_path_factory.mktemp("features")
     teacher = write_teacher(folder / "teacher.safetensors")
     settings = ["--config.loss.alignment_weight=0.7", f"--config.loss.alignment={teacher}"]
     settings += ["--config.loss.alignment_layer=1"]
     command = ["features", "--config", f"{TINY}:plain", *settings, "--windows", 2, "--flips", "--output"]
-    with small_moving_shapes(folder), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "SHARD_WINDOWS", 24)
         call(*command, folder / "out")
         yield folder / "out", command, recipe_of(*settings, f"--config.data.train=features:{folder / 'out'}")

@@ -290,6 +290,9 @@ def test_a_service_that_hangs_does_not_hold_up_a_run(tmp_path, service, caplog, 
     with caplog.at_level(logging.WARNING):
         report(tmp_path, "mlflow")
     service.waits.set()
+    for thread in threading.enumerate():  # which would print what it is told into the next test
+        if thread.name == "mlflow":
+            thread.join(10)
     assert steps(tmp_path) == [3]
     (record,) = [record for record in caplog.records if "mlflow" in record.message]
     assert "mlflow misses a part of this run (it does not keep up)" in record.message
