@@ -151,10 +151,10 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     names = [sorted(_files(workdir)) for workdir in (one, other)]
     if names[0] != names[1]:
         found.append(f"files: {set(names[0]) ^ set(names[1])}")
-    rows = [_without_times(workdir) for workdir in (one, other)]
-    if len(rows[0]) != len(rows[1]):
-        found.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} lines")
-    for row, again in zip(*rows, strict=False):
+    logged = [rows(workdir) for workdir in (one, other)]
+    if len(logged[0]) != len(logged[1]):
+        found.append(f"metrics.jsonl: {len(logged[0])} and {len(logged[1])} lines")
+    for row, again in zip(*logged, strict=False):
         found += [f"step {row['step']}: {k}" for k in sorted(row.keys() | again.keys()) if row.get(k) != again.get(k)]
     for step in sorted(path.name for path in (one / "checkpoints").iterdir()):
         paths = [workdir / "checkpoints" / step for workdir in (one, other)]
@@ -196,7 +196,8 @@ def without_times(row: dict) -> dict:
     return {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("time/")}
 
 
-def _without_times(workdir: pathlib.Path) -> list[dict]:
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, without what differs from run to run."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [without_times(json.loads(line)) for line in lines]
 

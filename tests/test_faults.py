@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import chaos
 import numpy as np
 import pytest
 from data_helpers import moving_frames
-from test_train import as_if_killed, assert_same_weights, rows, steps, train
+from test_train import as_if_killed, assert_same_weights, steps, train
 
 from larp_jax.data import ClipSpec, limits, pipeline, random_access, train_batches, video
 from larp_jax.errors import InputError
@@ -96,7 +97,7 @@ def test_training_resumes_before_damaged_checkpoints(trained, tmp_path, capsys):
     assert steps(workdir) == [2, 4, 6] and {path.name for path in checkpoints.glob("*.damaged")} == {
         "4.damaged", "6.damaged"
     }  # fmt: skip
-    assert rows(workdir) == rows(trained)
+    assert chaos.rows(workdir) == chaos.rows(trained)
     assert_same_weights(workdir, trained)
 
 
@@ -106,7 +107,7 @@ def test_without_a_valid_checkpoint_nothing_is_changed(trained, tmp_path, capsys
         flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "optimizer"))
     message = fails(2, capsys, workdir)
     assert "can be read (the newest, 6: optimizer/" in message and "differs from its checksum" in message
-    assert steps(workdir) == [2, 4, 6] and rows(workdir) == rows(trained)
+    assert steps(workdir) == [2, 4, 6] and chaos.rows(workdir) == chaos.rows(trained)
 
 
 def test_damage_shows_when_a_checkpoint_is_used(trained, tmp_path):
@@ -155,7 +156,7 @@ def test_a_full_disk(trained, tmp_path, capsys):
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
     assert not checkpoint.find_damage(workdir / "checkpoints" / "2")
     assert train(workdir) == 0
-    assert rows(workdir) == rows(trained)
+    assert chaos.rows(workdir) == chaos.rows(trained)
     assert_same_weights(workdir, trained)
 
 

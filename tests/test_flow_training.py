@@ -30,11 +30,6 @@ def train(workdir, tokenizer, *overrides):
     )
 
 
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [chaos.without_times(json.loads(line)) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def online(continuous, tmp_path_factory):
     """The workdir of a run that encodes clips during training, and is given classes and frames."""
@@ -44,7 +39,7 @@ def online(continuous, tmp_path_factory):
 
 
 def test_what_a_run_leaves(online, continuous):
-    logged = rows(online)
+    logged = chaos.rows(online)
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(logged[0]["train/explained"], 0.0, atol=1e-6)  # the head starts at zero
     assert 1.7 < logged[0]["train/loss"] < 2.3  # noise and standardized latents have variance 1
@@ -61,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online, continuous, tmp_path)
     for step in (4, 6):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     assert train(workdir, continuous, "--config.model.condition=class+frames") == 0
-    assert rows(workdir) == rows(online)
+    assert chaos.rows(workdir) == chaos.rows(online)
     for weights in ("ema", "raw"):
         one, other = (checkpoint.load(path, weights=weights) for path in (workdir, online))
         jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
@@ -86,7 +81,7 @@ def test_latents_on_disk_are_standardized_by_their_statistics(offline, online, c
     assert found.tokenizer_fingerprint == larp_jax.load_tokenizer(continuous).fingerprint
     # those of other windows of the same clips are similar
     np.testing.assert_allclose(checkpoint.load(online).statistics, found.statistics, rtol=0.3, atol=0.1)
-    assert 1.7 < rows(offline / "run")[0]["train/loss"] < 2.3
+    assert 1.7 < chaos.rows(offline / "run")[0]["train/loss"] < 2.3
 
 
 def test_sampling_from_python(online, continuous):
@@ -145,7 +140,8 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["metrics"].keys() == {"flow_loss", "explained"}
     assert scores["protocol"]["latents"] == {"d": 4, "N": 8}
-    np.testing.assert_allclose(scores["metrics"]["flow_loss"], rows(offline / "run")[2]["eval/flow_loss"], rtol=0.5)
+    logged = chaos.rows(offline / "run")[2]["eval/flow_loss"]
+    np.testing.assert_allclose(scores["metrics"]["flow_loss"], logged, rtol=0.5)
 
     monkeypatch.setattr("larp_jax.tools.benchmark.CPU_WORK", (32, 2**10))
     output = tmp_path / "benchmark.json"

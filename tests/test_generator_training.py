@@ -30,11 +30,6 @@ def train(workdir, tokenizer, *overrides):
     )
 
 
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [chaos.without_times(json.loads(line)) for line in lines]
-
-
 def error_of(capsys, *arguments):
     capsys.readouterr()
     assert train(*arguments) == 2
@@ -70,7 +65,7 @@ def codes(trained, videos, tmp_path_factory):
 
 
 def test_what_a_run_leaves(online, tokenizer):
-    logged = rows(online)
+    logged = chaos.rows(online)
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     assert {"train/loss", "train/top1", "train/top5", "train/grad_norm"} <= logged[0].keys()
     assert {"eval/cross_entropy", "eval/top1", "eval/top5"} <= logged[5].keys()
@@ -96,7 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online, trained, tmp_path):
     for step in (4, 6):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     assert train(workdir, trained) == 0
-    assert rows(workdir) == rows(online)
+    assert chaos.rows(workdir) == chaos.rows(online)
     for weights in ("ema", "raw"):
         one, other = (checkpoint.load(path, weights=weights).params for path in (workdir, online))
         jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -179,7 +174,7 @@ def test_training_from_codes(codes, trained, tokenizer, tmp_path):
     assert found.params["generator"]["token_embedding"].shape == (33, 16)
     assert (tmp_path / "prediction" / "media" / "00000006_samples.png").exists()
     assert "class_counts" not in json.loads((found.path / "metadata" / "metadata").read_text())
-    assert rows(tmp_path / "prediction")[-1]["train/loss"] < np.log(32) - 0.1
+    assert chaos.rows(tmp_path / "prediction")[-1]["train/loss"] < np.log(32) - 0.1
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ def train(workdir, *overrides):
     return cli.main(["train", "--config", CONFIG, "--workdir", str(workdir), *overrides])
 
 
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [chaos.without_times(json.loads(line)) for line in lines]
-
-
 def steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
@@ -57,10 +52,10 @@ def assert_same_weights(a, b):
 
 def test_what_a_run_leaves(trained):
     assert steps(trained) == [2, 4, 6]
-    assert [row["step"] for row in rows(trained)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in chaos.rows(trained)] == [1, 2, 3, 4, 5, 6]
     logged = {"loss", "loss_prior", "loss_adversarial", "loss_discriminator", "logits_real", "logits_fake", "psnr"}
-    assert {f"train/{name}" for name in logged} <= rows(trained)[0].keys()
-    evaluated = rows(trained)[5]
+    assert {f"train/{name}" for name in logged} <= chaos.rows(trained)[0].keys()
+    evaluated = chaos.rows(trained)[5]
     assert {"eval/psnr", "eval/psnr_mean_clip", "eval/ssim", "eval/usage", "eval/prior_top1"} <= evaluated.keys()
     assert (trained / "media" / "00000006_reconstruction.png").exists()
     found = checkpoint.load(trained)
@@ -76,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, capsys):
         file.write('{"step": 7, "train/lo')  # incomplete, as after a kill
     assert train(workdir, "--config.data.workers=2") == 0  # which may change
     assert "settings changed since the run started: data.workers from 0 to 2" in capsys.readouterr().err
-    assert rows(workdir) == rows(trained)
+    assert chaos.rows(workdir) == chaos.rows(trained)
     assert_same_weights(workdir, trained)
 
 
@@ -99,7 +94,7 @@ def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monk
     for newest in (1, 2, 3):
         workdir = as_if_killed(tmp_path / "run", tmp_path / f"from_{newest}", newest)
         assert train(workdir, *start) == 0
-        assert rows(workdir) == rows(tmp_path / "run")
+        assert chaos.rows(workdir) == chaos.rows(tmp_path / "run")
         one, other = (checkpoint.load(path).params for path in (workdir, tmp_path / "run"))
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -108,7 +103,7 @@ def test_a_finished_run_stays_as_it_is(trained, tmp_path, capsys):
     workdir = shutil.copytree(trained, tmp_path / "run")
     assert train(workdir) == 0
     assert "trained to step 6" in capsys.readouterr().out
-    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in chaos.rows(workdir)] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(workdir, trained)
 
 
@@ -139,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_continues(trained, tmp_path, capsys,
     assert "stopped by SIGTERM at step 5, saved" in capsys.readouterr().err
     assert steps(workdir)[-1] == 5
     assert train(workdir) == 0
-    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in chaos.rows(workdir)] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(workdir, trained)
 
 
@@ -206,8 +201,8 @@ def test_settings_against_divergence_may_change(trained, tmp_path, capsys):
     for name, value in cures.items():
         assert f"{name} from " in error and f" to {value!r}" in error
     assert "init_from" not in error
-    assert rows(workdir)[:4] == rows(trained)[:4]
-    assert rows(workdir)[4]["train/learning_rate"] < 1.01e-4
+    assert chaos.rows(workdir)[:4] == chaos.rows(trained)[:4]
+    assert chaos.rows(workdir)[4]["train/learning_rate"] < 1.01e-4
     assert checkpoint.load(workdir).recipe.optim.clip_norm == 1.0
 
 
@@ -224,7 +219,7 @@ def test_settings_of_the_environment_change_nothing(trained, tmp_path):
     workdir = as_if_killed(trained, tmp_path / "run", newest=4)
     with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
         assert train(workdir) == 0
-    assert rows(workdir) == rows(trained)
+    assert chaos.rows(workdir) == chaos.rows(trained)
     assert_same_weights(workdir, trained)
 
 
