@@ -1,7 +1,7 @@
 """How streams change as they go on: their colors, and what a probe makes of them, window after window."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,14 @@ def drift(
         result[name] = [{"start": i * config.frames, **x.result(real)} for i, x in enumerate(measured)]
     files.make_folder(output)
     files.write_json(output / NUMBERS, result)
-    for measure, title in MEASURES.items():
-        if measure in result["real"]:
-            files.write_bytes(output / f"drift_{measure}.svg", as_file(_chart(result, measure, title)).encode())
+    for chart in figures(result):
+        files.write_bytes(output / f"{chart.name}.svg", as_file(chart).encode())
     return result
+
+
+def figures(result: Mapping[str, Any]) -> list[Chart]:
+    """A chart of each measure in what `drift` returns: over the windows of streams, beside the control."""
+    return [_chart(result, measure, title) for measure, title in MEASURES.items() if measure in result["real"]]
 
 
 class _Window:
@@ -150,7 +154,7 @@ def _windows(stream: Stream, anchors: np.ndarray | None, blocks: int) -> Iterato
             window = []
 
 
-def _chart(result: dict[str, Any], measure: str, title: str) -> Chart:
+def _chart(result: Mapping[str, Any], measure: str, title: str) -> Chart:
     lines = [Series(name, [(x["start"], x[measure]) for x in result[name]]) for name in ("stream", "anchored")]
     if (value := result["real"][measure]) is not None:
         lines.append(Series("real clips", [(x["start"], value) for x in result["stream"]]))
