@@ -11,12 +11,12 @@ import pytest
 
 import larp_jax
 from larp_jax import cli
+from larp_jax.api import LoadedFlow
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import CodeSet
 from larp_jax.errors import InputError
 from larp_jax.evaluation.generated import videos_for
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.generate import Sampler
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.weights import checkpoint

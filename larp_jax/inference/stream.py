@@ -24,12 +24,12 @@ import numpy as np
 
 from larp_jax import files, npz
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api.generator import NO_BLOCKS, Budget
 from larp_jax.config import AUTO
 from larp_jax.data.codes import MANIFEST
 from larp_jax.data.inputs import playable_fps
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.generator_api import NO_BLOCKS, Budget
 from larp_jax.inference.batches import BatchFolder
 from larp_jax.inference.generate import Sampler, class_pairs
 from larp_jax.models.packing import by_place

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api import LoadedFlow, LoadedGenerator, LoadedTokenizer
 from larp_jax.config import AUTO, FlowConfig, GeneratorConfig, MeshConfig
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.stream import Stream
 from larp_jax.models.condition import Condition
 from larp_jax.models.sampling import Plan, Sampled, SamplingOptions

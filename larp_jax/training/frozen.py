@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax import api
-from larp_jax.allocation import check_router
+from larp_jax.budgets import check_router
 from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.lpips import Lpips

@@ -1,4 +1,4 @@
-"""The Python interface of trained generators, which sample codes or latents; it is part of `larp_jax.api`."""
+"""Trained generators, which sample codes or latents."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ class LoadedGenerator:
       class_codes: as given.
     """
 
-    network: type[Generator] | type[Flow] = Generator
+    network: type[Any] = Generator
     config: GeneratorConfig
 
     @rng.pinned()
@@ -198,8 +198,8 @@ class LoadedGenerator:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
         sampled = self.sample_counted(classes, key=key, frames=frames, indices=indices, budget=budget, **options)
-        first, *more = sampled.arrays.values()
-        return (first, *more) if more else first
+        codes, *lengths = sampled.arrays.values()
+        return (codes, lengths[0]) if lengths else codes
 
     def sample_counted(
         self,
@@ -264,7 +264,7 @@ class LoadedGenerator:
         if self._mesh is not None:
             lengths = jax.device_put(lengths, sharding.batch_sharding(self._mesh))
         with rng.pinned(), self._precisely():
-            first = First(lengths, np.int32(count))
+            first = First(jnp.asarray(lengths), jnp.int32(count))
             found = self._sample(*arguments, known, chosen.plan(self.config.symbols), first)
         return found.codes, found.lengths[:, : count + 1]
 
@@ -437,14 +437,14 @@ class LoadedFlow(LoadedGenerator):
     """
 
     network = Flow
-    config: FlowConfig
+    config: FlowConfig  # type: ignore[assignment]
 
     def __init__(
         self, config: FlowConfig, params: Mapping, *, statistics: tuple[np.ndarray, np.ndarray] | None, **options: Any
     ):
         if statistics is None or any(np.shape(x) != (config.code_dim,) for x in statistics):
             raise InputError("the checkpoint has no statistics of the latents of this flow generator; use another step")
-        super().__init__(config, params, **options)
+        super().__init__(config, params, **options)  # type: ignore[arg-type]
         mean, std = self.statistics = tuple(np.asarray(x, np.float32) for x in statistics)
 
         def sample(params, condition, indices, key, scalars, known, plan):
