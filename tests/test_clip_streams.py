@@ -15,9 +15,11 @@ from test_stream import contents, run  # noqa: F401  (`contents` is a fixture)
 from larp_jax import Stream, cli, load_generator, load_tokenizer
 from larp_jax.config import FlowConfig, FlowRecipe, to_dict
 from larp_jax.data.video import write_video
+from larp_jax.errors import InputError
 from larp_jax.inference import stream
 from larp_jax.models.flow import Flow
 from larp_jax.models.pixels import to_uint8
+from larp_jax.tools import demo, demo_page
 from larp_jax.weights import checkpoint
 
 GIVEN = 3  # of the 8 frames of a clip
@@ -162,3 +164,26 @@ def test_drift_and_benchmark(flow, continuous, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["block_frames"], found["clip_frames"], found["solver_steps"]) == (5, 8, 2)
     assert found["frames_per_second"] > 0
+
+
+def test_the_demo_shows_latents_and_samples_from_a_flow(flow, continuous, tmp_path):
+    tokenizer, always = load_tokenizer(continuous), tmp_path / "always"
+    shown = demo.Demo(tokenizer, load_generator(flow))
+    for name, seed in (("first", 1), ("second", 2)):
+        write_video(tmp_path / f"{name}.mp4", moving_frames(8, 32, 32, seed=seed), 8.0)
+    first, second = (shown.read(tmp_path / f"{name}.mp4") for name in ("first", "second"))
+    assert first.codes.shape == (8, 4) and first.codes.dtype == np.float32
+    np.testing.assert_array_equal(shown.swap(first, second, range(8)), second.reconstruction)
+    maps = shown.maps(first)
+    assert maps.patches.shape[0] == 8 and maps.patches.max() > 0
+    page = demo_page.reconstruction(first, 0) + demo_page.code_grid(first, maps)
+    page += demo_page.position_map(first, maps, 2)
+    assert "<dt>latents</dt><dd>8</dd>" in page and "<dt>floats</dt><dd>32</dd>" in page
+    assert page.count("data-position=") == 8 and "<dt>code</dt>" not in page and "<b>" not in page
+
+    assert shown.streams and shown.classes[:2] == [("any class", -1), ("0 walk", 0)]
+    assert shown.sample(1, guidance=1.5).shape == (4, 8, 32, 32, 3)
+    assert [len(block) for block in shown.stream(1, frames=8)] == [5, 3]
+    write_flow(always, tokenizer.fingerprint, frames_dropout=0.0)
+    with pytest.raises(InputError, match="needs given frames, and the page samples without"):
+        demo.Demo(tokenizer, load_generator(always))

@@ -156,10 +156,6 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
     for command, message in (
         ([*evaluate[:-1], "--metrics=cross_entropy"], "cross_entropy does not apply to this checkpoint"),
         ([*sample[:-4], f"--output={tmp_path / 't'}", "--top-k=3"], "top_k 3 is for generators of codes"),
-        (
-            ["export", pair[0], pair[1], "--format=huggingface", f"--output={tmp_path / 'e'}"],
-            "holds a flow, which the authors' code does not know",
-        ),
     ):
         assert cli.main(command) == 2
         assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """How streams change as they go on: their colors, and what a probe makes of them, window after window."""
 
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,11 +104,7 @@ def drift(
     result: dict[str, Any] = {"frames": config.frames, "videos": len(windows), "data": spec, "real": real.result()}
     for name, measured in found.items():
         result[name] = [{"start": i * config.frames, **x.result(real)} for i, x in enumerate(measured)]
-    files.make_folder(output)
-    files.write_json(output / NUMBERS, result)
-    for measure, title in MEASURES.items():
-        if measure in result["real"]:
-            files.write_bytes(output / f"drift_{measure}.svg", as_file(_chart(result, measure, title)).encode())
+    _write(output, result)
     return result
 
 
@@ -149,6 +146,14 @@ def _anchored(stream: Stream, anchors: np.ndarray | None) -> Iterator[np.ndarray
             kept = stream.state.recent.shape[1]
             stream.state = stream.state._replace(recent=anchors[:, :kept])
         yield block
+
+
+def _write(output: pathlib.Path, result: dict[str, Any]) -> None:
+    files.make_folder(output)
+    files.write_json(output / NUMBERS, result)
+    for measure, title in MEASURES.items():
+        if measure in result["real"]:
+            files.write_bytes(output / f"drift_{measure}.svg", as_file(_chart(result, measure, title)).encode())
 
 
 def _chart(result: dict[str, Any], measure: str, title: str) -> Chart:
