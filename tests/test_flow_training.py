@@ -110,8 +110,6 @@ def test_sampling_from_python(online, continuous):
         generator.sample([0], key=key, frames=frames[:1, :3])
     with pytest.raises(InputError, match="has no logits"):
         generator.logits(latents)
-    with pytest.raises(InputError, match="samples whole clips, not blocks of frames"):
-        generator.sample_block([0], key=key)
 
 
 def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
@@ -156,13 +154,8 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
 
     capsys.readouterr()
     for command, message in (
-        (["stream", *pair, "--frames=16", f"--output={tmp_path / 's'}"], "samples whole clips, not blocks of frames"),
         ([*evaluate[:-1], "--metrics=cross_entropy"], "cross_entropy does not apply to this checkpoint"),
         ([*sample[:-4], f"--output={tmp_path / 't'}", "--top-k=3"], "top_k 3 is for generators of codes"),
-        (
-            ["export", pair[0], pair[1], "--format=huggingface", f"--output={tmp_path / 'e'}"],
-            "holds a flow, which the authors' code does not know",
-        ),
     ):
         assert cli.main(command) == 2
         assert message in capsys.readouterr().err

@@ -48,7 +48,7 @@ def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
     return -(-frames // size)
 
 
-def _in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+def in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Parts [B, n, ...] of any n as parts of n = size; the last frame is repeated at the end."""
     waiting = None
     for part in parts:
@@ -368,7 +368,7 @@ class LoadedTokenizer:
         if config.ladder and assignment is None:
             raise InputError(f"budget {budget} depends on whole clips; give numbers of codes to encode block by block")
         past: tuple[Memory, ...] = ()
-        for number, block in enumerate(_in_blocks(frames, config.frames // config.blocks)):
+        for number, block in enumerate(in_blocks(frames, config.frames // config.blocks)):
             if assignment is None:
                 yield np.asarray(self.encode(block))
                 continue
