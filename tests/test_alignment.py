@@ -214,6 +214,7 @@ def changed(recipe, **sections):
     )
 
 
+@pytest.mark.slow
 def test_steps_with_other_settings_keep_the_state(recipe):
     """Everything beside alignment and the frozen discriminator that a step may have, by shapes alone."""
     corrupted = CorruptionConfig(future=0.5, patches=0.5, noise=3.0)

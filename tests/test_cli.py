@@ -373,7 +373,7 @@ def test_generators_are_imported_and_exported_unchanged(name, reference_dir, tmp
 
 def test_benchmark_and_doctor(trained, tmp_path, capsys):
     output = tmp_path / "data.json"
-    arguments = ["benchmark", "data", "--config", CONFIG, "--seconds=1", f"--output={output}"]
+    arguments = ["benchmark", "data", "--config", CONFIG, "--seconds=0.1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     assert json.loads(output.read_text())["clip"] == [8, 32, 32, 3]
@@ -385,7 +385,7 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_benchmark_of_the_tokenizer(what, tmp_path, capsys, small_ceilings):
     output = tmp_path / "codec.json"
-    arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=1", f"--output={output}"]
+    arguments = ["benchmark", what, "--config", CONFIG, "--batch-size=3", "--seconds=0.1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())
@@ -400,7 +400,7 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys, small_ceilings):
 def test_benchmark_of_the_training_step(tmp_path, capsys, small_ceilings):
     """The step without a discriminator; test_bench_gpu.py has the whole objective."""
     output = tmp_path / "train.json"
-    arguments = ["benchmark", "train", "--config", f"{CONFIG}:plain", "--seconds=1", f"--output={output}"]
+    arguments = ["benchmark", "train", "--config", f"{CONFIG}:plain", "--seconds=0.1", f"--output={output}"]
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     result = json.loads(output.read_text())

@@ -112,6 +112,7 @@ def test_sampling_from_python(online, continuous):
         generator.logits(latents)
 
 
+@pytest.mark.slow
 def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
     pair = ["--checkpoint", str(offline / "run"), "--tokenizer", str(continuous)]
     steps = ["--solver=heun", "--solver-steps=3", "--batch-size=2"]
@@ -143,7 +144,7 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("larp_jax.tools.benchmark.CPU_WORK", (32, 2**10))
     output = tmp_path / "benchmark.json"
-    assert cli.main(["benchmark", "sample", *pair, *steps, "--seconds=1", f"--output={output}"]) == 0
+    assert cli.main(["benchmark", "sample", *pair, *steps, "--seconds=0.1", f"--output={output}"]) == 0
     found = json.loads(output.read_text())
     assert (found["passes"], found["latents"], found["channels"], found["solver"]) == (5, 8, 4, "heun")
     assert found["pass_ms"] > 0 and found["first_clip_seconds"] > 0 and "temperature" not in found

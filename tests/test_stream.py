@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused(checkpoint, untrained, generator, adaptive
 
 
 def test_the_benchmark_times_a_stream_beside_clips(checkpoint, untrained, tmp_path, capsys):
-    command = ["benchmark", "sample", "--stream", f"--checkpoint={checkpoint}", "--cfg-scale=1", "--seconds=1"]
+    command = ["benchmark", "sample", "--stream", f"--checkpoint={checkpoint}", "--cfg-scale=1", "--seconds=0.1"]
     assert cli.main([*command, f"--tokenizer={untrained}", f"--output={tmp_path / 'found.json'}"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["block_frames"], found["clip_frames"]) == (4, 8)
