@@ -167,6 +167,7 @@ def test_the_table_of_the_docs(folders, untrained, tmp_path, capsys):
     assert (tmp_path / "clips.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):
     config = f"{CONFIGS / 'tiny.py'}:adaptive"
     adaptive = ["train", "--config", config, "--config.steps=3", "--config.loss.prior_weight=0"]
