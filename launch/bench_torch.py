@@ -5,7 +5,7 @@
 The loop samples as the released code does (LARP, section 4.1): keys and values in caches for the whole sequence, of
 which a mask hides what is not written yet, one pass for each code, guidance by a doubled batch, and one multinomial
 draw. It needs PyTorch and the same weights as ours, in float32. Weights are random, because the speed does not depend
-on them; only windows need a trained generator (`--checkpoint`).
+on them; only `--windows` need a trained generator (`--checkpoint`).
 
 Calls alternate. A ratio is that of two calls of one round; the table has medians over the rounds, with the least and
 the greatest. Where other programs load the cores, threads that wait for each other lose the most, so there is a second
@@ -234,7 +234,8 @@ def main() -> None:
     """Runs all comparisons, printing each and writing all results so far after it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="bench.json", help="JSON file (default: bench.json)")
-    parser.add_argument("--checkpoint", help="a trained generator, instead of random weights; also measures windows")
+    parser.add_argument("--checkpoint", help="a trained generator, instead of random weights")
+    parser.add_argument("--windows", default="", help="several codes in a pass, for example 2,4,8,16 (default: none)")
     parser.add_argument("--sizes", default=SIZES, help=f"depth x width of each, without it (default: {SIZES})")
     parser.add_argument("--tokens", type=int, default=256, help="codes of a video, without it (default: 256)")
     parser.add_argument("--vocabulary", type=int, default=8192, help="codebook size, without it (default: 8192)")
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="calls of each (default: 9)")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    windows = [2, 4, 8, 16] if arguments.checkpoint else []
+    windows = [int(window) for window in arguments.windows.split(",") if window]
     found: dict[str, Any] = {}
     for name, (config, params) in models(arguments).items():
         for rows in map(int, arguments.batches.split(",")):

@@ -1,5 +1,6 @@
 """The comparison with a loop in PyTorch: both sample the same codes, and the script writes its table."""
 
+import argparse
 import json
 import pathlib
 import runpy
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from larp_jax.api import load_generator
-from larp_jax.config import GeneratorConfig
+from larp_jax.config import GeneratorConfig, GeneratorRecipe, to_dict
 from larp_jax.errors import InputError
+from larp_jax.weights import checkpoint
 
 pytest.importorskip("torch")
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "bench_torch.py"
@@ -40,16 +42,23 @@ def test_generators_of_other_kinds_are_refused(script):
         script["PlainLoop"](config, {})
 
 
-def test_the_script(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "bench.json"
-    sizes = "--sizes 1x16 --tokens 5 --vocabulary 8 --batches 2 --rounds 3 --output".split()
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sizes, str(output)])
+@pytest.mark.slow
+def test_the_script(script, tmp_path, monkeypatch, capsys):
+    sizes = argparse.Namespace(checkpoint=None, sizes="1x16", tokens=5, vocabulary=8)
+    ((name, (config, params)),) = script["models"](sizes).items()
+    assert (name, config.depth, config.width, config.num_tokens, config.codebook_size) == ("1x16", 1, 16, 5, 8)
+    saved, output = tmp_path / "generator", tmp_path / "bench.json"
+    checkpoint.write_imported(saved, to_dict(GeneratorRecipe(model=config)), {"generator": params})
+    options = f"--checkpoint {saved} --windows 2 --batches 2 --rounds 3 --output {output}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     found = json.loads(output.read_text())
-    assert list(found) == ["1x16, batch 2, guidance 1.0", "1x16, batch 2, guidance 1.25"]
+    assert list(found) == [f"{saved}, batch 2, guidance {scale}" for scale in (1.0, 1.25)]
     for result in found.values():
-        assert list(result) == ["float32", "int8", "load"]
-        for form in ("float32", "int8"):
-            for ratios in result[form].values():
-                assert 0 < ratios[1] <= ratios[0] <= ratios[2]
-    assert capsys.readouterr().out.count("times as fast") == 4
+        assert list(result) == ["float32", "int8", "window 2", "load"]
+        for form in ("float32", "int8", "window 2"):
+            for name in ("speedup", "processor_speedup"):
+                middle, least, most = result[form][name]
+                assert 0 < least <= middle <= most
+        assert 1 <= result["window 2"]["codes_per_pass"] <= 2
+    assert capsys.readouterr().out.count("times as fast") == 6
