@@ -87,7 +87,8 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
             experiments.run_experiment(experiment, tmp_path / "parts")
     assert not list((tmp_path / "parts").glob("*/*/cell.json"))
     (tmp_path / "parts").rename(tmp_path / "moved")
-    parts = experiments.run_experiment(experiment, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    parts = experiments.run_experiment(experiment, ".")
     assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= parts["arms"]["only"].keys()
 
     experiments.run_experiment(experiment, tmp_path / "whole")

@@ -81,7 +81,7 @@ def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: 
         needs weights of another network that are not there.
       RuntimeError: a process of `jobs` failed.
     """
-    workdir = files.make_folder(files.local_path(workdir, "--workdir"), "--workdir")
+    workdir = files.absolute(files.make_folder(files.local_path(workdir, "--workdir"), "--workdir"))
     _check_networks(experiment, workdir)
     _check_settings(experiment, workdir)
     if jobs > 1:
