@@ -11,12 +11,12 @@ import pytest
 
 import larp_jax
 from larp_jax import cli
+from larp_jax.api import LoadedFlow
 from larp_jax.data import ClipSpec
 from larp_jax.data.codes import CodeSet
 from larp_jax.errors import InputError
 from larp_jax.evaluation.generated import videos_for
 from larp_jax.evaluation.protocols import ClipSet
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.generate import Sampler
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.weights import checkpoint
@@ -110,8 +110,6 @@ def test_sampling_from_python(online, continuous):
         generator.sample([0], key=key, frames=frames[:1, :3])
     with pytest.raises(InputError, match="has no logits"):
         generator.logits(latents)
-    with pytest.raises(InputError, match="samples whole clips, not blocks of frames"):
-        generator.sample_block([0], key=key)
 
 
 @pytest.mark.slow
@@ -157,13 +155,8 @@ def test_commands(offline, online, continuous, tmp_path, capsys, monkeypatch):
 
     capsys.readouterr()
     for command, message in (
-        (["stream", *pair, "--frames=16", f"--output={tmp_path / 's'}"], "samples whole clips, not blocks of frames"),
         ([*evaluate[:-1], "--metrics=cross_entropy"], "cross_entropy does not apply to this checkpoint"),
         ([*sample[:-4], f"--output={tmp_path / 't'}", "--top-k=3"], "top_k 3 is for generators of codes"),
-        (
-            ["export", pair[0], pair[1], "--format=huggingface", f"--output={tmp_path / 'e'}"],
-            "holds a flow, which the authors' code does not know",
-        ),
     ):
         assert cli.main(command) == 2
         assert message in capsys.readouterr().err

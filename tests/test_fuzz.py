@@ -9,7 +9,7 @@ import pytest
 
 from larp_jax.errors import InputError
 
-COUNTS = {"configs": 40, "codes": 60, "safetensors": 60, "prepared": 40, "lists": 60, "checkpoints": 12}
+COUNTS = {"configs": 40, "codes": 60, "features": 60, "safetensors": 60, "prepared": 40, "lists": 60, "checkpoints": 12}
 
 
 @pytest.mark.slow

@@ -96,11 +96,15 @@ class CorruptionConfig:
 class AdamConfig:
     """Adam with linear warmup and cosine decay of the learning rate; the constants are those of the released code.
 
+    With `kind="muon"`, Muon updates the kernels of the blocks of transformers, and Adam the other parameters. Muon's
+    updates are about as large as Adam's, so the same learning rates serve. No published recipe uses it.
+
     The learning rate rises from `floor` times `learning_rate` to `learning_rate` over `warmup_steps` steps, and decays
     to `floor` times `learning_rate` at the last step. `clip_norm` is the largest norm of the gradients; 0 turns
     clipping off. `ema_decay` is the decay of the EMA of the weights; 0 turns it off.
     """
 
+    kind: str = "adam"
     learning_rate: float = 1e-4
     b1: float = 0.5
     b2: float = 0.9
@@ -110,6 +114,7 @@ class AdamConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
+        one_of("optim.kind", self.kind, ("adam", "muon"))
         require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
         for name in ("b1", "b2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(self, name)}")

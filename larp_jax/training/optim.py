@@ -4,10 +4,12 @@ Schedules are functions of a step that counts from 1, as in the released code: t
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from larp_jax.config import AdamConfig, GeneratorOptimConfig, OptimConfig
 from larp_jax.models.paths import path_name
@@ -66,11 +68,11 @@ def decay_kernels(weight: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam or AdamW for the tokenizer and the prior, at one learning rate except for the multipliers."""
+    """The optimizer of tokenizer and prior, with one learning rate except for the multipliers."""
     scale = scale_by_path(config.multipliers)
     if config.weight_decay:  # scaled too, so that frozen parameters do not decay
         scale = optax.chain(decay_kernels(config.weight_decay), scale)
-    return _adam(config, _of_update(learning_rate(config, steps)), scale)
+    return _chain(config, _of_update(learning_rate(config, steps)), _scale(config), scale)
 
 
 def make_discriminator_optimizer(
@@ -82,12 +84,13 @@ def make_discriminator_optimizer(
     """
     rate = _of_update(learning_rate(config, steps, config.discriminator_learning_rate))
     first = -(-start // every) * every
-    return _adam(config, lambda updates: rate(first + every * updates))
+    return _chain(config, lambda updates: rate(first + every * updates), _scale_by_adam(config))
 
 
 def make_generator_optimizer(config: GeneratorOptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW for the generator."""
-    return _adam(config, _of_update(learning_rate(config, steps)), decay_kernels(config.weight_decay))
+    """The optimizer of the generator, with weight decay."""
+    decay = decay_kernels(config.weight_decay)
+    return _chain(config, _of_update(learning_rate(config, steps)), _scale(config), decay)
 
 
 def _of_update(schedule: Schedule) -> Schedule:
@@ -95,13 +98,47 @@ def _of_update(schedule: Schedule) -> Schedule:
     return lambda updates: schedule(updates + 1)
 
 
-def _adam(
-    config: AdamConfig, rate: Schedule, then: optax.GradientTransformation | None = None
+def _chain(
+    config: AdamConfig,
+    rate: Schedule,
+    scale: optax.GradientTransformation,
+    then: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Adam; `then` transforms its updates before the learning rate scales them."""
+    """`scale` makes updates of gradients; `then` transforms them before the learning rate scales them."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8),
+        scale,
         optax.identity() if then is None else then,
         optax.scale_by_learning_rate(rate),
     )
+
+
+def _scale(config: AdamConfig) -> optax.GradientTransformation:
+    """The part of the optimizer that is `optim.kind`."""
+    adam = _scale_by_adam(config)
+    return optax.partition({"muon": _scale_by_muon(), "adam": adam}, _kinds) if config.kind == "muon" else adam
+
+
+def _scale_by_adam(config: AdamConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8)
+
+
+def _kinds(params: Any) -> Any:
+    """For each parameter, whether Muon or Adam updates it: Muon has the kernels of the blocks of transformers."""
+
+    def kind(path, _):
+        names = path_name(path).split("/")
+        return "muon" if "blocks" in names and names[-1] == "kernel" else "adam"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def _scale_by_muon() -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon): momentum, whose kernels [..., in, out] are made orthogonal.
+
+    Updates are scaled to the root mean square usual for Adam's, 0.2, so that learning rates of Adam can be kept
+    (Moonlight, arXiv 2502.16982, section 2.2).
+    """
+    axes = lambda params: jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)  # noqa: E731
+    rescale = lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)  # noqa: E731
+    return optax.chain(scale_by_muon(weight_dimension_numbers=axes), optax.stateless(rescale))
