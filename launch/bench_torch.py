@@ -4,8 +4,8 @@
 
 The loop samples as the released code does (LARP, section 4.1): keys and values in caches for the whole sequence, of
 which a mask hides what is not written yet, one pass for each code, guidance by a doubled batch, and one multinomial
-draw. It needs PyTorch and the same weights as ours, in float32. Weights are random, because the speed does not depend
-on them; only `--windows` need a trained generator (`--checkpoint`).
+draw. It has the weights of ours, in float32. Weights are random, because the speed does not depend on them; only
+`--windows` need a trained generator (`--checkpoint`). PyTorch must be installed.
 
 Calls alternate. A ratio is that of two calls of one round; the table has medians over the rounds, with the least and
 the greatest. Where other programs load the cores, threads that wait for each other lose the most, so there is a second
