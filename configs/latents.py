@@ -2,8 +2,8 @@
 
     larp-jax train --config configs/latents.py --workdir runs/latents
 
-It is the tokenizer of the experiments (docs/experiments.md) with the KL bottleneck, Muon, more layers and more steps, and
-trains in minutes on two CPU cores. configs/flow_small.py is a generator for it.
+It is the tokenizer of the experiments (docs/experiments.md) with the KL bottleneck, Muon, more layers and more steps.
+It trains in minutes on two CPU cores. configs/flow_small.py is a generator for it.
 """
 
 from larp_jax.config import experiment_recipes

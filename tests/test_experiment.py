@@ -8,7 +8,7 @@ import pytest
 
 from larp_jax import cli
 from larp_jax.cli.recipe import load_experiment
-from larp_jax.config import Experiment, completed, experiment_recipes, make_experiment, to_dict
+from larp_jax.config import Experiment, completed, differences, experiment_recipes, make_experiment, to_dict
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.models import classifier
@@ -138,22 +138,30 @@ def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
         make_experiment("?", {"decoder": decoder, "first": first}, generator)
 
 
-def test_a_run_of_a_moved_experiment_starts_from_the_same_arm(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(experiments, "train", lambda recipe, workdir: started.append(recipe.init_from))
-    recipe = tiny().arms["first"]
-    for before, now, known in (
-        ("/old/first/seed-0/tokenizer", tmp_path / "first" / "seed-0" / "tokenizer", True),
-        ("/old/other/seed-0/tokenizer", tmp_path / "first" / "seed-0" / "tokenizer", False),
-        ("", "", False),
+def test_a_run_of_a_moved_experiment_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "train", lambda recipe, workdir: None)
+    recipe, generator = tiny().arms["first"], tiny().generator
+
+    def started(root, arm="first"):
+        return dataclasses.replace(recipe, init_from=f"{root}/{arm}/seed-0/tokenizer")
+
+    def on_codes(root):
+        codes = dataclasses.replace(generator.data, train=f"tokens:{root}/longer/seed-0/codes/train")
+        return dataclasses.replace(generator, data=codes)
+
+    for before, now, same in (
+        (started("/old"), started(tmp_path), True),
+        (started("/old", "other"), started(tmp_path), False),
+        (on_codes("/old"), on_codes(tmp_path), True),
+        (recipe, recipe, True),
+        (recipe, dataclasses.replace(recipe, seed=1), False),
     ):
-        workdir = tmp_path / "longer" / "seed-0" / "tokenizer"
+        workdir = tmp_path / "longer" / "seed-0" / "run"
         workdir.mkdir(parents=True, exist_ok=True)
-        write_config(workdir, to_dict(dataclasses.replace(recipe, init_from=before)))
-        experiments._train(dataclasses.replace(recipe, init_from=str(now)), workdir)
-        expected = dataclasses.replace(recipe, init_from=str(now) if known else before)
-        assert completed(read_config(workdir)) == completed(json.loads(json.dumps(to_dict(expected))))
-        assert started.pop() == str(now)
+        write_config(workdir, to_dict(before))
+        experiments._train(now, workdir)
+        changed = differences(completed(read_config(workdir)), to_dict(now))
+        assert (not changed) == same, changed
 
 
 def test_an_arm_needs_a_generator_of_what_it_has(tmp_path):
