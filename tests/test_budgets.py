@@ -13,6 +13,7 @@ import larp_jax
 from larp_jax import cli
 from larp_jax.config import parse_recipe
 from larp_jax.data import ClipSpec, codes as codes_on_disk
+from larp_jax.data.inputs import Inputs
 from larp_jax.data.video import VideoFile, write_video
 from larp_jax.errors import InputError
 from larp_jax.evaluation import generated, protocols
@@ -111,6 +112,16 @@ def test_budgets_on_the_command_line(run, adaptive, tmp_path, capsys):
     assert shard["lengths"].tolist() == [[2, 8]] * 4
     call("detokenize", *checkpoint, "--input", where("codes"), "--output", where("again"))
     assert len(list((tmp_path / "again").rglob("*.mp4"))) == 4
+    call(*tokenize, where("pictures"), "--budget", "2,8", "--cond-frames", 1)  # as predict gives a picture
+    found = codes_on_disk.CodeSet(where("pictures"))
+    assert [row.get("picture", False) for row in found.manifest["rows"]] == [False] * 4 + [True] * 4
+    rows, (_, clips) = found.rows["codes"], next(iter(Inputs(data, ClipSpec(8, 32), max_clips=4).batches(4)))
+    np.testing.assert_array_equal(rows[:4], shard["codes"])
+    np.testing.assert_array_equal(rows[4:, :2], adaptive.encode_frames(clips[:, :1], budget="2,8")[0][:, :2])
+    after = adaptive.encode(np.concatenate([clips[:, [0, 0, 0]], clips[:, :5]], axis=1), budget="2,8")[0]
+    np.testing.assert_array_equal(rows[4:], after)
+    call("detokenize", *checkpoint, "--input", where("pictures"), "--output", where("all"))
+    assert len(list((tmp_path / "all").rglob("*-picture.mp4"))) == 4
 
     call("evaluate", *checkpoint, *some, "--budget", "bits=30", "--output", where("e.json"))
     scores = json.loads((tmp_path / "e.json").read_text())
@@ -137,7 +148,8 @@ def test_budgets_on_the_command_line(run, adaptive, tmp_path, capsys):
     assert "budget 5 does not split into 2 equal blocks of the ladder; choose from 4, 8" in call(
         *tokenize, where("x"), "--budget", "5", code=2
     )
-    assert "--cond-frames is for tokenizers without a ladder" in call(*tokenize, where("x"), "--cond-frames", 2, code=2)
+    options = ["--cond-frames", "2"]
+    assert "--cond-frames 2 is for tokenizers without a ladder" in call(*tokenize, where("x"), *options, code=2)
     assert not (tmp_path / "x").exists()
 
 

@@ -77,7 +77,8 @@ def add_tokenize(commands) -> None:
     sub.add_argument("--flips", action="store_true", help="also encode every window mirrored left to right")
     sub.add_argument(
         "--cond-frames", type=count, default=0, metavar="F",
-        help="also write the condition codes for frame prediction from F frames",
+        help="also write the condition codes for frame prediction from F frames; with a ladder 1: also encode every"
+        " window after its first frame held still for a block, as predict gives a picture",
     )  # fmt: skip
     add_clip(sub)
 

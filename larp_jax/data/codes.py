@@ -25,7 +25,8 @@ like codes. The manifest describes the source of each row, in order:
   budget, mean_codes: as given to `tokenize`, and the mean number of codes of a clip; only if "packed".
   shards: `file` and `rows` (their number) of each shard.
   rows: `source` (path within the input, with forward slashes), `start` (first frame), `frames` (how many of the T
-    frames are from the video), `fps` (0: unknown), `label` (-1: none), and `flip` if the window is mirrored.
+    frames are from the video), `fps` (0: unknown), `label` (-1: none), `flip` if the window is mirrored,
+    and `picture` if its first frame is held still for a block, so that the last frames of the window are left out.
 
 Version 1 has no `layout` and is otherwise the same as "fixed".
 """
@@ -225,8 +226,9 @@ def _complaint(manifest: dict) -> str | None:
             return f"invalid fps of row {i}"
         if type(row.get("label")) is not int or not -1 <= row["label"] < 2**31:
             return f"invalid label of row {i}"
-        if type(row.get("flip", False)) is not bool:
-            return f"invalid flip of row {i}"
+        for kind in ("flip", "picture"):
+            if type(row.get(kind, False)) is not bool:
+                return f"invalid {kind} of row {i}"
     return None
 
 

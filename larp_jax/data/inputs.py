@@ -215,7 +215,7 @@ def output_names(names: Sequence[str]) -> list[str]:
     return ["/".join(map(_shortened, name.split("/"))) for name in (stems if unique else names)]
 
 
-def _shortened(name: str, limit: int = 255 - len("-flipped-000000.mp4")) -> str:
+def _shortened(name: str, limit: int = 255 - len("-picture-flipped-000000.mp4")) -> str:
     data = os.fsencode(name)
     if len(data) <= limit:
         return name

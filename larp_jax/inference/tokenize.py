@@ -64,7 +64,8 @@ def tokenize(
       windows: at most this many full windows of each video, spread evenly over it; 0 for consecutive windows.
       flips: whether to add, after all others, the codes of all windows mirrored left to right.
       cond_frames: number of given frames for frame prediction. Adds the codes of each window with the last given frame
-        repeated after them (`condition` in the shards); 0 for none.
+        repeated after them (`condition` in the shards); 0 for none. With a ladder only 1: adds, as further rows, each
+        window after its first frame held still for a block, which is how generators are given a picture.
       size: side of a square, or (H, W), of the clips; by default, that of the tokenizer. Generators train on no other.
       fewer_frames: as for `larp_jax.inference.reconstruct.reconstruct`. Generators do not train on such codes.
       budget: how many codes clips get, as for `LoadedTokenizer.assign`; for tokenizers with a ladder.
@@ -108,7 +109,7 @@ def tokenize(
             input=str(source),
             label_names=list(inputs.label_names),
             skipped=dict(inputs.skipped),
-            cond_frames=cond_frames,
+            cond_frames=0 if config.adaptive else cond_frames,
             **details,
             rows=rows,
         )
@@ -132,9 +133,10 @@ def _checked_shape(
     """The shape of the clips; `InputError` if an argument does not suit the tokenizer."""
     if not 0 <= cond_frames < config.frames:
         raise InputError(f"--cond-frames {cond_frames} must be below the clip's {config.frames} frames")
-    if cond_frames and config.adaptive:
+    if cond_frames > 1 and config.adaptive:
         raise InputError(
-            "--cond-frames is for tokenizers without a ladder; leave it out: codes start with those of the first frames"
+            f"--cond-frames {cond_frames} is for tokenizers without a ladder, whose codes start with those of the first"
+            " frames anyway; leave it out, or give 1 for a picture"
         )
     if cond_frames and fewer_frames:
         raise InputError("--fewer-frames: generators, for which --cond-frames is, train on whole clips; leave out one")
@@ -173,11 +175,14 @@ def _write_shards(
         write_shard(folder / str(len(counts)), arrays)
         counts.append(len(arrays[tokens]))
 
-    mirrored = (False, True) if flips else (False,)
-    with Progress(inputs.windows * len(mirrored), description="tokenize", unit="clip") as progress:
-        # reads the input once per orientation, because detokenize joins consecutive windows
-        for flip, (found, clips) in ((flip, batch) for flip in mirrored for batch in inputs.batches(batch_size)):
+    config = tokenizer.config
+    still = config.frames // config.blocks - 1 if cond_frames and config.adaptive else 0
+    kinds = [(picture, flip) for picture in sorted({False, still > 0}) for flip in sorted({False, flips})]
+    with Progress(inputs.windows * len(kinds), description="tokenize", unit="clip") as progress:
+        # reads the input once per kind of row, because detokenize joins consecutive windows
+        for picture, flip, (found, clips) in ((*kind, batch) for kind in kinds for batch in inputs.batches(batch_size)):
             clips = clips[:, :, :, ::-1] if flip else clips
+            clips = clips[:, np.maximum(np.arange(clips.shape[1]) - still, 0)] if picture else clips
             valid = [window.valid for window in found] + [found[-1].valid] * (len(clips) - len(found))
             frames = _frames_of(tokenizer, valid, fewer_frames)
             batch = _encoded(tokenizer, clips, frames, cond_frames, budget)
@@ -195,11 +200,12 @@ def _write_shards(
                     {
                         "source": video.name,
                         "start": window.start,
-                        "frames": window.valid,
+                        "frames": min(window.valid + picture * still, config.frames),
                         "fps": video.fps,
                         "label": int(window.label),
                     }
                     | ({"flip": True} if flip else {})
+                    | ({"picture": True} if picture else {})
                 )
             if sum(len(batch[tokens]) for batch in pending) >= shard_rows:
                 flush()
@@ -301,11 +307,12 @@ def _runs(rows: Sequence[dict]) -> Iterator[tuple[str, int]]:
     """(name, number of rows) of each run of consecutive windows of a source."""
     first = 0
     seen = set()
-    names = [row["source"] + ("-flipped" if row.get("flip") else "") for row in rows]
+    kinds = {"picture": "-picture", "flip": "-flipped"}
+    names = [row["source"] + "".join(suffix for kind, suffix in kinds.items() if row.get(kind)) for row in rows]
     for i in range(1, len(rows) + 1):
         before = rows[i - 1]
         follows = i < len(rows) and names[i] == names[i - 1]
-        if follows and rows[i]["start"] == before["start"] + before["frames"]:
+        if follows and rows[i]["start"] == before["start"] + before["frames"] and not before.get("picture"):
             continue
         name, start = names[first], rows[first]["start"]
         yield (f"{name}-{start:06d}" if name in seen else name), i - first

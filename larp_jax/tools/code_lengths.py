@@ -70,7 +70,7 @@ def _over_time(rows: list[dict], lengths: np.ndarray, found: CodeSet) -> list[Ch
     block = found.manifest["clip"][0] // lengths.shape[1]
     videos: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        if not row.get("flip"):
+        if not row.get("flip") and not row.get("picture"):
             videos.setdefault(row["source"], []).append(number)
     rate = {name: lengths[numbers].mean() for name, numbers in videos.items()}
     ranked = sorted(rate, key=lambda name: rate[name])
