@@ -212,6 +212,7 @@ def test_weights_of_losses_may_change_but_not_turn_modules_on_or_off():
         assert _may_change(f"loss.{name}_weight", 0.7, 0.3)
         assert not _may_change(f"loss.{name}_weight", 0.7, 0.0) and not _may_change(f"loss.{name}_weight", 0.0, 0.7)
     assert _may_change("loss.frame_difference_weight", 0.0, 0.7)  # trains no module of its own
+    assert _may_change("optim.weight_decay", 0.1, 0.2) and not _may_change("optim.weight_decay", 0.0, 0.1)
     assert not _may_change("loss.alignment", "vgg16", "vjepa2_l")
 
 

@@ -40,7 +40,7 @@ MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "s
 # The settings among them that change the contents of a checkpoint when they change to or from 0. `optim.kind` always
 # does, because its optimizers have other states.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.alignment_weight", "loss.r1_weight",
-             "optim.ema_decay"}  # fmt: skip
+             "optim.ema_decay", "optim.weight_decay"}  # fmt: skip
 
 # Pauses in seconds before the last checkpoint of a run in a bucket is tried again.
 RETRIES = (10, 30, 60, 120)
