@@ -17,8 +17,8 @@ The variant `semantic` adds what the paper's tokenizers are trained with: alignm
 V-JEPA 2 L (weight 0.7), an entropy loss (weight 0.02), and the discriminator on a frozen VideoMAE-B. The weights of
 both networks must be imported first (docs/training.md).
 
-Data: as for configs/larp_l_long.py. Attention with a mask runs without fused kernels (docs/adaptive.md): if memory does
-not suffice, use --config.accumulate=2 (4, 8) or --config.remat=block.
+Data: as for configs/larp_l_long.py. On GPUs, attention with a mask runs without fused kernels (docs/adaptive.md): if
+memory does not suffice, use --config.accumulate=2 (4, 8) or --config.remat=block.
 """
 
 from larp_jax.config import default_recipe

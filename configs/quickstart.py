@@ -16,14 +16,14 @@ def get_config(variant=""):
     if variant not in ("", "adversarial", "perceptual"):
         raise ValueError(f"variant {variant!r} is not known, only 'adversarial' and 'perceptual' are")
     config = default_recipe("tokenizer")
-    config.steps = 1000
+    config.steps = 2000
 
     model = config.model
     model.size = "custom"
     model.frames, model.resolution = 8, 64
     model.num_tokens = 64  # half as many as patches
-    for part in (model.encoder, model.decoder):
-        part.width, part.depth, part.heads = 64, 2, 4
+    model.encoder.width, model.encoder.depth, model.encoder.heads = 96, 2, 4
+    model.decoder.width, model.decoder.depth, model.decoder.heads = 128, 3, 4
     model.learned_encoder_patch_pe = True  # anchors are written into the position tables
     model.learned_decoder_latent_pe = True
     model.learned_decoder_patch_query_embed = True
@@ -31,8 +31,8 @@ def get_config(variant=""):
 
     # From the usual start, all codes say the same for a thousand steps.
     config.start.anchored = True
-    config.start.continuous_steps = 400
-    config.start.ramp_steps = 100
+    config.start.continuous_steps = 700
+    config.start.ramp_steps = 200
 
     config.prior.size = "custom"
     config.prior.width, config.prior.depth, config.prior.heads = 64, 2, 2
@@ -42,6 +42,7 @@ def get_config(variant=""):
     config.loss.adversarial_weight = 0.0
 
     optim = config.optim
+    optim.kind = "muon"  # learns more per step than Adam
     optim.learning_rate = 2e-3
     optim.b1, optim.b2 = 0.9, 0.95
     optim.warmup_steps = 200
@@ -49,11 +50,11 @@ def get_config(variant=""):
 
     config.data.train = "moving_shapes/plain:train"
     config.data.eval = "moving_shapes/plain:test"
-    config.data.batch_size = 8
+    config.data.batch_size = 4
     config.data.eval_clips = 128
     config.log_every = 20
-    config.eval_every = 100
-    config.save_every = 250
+    config.eval_every = 200
+    config.save_every = 500
 
     if variant == "perceptual":
         # see docs/training.md for what it costs; the weights come from larp-jax import --kind lpips
@@ -64,7 +65,7 @@ def get_config(variant=""):
         config.loss.reconstruction = "l1"
         config.loss.prior_weight = 0.003
         config.loss.adversarial_weight = 0.03
-        config.loss.adversarial_start = 500  # once codes have replaced the latents
+        config.loss.adversarial_start = 1000  # once codes have replaced the latents
         config.discriminator.width, config.discriminator.depth, config.discriminator.heads = 128, 2, 2
         config.optim.discriminator_learning_rate = 1e-4
     return config

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 import larp_jax
 from larp_jax.data.rewards import RewardSet
 from larp_jax.data.video import frame_grid, write_png
-from larp_jax.evaluation.allocation import scores
+from larp_jax.evaluation.router import scores
 from larp_jax.models.pixels import to_uint8
 
 BATCH, SHOWN = 64, 2

@@ -5,12 +5,12 @@ import dataclasses
 import inspect
 import io
 import os
-import re
 import typing
 
 from mkdocs.structure.files import File
 
 from larp_jax import cli, config
+from larp_jax.cli import app
 
 SIZES = {
     "TOKENIZER_SIZES": "Tokenizers (`model.size`)",
@@ -70,8 +70,7 @@ def help_of(*command: str) -> str:
 def commands() -> str:
     """The page of all commands."""
     os.environ["COLUMNS"] = "100"  # width of the help texts
-    names = re.findall(r"^    (\w+)\b", help_of(), flags=re.MULTILINE)
-    pages = [f"## {name}\n\n```text\n{help_of(name)}```\n\n" for name in names]
+    pages = [f"## {name}\n\n```text\n{help_of(name)}```\n\n" for name in app.parsers()[1]]
     intro = "# Commands\n\nLook up the options of every command, as printed by `larp-jax COMMAND --help`.\n\n"
     return intro + "".join(pages)
 

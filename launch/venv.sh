@@ -21,7 +21,8 @@ install_into_venv() {
   fingerprint="$(cat requirements.txt setup.py pyproject.toml larp_jax/version.py | cksum) $PWD"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]]; then
     echo "Installing larp_jax into .venv (the first time, this takes a minute or two)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$what"
+    # Python compiles what is imported; pip would compile every module of every package, which takes half a minute.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable "$what"
     echo "$fingerprint" >"$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"

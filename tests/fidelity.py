@@ -641,7 +641,8 @@ def schedules_deviations(folder: pathlib.Path) -> list[Deviation]:
 
     config = GeneratorOptimConfig(weight_decay=setup["adamw"]["weight_decay"])
     assert (config.b1, config.b2) == tuple(setup["adamw"]["betas"])
-    adamw = optim._adam(config, lambda i: jnp.asarray(io["adamw_lrs"])[i], optim.decay_kernels(config.weight_decay))
+    rate, decay = lambda i: jnp.asarray(io["adamw_lrs"])[i], optim.decay_kernels(config.weight_decay)
+    adamw = optim._chain(config, rate, optim._scale(config), decay)
     params = {"kernel": jnp.asarray(io["adamw_start"])}
     state = adamw.init(params)
     for gradient in io["adamw_gradients"]:

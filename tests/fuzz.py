@@ -274,6 +274,52 @@ class Codes:
         next(codes.batches(batch_size=4, seed=0))
 
 
+class Features:
+    """The output of `features`: a manifest and shards of clips with features."""
+
+    def make(self, folder):
+        import numpy as np
+
+        from larp_jax.config.teachers import TeacherConfig
+        from larp_jax.data import features
+
+        rng = np.random.default_rng(0)
+        rows = [{"video": i // 2, "source": f"{i // 2}.mp4", "start": 0, "flip": bool(i % 2)} for i in range(12)]
+        teacher = vars(TeacherConfig("videomae", 24, 2, 8, heads=2, hidden=48, resolution=24, table=(4, 3, 3)))
+        described = {"clip": [4, 16, 16, 3], "features": [2, 2, 2, 24]}
+        shards = [{"file": features.shard_name(i, 3), "rows": 4} for i in range(3)]
+        for number, shard in enumerate(shards):
+            records = np.zeros(4, features.record(described))
+            records["video"] = rng.integers(0, 256, records["video"].shape)
+            records["window"], records["flip"] = 2 * number + np.arange(4) // 2, np.arange(4) % 2
+            features.write_shard(folder / shard["file"], records)
+        described["teacher"] = {"name": "tiny", "config": teacher, "sha256": "0" * 64}
+        manifest = features.new_manifest(
+            **described, precision="float32", data="folder:videos", sampling={"fps": 8.0}, windows=1, flips=True,
+            shards=shards, rows=rows,
+        )  # fmt: skip
+        features.write_manifest(folder, manifest)
+
+    def try_one(self, rng, good, scratch):
+        import numpy as np
+
+        from larp_jax.data import features
+
+        shutil.copytree(good, scratch, dirs_exist_ok=True)
+        if rng.random() < 0.5:
+            mutate_json(rng, scratch / "manifest.json")
+        else:
+            mutate_files(rng, scratch)
+        found = features.FeatureSet(scratch)
+        found.names()
+        for number in range(len(found.manifest["rows"])):
+            row = found.row(number)
+            assert row["video"].dtype == np.uint8 and row["features"].dtype == np.float16
+        next(found.batches(batch_size=4, seed=0))
+        for path in sorted(scratch.glob("*.npy")):  # as a call that continues does
+            features.windows_of(path, features.record(found.manifest), 6)
+
+
 class Safetensors:
     """A released model: its weights file and configuration."""
 
@@ -359,6 +405,7 @@ KINDS = {
     "configs": Configs,
     "checkpoints": Checkpoints,
     "codes": Codes,
+    "features": Features,
     "safetensors": Safetensors,
     "prepared": Prepared,
     "lists": Lists,

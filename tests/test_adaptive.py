@@ -12,6 +12,7 @@ from flax import nnx
 from larp_jax.config import PriorConfig, QuantizerConfig, TokenizerConfig, TransformerConfig
 from larp_jax.models import attention, packing
 from larp_jax.models.anchored_init import anchored_init
+from larp_jax.models.attention import Blocks
 from larp_jax.models.prior import Prior
 from larp_jax.models.quantizer import kmeans_codebook
 from larp_jax.models.tokenizer import Tokenizer
@@ -60,13 +61,13 @@ def video():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_by_blocks_equals_the_plain_form_with_its_gradients(causal):
     q, k, v, weights = jax.random.normal(jax.random.key(0), (4, 2, 12, 2, 8))
-    blocks = packing.layout(jnp.asarray(LENGTHS[:2]), 12).block
+    blocks = Blocks(packing.layout(jnp.asarray(LENGTHS[:2]), 12).block, 3)
 
     def ours(q, k, v):
         return jnp.sum(attention.attention(q, k, v, causal=causal, blocks=blocks) * weights)
 
     def plain(q, k, v):
-        mask = blocks[:, None, :, None] >= blocks[:, None, None, :]
+        mask = blocks.of[:, None, :, None] >= blocks.of[:, None, None, :]
         return jnp.sum(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal) * weights)
 
     def dropped(q, k, v):

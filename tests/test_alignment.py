@@ -1,6 +1,7 @@
 """Alignment with a frozen network, and the discriminator on the features of one."""
 
 import dataclasses
+import json
 import logging
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from larp_jax import data
 from larp_jax.config import (
     CorruptionConfig,
     DataConfig,
@@ -30,7 +32,7 @@ from larp_jax.models.teachers import make_teacher
 from larp_jax.runtime import sharding
 from larp_jax.tools import benchmark, flops
 from larp_jax.training import losses, warm_start
-from larp_jax.training.tokenizer import TokenizerStage
+from larp_jax.training.tokenizer import TokenizerStage, TokenizerTask
 from larp_jax.weights import checkpoint, networks
 
 TEACHER = TeacherConfig("videomae", 24, 4, 8, heads=2, hidden=48, resolution=24, table=(4, 3, 3))
@@ -41,11 +43,15 @@ LAYER = 1  # of three in the decoder
 def teacher(tmp_path_factory):
     """The file of a tiny VideoMAE with random weights: 2 x 3 x 3 places for clips of 4 frames."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    params = nnx.to_pure_dict(nnx.state(make_teacher(TEACHER, rngs=nnx.Rngs(7)), nnx.Param))
+    write_teacher(path, 7)
+    return str(path)
+
+
+def write_teacher(path, seed):
+    params = nnx.to_pure_dict(nnx.state(make_teacher(TEACHER, rngs=nnx.Rngs(seed)), nnx.Param))
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     named = {"/".join(str(key.key) for key in keys): np.asarray(x) for keys, x in leaves}
     networks.save(path, "videomae", named, [], TEACHER)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +214,7 @@ def changed(recipe, **sections):
     )
 
 
+@pytest.mark.slow
 def test_steps_with_other_settings_keep_the_state(recipe):
     """Everything beside alignment and the frozen discriminator that a step may have, by shapes alone."""
     corrupted = CorruptionConfig(future=0.5, patches=0.5, noise=3.0)
@@ -252,6 +259,35 @@ def test_a_run_starts_from_weights_with_and_without_projector(trained, recipe, t
     assert read("full", loss={"alignment": "vgg16"}) == {"tokenizer", "discriminator"}
     with pytest.raises(InputError, match=r"discriminator\.layers is \(2, 3\) here, \(1, 3\) there"):
         read("full", discriminator={"layers": (2, 3)})
+
+
+class Clips:
+    """A data set as far as its identity needs it."""
+
+    name = str
+
+    def __len__(self):
+        return 3
+
+
+def test_a_run_refuses_other_weights_of_its_frozen_networks(recipe, tmp_path, monkeypatch):
+    def task_with(seed):
+        write_teacher(path, seed)
+        return TokenizerTask(other, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+    path = tmp_path / "teacher.safetensors"
+    write_teacher(path, 7)
+    monkeypatch.setattr(data, "open_source", lambda *_: Clips())
+    other = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, alignment=str(path)))
+    metadata = json.loads(json.dumps(task_with(7).metadata()))
+    assert metadata["frozen"].keys() == {"teacher", "trunk"}
+    task_with(7).resume(metadata)  # written again
+    changed = task_with(8)
+    with pytest.raises(InputError, match=rf"^loss.alignment={path}: {path} holds other weights than when"):
+        changed.resume(metadata)
+    changed.resume(metadata | {"frozen": {"trunk": metadata["frozen"]["trunk"]}})  # of the teacher nothing is known
+    del metadata["frozen"]  # as of runs before digests were recorded
+    changed.resume(metadata)
 
 
 def test_settings_that_do_not_fit(recipe, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from test_adaptive import CONFIG, noisy
 
 import larp_jax
 from larp_jax import cli, metrics
-from larp_jax.allocation import QualityTree, greedy_lengths
+from larp_jax.budgets import QualityTree, greedy_lengths
 from larp_jax.config import Greedy
 from larp_jax.data import rewards
 from larp_jax.data.rewards import Reward

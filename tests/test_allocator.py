@@ -38,7 +38,7 @@ def page_faults(how):
 def test_temporaries_are_mapped_once():
     pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     # for unknown reasons, about one process in fifty maps its temporaries again in every run
-    assert min(page_faults("keep") for _ in range(3)) < pages / 10
+    assert any(page_faults("keep") < pages / 10 for _ in range(3))
     assert page_faults("let go") > pages / 10  # without it they are mapped in every run
 
 

@@ -28,6 +28,7 @@ def rows(workdir):
     return [chaos.without_times(row) for row in writers.read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_a_bucket(copied, trained, bucket_server):
     unfinished = copied / "checkpoints" / "5" / "params" / "half"
     files.write_bytes(unfinished, b"x")  # of a killed save
@@ -87,6 +88,7 @@ def test_commands_there_and_back(trained, tokenizer, bucket, tmp_path):
     run(f"export --checkpoint={trained} --format=codebook-npz --output={bucket}/codebook.npz")  # replaces its own
 
 
+@pytest.mark.slow
 def test_prepare_writes_to_a_bucket(bucket, tmp_path):
     chaos.make_videos(tmp_path / "videos")
     for place in (bucket, tmp_path):
@@ -99,6 +101,7 @@ def test_prepare_writes_to_a_bucket(bucket, tmp_path):
     assert cli.main([*command.replace(str(tmp_path / "prepared"), str(bucket / "prepared")).split()]) == 0  # complete
 
 
+@pytest.mark.slow
 def test_samples_in_a_bucket(trained, tokenizer, bucket, tmp_path):
     generator = write_generator(tmp_path / "g", {"tokenizer_fingerprint": tokenizer.fingerprint})
     for name in files.listing(generator):

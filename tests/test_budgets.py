@@ -42,6 +42,7 @@ def video():
     return np.random.default_rng(0).integers(0, 256, (3, 8, 32, 32, 3), np.uint8)
 
 
+@pytest.mark.slow
 def test_training_draws_assignments(run, adaptive):
     logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {name: value for line in logs for name, value in line.items()}
@@ -59,6 +60,7 @@ def test_training_draws_assignments(run, adaptive):
     assert counts.min() > 0.8 * 4096 / len(rows)
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_in_python(adaptive, video):
     codes, lengths = adaptive.encode(video)
     assert lengths.tolist() == [[4, 4]] * 3 and codes.shape == (3, 12) and not codes[:, 8:].any()
@@ -91,6 +93,7 @@ def test_a_tokenizer_without_a_ladder_takes_no_budget(tokenizer, video):
         tokenizer.decode(codes, [[4, 4]] * 3)
 
 
+@pytest.mark.slow
 def test_budgets_on_the_command_line(run, adaptive, tmp_path, capsys):
     checkpoint, data = ["--checkpoint", str(run)], "moving_shapes:test"
     some = ["--data", data, "--max-clips", "8"]
@@ -150,6 +153,7 @@ def test_budgets_on_the_command_line(run, adaptive, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_generator_samples_codes_of_different_lengths(run, adaptive, tmp_path, capsys):
     """sample, its codes on disk, detokenize, report, and predict from the first block or a picture."""
     model = dict(codebook_size=32, num_tokens=12, blocks=2, ladder=(2, 4, 8))
@@ -257,6 +261,7 @@ def test_training_a_generator_of_different_lengths(run, adaptive, tmp_path, caps
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_exports(run, adaptive, tmp_path, video, capsys):
     export = ["export", "--checkpoint", str(run), "--format"]
     assert cli.main([*export, "stablehlo", "--output", str(tmp_path / "hlo")]) == 0

@@ -1,12 +1,13 @@
 """Subfolders of a folder of videos are splits, classes or neither; all readers of the folder agree."""
 
+import json
 import logging
 import shutil
 
 import pytest
 from data_helpers import moving_frames
 
-from larp_jax.data import ClipSpec, open_source
+from larp_jax.data import ClipSpec, codes, open_source, rewards
 from larp_jax.data.folders import find_videos
 from larp_jax.data.inputs import Inputs
 from larp_jax.data.listing import list_videos
@@ -142,7 +143,6 @@ def test_damaged_videos_do_not_change_the_classes(make):
         ("videos/one.mp4", "tfds:videos", "did you mean 'folder:videos'"),
         ("prepared/features.json", "folder:prepared", "did you mean 'tfds:prepared'"),
         ("prepared/features.json", "folder:prepared:train", "did you mean 'tfds:prepared:train'"),
-        ("codes/manifest.json", "folder:codes", "did you mean 'tokens:codes'"),
         ("run/checkpoints/2/x", "folder:run", "contains checkpoints: give videos"),
         ("lists/classInd.txt", "folder:lists", "run larp-jax prepare --input lists"),
         ("x.npz", "folder:x.npz", "is neither a video"),
@@ -160,6 +160,31 @@ def test_errors_name_what_was_found_and_what_to_do(tmp_path, monkeypatch, file, 
     with pytest.raises(InputError) as error:
         open_source(given)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "more", "says"),
+    [
+        ("codes", {"K": 8}, "made contains codes: did you mean 'tokens:made'?"),
+        ("codes", {"d": 4}, "made contains latents: did you mean 'tokens:made'?"),
+        ("rewards", {}, "made contains rewards: did you mean 'rewards:made'?"),
+        ("features", {}, "made contains features: did you mean 'features:made'?"),
+        ("codebook", {}, None),
+    ],
+)
+def test_errors_name_what_a_command_wrote(tmp_path, monkeypatch, format, more, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "manifest.json").write_text(json.dumps({"format": f"larp_jax.{format}", **more}))
+    for given in ("made", "folder:made", "tfds:made"):
+        with pytest.raises(InputError) as error:
+            open_source(given)
+        assert says in str(error.value) if says else "tokens:" not in str(error.value)
+    for read, name in ((codes.read_manifest, "codes"), (rewards.read_manifest, "rewards")):
+        if format != name:
+            kind = f" but of {says.split()[2][:-1]}" if says else ""
+            with pytest.raises(InputError, match=f"is not a manifest of {name}{kind}; give a folder written by"):
+                read(tmp_path / "made")
 
 
 def test_data_on_other_machines_is_refused():

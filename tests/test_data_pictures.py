@@ -189,6 +189,24 @@ def test_folders_of_pictures_are_videos_of_their_class(folder, caplog):
     ) for start, valid in windows]  # fmt: skip
 
 
+def test_a_warning_says_that_classes_of_pictures_are_read_as_videos(tmp_path, caplog):
+    for split in ("train", "test"):
+        write(tmp_path / split / "cat", moving_frames(2, 16, 16))
+        write(tmp_path / split / "dog", moving_frames(3, 16, 16))
+    for folder, names in ((tmp_path, "test/cat, test/dog, train/cat, train/dog"), (tmp_path / "train", "cat, dog")):
+        caplog.clear()
+        assert find_videos(folder).label_names == ()
+        (record,) = caplog.records
+        said = record.getMessage()
+        assert said.startswith(f"{folder}: folders of pictures that are read as one video each, without a class")
+        assert "CLASS/VIDEO/001.jpg" in said and said.endswith(f": {names}") and len(said.splitlines()) == 1
+    caplog.clear()
+    for other in ("a/cat/1", "a/dog/1", "b/cat", "c/cat"):  # classes of videos; one video; beside a file
+        write(tmp_path / other, moving_frames(2, 16, 16))
+    video.write_video(tmp_path / "c" / "dog.mp4", moving_frames(2, 16, 16), 10)
+    assert [len(find_videos(tmp_path / name).paths) for name in "abc"] == [2, 1, 2] and not caplog.records
+
+
 def test_the_folder_itself_may_be_the_video(folder, tmp_path, monkeypatch):
     clip = folder / "walk" / "clip10"
     monkeypatch.chdir(clip)

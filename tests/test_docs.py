@@ -140,6 +140,7 @@ def test_the_commands_of_the_readme_run(readme_ran):
     assert {"codebook.npz", "codebook.safetensors"} <= written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(PAGES[page], "python") and page != "docs/code.md"])
 def test_python_blocks_run(page, readme_ran, monkeypatch):
     monkeypatch.chdir(readme_ran)

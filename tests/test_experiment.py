@@ -8,7 +8,7 @@ import pytest
 
 from larp_jax import cli
 from larp_jax.cli.recipe import load_experiment
-from larp_jax.config import Experiment, experiment_recipes, make_experiment
+from larp_jax.config import Experiment, completed, differences, experiment_recipes, make_experiment, to_dict
 from larp_jax.data import moving_shapes
 from larp_jax.errors import InputError
 from larp_jax.models import classifier
@@ -16,6 +16,7 @@ from larp_jax.tools import experiment as experiments, flops
 from larp_jax.tools.experiment_results import MEASURES, Cell, bootstrap, summarize, table
 from larp_jax.tools.report import report
 from larp_jax.training.generator import GeneratorTask
+from larp_jax.weights.checkpoint import read_config, write_config
 
 SHIPPED = ("bottleneck", "patchwise", "prior", "prior_size", "quantizer", "scheduled_sampling", "semantic", "tokens")
 
@@ -85,12 +86,14 @@ def test_an_interrupted_experiment_continues_to_the_same_table(tmp_path, monkeyp
         with pytest.raises(Killed):
             experiments.run_experiment(experiment, tmp_path / "parts")
     assert not list((tmp_path / "parts").glob("*/*/cell.json"))
-    parts = experiments.run_experiment(experiment, tmp_path / "parts")
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    parts = experiments.run_experiment(experiment, ".")
     assert {"psnr", "order_gap", "gain", "reach", "sample_accuracy"} <= parts["arms"]["only"].keys()
 
     experiments.run_experiment(experiment, tmp_path / "whole")
     for name in ("results.json", "results.md", "results.svg"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     page = report(tmp_path / "whole").read_text()
     assert page.count("<img") == 2 and "Order gap" in page
 
@@ -134,6 +137,32 @@ def test_an_arm_starts_from_an_earlier_one_of_the_same_seed(tmp_path):
     assert experiments._is_made(source)
     with pytest.raises(InputError, match="arm decoder has init_from='first'; give the name of an earlier arm"):
         make_experiment("?", {"decoder": decoder, "first": first}, generator)
+
+
+def test_a_run_of_a_moved_experiment_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "train", lambda recipe, workdir: None)
+    recipe, generator = tiny().arms["first"], tiny().generator
+
+    def started(root, arm="first"):
+        return dataclasses.replace(recipe, init_from=f"{root}/{arm}/seed-0/tokenizer")
+
+    def on_codes(root):
+        codes = dataclasses.replace(generator.data, train=f"tokens:{root}/longer/seed-0/codes/train")
+        return dataclasses.replace(generator, data=codes)
+
+    for before, now, same in (
+        (started("/old"), started(tmp_path), True),
+        (started("/old", "other"), started(tmp_path), False),
+        (on_codes("/old"), on_codes(tmp_path), True),
+        (recipe, recipe, True),
+        (recipe, dataclasses.replace(recipe, seed=1), False),
+    ):
+        workdir = tmp_path / "longer" / "seed-0" / "run"
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(workdir, to_dict(before))
+        experiments._train(now, workdir)
+        changed = differences(completed(read_config(workdir)), to_dict(now))
+        assert (not changed) == same, changed
 
 
 def test_an_arm_needs_a_generator_of_what_it_has(tmp_path):

@@ -236,7 +236,8 @@ def test_folders_that_do_not_fit(made, tmp_path, capsys):
     (damaged / "manifest.json").write_text(json.dumps(manifest | {"flips": False}))
     with pytest.raises(InputError, match=r"has no mirrored clips; run larp-jax features with this recipe and --flips"):
         open_features(plain)
-    for key, value in (("clip", [8, 32]), ("features", [2, 4, 4, "a"]), ("teacher", {}), ("rows", []), ("flips", 3)):
+    wrong = {"clip": [8, 32], "features": [2, 4, 4, "a"], "teacher": {}, "rows": [], "flips": 3}
+    for key, value in (*wrong.items(), ("clip", [8, 2**20, 2**20, 3])):
         (damaged / "manifest.json").write_text(json.dumps(manifest | {key: value}))
         with pytest.raises(InputError, match=r"manifest\.json is damaged \(.*\); run larp-jax features again"):
             FeatureSet(damaged)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from larp_jax.api import LoadedFlow
 from larp_jax.config import FLOW_SIZES, FlowConfig, GeneratorConfig, MeshConfig, parse_recipe
 from larp_jax.errors import InputError
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.models.condition import Condition
 from larp_jax.models.flow import Flow, flow_errors, times_of
 from larp_jax.models.flow_sampling import euler, heun, sample_latents

@@ -9,7 +9,7 @@ import pytest
 
 from larp_jax.errors import InputError
 
-COUNTS = {"configs": 40, "codes": 60, "safetensors": 60, "prepared": 40, "lists": 60, "checkpoints": 12}
+COUNTS = {"configs": 40, "codes": 60, "features": 60, "safetensors": 60, "prepared": 40, "lists": 60, "checkpoints": 12}
 
 
 @pytest.mark.slow
@@ -21,6 +21,7 @@ def test_mutated_inputs_are_read_or_refused(kind, tmp_path):
     assert "refused" in outcomes
 
 
+@pytest.mark.slow
 def test_mutated_videos_in_a_process_of_little_memory():
     said = []
     outcomes, found = fuzz.fuzz("videos", 30, 5, say=said.append)

@@ -214,6 +214,7 @@ def test_classes_are_counted_alike_for_every_kind_of_data(kind, mixed, trained, 
         assert counts.tolist() == ([4, 0, 4, 8] if kind == "mixture" else [2, 0, 2, 4])
 
 
+@pytest.mark.slow
 def test_classes_without_videos_are_warned_of_and_not_sampled(mixed, trained, tmp_path, capsys, monkeypatch):
     data = [f"--config.data.train=folder:{mixed}", "--config.data.eval=", "--config.steps=1"]
     seen = []

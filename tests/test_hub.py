@@ -103,15 +103,26 @@ def test_a_model_is_pushed_and_loaded_back_by_id(server, model, tmp_path, capsys
 SMALL = {"size": "custom", "width": 16, "depth": 1, "heads": 2, "codebook_size": 10, "num_tokens": 5, "num_classes": 3}
 
 
+FLOW = {name: SMALL[name] for name in SMALL if name != "codebook_size"} | {"code_dim": 2}
+
+
 @pytest.mark.parametrize(
-    ("options", "known"),
+    ("network", "known"),
     [
-        ({"frame_prediction": True, "frames_dropout": 0.25}, {"tokenizer_fingerprint": "0123456789abcdef"}),
-        ({}, {"class_names": ["a", "b"], "class_counts": [1, 2, 3]}),
+        (
+            config.GeneratorConfig(**SMALL, frame_prediction=True, frames_dropout=0.25),
+            {"tokenizer_fingerprint": "0123456789abcdef"},
+        ),
+        (config.GeneratorConfig(**SMALL), {"class_names": ["a", "b"], "class_counts": [1, 2, 3]}),
+        (
+            config.FlowConfig(**FLOW, condition="class+frames"),
+            {"latent_statistics": {"mean": [0.1, -2.0], "std": [1.0, 0.3]}, "class_counts": [1, 2, 3]},
+        ),
     ],
+    ids=["frames", "class", "flow"],
 )
-def test_a_generator_keeps_what_the_released_layout_has_no_field_for(server, tmp_path, options, known):
-    made = config.GeneratorRecipe(model=config.GeneratorConfig(**SMALL, **options), cond_frames=2)
+def test_a_generator_keeps_what_the_released_layout_has_no_field_for(server, tmp_path, network, known):
+    made = (config.GeneratorRecipe if network.has_codes else config.FlowRecipe)(model=network, cond_frames=2)
     checkpoint.write_imported(tmp_path / "g", config.to_dict(made), random_params(made.model), known)
     (tmp_path / "g" / "metrics.jsonl").write_text('{"step": 0, "eval/top1": 0.5}\n{"step": 9, "eval/top1": 0.75}\n')
     assert push(tmp_path / "g") == 0
@@ -122,11 +133,16 @@ def test_a_generator_keeps_what_the_released_layout_has_no_field_for(server, tmp
     assert cli.main(["import", f"--source=hf://{NAME}", f"--output={tmp_path / 'copy'}"]) == 0
     for path in (f"hf://{NAME}", tmp_path / "copy"):
         generator = larp_jax.load_generator(path)
-        assert generator.config == made.model and generator.config.has_null_frames == bool(options)
+        assert generator.config == made.model and generator.config.has_null_frames == (network.frames_dropout > 0)
+        assert generator.fingerprint == larp_jax.load_generator(tmp_path / "g").fingerprint
         assert generator.tokenizer_fingerprint == known.get("tokenizer_fingerprint")
         assert generator.class_names == tuple(known.get("class_names", ()))
         np.testing.assert_array_equal(generator.class_counts, known.get("class_counts"))
         assert api.load_checkpoint(path, kind="generator").recipe.cond_frames == 2
+    assert ("`from_pretrained` of the authors' code reads" in card) == network.has_codes
+    if not network.has_codes:
+        assert "latents = generator.sample(classes=classes, frames=frames" in card
+        assert "| latents of a clip | 5 of 2 floats |" in card
 
 
 @pytest.mark.parametrize(

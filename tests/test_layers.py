@@ -18,7 +18,7 @@ LAYERS = (
     {"evaluation"},
     {"inference"},
     {"api"},
-    {"generator_api", "allocation"},
+    {"budgets"},
     {"weights", "data"},
     {"runtime", "npz"},
     {"models", "files"},
@@ -29,7 +29,6 @@ HEIGHT = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Modules, and subpackages with all their modules, that can be imported without the packages in NOT_CORE.
 CORE = {"api", "config", "errors", "files", "hub", "metrics", "models", "npz", "state", "storage", "tools.flops"}
-CORE |= {"generator_api"}
 CORE |= {"training.losses", "training.optim", "evaluation.frechet", "weights.export", "weights.fingerprint"}
 CORE |= {"weights.importing", "weights.i3d", "weights.lpips", "weights.networks", "weights.released"}
 CORE |= {"weights.released_config", "weights.teachers", "weights.tensors", "runtime.rng"}

@@ -13,7 +13,7 @@ import pytest
 from larp_jax import cli
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.tools import charts
+from larp_jax.tools import charts, drift
 from larp_jax.tools.report import report
 from larp_jax.weights import checkpoint
 
@@ -172,6 +172,30 @@ def test_a_generator(tmp_path):
     steps = [int(attributes["data-step"]) for attributes in page.all("video")]
     assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 29
     assert "25.0%" in page.texts["top"]
+
+
+def test_the_drift_of_streams(tmp_path):
+    (tmp_path / "config.json").write_text('{"stage": "generator"}')
+    page = page_of(tmp_path)
+    assert "drift" not in page.texts and "#drift" not in [a["href"] for a in page.all("a")]
+    numbers = {"mean": 0.5, "variance": 0.05, "distance": 2.0, "accuracy": 0.75}
+    stream = [{"start": 8 * i, **numbers, "mean": 0.5 - 0.1 * i} for i in range(3)]
+    anchored = [window | {"mean": 0.5} for window in stream]
+    real = numbers | {"distance": None}
+    held = {"frames": 8, "videos": 4, "data": HOSTILE, "real": real, "stream": stream, "anchored": anchored}
+    for folder in ("drift", "odd"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "drift.json").write_text(json.dumps(held))
+        held |= {"stream": [{"start": 0}]}
+    page = page_of(tmp_path)
+    drawn = charts_of(page)
+    assert drawn["mean color", "stream"] == [[0, 0.5], [8, 0.4], [16, 0.3]]
+    assert drawn["mean color", "anchored"] == drawn["mean color", "real clips"] == [[0, 0.5], [8, 0.5], [16, 0.5]]
+    assert {title for title, name in drawn if name == "stream"} == set(drift.MEASURES.values())
+    assert ("Frechet distance to real clips", "real clips") not in drawn
+    assert "Windows of 8 frames" in page.texts["drift"] and HOSTILE in page.texts["drift"]
+    assert "#drift" in [a["href"] for a in page.all("a")]
+    assert "odd/drift.json does not have the format that larp-jax writes (KeyError: 'mean')" in page.texts["notes"]
 
 
 def test_damage_is_reported(workdir, tmp_path):

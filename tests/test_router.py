@@ -81,7 +81,7 @@ def test_a_router_learns_a_separable_rule():
     assert logs["reward"] > 0.95 * logs["reward_best"] > first["reward"]
 
 
-def test_what_a_run_leaves_and_how_it_continues(folders, tmp_path):
+def test_what_a_run_leaves_and_how_it_continues(folders, tmp_path, capsys):
     lines = logged(folders / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"train/loss", "train/assignment_top1", "train/reward"} <= lines[0].keys()
@@ -98,6 +98,9 @@ def test_what_a_run_leaves_and_how_it_continues(folders, tmp_path):
     for weights in ("ema", "raw"):
         one, other = (checkpoint.load(path, weights=weights).params for path in (again, folders / "run"))
         jax.tree.map(np.testing.assert_array_equal, one, other)
+    export = ["export", "--checkpoint", folders / "run", "--format", "huggingface", "--output", tmp_path / "x"]
+    call(*export, code=2)
+    assert "holds a router, which the authors' code does not know" in capsys.readouterr().err
     page = report.report(again).read_text()
     assert "share of the best reward, evaluation" in page and "best uniform assignment" in page
 
@@ -167,6 +170,7 @@ def test_the_table_of_the_docs(folders, untrained, tmp_path, capsys):
     assert (tmp_path / "clips.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trains_under_a_router(folders, tmp_path, capsys):
     config = f"{CONFIGS / 'tiny.py'}:adaptive"
     adaptive = ["train", "--config", config, "--config.steps=3", "--config.loss.prior_weight=0"]

@@ -159,6 +159,7 @@ def wide(tmp_path_factory):
     return folder / "videos", run
 
 
+@pytest.mark.slow
 def test_a_wide_model(wide, tmp_path, capsys):
     """16:9 in, 16:9 out, at the same rate, with PSNR by file."""
     videos, run = wide
@@ -180,6 +181,7 @@ def test_a_wide_model(wide, tmp_path, capsys):
         assert summary["videos"][name]["psnr"] == pytest.approx(psnr, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_fewer_frames_are_encoded_as_they_are(wide, tmp_path):
     videos, run = wide
     tokenizer = load_tokenizer(run)
@@ -276,6 +278,7 @@ def test_every_step_has_one_shape(mixed, spec, caplog):
         np.testing.assert_array_equal(one["video"], np.concatenate([part["video"] for part in parts]))
 
 
+@pytest.mark.slow
 def test_training_on_several_shapes(mixed, tmp_path):
     """Both shapes pass through all modules, and evaluation has that of the model."""
     assert {Turns((2, 3), seed=0)(step)[0] for step in range(3)} == {0, 1}

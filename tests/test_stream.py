@@ -109,6 +109,9 @@ def test_a_stream_goes_on_in_constant_memory(generator, adaptive, caplog):
     found = adaptive.encode_frames(stream.to_uint8(before), budget=adaptive.config.adaptive.largest)
     assert video.state.number == 25 and video.state.lengths[0, 0] == found[1][0, 0]
     np.testing.assert_array_equal(video.state.codes[:, : found[1][0, 0]], found[0][:, : found[1][0, 0]])
+    begun = Stream(generator, adaptive, key=jax.random.key(0), classes=[0, 2], first=stream.to_uint8(before))
+    assert next(begun).shape == last.shape and (begun.state.number, begun.state.lengths.shape) == (1, (2, 2))
+    np.testing.assert_array_equal(begun.state.codes[:, : found[1][0, 0]], found[0][:, : found[1][0, 0]])
 
 
 def test_a_class_that_changes_changes_only_later_blocks(generator, adaptive):
@@ -215,13 +218,13 @@ def test_what_does_not_fit_is_refused(checkpoint, untrained, generator, adaptive
     assert not (tmp_path / "x").exists()
     whole = write_generator(tmp_path / "plain", {}, **SIZES)
     assert run(whole, untrained, tmp_path / "x", "--frames=8") == 2
-    assert "samples whole clips, not blocks of frames; give one" in capsys.readouterr().err
-    with pytest.raises(InputError, match="samples whole clips"):
-        Stream(load_generator(whole), adaptive, key=jax.random.key(0))
+    assert "trained with model.condition='class+frames' or 'frames', or on codes of" in capsys.readouterr().err
+    with pytest.raises(InputError, match="samples clips without what was before them"):
+        load_generator(whole).sample_block([0], key=jax.random.key(0))
 
 
 def test_the_benchmark_times_a_stream_beside_clips(checkpoint, untrained, tmp_path, capsys):
-    command = ["benchmark", "sample", "--stream", f"--checkpoint={checkpoint}", "--cfg-scale=1", "--seconds=1"]
+    command = ["benchmark", "sample", "--stream", f"--checkpoint={checkpoint}", "--cfg-scale=1", "--seconds=0.1"]
     assert cli.main([*command, f"--tokenizer={untrained}", f"--output={tmp_path / 'found.json'}"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["block_frames"], found["clip_frames"]) == (4, 8)

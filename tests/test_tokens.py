@@ -205,7 +205,7 @@ def test_only_one_process_writes_and_leftovers_are_replaced(tokenizer, videos, c
     tokenize(tokenizer, str(videos), output, batch_size=2, shard_rows=2)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in codes.iterdir())
     (output / "manifest.json").rename(output / "settings.json")
-    with pytest.raises(InputError, match="already contains codes"):
+    with pytest.raises(InputError, match="already contains the settings.json of an earlier call"):
         tokenize(tokenizer, str(videos), output)
 
 

@@ -175,6 +175,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoints(trained, tmp_path, c
         ("data.batch_size=16", "holds a run with data.batch_size=8, not 16"),
         ("data.train=moving_shapes:test", "with data.train='moving_shapes', not 'moving_shapes:test'"),
         ("model.num_tokens=16", "with model.num_tokens=8, not 16"),
+        ("optim.kind=muon", "with optim.kind='adam', not 'muon'"),
         ("optim.ema_decay=0", "with optim.ema_decay=0.9, not 0.0"),
         ("loss.adversarial_weight=0", "with loss.adversarial_weight=0.3, not 0.0"),
         ("loss.reconstruction=l2", "with loss.reconstruction='l1', not 'l2'"),
@@ -211,6 +212,7 @@ def test_weights_of_losses_may_change_but_not_turn_modules_on_or_off():
         assert _may_change(f"loss.{name}_weight", 0.7, 0.3)
         assert not _may_change(f"loss.{name}_weight", 0.7, 0.0) and not _may_change(f"loss.{name}_weight", 0.0, 0.7)
     assert _may_change("loss.frame_difference_weight", 0.0, 0.7)  # trains no module of its own
+    assert _may_change("optim.weight_decay", 0.1, 0.2) and not _may_change("optim.weight_decay", 0.0, 0.1)
     assert not _may_change("loss.alignment", "vgg16", "vjepa2_l")
 
 

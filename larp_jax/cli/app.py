@@ -108,8 +108,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {reason(error)} (--debug shows where)"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments of a command. `overrides` are the settings of its config, which `load_recipe` checks."""
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of its commands by name, in the order of `larp-jax --help`."""
     parser = Parser(
         prog="larp-jax", description="LARP: a video tokenizer with a learned autoregressive prior.", allow_abbrev=False
     )
@@ -117,7 +117,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)
-    arguments, rest = parser.parse_known_args(argv)
+    return parser, dict(commands.choices)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command. `overrides` are the settings of its config, which `load_recipe` checks."""
+    arguments, rest = parsers()[0].parse_known_args(argv)
     arguments.overrides = rest if hasattr(arguments, "config") else []
     unknown = [text for text in rest if text not in arguments.overrides]
     if unknown:

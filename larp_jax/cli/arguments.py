@@ -157,7 +157,7 @@ def add_sampling(sub, what, *, clips=True) -> None:
     )  # fmt: skip
     if clips:
         add_window(sub)
-        add_solver(sub)
+    add_solver(sub)
     add_precision(sub)
 
 
@@ -196,24 +196,23 @@ def add_precision(sub) -> None:
     )  # fmt: skip
 
 
-def add_cfg_scale(sub, default) -> None:
-    """Adds --cfg-scale with this default."""
+def add_guidance(sub, default, *, clips=True) -> None:
+    """Adds the options of classifier-free guidance; `default` is that of the scale.
+
+    `clips` adds the option for whole clips.
+    """
     sub.add_argument(
         "--cfg-scale", type=float, default=default, metavar="S",
         help=f"classifier-free guidance scale; 1 turns guidance off (default: {default:g})",
     )  # fmt: skip
-
-
-def add_guidance(sub, default) -> None:
-    """Adds the options of classifier-free guidance; `default` is that of the scale."""
-    add_cfg_scale(sub, default)
     sub.add_argument(
         "--frames-scale", type=float, default=1.0, metavar="S",
         help="guidance scale of the given frames, for generators trained with model.frames_dropout (default: 1)",
     )  # fmt: skip
-    sub.add_argument(
-        "--cfg-interval", type=int, default=-1, metavar="I", help="guide only the first I + 2 codes (default: all)"
-    )
+    if clips:
+        sub.add_argument(
+            "--cfg-interval", type=int, default=-1, metavar="I", help="guide only the first I + 2 codes (default: all)"
+        )
 
 
 def add_processes(sub) -> None:

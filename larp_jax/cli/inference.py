@@ -5,7 +5,6 @@ from larp_jax.cli.arguments import (
     SPEC,
     add_batch_size,
     add_budget,
-    add_cfg_scale,
     add_checkpoint,
     add_clip,
     add_command,
@@ -408,12 +407,17 @@ def add_stream(commands) -> None:
         " (default: any class)",
     )  # fmt: skip
     sub.add_argument(
-        "--context", type=positive, default=1, metavar="N",
-        help="how many blocks of frames each clip takes over from the one before, encoded again (default: 1)",
+        "--context", type=positive, metavar="N",
+        help="how many blocks of frames each clip takes over from the one before, encoded again (default: 1); without a"
+        " ladder, how many frames (default: as in training)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--input", metavar="I",
+        help="video file or picture that the stream goes on from, from as many first frames as the context has",
     )  # fmt: skip
     add_sampling(sub, "block", clips=False)
     add_sample_budget(sub)
-    add_cfg_scale(sub, 1.0)
+    add_guidance(sub, 1.0, clips=False)
     drift = sub.add_argument_group("drift")
     drift.add_argument(
         "--drift", metavar="SPEC",
@@ -433,8 +437,6 @@ def _stream(arguments):
 
     options = sampling_options(arguments)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind="generator")
-    if not found.recipe.model.ladder:
-        raise InputError(f"{arguments.checkpoint}: {stream.NO_BLOCKS}")
     generator = api.LoadedGenerator.of(found, precision=arguments.precision)
     tokenizer = api.load_tokenizer(arguments.tokenizer, weights=arguments.weights)
     if arguments.drift is not None:
@@ -442,7 +444,7 @@ def _stream(arguments):
         return
     schedule = None
     if arguments.classes is not None:
-        size = tokenizer.config.frames // tokenizer.config.blocks
+        size = stream.pace(generator, tokenizer, arguments.context).size
         schedule = stream.read_schedule(arguments.classes, generator, size)
     manifest = stream.write_stream(
         generator,
@@ -453,6 +455,7 @@ def _stream(arguments):
         seed=arguments.seed,
         options=options,
         context=arguments.context,
+        source=arguments.input,
         budget=arguments.budget,
     )
     print(f"{manifest['frames']} frames in {len(manifest['parts'])} part(s), in {arguments.output}")
@@ -463,6 +466,8 @@ def _drift(arguments, generator, tokenizer):
 
     if arguments.classes is not None:
         raise InputError("--drift samples the classes of the clips; leave out --classes")
+    if arguments.input is not None:
+        raise InputError("--drift has streams that begin with nothing; leave out --input")
     result = drift.drift(
         generator,
         tokenizer,

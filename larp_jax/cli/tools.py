@@ -165,8 +165,10 @@ def _benchmark_sample(arguments) -> dict[str, Any]:
     if arguments.checkpoint is None:
         if options.window > 1:
             raise InputError("--window depends on what the generator has learned: give --checkpoint, not --config")
-        model = _recipe_of("generator", arguments).model
-        generator = benchmark_sampling.untrained_generator(model, precision=precision)
+        recipe = _recipe_of("generator", arguments)
+        generator = benchmark_sampling.untrained_generator(
+            recipe.model, precision=precision, given_frames=recipe.given_frames
+        )
     else:
         found = api.load_checkpoint(arguments.checkpoint, kind="generator")
         generator = api.LoadedGenerator.of(found, precision=precision)
@@ -268,7 +270,7 @@ def add_demo(commands) -> None:
         "--checkpoint runs/quickstart --generator runs/generator",
     )
     add_checkpoint(sub)
-    sub.add_argument("--generator", metavar="G", help="a generator of its codes, to sample from")
+    sub.add_argument("--generator", metavar="G", help="a generator for it, to sample from")
     sub.add_argument("--router", metavar="R", help="the router of the budget auto: a workdir or a checkpoint")
     sub.add_argument(
         "--host", default="127.0.0.1", metavar="H",

@@ -50,13 +50,13 @@ def _check_target(arguments) -> None:
 
 def _export(arguments):
     from larp_jax import api
-    from larp_jax.config import GeneratorRecipe, TokenizerRecipe
+    from larp_jax.config import SecondStageRecipe, TokenizerRecipe
     from larp_jax.weights import export
 
     _check_target(arguments)
     found = api.load_checkpoint(arguments.checkpoint, weights=arguments.weights, kind=None)
     model, params = found.recipe.model, found.params.get("tokenizer")
-    if not isinstance(found.recipe, TokenizerRecipe | GeneratorRecipe):
+    if not isinstance(found.recipe, TokenizerRecipe | SecondStageRecipe):
         raise InputError(f"{arguments.checkpoint} holds a {found.recipe.stage}, which the authors' code does not know")
     if arguments.push is not None:
         _push(arguments, found)

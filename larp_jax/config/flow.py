@@ -40,8 +40,9 @@ class FlowConfig(Conditional):
     class_dropout: float = 0.1
     frames_dropout: float = 0.1
 
-    # latents are those of whole clips: no blocks of frames
+    # latents are those of whole clips, which are one block of frames
     ladder: ClassVar[tuple[int, ...]] = ()
+    blocks: ClassVar[int] = 1
     adaptive: ClassVar[None] = None
 
     def __post_init__(self):

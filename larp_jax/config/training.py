@@ -96,8 +96,9 @@ class CorruptionConfig:
 class AdamConfig:
     """Adam with linear warmup and cosine decay of the learning rate; the constants are those of the released code.
 
-    With `kind="muon"`, Muon updates the kernels of the blocks of transformers, and Adam the other parameters. Muon's
-    updates are about as large as Adam's, so the same learning rates serve. No published recipe uses it.
+    With `kind="muon"`, Muon updates the kernels of the blocks of transformers, and Adam the other parameters and all of
+    the discriminator. Muon's updates are about as large as Adam's, so the same learning rates serve. No published
+    recipe uses it.
 
     The learning rate rises from `floor` times `learning_rate` to `learning_rate` over `warmup_steps` steps, and decays
     to `floor` times `learning_rate` at the last step. `clip_norm` is the largest norm of the gradients; 0 turns

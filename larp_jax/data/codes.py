@@ -45,7 +45,7 @@ from larp_jax import files, npz
 from larp_jax.config import MOST_POSITIONS, Ladder
 from larp_jax.data.latents import LatentStatistics
 from larp_jax.data.pipeline import Batches
-from larp_jax.data.spec import advice
+from larp_jax.data.spec import advice, contents
 from larp_jax.errors import InputError, reason
 from larp_jax.files import read_json
 
@@ -168,7 +168,8 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); tokenize again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is not a manifest of codes; give a folder written by larp-jax tokenize")
+        found = f" but of {kind}" if (kind := contents(path.parent)) else ""
+        raise InputError(f"{path} is not a manifest of codes{found}; give a folder written by larp-jax tokenize")
     version = manifest.get("version")
     layout = manifest.get("layout", FIXED if version == 1 else None)
     if type(version) is not int or not 1 <= version <= LATENTS_VERSION:

@@ -102,6 +102,7 @@ def _check(manifest: dict) -> None:
         sides = manifest[name]
         if len(sides) != length or not all(type(side) is int and 0 < side < 2**31 for side in sides):
             raise ValueError(f"{name} is {sides}")
+    record(manifest)  # ValueError if a row is larger than NumPy allows
     ClipSpec.of(manifest["clip"], **manifest["sampling"])
     teacher_from_dict(manifest["teacher"]["config"])
     if not all(isinstance(manifest["teacher"][name], str) for name in ("name", "sha256")):

@@ -100,6 +100,7 @@ def find_videos(folder: str | os.PathLike) -> FolderVideos:
     - Otherwise the subfolders are classes. Classes are in numerical order if all their names are numbers, else in
       alphabetical order. Unreadable files count, so that damage does not renumber classes.
     - A video next to class folders has no class, and one next to split folders has no split. A warning names them.
+    - If all videos are folders of pictures next to each other, they may be meant as classes. A warning names them.
     - Hidden files and folders are ignored.
 
     Raises:
@@ -140,6 +141,12 @@ def find_videos(folder: str | os.PathLike) -> FolderVideos:
     if label_names:
         strays = ["/".join(part) for part, label in zip(parts, labels, strict=True) if label == NO_LABEL]
         _warn(strays, f"{folder}: without a class, because they are in none of the class folders")
+    elif len(paths) > 1 and all(map(os.path.isdir, paths)):  # maybe classes of an image data set
+        _warn(
+            ["/".join(part) for part in parts],
+            f"{folder}: folders of pictures that are read as one video each, without a class (if they are classes, give"
+            " each video a folder in them, CLASS/VIDEO/001.jpg; pictures that are not frames of a video cannot be used)"
+        )
     splits = [SPLITS[part[0].lower()] if split else "" for part in parts]
     return FolderVideos(folder, paths, splits, labels, label_names, without_split)
 

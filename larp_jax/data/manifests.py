@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from larp_jax import files
+from larp_jax.data.spec import contents
 from larp_jax.errors import InputError, reason
 
 MANIFEST = "manifest.json"
@@ -33,7 +34,8 @@ def read(
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); {again}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != f"larp_jax.{content}":
-        raise InputError(f"{path} is not a manifest of {content}; give a folder written by {command}")
+        found = f" but of {kind}" if (kind := contents(path.parent)) else ""
+        raise InputError(f"{path} is not a manifest of {content}{found}; give a folder written by {command}")
     if manifest.get("version") != version:
         raise InputError(f"{path} has version {manifest.get('version')}, but only {version} is supported; {again}")
     try:

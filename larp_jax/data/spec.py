@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from larp_jax import storage
+from larp_jax import files, storage
 from larp_jax.data.video import EXTENSIONS, IMAGES
 from larp_jax.errors import InputError
 
@@ -165,17 +165,30 @@ def advice(path: str | os.PathLike, form: str = "") -> str:
     return ""
 
 
-def _advice_on_folder(folder: pathlib.Path, form: str, path: str) -> str:
-    if (folder / "features.json").exists() or any(folder.glob("*/features.json")) or any(
-        folder.glob("*/*/features.json")
-    ):  # fmt: skip
-        return f"{path} contains a TFDS data set: did you mean {f'tfds:{form}'!r}?"
-    if (folder / "manifest.json").exists():
-        return f"{path} contains codes: did you mean {f'tokens:{path}'!r}?"
+def contents(folder: pathlib.Path) -> str:
+    """What a folder contains in place of videos: "codes", "latents", "rewards", "features", "a TFDS data set" (as
+    `larp-jax prepare` writes), "checkpoints" or "lists" (of UCF101); empty if none of these.
+    """
+    manifest = files.json_object(folder / "manifest.json")
+    kind = str(manifest.get("format")).removeprefix("larp_jax.")
+    if kind in ("codes", *WRITTEN):
+        return "latents" if kind == "codes" and "d" in manifest else kind
+    if any(next(iter(folder.glob(f"{above}features.json")), None) for above in ("", "*/", "*/*/")):
+        return "a TFDS data set"
     if (folder / "checkpoints").is_dir() or (folder / "metadata").is_dir():
-        return f"{path} contains checkpoints: give videos"
-    if (folder / "classInd.txt").exists():
-        return f"{path} contains lists: run larp-jax prepare --input {path} --output DIR, then give tfds:DIR"
+        return "checkpoints"
+    return "lists" if (folder / "classInd.txt").exists() else ""
+
+
+def _advice_on_folder(folder: pathlib.Path, form: str, path: str) -> str:
+    if found := contents(folder):
+        spec = f"{found if found in WRITTEN else 'tokens'}:{path}"
+        cures = {
+            "a TFDS data set": f"did you mean {f'tfds:{form}'!r}?",
+            "checkpoints": "give videos",
+            "lists": f"run larp-jax prepare --input {path} --output DIR, then give tfds:DIR",
+        }
+        return f"{path} contains {found}: {cures.get(found) or f'did you mean {spec!r}?'}"
     if form == path:
         return f"did you mean {f'folder:{path}'!r}?"
     split = form.removeprefix(f"{path}:")

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from larp_jax import api, files
+from larp_jax.api import LoadedFlow
 from larp_jax.config import MeshConfig, TokenizerConfig
 from larp_jax.data import ClipSpec
 from larp_jax.errors import InputError
@@ -19,7 +20,6 @@ from larp_jax.evaluation.evaluators import FlowEvaluator, NextCodeEvaluator, Rec
 from larp_jax.evaluation.generated import classes_for, own_labels, videos_for
 from larp_jax.evaluation.metrics import Setting
 from larp_jax.evaluation.protocols import GENERATION, RECONSTRUCTION, ClipSet
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.generate import Sampler, class_counts, load_pair
 from larp_jax.models.flow import flow_sums
 from larp_jax.models.generator_codes import encode_batch, score_batch, score_sums

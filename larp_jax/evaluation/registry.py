@@ -6,11 +6,11 @@ import numpy as np
 
 from larp_jax.config import Conditional, TokenizerRecipe
 from larp_jax.errors import InputError
-from larp_jax.evaluation.allocation import RouterEvaluator
 from larp_jax.evaluation.description import Description
 from larp_jax.evaluation.evaluators import FlowEvaluator, NextCodeEvaluator
 from larp_jax.evaluation.fvd import FvdEvaluator
 from larp_jax.evaluation.metrics import METRICS, Metric, Setting
+from larp_jax.evaluation.router import RouterEvaluator
 
 GENERATOR_METRICS: dict[str, type[FvdEvaluator] | type[NextCodeEvaluator] | type[FlowEvaluator]] = {
     metric.name: metric for metric in (FvdEvaluator, NextCodeEvaluator, FlowEvaluator)

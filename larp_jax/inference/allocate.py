@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from larp_jax import data, files
-from larp_jax.allocation import QualityTree
 from larp_jax.api import LoadedTokenizer
+from larp_jax.budgets import QualityTree
 from larp_jax.config import MeshConfig
 from larp_jax.data import rewards
 from larp_jax.data.codes import SETTINGS

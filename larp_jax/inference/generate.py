@@ -407,7 +407,7 @@ def predict(
         Progress(total, description="predict", unit="clip") as progress,
     ):
         mine = set(run.mine)
-        for number, windows in enumerate(_windows(inputs, cond_frames, total, batch_size)):
+        for number, windows in enumerate(windows_in(inputs, cond_frames + 1, total, batch_size)):
             sources = [f"{names[window.video]}-{window.start:06d}" for window in windows]
             rates = [inputs.videos[window.video].fps for window in windows]
             described += [
@@ -435,9 +435,9 @@ def predict(
         return run.finish(described, inputs.label_names, sheet=False)
 
 
-def _windows(inputs: Inputs, cond_frames: int, total: int, batch_size: int) -> Iterator[list[Window]]:
-    """Batches of the windows with more than `cond_frames` frames, `total` windows in all."""
-    windows = (window for rows, _ in inputs.batches(1) for window in rows if window.valid > cond_frames)
+def windows_in(inputs: Inputs, least: int, total: int, batch_size: int) -> Iterator[list[Window]]:
+    """Batches of the windows with at least `least` frames, `total` windows in all."""
+    windows = (window for rows, _ in inputs.batches(1) for window in rows if window.valid >= least)
     windows = itertools.islice(windows, total)
     while batch := list(itertools.islice(windows, batch_size)):
         yield batch

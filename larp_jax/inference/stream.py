@@ -1,15 +1,18 @@
-"""Video of any length from a generator with a ladder, block after block.
+"""Video of any length from a generator, block after block.
 
-A clip of T blocks is sampled block by block, and each block is decoded at once. When the clip is full, its last blocks
-become the first of the next clip: their frames are encoded again, so that the generator goes on from what it knows from
-its training, the codes of a clip's first blocks (as in Loong, arXiv 2410.02757).
+With a ladder, a clip of T blocks is sampled block by block, and each block is decoded at once. When the clip is full,
+its last blocks become the first of the next clip: their frames are encoded again, so that the generator goes on from
+what it knows from its training, the codes of a clip's first blocks (as in Loong, arXiv 2410.02757).
+
+Without a ladder, a clip is sampled at once, and its last frames are given to the generator for the next clip, encoded
+again and held still as in training. The block is then the clip without the frames that were given.
 
 `write_stream` writes MP4 files of `PART_BLOCKS` blocks, named by their first frame. Beside each is an npz file with
 what is needed to go on behind it:
 
   number: int32, blocks so far.
-  codes, lengths: [1, N] and [1, n] int32, the blocks of the current clip, packed.
-  recent: uint8 [1, frames, H, W, C], the last blocks.
+  codes, lengths: [1, N] and [1, n] int32, the blocks of the current clip, packed; or its latents [1, N, d] float32.
+  recent: uint8 [1, frames, H, W, C], the last frames.
   frames: int32, in the MP4 file.
 """
 
@@ -24,14 +27,15 @@ import numpy as np
 
 from larp_jax import files, npz
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api.generator import NO_FRAMES, Budget
 from larp_jax.config import AUTO
+from larp_jax.data import ClipSpec
 from larp_jax.data.codes import MANIFEST
-from larp_jax.data.inputs import playable_fps
+from larp_jax.data.inputs import Inputs, playable_fps
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
-from larp_jax.generator_api import NO_BLOCKS, Budget
 from larp_jax.inference.batches import BatchFolder
-from larp_jax.inference.generate import Sampler, class_pairs
+from larp_jax.inference.generate import Sampler, class_pairs, windows_in
 from larp_jax.models.packing import by_place
 from larp_jax.models.pixels import to_uint8
 from larp_jax.models.sampling import SamplingOptions
@@ -48,15 +52,48 @@ class State(NamedTuple):
 
     Attributes:
       number: of blocks so far.
-      codes: [B, N] int32, packed codes of the current clip.
+      codes: [B, N] int32, packed codes of the current clip, or its latents [B, N, d] float32.
       lengths: [B, n] int32, numbers of codes of its blocks.
-      recent: uint8 [B, frames, H, W, C], the last blocks, as many as are encoded again.
+      recent: uint8 [B, frames, H, W, C], the last frames, as many as are encoded again.
     """
 
     number: int
     codes: np.ndarray
     lengths: np.ndarray
     recent: np.ndarray
+
+
+class Pace(NamedTuple):
+    """How a stream goes on from one clip to the next, which depends on the kind of the generator.
+
+    Attributes:
+      context: as for `Stream`, a number.
+      kept: number of the last frames, which are encoded again.
+      size: number of new frames in a block.
+    """
+
+    context: int
+    kept: int
+    size: int
+
+
+def pace(generator: LoadedGenerator, tokenizer: LoadedTokenizer, context: int | None = None) -> Pace:
+    """The pace of a stream; arguments and errors as for `Stream`."""
+    config, ladder = tokenizer.config, generator.config.adaptive
+    if ladder is None and not generator.config.has_frames:
+        raise InputError(NO_FRAMES)
+    generator.check_tokenizer(tokenizer)
+    if context is None:
+        context = generator.given_frames if ladder is None else 1
+    whole, unit = (config.frames, "frames") if ladder is None else (config.blocks, "blocks")
+    if not 0 < context < whole:
+        raise InputError(
+            f"context {context}: of the {whole} {unit} of a clip, the next can take over 1 to {whole - 1}"
+        )
+    if ladder is None:
+        return Pace(context, context, config.frames - context)
+    size = config.frames // config.blocks
+    return Pace(context, context * size, size)
 
 
 class Stream:
@@ -67,15 +104,19 @@ class Stream:
     numbers of block i depend on the key and i, so block i depends on these, its class and the blocks before.
 
     Args:
-      generator: a generator with a ladder.
+      generator: a generator with a ladder, or one that is given frames.
       tokenizer: the tokenizer that it was trained with.
       frames: the number of frames of each video; None for no end.
       key: random key, `jax.random.key(seed)`.
       classes: [B] integers as for `LoadedGenerator.sample`, or the classes of each block, [M, B], which begin again
         after M blocks; if the generator is given classes.
-      indices: [B] as for `LoadedGenerator.sample`; required if B is not 1 and the generator is given no classes.
-      context: how many blocks of a full clip the next one begins with, from 1 to T - 1. Fewer are encoded again less
-        often, and are sampled faster; more show the generator more of what was before.
+      indices: [B] as for `LoadedGenerator.sample`; required if B is not 1 and there are neither classes nor `first`.
+      context: with a ladder, how many blocks of a full clip the next one begins with, from 1 to T - 1; 1 by default.
+        Fewer are encoded again less often, and are sampled faster; more show the generator more of what was before.
+        Without a ladder, with how many frames; by default as many as in training.
+      first: the frames that the stream goes on from, uint8 [B, n, H, W, C], n those of the context; None if it begins
+        with nothing. Then the first clip of a generator without a ladder is sampled without given frames, which
+        training must have left out sometimes, and the frames that later clips are given are missing in the stream.
       budget: as for `LoadedGenerator.sample`. The blocks that are encoded again have its numbers too, or with `auto`
         the most codes in equal blocks.
       **options: as for `LoadedGenerator.sample_block`.
@@ -84,7 +125,7 @@ class Stream:
       state: where the stream is; with equal arguments, `resume` goes on from there with equal frames.
 
     Raises:
-      InputError: the models do not fit each other, or the generator has no ladder.
+      InputError: the models do not fit each other, or the generator cannot go on from frames, or not begin.
       ValueError: an argument is not as described.
     """
 
@@ -97,71 +138,83 @@ class Stream:
         frames: int | None = None,
         classes: Sequence | np.ndarray | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
-        context: int = 1,
+        context: int | None = None,
+        first: np.ndarray | None = None,
         budget: Budget = AUTO,
         **options: Any,
     ):
-        ladder = generator.config.adaptive
-        if ladder is None:
-            raise InputError(NO_BLOCKS)
-        generator.check_tokenizer(tokenizer)
-        if not 0 < context < ladder.blocks:
+        self._pace = pace(generator, tokenizer, context)
+        config, ladder = generator.config, generator.config.adaptive
+        if first is None and config.has_frames and not config.has_null_frames:
             raise InputError(
-                f"context {context}: of the {ladder.blocks} blocks of a clip, the next can take over 1 to"
-                f" {ladder.blocks - 1}"
+                "this generator cannot sample a first clip: it was always given frames (model.frames_dropout=0); give"
+                " the stream frames to go on from, or a generator that was trained with model.frames_dropout"
             )
         self._generator, self._tokenizer, self._frames, self._key = generator, tokenizer, frames, rng.as_key(key)
         self._classes = None if classes is None else np.atleast_2d(classes)
         self._rows = [0] if indices is None else indices
-        if classes is not None and indices is None:
-            self._rows = range(self._classes.shape[1])
-        self._context, self._budget, self._options = context, budget, options
+        if indices is None and (classes is not None or first is not None):
+            self._rows = range(self._classes.shape[1] if first is None else len(first))
+        self._budget, self._options = budget, options
         chosen = generator.assignment(budget, SamplingOptions(**options))
-        self._again = [own or most for own, most in zip(chosen, ladder.largest, strict=True)][:context]
-        config = tokenizer.config
-        self._size, rows = config.frames // config.blocks, len(self._rows)
-        codes, lengths = np.zeros((rows, config.num_tokens), np.int32), np.zeros((rows, 0), np.int32)
-        self.resume(State(0, codes, lengths, np.zeros((rows, 0, *config.clip_shape[1:]), np.uint8)))
+        if ladder is not None:
+            own = zip(chosen, ladder.largest, strict=True)
+            self._again = [given or most for given, most in own][: self._pace.context]
+        rows, shape = len(self._rows), tokenizer.config.clip_shape[1:]
+        if first is None:
+            first = np.zeros((rows, 0, *shape), np.uint8)
+        elif np.shape(first) != (rows, self._pace.kept, *shape) or first.dtype != np.uint8:
+            expected = f"uint8 [{rows}, {', '.join(map(str, (self._pace.kept, *shape)))}]"
+            raise ValueError(f"first must be {expected}, got {first.dtype} {list(np.shape(first))}")
+        codes = np.zeros((rows, *config.token_shape), np.int32 if config.has_codes else np.float32)
+        self.resume(State(0, codes, np.zeros((rows, 0), np.int32), first))
 
     def resume(self, state: State) -> None:
         """Goes on from the state of a stream with the same arguments."""
         self.state, self._past = state, ()
-        for place in range(state.lengths.shape[1]):  # for what later blocks see of these
-            self._decode(place)
+        blocks = state.lengths.shape[1]
+        for place in range(blocks) if blocks < self._generator.config.blocks else ():
+            self._decode(place)  # for what later blocks see of these
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> np.ndarray:
-        number, left = self.state.number, self._size
-        if self._frames is not None:
-            left = min(left, self._frames - number * self._size)
+        number, size = self.state.number, self._pace.size
+        left = size if self._frames is None else min(size, self._frames - number * size)
         if left <= 0:
             raise StopIteration
-        if self.state.lengths.shape[1] == self._generator.config.blocks:
-            self._roll_over()
-        _, codes, lengths, recent = self.state
+        before = self._before()
         with rng.pinned():
             key = jax.random.fold_in(self._key, number)
         codes, lengths = self._generator.sample_block(
             None if self._classes is None else self._classes[number % len(self._classes)],
             key=key,
-            frames=(codes, lengths) if lengths.shape[1] else None,
+            frames=before,
             indices=np.asarray(self._rows),
             budget=self._budget,
             **self._options,
         )
-        self.state = State(number + 1, np.asarray(codes), np.asarray(lengths), recent)
+        self.state = State(number + 1, np.asarray(codes), np.asarray(lengths), self.state.recent)
         frames = self._decode(lengths.shape[1] - 1)
-        recent = np.concatenate([recent, to_uint8(frames)], axis=1)[:, -self._context * self._size :]
+        recent = np.concatenate([self.state.recent, to_uint8(frames)], axis=1)[:, -self._pace.kept :]
         self.state = self.state._replace(recent=recent)
-        return frames[:, :left]
+        return frames[:, -size:][:, :left]
+
+    def _before(self) -> Any:
+        """What the generator is given to sample the next block, encoded again where a clip begins; None for nothing."""
+        recent, blocks = self.state.recent, self.state.lengths.shape[1]
+        if self._generator.config.has_frames:
+            return self._tokenizer.encode_frames(recent) if recent.shape[1] else None
+        if blocks in (0, self._generator.config.blocks) and recent.shape[1]:
+            self._roll_over()
+        return (self.state.codes, self.state.lengths) if self.state.lengths.shape[1] else None
 
     def _roll_over(self) -> None:
         """Makes the last blocks the first of the next clip."""
-        codes, past = [], ()
+        codes, past, size = [], (), self._pace.size
         for place, length in enumerate(self._again):
-            frames = self.state.recent[:, place * self._size :][:, : self._size]
+            frames = self.state.recent[:, place * size :][:, :size]
             found, past = self._tokenizer.encode_block(frames, np.full(len(frames), length), past)
             codes.append(np.asarray(found)[:, :length])
         packed = np.concatenate(codes, axis=1)
@@ -170,7 +223,9 @@ class Stream:
         self.resume(self.state._replace(codes=np.pad(packed, ((0, 0), (0, more))), lengths=lengths))
 
     def _decode(self, place: int) -> np.ndarray:
-        """The frames of the block at a place of the current clip, after those before it."""
+        """The frames of the block at a place of the current clip, after those before it; without a ladder all of it."""
+        if not self._generator.config.ladder:
+            return np.asarray(self._tokenizer.decode(self.state.codes))
         most = self._tokenizer.config.query_rows
         codes = by_place(self.state.codes, self.state.lengths, most)[:, place * most :][:, :most]
         lengths = self.state.lengths[:, place]
@@ -202,6 +257,27 @@ def read_schedule(text: str, generator: LoadedGenerator, size: int) -> list[tupl
     return pairs
 
 
+def read_first(
+    source: str, generator: LoadedGenerator, tokenizer: LoadedTokenizer, context: int | None = None
+) -> np.ndarray:
+    """The first frames of a video or picture, which stands still, for the `first` of a `Stream` of one video.
+
+    Args:
+      source: input, as for `larp_jax.data.inputs.Inputs`; the first video in it is read that is long enough.
+      generator: as for `Stream`.
+      tokenizer: as for `Stream`.
+      context: as for `Stream`.
+
+    Raises:
+      InputError: as for `Stream`, or the input cannot be read or is too short.
+    """
+    kept = pace(generator, tokenizer, context).kept
+    clip = ClipSpec.of(tokenizer.config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
+    for (window,) in windows_in(Inputs(source, clip, max_clips=1), least=kept, total=1, batch_size=1):
+        return window.frames[None, :kept]
+    raise InputError(f"{source}: no video in it has the {kept} frames that the stream goes on from")
+
+
 def write_stream(
     generator: LoadedGenerator,
     tokenizer: LoadedTokenizer,
@@ -211,7 +287,8 @@ def write_stream(
     schedule: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     options: SamplingOptions,
-    context: int = 1,
+    context: int | None = None,
+    source: str | None = None,
     budget: str = AUTO,
 ) -> dict[str, Any]:
     """Writes one long video in parts; a call that is interrupted continues, and so does one with more frames.
@@ -225,6 +302,7 @@ def write_stream(
       seed: seed of the random numbers.
       options: sampling options.
       context: as for `Stream`.
+      source: what the stream goes on from, as for `read_first`; None for nothing.
       budget: as for `Stream`.
 
     Returns:
@@ -238,12 +316,15 @@ def write_stream(
         if not generator.config.has_null_class:
             raise InputError("this generator was trained without a null class: give a class, --classes C")
         schedule = [(-1, 0)]
-    sampler, config = Sampler(generator, tokenizer, seed=seed, options=options, budget=budget), tokenizer.config
-    size, classes = config.frames // config.blocks, None
+    (context, kept, size), classes = pace(generator, tokenizer, context), None
+    cond_frames = kept if generator.config.has_frames else 0
+    sampler = Sampler(generator, tokenizer, seed=seed, options=options, cond_frames=cond_frames, budget=budget)
     if schedule is not None:
         classes = np.repeat([label for label, _ in schedule], [max(1, count // size) for _, count in schedule])[:, None]
-    given = {"classes": classes, "context": context, "budget": budget, **vars(options)}
+    first = None if source is None else read_first(source, generator, tokenizer, context)
+    given = {"classes": classes, "context": context, "first": first, "budget": budget, **vars(options)}
     settings = {"command": "stream", **sampler.describe(), "context": context}
+    settings |= {} if source is None else {"input": source}
     settings |= {} if schedule is None else {"schedule": [list(pair) for pair in schedule]}
     length = PART_BLOCKS * size
     parts = [(f"{start:06d}", start, min(length, frames - start)) for start in range(0, frames, length)]

@@ -26,6 +26,7 @@ from larp_jax.data.codes import (
 )
 from larp_jax.data.inputs import Inputs, output_names, playable_fps
 from larp_jax.data.latents import LatentStatistics
+from larp_jax.data.spec import contents
 from larp_jax.data.video import write_video
 from larp_jax.errors import InputError
 from larp_jax.models.checks import checked_clip_shape, checked_shape
@@ -145,7 +146,8 @@ def _checked_shape(
 def _check_free(output: pathlib.Path) -> None:
     for name in (MANIFEST, SETTINGS):
         if (output / name).exists():
-            raise InputError(f"{output} already contains codes ({name}); name another --output")
+            found = contents(output) or f"the {name} of an earlier call"
+            raise InputError(f"{output} already contains {found}; name another --output")
 
 
 def _write_shards(

@@ -6,6 +6,8 @@ e, the velocity is v = e - x, and the network learns its mean given x_t, t and t
 2302.05442).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from larp_jax.config import FlowConfig
 from larp_jax.models.attention import attention
 from larp_jax.models.condition import Condition
 from larp_jax.models.embeddings import sincos_1d
-from larp_jax.models.layers import Dtype, Linear, Mlp, RMSNorm, rematerialized, run_stack, stack
+from larp_jax.models.layers import Dtype, Linear, Mlp, RMSNorm, project, rematerialized, run_stack, stack
 
 EPSILON = 1e-6  # of all norms, as in DiT
 TIME_WIDTH = 256  # of the sine-cosine embedding of the time, as in DiT
@@ -69,8 +71,8 @@ class FlowBlock(nnx.Module):
 
     def attend(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
         """Self-attention of `modulated`, [B, N, D] -> [B, N, D]."""
-        qkv = rematerialized(lambda x: self.qkv(modulated(x, shift, scale, self.dtype)))(x)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        norm = functools.partial(modulated, shift=shift, scale=scale, dtype=self.dtype)
+        q, k, v = rematerialized(lambda x: project(self.qkv, norm(x), self.heads))(x)
         q, k = rematerialized(lambda q, k: (self.q_norm(q), self.k_norm(k)))(q, k)
         return self.out(rearrange(attention(q, k, v), "b n h d -> b n (h d)"))
 

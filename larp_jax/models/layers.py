@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from larp_jax.config import TransformerConfig, swiglu_width
-from larp_jax.models.attention import attention
+from larp_jax.models.attention import Blocks, attention, splits_heads
 from larp_jax.models.dropout import dropout
 from larp_jax.models.rotary import Rotation, rotate
 
@@ -102,13 +102,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., outputs] in `dtype`."""
+    def __call__(self, x: jax.Array, order: Callable = lambda y: y) -> jax.Array:
+        """x [..., inputs] -> [..., outputs] in `dtype`; `order` reorders the last axis, of the weights."""
         if self.scale is None:
-            y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+            y = _matmul(x.astype(self.dtype), order(self.kernel[...].astype(self.dtype)))
         else:
-            y = _matmul_int8(x.astype(self.dtype), self.kernel[...]) * self.scale[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+            y = _matmul_int8(x.astype(self.dtype), order(self.kernel[...])) * order(self.scale[...].astype(self.dtype))
+        return y if self.bias is None else y + order(self.bias[...].astype(self.dtype))
+
+
+def project(qkv: Linear, x: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of x [B, N, D], [B, N, heads, d] each, by one product with columns [q; k; v].
+
+    These columns cannot be split by heads. On a mesh that splits heads XLA would gather the result, so there the
+    columns of the weights are reordered, which are far smaller.
+    """
+    order, sizes = "(h three d)" if splits_heads() else "(three h d)", {"three": 3, "h": heads}
+    y = qkv(x, lambda y: rearrange(y, f"... (three h d) -> ... {order}", **sizes))
+    q, k, v = rearrange(y, f"b n {order} -> three b n h d", **sizes)
+    return q, k, v
 
 
 def rematerialized(f: Callable) -> Callable:
@@ -196,15 +208,14 @@ class SelfAttention(nnx.Module):
         key: jax.Array | None = None,
         *,
         norm: Callable,
-        blocks: jax.Array | None = None,
+        blocks: Blocks | None = None,
         rotation: Rotation | None = None,
     ) -> jax.Array:
         """Attention of norm(x), [B, N, D] -> [B, N, D]; `blocks` as for `larp_jax.models.attention.attention`.
 
         `key` turns on dropout of the attention probabilities; `rotation` is that of queries and keys.
         """
-        qkv = rematerialized(lambda x: self.qkv(norm(x)))(x)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        q, k, v = rematerialized(lambda x: project(self.qkv, norm(x), self.heads))(x)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         y = attention(q, k, v, causal=self.causal, blocks=blocks, dropout_rate=self.dropout_rate, key=key)
@@ -224,7 +235,7 @@ class SelfAttention(nnx.Module):
         Returns:
           [B, N, D], and the keys and values of x, [B, N, H, d] each.
         """
-        q, k, v = rearrange(self.qkv(norm(x)), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        q, k, v = project(self.qkv, norm(x), self.heads)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         keys, values = (jnp.concatenate(pair, axis=1) for pair in ((memory.keys, k), (memory.values, v)))
@@ -325,10 +336,10 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         key: jax.Array | None = None,
-        blocks: jax.Array | None = None,
+        blocks: Blocks | None = None,
         rotation: Rotation | None = None,
     ) -> jax.Array:
-        """x [B, N, D] float32 -> the same shape; `key` turns on dropout, `blocks` [B, N] masks attention."""
+        """x [B, N, D] float32 -> the same shape; `key` turns on dropout, `blocks` mask attention."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         y = self.attention(x, keys[0], norm=self.norm1, blocks=blocks, rotation=rotation)
         x = x + dropout(y, self.residual_dropout, keys[1])
@@ -422,13 +433,13 @@ class Transformer(nnx.Module):
         self.remat, self.head_shape, self.dtype = remat, (config.heads, config.width // config.heads), dtype
 
     def __call__(
-        self, x: jax.Array, blocks: jax.Array | None = None, rotation: Rotation | None = None
+        self, x: jax.Array, blocks: Blocks | None = None, rotation: Rotation | None = None
     ) -> jax.Array:
-        """x [B, N, D] float32 -> the same shape; positions attend to no later block, [B, N] int32, if given."""
+        """x [B, N, D] float32 -> the same shape; positions attend to no later block, if these are given."""
         return run_stack(self.blocks, x, shared=(blocks, rotation), remat=self.remat)
 
     def keeping(
-        self, x: jax.Array, layer: int, blocks: jax.Array | None = None, rotation: Rotation | None = None
+        self, x: jax.Array, layer: int, blocks: Blocks | None = None, rotation: Rotation | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The result of `__call__`, and the residual stream after the first `layer` blocks, [B, N, D]."""
         graphdef, layers = nnx.split(self.blocks)

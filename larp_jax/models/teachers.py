@@ -18,7 +18,7 @@ from larp_jax.errors import InputError
 from larp_jax.models import vision_positions
 from larp_jax.models.attention import attention
 from larp_jax.models.embeddings import PatchEmbed
-from larp_jax.models.layers import Dtype, LayerNorm, Linear, Mlp, run_stack, stack
+from larp_jax.models.layers import Dtype, LayerNorm, Linear, Mlp, project, run_stack, stack
 from larp_jax.models.lpips import Vgg
 
 # Mean and standard deviation of the pixels of ImageNet, by which all of them normalize.
@@ -142,7 +142,7 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, key: None = None, rotation: jax.Array | None = None) -> jax.Array:
         """x [B, N, D] float32 -> the same shape; `rotation` [2, N, d] turns queries and keys. `key` is not used."""
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b n h d", three=3, h=self.heads)
+        q, k, v = project(self.qkv, self.norm1(x), self.heads)
         if rotation is not None:
             q, k = (vision_positions.rotate(y, rotation) for y in (q, k))
         y = self.out(rearrange(attention(q, k, v), "b n h d -> b n (h d)")).astype(jnp.float32)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from larp_jax.config import TokenizerConfig
 from larp_jax.models import packing
+from larp_jax.models.attention import Blocks
 from larp_jax.models.embeddings import PatchEmbed, Positions1d, Positions3d, unpatchify
 from larp_jax.models.grids import Grid, patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Memory, Transformer
@@ -92,7 +93,7 @@ class Encoder(nnx.Module):
             first = packing.block_of_patches(lengths, patches.shape[1])
             if seen is not None:  # a patch that comes after all blocks is seen by none
                 first = jnp.where(seen, first, lengths.shape[1])
-            blocks = jnp.concatenate([first, layout.block], axis=1)
+            blocks = Blocks(jnp.concatenate([first, layout.block], axis=1), lengths.shape[1] + 1)
         rotation = self.rotary.of(grid=grid, after=queries.shape[1])
         x = self.transformer(jnp.concatenate([patches, queries], axis=1), blocks, rotation)
         return x[:, patches.shape[1] :]
@@ -186,7 +187,7 @@ class Decoder(nnx.Module):
             latents = latents + self.latent_positions.at(layout)
             queries = queries[: len(queries) // self.blocks * lengths.shape[1]]
             last = packing.block_of_patches(lengths, len(queries))
-            blocks = jnp.concatenate([layout.block, last], axis=1)
+            blocks = Blocks(jnp.concatenate([layout.block, last], axis=1), lengths.shape[1] + 1)
         rotation = self.rotary.of(slice(len(queries)), grid=grid, before=latents.shape[1])
         queries = jnp.broadcast_to(queries, (latents.shape[0], *queries.shape))
         return jnp.concatenate([latents, queries], axis=1), latents.shape[1], (blocks, rotation)

@@ -19,8 +19,8 @@ from einops import reduce
 from jax.sharding import Mesh
 
 from larp_jax import files
-from larp_jax.allocation import Assigner
 from larp_jax.api import LoadedTokenizer
+from larp_jax.budgets import Assigner
 from larp_jax.config import Assignment, MeshConfig
 from larp_jax.data import ClipSpec
 from larp_jax.data.latents import LatentStatistics

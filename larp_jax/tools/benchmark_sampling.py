@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api import LoadedFlow, LoadedGenerator, LoadedTokenizer
 from larp_jax.config import AUTO, FlowConfig, GeneratorConfig, MeshConfig
-from larp_jax.generator_api import LoadedFlow
 from larp_jax.inference.stream import Stream
 from larp_jax.models.condition import Condition
 from larp_jax.models.sampling import Plan, Sampled, SamplingOptions
@@ -22,14 +21,16 @@ from larp_jax.tools.benchmark import Ceilings, all_times_in_turns
 from larp_jax.weights.checkpoint import Checkpoint
 
 
-def untrained_generator(config: GeneratorConfig | FlowConfig, *, precision: str = "float32") -> LoadedGenerator:
+def untrained_generator(
+    config: GeneratorConfig | FlowConfig, *, precision: str = "float32", given_frames: int = 0
+) -> LoadedGenerator:
     """A generator with random weights, to measure how fast it samples."""
     network = LoadedGenerator.network if config.has_codes else LoadedFlow.network
     params = nnx.to_pure_dict(nnx.state(network(config, rngs=nnx.Rngs(0)), nnx.Param))
     if config.has_codes:
-        return LoadedGenerator(config, params, precision=precision)
+        return LoadedGenerator(config, params, precision=precision, given_frames=given_frames)
     statistics = np.zeros(config.code_dim), np.ones(config.code_dim)
-    return LoadedFlow(config, params, statistics=statistics, precision=precision)
+    return LoadedFlow(config, params, statistics=statistics, precision=precision, given_frames=given_frames)
 
 
 def benchmark_sample(
@@ -194,7 +195,7 @@ def benchmark_stream(
     """Measures how soon and how fast a stream of one video comes, in turns with whole clips of the same model.
 
     Args:
-      generator: a generator with a ladder.
+      generator: as for `larp_jax.Stream`.
       tokenizer: the tokenizer that it was trained with.
       options: sampling options.
       seconds: length of the measurement, without compilation and the warm-up of 2 rounds; at least 3 rounds are run.
@@ -209,23 +210,23 @@ def benchmark_stream(
     Raises:
       InputError: as for `larp_jax.Stream`.
     """
-    config = generator.config
+    config, frames = generator.config, tokenizer.config.frames
     chosen = vars(options) | {"budget": budget}
     given = {"classes": [0] if config.has_classes else None, "indices": [0]}
 
     def stream(seed=0):
         return Stream(generator, tokenizer, key=rng.key(seed), **given, **chosen)
 
-    endless, blocks = stream(1), config.blocks
+    def clip():
+        key = jax.random.fold_in(rng.key(0), 0)
+        sampled = generator.sample_counted(key=key, **given, **chosen)
+        return np.asarray(tokenizer.decode(*sampled.arrays.values()))
+
+    endless = stream(1)
     block_frames = next(endless).shape[1]
-    for _ in range(blocks):  # until everything is compiled
+    for _ in range(config.blocks):  # until everything is compiled
         next(endless)
-    first_key = jax.random.fold_in(rng.key(0), 0)
-    calls = {
-        "first": lambda: next(stream()),
-        "clip": lambda: np.asarray(tokenizer.decode(*generator.sample(key=first_key, **given, **chosen))),
-        "block": lambda: next(endless),
-    }
+    calls = {"first": lambda: next(stream()), "clip": clip, "block": lambda: next(endless)}
     taken = all_times_in_turns(calls, seconds)
     first, clip = statistics.median(taken["first"]), statistics.median(taken["clip"])
     late = {name: float(np.percentile(values, 95)) for name, values in taken.items()}
@@ -236,7 +237,7 @@ def benchmark_stream(
         **options.fitting(config),
         **_device(),
         "block_frames": block_frames,
-        "clip_frames": block_frames * blocks,
+        "clip_frames": frames,
         "first_frames_seconds": first,
         "first_frames_p95_seconds": late["first"],
         "clip_seconds": clip,

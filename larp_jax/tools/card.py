@@ -54,30 +54,33 @@ def _head(found: Checkpoint, repository: str, license_id: str, has_picture: bool
     what = {
         "tokenizer": "A video tokenizer with a learned autoregressive prior",
         "generator": "An autoregressive generator of the codes of a video tokenizer",
+        "flow": "A flow generator of the continuous latents of a video tokenizer",
     }[stage]
     yield from (f"# {repository.partition('/')[2]}", "")
     yield from (f"{what}: LARP ([arXiv 2410.21264]({PAPER})), with larp_jax {__version__}.", "")
     if has_picture:
-        said = {"tokenizer": "Clips, each above its reconstruction", "generator": "Samples"}[stage]
+        said = "Clips, each above its reconstruction" if stage == "tokenizer" else "Samples"
         yield from (f"![{said}]({PICTURE})", "")
 
 
 def _use(found: Checkpoint, repository: str) -> Iterable[str]:
-    yield from ("```python", *(["import jax"] if found.recipe.stage == "generator" else []), "import larp_jax", "")
-    if found.recipe.stage == "tokenizer":
+    is_tokenizer, model = isinstance(found.recipe, TokenizerRecipe), found.recipe.model
+    has_codes = model.quantizer.has_codes if is_tokenizer else model.has_codes
+    name, shape = ("codes", "[B, N] int32") if has_codes else ("latents", "[B, N, d] float32")
+    yield from ("```python", *([] if is_tokenizer else ["import jax"]), "import larp_jax", "")
+    if is_tokenizer:
         yield f'tokenizer = larp_jax.load_tokenizer("hf://{repository}")'
-        has_codes = found.recipe.model.quantizer.has_codes
-        name, shape = ("codes", "[B, N] int32") if has_codes else ("latents", "[B, N, d] float32")
         yield f"{name} = tokenizer.encode(video)  # [B, T, H, W, 3] float in [0, 1] or uint8 -> {shape}"
         yield f"video = tokenizer.decode({name})"
     else:
         yield f'generator = larp_jax.load_generator("hf://{repository}")'
-        given = {"classes": found.recipe.model.has_classes, "frames": found.recipe.model.has_frames}
+        given = {"classes": model.has_classes, "frames": model.has_frames}
         names = ", ".join(f"{name}={name}" for name, wanted in given.items() if wanted) or "indices=[0]"
-        yield f"codes = generator.sample({names}, key=jax.random.key(0))  # for the tokenizer named below"
+        yield f"{name} = generator.sample({names}, key=jax.random.key(0))  # for the tokenizer named below"
     yield from ("```", "")
-    yield "`config.json` and `model.safetensors` are also what `from_pretrained` of the authors' code reads."
-    yield ""
+    if is_tokenizer or has_codes:
+        yield "`config.json` and `model.safetensors` are also what `from_pretrained` of the authors' code reads."
+        yield ""
 
 
 def _facts(found: Checkpoint) -> list[tuple[str, Any]]:
@@ -93,7 +96,11 @@ def _facts(found: Checkpoint) -> list[tuple[str, Any]]:
             facts += [("latents of a clip", f"{model.num_tokens:,} of {model.quantizer.code_dim} floats")]
         facts += [("fingerprint", fingerprint(model, found.params["tokenizer"]))]
     else:
-        facts += [("codes of a clip", f"{model.num_tokens:,} of {model.codebook_size:,}"), ("given", model.given)]
+        if model.has_codes:
+            facts += [("codes of a clip", f"{model.num_tokens:,} of {model.codebook_size:,}")]
+        else:
+            facts += [("latents of a clip", f"{model.num_tokens:,} of {model.code_dim} floats")]
+        facts += [("given", model.given)]
         facts += [("classes", f"{model.num_classes:,}")] if model.has_classes else []
         facts += [("fingerprint of its tokenizer", found.tokenizer_fingerprint or "unknown")]
     return [*facts, ("step", f"{found.step:,}" if found.step else "unknown")]

@@ -31,7 +31,7 @@ FILL = "those of the clip mirrored, upside down, played backward, and in inverte
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip with its codes and its reconstruction.
+    """A clip with its codes, or latents, and its reconstruction.
 
     Attributes:
       name: file name of its video.
@@ -39,7 +39,7 @@ class Clip:
       number: which clip of its video it is, from 0.
       count: how many clips the video has, by its header.
       video: uint8 [T, H, W, 3].
-      codes: [n] int32.
+      codes: [n] int32, or latents [n, d] float32.
       lengths: how many of them each block of frames has, if the tokenizer has a ladder.
       reconstruction: uint8 [T, H, W, 3].
       psnr: of the reconstruction before it was rounded, in dB.
@@ -58,7 +58,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """Where the clip changes when the code of a position is replaced, see `Demo.maps`.
+    """Where the clip changes when the code or latent of a position is replaced, see `Demo.maps`.
 
     Attributes:
       patches: mean squared changes [n, t, h, w], by decoder patch.
@@ -95,26 +95,26 @@ class Maps:
 class Demo:
     """A tokenizer, and maybe a generator, with what the page does with them.
 
+    Where the tokenizer has continuous latents, these take the place of codes.
+
     Args:
       tokenizer: the tokenizer, on the default device.
-      generator: a generator of its codes, which samples without given frames.
+      generator: a generator for it, which can sample without given frames.
 
     Attributes:
       tokenizer: as given.
       generator: as given.
 
     Raises:
-      InputError: the tokenizer has no codes, or the generator does not fit it or needs given frames.
+      InputError: the generator does not fit the tokenizer or needs given frames.
     """
 
     def __init__(self, tokenizer: LoadedTokenizer, generator: LoadedGenerator | None = None):
-        if not tokenizer.config.quantizer.has_codes:
-            raise InputError("this tokenizer has continuous latents (quantizer.kind='kl') and no codes to show")
         if generator is not None:
             generator.check_tokenizer(tokenizer)
             config = generator.config
-            if config.has_frames and not (config.has_classes and config.has_null_frames):
-                raise InputError("this generator predicts from given frames; the page samples by class: give another")
+            if config.has_frames and not config.has_null_frames:
+                raise InputError("this generator needs given frames, and the page samples without: give another")
         self.tokenizer, self.generator = tokenizer, generator
 
         def measured(params, batch, keep, lengths):
@@ -127,6 +127,12 @@ class Demo:
         """Uniform budgets to choose from, the fewest codes first; empty without a ladder."""
         ladder = self.tokenizer.config.adaptive
         return [str(sum(assignment)) for assignment in ladder.uniform] if ladder else []
+
+    @property
+    def streams(self) -> bool:
+        """Whether the generator can sample streams."""
+        config = self.generator.config if self.generator else None
+        return config is not None and bool(config.ladder or config.has_frames)
 
     @property
     def smallest(self) -> tuple[int, ...]:
@@ -177,7 +183,7 @@ class Demo:
     def encode(
         self, video: np.ndarray, budget: str | Sequence[int] | None = None
     ) -> tuple[np.ndarray, tuple[int, ...] | None]:
-        """A clip [T, H, W, 3] as its codes [n] int32, and their numbers by block of frames with a ladder."""
+        """A clip [T, H, W, 3] as its `Clip.codes`, and their numbers by block of frames with a ladder."""
         given = self.tokenizer.assign(video[None], budget)
         if given is None:
             return np.asarray(self.tokenizer.encode(video[None]))[0], None
@@ -239,7 +245,7 @@ class Demo:
         """Samples a video of a class block by block, and yields the frames of each block, uint8 [F, H, W, 3].
 
         Raises:
-          InputError: the generator has no ladder.
+          InputError: the generator cannot, see `streams`.
         """
         classes = [label] if self.classes else None
         key, guidance = rng.key(seed), self._guidance(guidance)
@@ -256,7 +262,7 @@ class Demo:
 
     def _padded(self, codes: np.ndarray, value: int = 0) -> np.ndarray:
         missing = self.tokenizer.config.num_tokens - codes.shape[1]
-        return np.pad(codes, ((0, 0), (0, missing)), constant_values=value)
+        return np.pad(codes, ((0, 0), (0, missing), *((0, 0),) * (codes.ndim - 2)), constant_values=value)
 
 
 def read_positions(text: str, count: int) -> list[int]:

@@ -103,20 +103,23 @@ def beside(left: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def reconstruction(clip: Clip, codebook_size: int) -> str:
-    """A clip beside its reconstruction."""
+    """A clip beside its reconstruction; a codebook of 0 codes is none."""
     count = len(clip.codes)
-    numbers = [("PSNR", f"{clip.psnr:.2f} dB"), ("codes", str(count))]
+    numbers = [("PSNR", f"{clip.psnr:.2f} dB"), ("codes" if codebook_size else "latents", str(count))]
     if clip.lengths is not None:
         numbers.append(("by block of frames", ", ".join(map(str, clip.lengths))))
-    bits = count * np.log2(codebook_size)
-    numbers += [("bits", f"{bits:,.0f}"), ("compression", f"{clip.video.nbytes * 8 / bits:,.0f} : 1")]
+    if codebook_size:
+        bits = count * np.log2(codebook_size)
+        numbers += [("bits", f"{bits:,.0f}"), ("compression", f"{clip.video.nbytes * 8 / bits:,.0f} : 1")]
+    else:
+        numbers.append(("floats", f"{clip.codes.size:,}"))
     pair = [("original", clip.video), ("reconstruction", clip.reconstruction)]
     said = f"{clip.name}, clip {clip.number + 1} of {clip.count}" if clip.count > 1 else clip.name
     return shown(f'<p class="quiet">{html.escape(said)}</p>' + beside(clips(pair, clip.fps), numbers))
 
 
 def code_grid(clip: Clip, maps: Maps | None = None, chosen: int = -1) -> str:
-    """The codes of a clip as buttons, each with a small map if there are maps."""
+    """The codes of a clip, or the positions of its latents, as buttons, each with a small map if there are maps."""
     cells, count = [], len(clip.codes)
     style = ""
     if maps is not None:
@@ -125,26 +128,33 @@ def code_grid(clip: Clip, maps: Maps | None = None, chosen: int = -1) -> str:
         height, width = tiles.shape[1:3]
         style = f".codes i{{background-image:url({sprite});background-size:{100 * count}% 100%;"
         style += f"aspect-ratio:{width} / {height}}}"
-    for position, code in enumerate(clip.codes.tolist()):
-        tile = ""
+    for position in range(count):
+        tile, code = "", code_at(clip, position)
         if maps is not None:
             tile = f'<i style="background-position:{100 * position / max(1, count - 1):.4f}% 0"></i>'
         mark = ' class="chosen"' if position == chosen else ""
+        label, number = (f", code {code}", f"<b>{code}</b>") if code else ("", "")
         cells.append(
-            f'<button data-position="{position}"{mark} aria-label="position {position}, code {code}">{tile}'
-            f"<small>{position}</small><b>{code}</b></button>"
+            f'<button data-position="{position}"{mark} aria-label="position {position}{label}">{tile}'
+            f"<small>{position}</small>{number}</button>"
         )
     return shown(f'<style>{style}</style><div class="codes">{"".join(cells)}</div>')
 
 
+def code_at(clip: Clip, position: int) -> str:
+    """The code of a position; empty for latents."""
+    return str(clip.codes[position]) if clip.codes.ndim == 1 else ""
+
+
 def position_map(clip: Clip, maps: Maps, position: int) -> str:
-    """Where one code acts: its map over the reconstruction, as a clip and frame by frame."""
+    """Where one code or latent acts: its map over the reconstruction, as a clip and frame by frame."""
     over, found = maps.over(clip.reconstruction, position), maps.facts(position)
     if found["change"] > 0:
         numbers = [("of the frame", f"{found['space']:.0%}"), ("of the frames", f"{found['time']:.0%}")]
     else:
         numbers = [("change", "none")]
-    numbers = [("position", str(position)), ("code", str(clip.codes[position])), *numbers]
+    code = code_at(clip, position)
+    numbers = [("position", str(position)), *([("code", code)] if code else []), *numbers]
     strip = frame_grid([over], columns=8, gap=1).repeat(2, axis=0).repeat(2, axis=1)
     strip = f'<img class="strip" alt="the map from the first frame to the last" src="{image_uri(strip)}">'
     pair = [("reconstruction", clip.reconstruction), (f"where position {position} acts", over)]
@@ -167,7 +177,8 @@ class Page:
 
     def __init__(self, gradio: Any, demo: Demo):
         self._gr, self._demo = gradio, demo
-        self._size = demo.tokenizer.config.quantizer.codebook_size
+        quantizer = demo.tokenizer.config.quantizer
+        self._size, self._name = quantizer.codes, quantizer.tokens.removesuffix("s")
         with gradio.Blocks(title="larp_jax demo", analytics_enabled=False) as self.app:
             gradio.HTML(self._head(), apply_default_css=False)
             clip, maps = gradio.State(), gradio.State()
@@ -183,12 +194,12 @@ class Page:
         frames, height, width, _ = config.clip_shape
         numbers = [
             ("clip", f"{frames} × {height} × {width}"),
-            ("codes", f"up to {config.num_tokens}" if config.adaptive else str(config.num_tokens)),
-            ("codebook", f"{self._size:,}"),
+            (f"{self._name}s", f"up to {config.num_tokens}" if config.adaptive else str(config.num_tokens)),
+            ("codebook", f"{self._size:,}") if self._size else ("channels", str(config.quantizer.code_dim)),
         ]
         numbers += [("step", f"{step:,}")] if step else []
         return shown(
-            '<p class="kind">larp_jax demo</p><h1>Videos as codes</h1>'
+            f'<p class="kind">larp_jax demo</p><h1>Videos as {self._name}s</h1>'
             '<p class="quiet">Videos stay on the computer that runs this page.</p>' + facts(numbers)
         )
 
@@ -203,7 +214,8 @@ class Page:
         """The card of the video, which writes the state `clip`; returns what registers steps after a new clip."""
         gr, demo = self._gr, self._demo
         with gr.Column(elem_classes="card"):
-            self._title("Reconstruct", "The video is encoded to codes, and decoded from the codes alone.")
+            text = f"The video is encoded to {self._name}s, and decoded from the {self._name}s alone."
+            self._title("Reconstruct", text)
             file = gr.File(label="Drop a video or a picture", elem_id="video", height=120)
             with gr.Row():
                 number = gr.Slider(1, 2, value=1, step=1, label="Clip of the video", visible=False, elem_id="number")
@@ -243,15 +255,15 @@ class Page:
         return then
 
     def _codes_card(self, clip, maps) -> tuple[Any, Any]:
-        gr, demo = self._gr, self._demo
+        gr, demo, name = self._gr, self._demo, self._name
         with gr.Column(elem_classes="card"):
             self._title(
-                "Codes, and where each acts",
-                "The number above each code is its position. Choose a code to see where the clip changes when it is"
-                f" replaced. The map is the mean over four codes in its place: {FILL}.",
+                f"{name.capitalize()}s, and where each acts",
+                f"Each has the number of its position. Choose a {name} to see where the clip changes when it is"
+                f" replaced. The map is the mean over four {name}s in its place: {FILL}.",
             )  # fmt: skip
-            button = gr.Button("Show where each code acts", elem_id="act")
-            grid = self._output("codes", "The codes of the video appear here.", js_on_load=CLICK)
+            button = gr.Button(f"Show where each {name} acts", elem_id="act")
+            grid = self._output("codes", f"The {name}s of the video appear here.", js_on_load=CLICK)
             picture = self._output("map")
 
         def show(clip, maps, position):
@@ -278,10 +290,10 @@ class Page:
         return grid, picture
 
     def _swap_card(self, clip) -> None:
-        gr, demo = self._gr, self._demo
+        gr, demo, name = self._gr, self._demo, self._name
         count, other = demo.tokenizer.config.num_tokens, gr.State()
         with gr.Column(elem_classes="card"):
-            self._title("Swap codes", "The video above, decoded with some of the codes of a second video.")
+            self._title(f"Swap {name}s", f"The video above, decoded with some of the {name}s of a second video.")
             file = gr.File(label="Drop the second video", elem_id="second", height=120)
             positions = gr.Textbox(
                 f"0-{max(0, count // 2 - 1)}",
@@ -290,7 +302,7 @@ class Page:
                 elem_id="positions",
             )
             button = gr.Button("Swap", variant="primary", elem_id="swap")
-            output = self._output("swapped", "Both videos appear here, and the first with codes of the second.")
+            output = self._output("swapped", f"Both videos appear here, and the first with {name}s of the second.")
 
         def read(path):
             return None if path is None else demo.read(path), gr.skip()
@@ -301,8 +313,10 @@ class Page:
             chosen = read_positions(text, len(clip.codes))
             mixed = demo.swap(clip, other, chosen)
             changed = np.sqrt(np.mean(np.square(mixed / 255.0 - clip.reconstruction / 255.0)))
-            named = {"first": clip.reconstruction, "second": other.reconstruction, "first, with codes of second": mixed}
-            numbers = [("codes of the second", f"{len(chosen)} of {len(clip.codes)}"), ("RMS change", f"{changed:.1%}")]
+            named = {"first": clip.reconstruction, "second": other.reconstruction}
+            named[f"first, with {name}s of second"] = mixed
+            count = f"{len(chosen)} of {len(clip.codes)}"
+            numbers = [(f"{name}s of the second", count), ("RMS change", f"{changed:.1%}")]
             return shown(beside(clips(list(named.items()), clip.fps), numbers))
 
         swapped = tried(swap, problem)
@@ -315,10 +329,10 @@ class Page:
     def _sample_card(self) -> None:
         gr, demo = self._gr, self._demo
         config = demo.generator.config
-        streams = bool(config.ladder)
+        streams, how = demo.streams, "one after the other" if config.has_codes else "at once"
         with gr.Column(elem_classes="card"):
             text = f"{SAMPLES} clips, or a stream: a video of any length, block after block." if streams else \
-                f"{SAMPLES} clips whose codes the generator draws one after the other."  # fmt: skip
+                f"{SAMPLES} clips whose {self._name}s the generator draws {how}."  # fmt: skip
             self._title("Sample", text)
             with gr.Row():
                 label = gr.Dropdown(

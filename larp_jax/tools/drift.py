@@ -1,19 +1,20 @@
 """How streams change as they go on: their colors, and what a probe makes of them, window after window."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from larp_jax import data, files
 from larp_jax.api import LoadedGenerator, LoadedTokenizer
+from larp_jax.api.tokenizer import in_blocks
 from larp_jax.config import AUTO
 from larp_jax.data import ClipSpec
 from larp_jax.data.pipeline import choose_windows
 from larp_jax.errors import InputError
 from larp_jax.evaluation.probe import ClipProbe, probe_distance
-from larp_jax.inference.stream import Stream
+from larp_jax.inference.stream import Stream, pace
 from larp_jax.models.sampling import SamplingOptions
 from larp_jax.runtime import rng
 from larp_jax.runtime.progress import Progress
@@ -38,7 +39,7 @@ def drift(
     videos: int = 64,
     seed: int = 0,
     options: SamplingOptions,
-    context: int = 1,
+    context: int | None = None,
     budget: str = AUTO,
     probe: str | os.PathLike | None = None,
     batch_size: int = 8,
@@ -46,7 +47,8 @@ def drift(
     """Measures streams by windows of T frames, beside a control whose clips go on from real frames.
 
     There is a stream for each of some real clips, with its class. In the control, every clip begins with the first
-    blocks of the real clip in place of the last ones of the stream: what then still changes is not drift.
+    frames of the real clip in place of the last ones of the stream: what then still changes is not drift. If the
+    generator needs given frames, the streams begin with those of the clips too.
 
     Args:
       generator: as for `Stream`.
@@ -80,6 +82,8 @@ def drift(
     network = None if probe is None else ClipProbe.load(probe, config.clip_shape, len(source.label_names))
     windows = choose_windows(source, clip, videos)
     given = {"frames": count * config.frames, "context": context, "budget": budget, **vars(options)}
+    kept, model = pace(generator, tokenizer, context).kept, generator.config
+    needs_frames = model.has_frames and not model.has_null_frames
     real, found = _Window(network), {name: [_Window(network) for _ in range(count)] for name in ("stream", "anchored")}
     with (
         data.eval_batches(source, clip, batch_size=batch_size, windows=windows) as batches,
@@ -89,10 +93,12 @@ def drift(
             clips, labels, mask = batch["video"], batch["label"], batch["mask"] > 0
             real.add(clips, labels, mask)
             for name, anchors in (("stream", None), ("anchored", clips)):
-                indices = number * batch_size + np.arange(batch_size)
-                classes = labels if generator.config.has_classes else None
-                stream = Stream(generator, tokenizer, key=rng.key(seed), classes=classes, indices=indices, **given)
-                for window, sampled in zip(found[name], _windows(stream, anchors, config.blocks), strict=True):
+                given["indices"] = number * batch_size + np.arange(batch_size)
+                given["classes"] = labels if model.has_classes else None
+                given["first"] = clips[:, :kept] if needs_frames else None
+                stream = Stream(generator, tokenizer, key=rng.key(seed), **given)
+                sampled_windows = in_blocks(_anchored(stream, anchors), config.frames)
+                for window, sampled in zip(found[name], sampled_windows, strict=True):
                     window.add(sampled, labels, mask)
                     progress.update(int(mask.sum()))
     result: dict[str, Any] = {"frames": config.frames, "videos": len(windows), "data": spec, "real": real.result()}
@@ -100,10 +106,14 @@ def drift(
         result[name] = [{"start": i * config.frames, **x.result(real)} for i, x in enumerate(measured)]
     files.make_folder(output)
     files.write_json(output / NUMBERS, result)
-    for measure, title in MEASURES.items():
-        if measure in result["real"]:
-            files.write_bytes(output / f"drift_{measure}.svg", as_file(_chart(result, measure, title)).encode())
+    for chart in figures(result):
+        files.write_bytes(output / f"{chart.name}.svg", as_file(chart).encode())
     return result
+
+
+def figures(result: Mapping[str, Any]) -> list[Chart]:
+    """A chart of each measure in what `drift` returns: over the windows of streams, beside the control."""
+    return [_chart(result, measure, title) for measure, title in MEASURES.items() if measure in result["real"]]
 
 
 class _Window:
@@ -137,20 +147,16 @@ class _Window:
         return found
 
 
-def _windows(stream: Stream, anchors: np.ndarray | None, blocks: int) -> Iterator[np.ndarray]:
-    """Windows of so many blocks of a stream; its clips go on from the first frames of `anchors`, if given."""
-    window: list[np.ndarray] = []
+def _anchored(stream: Stream, anchors: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The blocks of a stream; its clips go on from the first frames of `anchors`, if given."""
     for block in stream:
-        window.append(block)
         if anchors is not None:
             kept = stream.state.recent.shape[1]
             stream.state = stream.state._replace(recent=anchors[:, :kept])
-        if len(window) == blocks:
-            yield np.concatenate(window, axis=1)
-            window = []
+        yield block
 
 
-def _chart(result: dict[str, Any], measure: str, title: str) -> Chart:
+def _chart(result: Mapping[str, Any], measure: str, title: str) -> Chart:
     lines = [Series(name, [(x["start"], x[measure]) for x in result[name]]) for name in ("stream", "anchored")]
     if (value := result["real"][measure]) is not None:
         lines.append(Series("real clips", [(x["start"], value) for x in result["stream"]]))

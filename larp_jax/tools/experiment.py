@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from larp_jax import api, data, files, metrics
-from larp_jax.config import Experiment, FlowRecipe, GeneratorRecipe, TokenizerRecipe, completed, to_dict
+from larp_jax.config import Experiment, FlowRecipe, GeneratorRecipe, Recipe, TokenizerRecipe, completed, to_dict
 from larp_jax.data.codes import (
     MANIFEST,
     has_latents,
@@ -48,7 +48,7 @@ from larp_jax.training.frozen import Frozen
 from larp_jax.training.train import train
 from larp_jax.training.writers import read_metrics
 from larp_jax.weights import networks
-from larp_jax.weights.checkpoint import Checkpoint
+from larp_jax.weights.checkpoint import Checkpoint, read_config, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_experiment(experiment: Experiment, workdir: str | os.PathLike, *, name: 
         needs weights of another network that are not there.
       RuntimeError: a process of `jobs` failed.
     """
-    workdir = files.make_folder(files.local_path(workdir, "--workdir"), "--workdir")
+    workdir = files.absolute(files.make_folder(files.local_path(workdir, "--workdir"), "--workdir"))
     _check_networks(experiment, workdir)
     _check_settings(experiment, workdir)
     if jobs > 1:
@@ -257,7 +257,7 @@ def _held_out(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
 def _run_cell(experiment: Experiment, arm: str, seed: int, folder: pathlib.Path, probe: ClipProbe) -> Cell:
     """Trains and measures one arm with one seed; what the folder already holds is not computed again."""
     recipe, made = _recipe(experiment, arm, seed, folder)
-    train(recipe, folder / "tokenizer")
+    _train(recipe, folder / "tokenizer")
     found = api.load_checkpoint(folder / "tokenizer")
     tokenizer = api.load_tokenizer(folder / "tokenizer")
     clips, labels = _held_out(experiment)
@@ -375,6 +375,22 @@ def _train_generator(
         save_every=recipe.eval_every,
         keep=recipe.steps,
     )
+    _train(recipe, workdir)
+
+
+def _train(recipe: Recipe, workdir: pathlib.Path) -> None:
+    """Trains a run of a cell, or continues it, also after the folder of the experiment was moved.
+
+    The runs record where their codes and the arm that they start from are. The same places below the folder of the
+    experiment are the same codes and arm, wherever this folder is now.
+    """
+    if (recorded := read_config(workdir)) is not None:
+        root, now = f"{workdir.parents[2]}{os.sep}", to_dict(recipe)
+        for held, ours, name in ((recorded, now, "init_from"), (recorded.get("data", {}), now["data"], "train")):
+            _, inside, place = ours[name].partition(root)
+            if inside and held.get(name, "").endswith(f"{os.sep}{place}"):
+                held[name] = ours[name]
+        write_config(workdir, recorded)
     train(recipe, workdir)
 
 

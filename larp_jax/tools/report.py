@@ -16,7 +16,7 @@ from larp_jax.errors import InputError, reason
 from larp_jax.evaluation.registry import every_metric
 from larp_jax.files import read_json
 from larp_jax.metrics import codebook_usage, kl_from_uniform, perplexity
-from larp_jax.tools import analysis, charts, code_lengths, experiment_results
+from larp_jax.tools import analysis, charts, code_lengths, drift, experiment_results
 from larp_jax.tools.charts import Chart, Series, is_number
 from larp_jax.training.writers import read_metrics
 from larp_jax.version import __version__
@@ -83,11 +83,11 @@ FORMATS = {name: f"{{:{spec}}}" for name, spec in (_SPECS | {"reward_share_unifo
 
 
 def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> pathlib.Path:
-    """Writes the page of a run: curves, videos, codebook usage, evaluations, analyses and settings.
+    """Writes the page of a run: curves, videos, codebook usage, evaluations, analyses, drift and settings.
 
-    Evaluations (`larp-jax evaluate --output`) and analyses (`larp-jax analyze`) are searched for in the workdir and the
-    folders in it. Sections without data show why they are empty. For the folder of an experiment, the page has its
-    table, figure and pictures instead.
+    Evaluations (`larp-jax evaluate --output`), analyses (`larp-jax analyze`) and the drift of streams (`larp-jax stream
+    --drift`) are searched for in the workdir and the folders in it. Sections without data show why they are empty. For
+    the folder of an experiment, the page has its table, figure and pictures instead.
 
     Args:
       workdir: folder of a run of any stage, or of an experiment, finished or not; only the page is written there.
@@ -120,6 +120,7 @@ def report(workdir: str | os.PathLike, output: str | os.PathLike | None = None) 
         codebook=_codebook(workdir, notes),
         **_results(workdir, notes),
         code_folders=_code_folders(workdir, notes),
+        drifts=_drifts(workdir, notes),
         settings=_settings(config),
         notes=notes,
     )
@@ -294,9 +295,31 @@ def _results(workdir: pathlib.Path, notes: list[str]) -> dict[str, Any]:
             elif isinstance(held.get("metrics"), dict):
                 evaluations.append(_evaluation(name, held))
         except _ODD as error:
-            kind = type(error).__name__
-            notes.append(f"{name} does not have the format that larp-jax writes ({kind}: {reason(error)})")
+            notes.append(_odd(name, error))
     return {"evaluations": evaluations, "analyses": analyses}
+
+
+def _odd(name: str, error: Exception) -> str:
+    return f"{name} does not have the format that larp-jax writes ({type(error).__name__}: {reason(error)})"
+
+
+def _drifts(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Facts and charts of how streams changed, of each `drift.json` in the workdir and its folders."""
+    found = []
+    for path in sorted([*workdir.glob(drift.NUMBERS), *workdir.glob(f"*/{drift.NUMBERS}")]):
+        name = path.relative_to(workdir).as_posix()
+        if not (held := files.json_object(path)):
+            continue  # `written_results` noted why
+        try:
+            figures = drift.figures(held)
+            for chart in figures:
+                charts.geometry(chart)
+            frames = len(held["stream"]) * held["frames"]
+            facts = [("streams", held["videos"]), ("frames of each", frames), ("real clips", held["data"])]
+            found.append({"name": name, "window": held["frames"], "facts": facts, "charts": figures})
+        except _ODD as error:
+            notes.append(_odd(name, error))
+    return found
 
 
 def _code_folders(workdir: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:

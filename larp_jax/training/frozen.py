@@ -2,13 +2,15 @@
 
 import functools
 import os
+import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from larp_jax import api
-from larp_jax.allocation import check_router
+from larp_jax.budgets import check_router
 from larp_jax.config import TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.lpips import Lpips
@@ -16,6 +18,8 @@ from larp_jax.models.paths import path_name
 from larp_jax.models.teachers import Teacher, make_teacher
 from larp_jax.training import common
 from larp_jax.weights import networks
+from larp_jax.weights.fingerprint import digest
+from larp_jax.weights.tensors import read_safetensors
 
 
 class Frozen:
@@ -77,10 +81,46 @@ class Frozen:
                 raise InputError(f"{setting}={wanted}: {error}") from error
         return loaded
 
+    def digests(self) -> dict[str, str]:
+        """A hash of the weights of each network that `load` reads, by network, without the router.
+
+        It does not depend on `precision`, nor on how a file orders its metadata: two imports of a network are equal.
+        """
+        return {name: digest("", read_safetensors(path)) for name, (_, path) in self._files().items()}
+
+    def check(self, digests: Mapping[str, str], before: Mapping[str, str]) -> None:
+        """`InputError` if a run had other weights of a network before; networks that it did not record may be any.
+
+        Args:
+          digests: those of now, from `digests`.
+          before: those that the run has recorded.
+        """
+        for name, (setting, path) in self._files().items():
+            if before.get(name, digests[name]) != digests[name]:
+                raise InputError(
+                    f"{setting}: {path} holds other weights than when the run was saved ({digests[name]}, not"
+                    f" {before[name]}); put the file of that time back, or choose another --workdir"
+                )
+
+    def _files(self) -> dict[str, tuple[str, pathlib.Path]]:
+        """The setting, with its value, and the file of each network that `load` reads, without the router."""
+        found = {}
+        if "lpips" in self.modules:
+            path, _ = networks.locate("lpips", self._lpips())
+            found["lpips"] = f"loss.perceptual={self._recipe.loss.perceptual}", path
+        for name, (setting, wanted, _) in self._teachers.items():
+            found[name] = f"{setting}={wanted}", networks.locate_teacher(wanted)[1]
+        return found
+
+    def _lpips(self) -> str | None:
+        """The path of LPIPS; None for the one that `locate` finds."""
+        name = self._recipe.loss.perceptual
+        return None if name == "lpips" else name
+
     def _load_lpips(self) -> dict:
         name = self._recipe.loss.perceptual
         try:
-            return _params(networks.load_lpips(None if name == "lpips" else name))
+            return _params(networks.load_lpips(self._lpips()))
         except InputError as error:
             raise InputError(f"loss.perceptual={name!r}: {error}; or choose loss.perceptual='none'") from error
 

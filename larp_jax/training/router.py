@@ -15,7 +15,7 @@ from larp_jax import data
 from larp_jax.config import RouterRecipe
 from larp_jax.data.rewards import RewardSet
 from larp_jax.errors import InputError
-from larp_jax.evaluation.allocation import RouterEvaluator
+from larp_jax.evaluation.router import RouterEvaluator
 from larp_jax.models.pixels import as_float_video
 from larp_jax.models.router import Router
 from larp_jax.state import TrainState

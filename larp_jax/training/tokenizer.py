@@ -58,19 +58,19 @@ class TokenizerStage:
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
         loss = recipe.loss
-        self._frozen = Frozen(recipe)
+        self.networks = Frozen(recipe)
         make = {"tokenizer": self._make_tokenizer}
         if loss.prior_weight:
             make["prior"] = self._make_prior
         self.adversary = None
         if loss.adversarial_weight:
-            self.adversary = Adversary(recipe, self.module, self._frozen.modules.get("trunk"))
+            self.adversary = Adversary(recipe, self.module, self.networks.modules.get("trunk"))
             make["discriminator"] = self.adversary.make
         if loss.alignment_weight:
             make["projector"] = self._make_projector
         self._make = make
         self._abstract = {name: nnx.eval_shape(lambda m=m: m(nnx.Rngs(0))) for name, m in make.items()}
-        modules = self._abstract | self._frozen.modules
+        modules = self._abstract | self.networks.modules
         self.graphdefs = {name: nnx.graphdef(module) for name, module in modules.items()}
         self._check_multipliers()
         self.optimizer = optim.make_optimizer(recipe.optim, recipe.steps)
@@ -120,7 +120,7 @@ class TokenizerStage:
         )
 
     def _make_projector(self, rngs: nnx.Rngs) -> Projector:
-        r, channels = self.recipe, self._frozen.modules["teacher"].dim
+        r, channels = self.recipe, self.networks.modules["teacher"].dim
         return Projector(r.model.decoder.width, channels, rngs=rngs, dtype=common.DTYPES[r.precision])
 
     def init(self, key: jax.Array) -> TrainState:
@@ -170,11 +170,11 @@ class TokenizerStage:
         Raises:
           InputError: a file of weights is missing or damaged.
         """
-        return self._frozen.load()
+        return self.networks.load()
 
     def frozen_shapes(self) -> dict:
         """Shapes and dtypes of what `frozen` returns, without its files."""
-        return self._frozen.shapes()
+        return self.networks.shapes()
 
     def module(self, name: str, params: dict) -> nnx.Module:
         """The module of that name with its parameters, `params[name]`."""
@@ -394,6 +394,7 @@ class TokenizerTask:
         self.frozen = jax.device_put(self.stage.frozen(), sharding.replicated(mesh))
         router = self.frozen.get("router")
         self._router = None if router is None else digest("", jax.device_get(router))
+        self._digests = self.stage.networks.digests()
         model = recipe.model
         self._clip = common.clip_spec(model, recipe.data)
         if self._features is None:
@@ -474,17 +475,18 @@ class TokenizerTask:
         return scores
 
     def metadata(self):
-        """Identity of the training data and of the router, and how often the last evaluation used each code."""
+        """Identity of the training data and of frozen networks, and how often the last evaluation used each code."""
         counts = {} if self._code_counts is None else {"code_counts": self._code_counts.tolist()}
         router = {} if self._router is None else {"router_fingerprint": self._router}
-        return {"data": self._identity} | counts | router
+        return {"data": self._identity, "frozen": self._digests} | counts | router
 
     def resume(self, metadata):
-        """Restores the code counts; checks that the router is the same; warns if the training data has changed."""
+        """Restores the code counts; checks that frozen networks are the same; warns if the training data changed."""
         if self._router != metadata.get("router_fingerprint", self._router):
             raise InputError(
                 f"router={self.recipe.router} is another than before; give that one, or another --workdir"
             )
+        self.stage.networks.check(self._digests, metadata.get("frozen", {}))
         common.warn_if_data_changed(metadata, self._identity)
         if (counts := metadata.get("code_counts")) is not None:
             self._code_counts = np.asarray(counts, np.int64)

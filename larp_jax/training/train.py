@@ -37,9 +37,10 @@ MAY_CHANGE = {"model.size", "prior.size", "steps", "log_every", "eval_every", "s
               "optim", "loss.quantizer_weight", "loss.prior_weight", "loss.perceptual_weight", "loss.perceptual_frames",
               "loss.adversarial_weight", "loss.alignment_weight", "loss.frame_difference_weight",
               "loss.lecam_weight", "loss.r1_weight", *(f"model.{name}" for name in TRAINING_FIELDS)}  # fmt: skip
-# The settings among them that change the contents of a checkpoint when they change to or from 0.
+# The settings among them that change the contents of a checkpoint when they change to or from 0. `optim.kind` always
+# does, because its optimizers have other states.
 ON_OR_OFF = {"loss.prior_weight", "loss.adversarial_weight", "loss.alignment_weight", "loss.r1_weight",
-             "optim.ema_decay"}  # fmt: skip
+             "optim.ema_decay", "optim.weight_decay"}  # fmt: skip
 
 # Pauses in seconds before the last checkpoint of a run in a bucket is tried again.
 RETRIES = (10, 30, 60, 120)
@@ -286,7 +287,7 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 
 def _may_change(name: str, before, after) -> bool:
     """Whether a run may continue with another value of a setting."""
-    if name in ON_OR_OFF and bool(before) != bool(after):
+    if name == "optim.kind" or (name in ON_OR_OFF and bool(before) != bool(after)):
         return False
     parts = name.split(".")
     return any(".".join(parts[: i + 1]) in MAY_CHANGE for i in range(len(parts)))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from larp_jax import files
-from larp_jax.config import GeneratorConfig, GeneratorRecipe, TokenizerConfig, TokenizerRecipe
+from larp_jax.config import GeneratorConfig, GeneratorRecipe, SecondStageRecipe, TokenizerConfig, TokenizerRecipe
 from larp_jax.errors import InputError
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def _is_manifest(path: pathlib.Path) -> bool:
 
 def export_huggingface(
     directory: str | os.PathLike,
-    recipe: TokenizerRecipe | GeneratorRecipe | GeneratorConfig,
+    recipe: TokenizerRecipe | SecondStageRecipe | GeneratorConfig,
     params: Mapping,
     *,
     known: Mapping[str, Any] | None = None,
@@ -83,11 +83,12 @@ def export_huggingface(
 ) -> None:
     """Writes a directory that `from_pretrained` of the released code loads: `config.json` and `model.safetensors`.
 
-    What their `config.json` has no field for is written next to it as `larp_jax.json`, which they ignore.
+    What their `config.json` has no field for is written next to it as `larp_jax.json`, which they ignore. The `kind` in
+    the `config.json` of a flow generator is `flow`; their code has none, and only this package reads it.
 
     Args:
       directory: created; must not exist or must be empty.
-      recipe: of the model; for a generator, its configuration is enough.
+      recipe: of the model; for a generator of codes, its configuration is enough.
       params: as in `TrainState.params` (`tokenizer`, with or without `prior`; or `generator`), raw or EMA.
       known: what else is known, from `known_of`.
       more: contents of further files by name.
@@ -100,7 +101,7 @@ def export_huggingface(
         recipe = GeneratorRecipe(model=recipe)
     if isinstance(recipe, TokenizerRecipe) and "prior" not in params:
         recipe = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, prior_weight=0.0))
-    config = recipe if isinstance(recipe, TokenizerRecipe) else recipe.model
+    config: Any = recipe if isinstance(recipe, TokenizerRecipe) else recipe.model
     values, prior_sizes = released_config.config_to_released(config)
     items = released.model_tensors(config)
     tensors = released.params_to_released(items, params)
@@ -125,11 +126,14 @@ def known_of(found: Checkpoint) -> dict[str, Any]:
     """What `export_huggingface` writes beside the settings of a checkpoint, ready for JSON."""
     counts = {"code_counts": found.code_counts, "class_counts": found.class_counts}
     known = {name: [int(n) for n in numbers] for name, numbers in counts.items() if numbers is not None}
-    others = {
+    others: dict[str, Any] = {
         "step": found.step,
         "tokenizer_fingerprint": found.tokenizer_fingerprint,
         "class_names": list(found.class_names),
     }
+    if found.statistics is not None:
+        mean, std = found.statistics
+        others["latent_statistics"] = {"mean": mean.tolist(), "std": std.tolist()}
     return known | {name: value for name, value in others.items() if value}
 
 

@@ -3,6 +3,7 @@
 Only the checkpoint needs PyTorch. No file is ever unpickled into arbitrary objects.
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,8 +15,11 @@ import numpy as np
 from larp_jax import files, hub
 from larp_jax.config import (
     GENERATOR_SIZES,
+    FlowConfig,
+    FlowRecipe,
     GeneratorConfig,
     GeneratorRecipe,
+    SecondStageRecipe,
     TokenizerRecipe,
     differences,
     parse_recipe,
@@ -44,7 +48,7 @@ BATCH_NORM_EPSILON = 1e-5  # PyTorch's default
 BESIDE = ("model.frames_dropout", "cond_frames", "data.fps", "data.stride")
 
 
-def settings_beside(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, Any]:
+def settings_beside(recipe: TokenizerRecipe | SecondStageRecipe) -> dict[str, Any]:
     """The settings of `BESIDE` that are not at their defaults, by dotted name."""
     changed = differences(to_dict(type(recipe)()), to_dict(recipe))
     return {name: changed[name][1] for name in BESIDE if name in changed}
@@ -52,7 +56,7 @@ def settings_beside(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, Any]
 
 def read_model(
     source: str | os.PathLike, *, ema: bool = False
-) -> tuple[TokenizerRecipe | GeneratorRecipe, dict, dict[str, Any]]:
+) -> tuple[TokenizerRecipe | SecondStageRecipe, dict, dict[str, Any]]:
     """Reads a released model, or one that `larp-jax export --format huggingface` wrote.
 
     Args:
@@ -61,20 +65,24 @@ def read_model(
 
     Returns:
       Its recipe; its parameters as in `TrainState.params`; and what else is known: `step`, `code_counts`,
-      `tokenizer_fingerprint`, `class_counts` and `class_names`, as in `larp_jax.weights.checkpoint.Checkpoint`.
+      `tokenizer_fingerprint`, `class_counts`, `class_names` and `latent_statistics` (`mean` and `std`), as in
+      `larp_jax.weights.checkpoint.Checkpoint`.
 
     Raises:
       InputError: as for `import_huggingface`, or `larp_jax.json` is not one of that model.
     """
     path = located(source)
     _, config, params = import_huggingface(path, ema=ema)
-    recipe = GeneratorRecipe(model=config) if isinstance(config, GeneratorConfig) else config
-    if not (path / OURS).exists():
+    recipe = config
+    if not isinstance(config, TokenizerRecipe):
+        recipe = (FlowRecipe if isinstance(config, FlowConfig) else GeneratorRecipe)(model=config)
+    if not (path / OURS).exists() and not isinstance(config, FlowConfig):
         return recipe, params, {}
     known = read_settings(path / OURS)
     values, settings = to_dict(recipe), known.pop("settings", {})
     sizes = {"code_counts": recipe.model.quantizer.codebook_size} if isinstance(recipe, TokenizerRecipe) else {}
-    sizes |= {"class_counts": recipe.model.num_classes} if isinstance(recipe, GeneratorRecipe) else {}
+    sizes |= {"class_counts": recipe.model.num_classes} if isinstance(recipe, SecondStageRecipe) else {}
+    sizes |= {"latent_statistics": recipe.model.code_dim} if isinstance(recipe, FlowRecipe) else {}
     try:
         for name, value in settings.items():
             section, _, key = name.rpartition(".")
@@ -83,6 +91,8 @@ def read_model(
             held[key] = value
         recipe = parse_recipe(values)
         _check_known(known, sizes)
+        if isinstance(recipe, FlowRecipe) and "latent_statistics" not in known:
+            raise ValueError("latent_statistics are missing")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / OURS} does not describe the model next to it ({one_line(error)})") from None
     return recipe, params, known
@@ -95,6 +105,10 @@ def _check_known(known: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
             fine = isinstance(value, list) and all(isinstance(x, str) for x in value)
         elif name == "tokenizer_fingerprint":
             fine = isinstance(value, str)
+        elif name == "latent_statistics":
+            columns = [value[part] for part in ("mean", "std")]
+            numbers = [x for column in columns for x in column if type(x) in (int, float) and math.isfinite(x)]
+            fine = all(len(column) == sizes[name] for column in columns) and len(numbers) == 2 * sizes[name]
         else:
             numbers = [value] if name == "step" else value
             size = 1 if name == "step" else sizes[name]
@@ -117,7 +131,7 @@ def located(source: str | os.PathLike) -> pathlib.Path:
 
 def import_huggingface(
     source: str | os.PathLike, *, ema: bool = False
-) -> tuple[str, TokenizerRecipe | GeneratorConfig, dict]:
+) -> tuple[str, TokenizerRecipe | GeneratorConfig | FlowConfig, dict]:
     """Reads a released model.
 
     Args:
@@ -127,7 +141,7 @@ def import_huggingface(
 
     Returns:
       `tokenizer` or `generator`; its configuration (a recipe, whose `loss.prior_weight` is 0 if there is no prior, or
-      a `GeneratorConfig`); and its parameters as in `TrainState.params`, float32 NumPy arrays.
+      a `GeneratorConfig` or `FlowConfig`); and its parameters as in `TrainState.params`, float32 NumPy arrays.
 
     Raises:
       InputError: a setting or tensor is missing, unexpected, of the wrong shape or not supported.
@@ -156,7 +170,7 @@ def import_huggingface(
     items = released.model_tensors(config)
     _check_shapes(items, shapes, where)
     _check_values(items, tensors, where)
-    kind = "generator" if isinstance(config, GeneratorConfig) else "tokenizer"
+    kind = "tokenizer" if isinstance(config, TokenizerRecipe) else "generator"
     return kind, config, released.params_from_released(items, tensors)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from larp_jax import config as ours
 from larp_jax.config import (
+    FlowConfig,
     GeneratorConfig,
     PriorConfig,
     TokenizerConfig,
@@ -19,6 +20,7 @@ from larp_jax.config import (
 )
 from larp_jax.errors import InputError
 
+FLOW = "flow"  # `kind` in the config.json of a flow generator, which the released code does not have
 REQUIRED = object()
 ANY = object()
 NONE_NAMES = ("none", None, "no", "null", "")
@@ -247,8 +249,8 @@ def _checked(make: Callable, fields: Iterable[Field], section: str, where: str) 
 
 def config_from_released(
     values: Mapping, shapes: Mapping[str, tuple[int, ...]], *, prior_sizes: Mapping | None = None, where: str
-) -> TokenizerRecipe | GeneratorConfig:
-    """Converts a released configuration to one of this package.
+) -> TokenizerRecipe | GeneratorConfig | FlowConfig:
+    """Converts a released configuration to one of this package. That of a flow generator has our names and a `kind`.
 
     Args:
       values: the contents of its `config.json`.
@@ -259,6 +261,9 @@ def config_from_released(
     Raises:
       InputError: a field is missing, unknown or of the wrong type, or its value is not supported.
     """
+    if values.get("kind") == FLOW:
+        settings = {name: value for name, value in values.items() if name != "kind"}
+        return _checked(lambda: ours.from_dict(FlowConfig, settings, "model"), (), "model", where)
     if "bottleneck" in values:
         return _tokenizer_from_released(values, shapes, prior_sizes, where)
     if {"dim", "n_layer"} & values.keys():
@@ -391,12 +396,14 @@ def _generator_from_released(values, where) -> GeneratorConfig:
     return config
 
 
-def config_to_released(config: TokenizerRecipe | GeneratorConfig) -> tuple[dict, dict | None]:
+def config_to_released(config: TokenizerRecipe | GeneratorConfig | FlowConfig) -> tuple[dict, dict | None]:
     """Converts a configuration to the released layout; also returns the size of a prior that has no name there.
 
     Raises:
       InputError: the released layout does not support a setting.
     """
+    if isinstance(config, FlowConfig):
+        return {"kind": FLOW, **ours.to_dict(config)}, None
     if isinstance(config, GeneratorConfig):
         if config.given not in ("class", "frames"):
             raise InputError(

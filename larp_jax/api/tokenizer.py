@@ -1,7 +1,6 @@
-"""The Python interface: trained tokenizers, which encode and decode, and trained generators, which sample codes."""
+"""Trained tokenizers, which encode videos and decode codes or latents."""
 
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from larp_jax import files
-from larp_jax.allocation import Assigner
+from larp_jax.api.generator import checked_params
+from larp_jax.budgets import Assigner
 from larp_jax.config import AUTO, TokenizerConfig
 from larp_jax.errors import InputError
-from larp_jax.generator_api import LoadedGenerator, checked_params
 from larp_jax.models.checks import (
     checked_clips,
     checked_integers,
@@ -29,91 +27,10 @@ from larp_jax.models.pixels import as_float_video
 from larp_jax.models.quantizer import code_vectors
 from larp_jax.models.router import Router
 from larp_jax.models.tokenizer import Tokenizer
-from larp_jax.runtime import distributed, rng, sharding
-from larp_jax.weights import checkpoint, importing
+from larp_jax.runtime import rng, sharding
 from larp_jax.weights.fingerprint import decoder_fingerprint, fingerprint
 
 Budget = str | int | Sequence[int] | np.ndarray | None  # see `LoadedTokenizer.assign`
-
-
-def load_tokenizer(
-    path: str | os.PathLike,
-    *,
-    weights: str = "ema",
-    mesh: Mesh | None = None,
-    router: str | os.PathLike | None = None,
-) -> "LoadedTokenizer":
-    """Loads a trained tokenizer.
-
-    Args:
-      path: a workdir (its newest checkpoint), one of its checkpoints, an imported directory, or a directory in the
-        released Hugging Face layout (`config.json` and `model.safetensors`); or a repository of that layout on the
-        hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, which is downloaded and cached.
-      weights: `ema` for the EMA weights if the checkpoint has them, `raw` for the raw weights.
-      mesh: devices for the parameters and for splitting batches; the default device without.
-      router: checkpoint of the router that chooses with the budget `auto`.
-
-    Raises:
-      InputError: a checkpoint does not exist, cannot be read, or is of another kind.
-      HubError: the hub does not answer.
-    """
-    found = load_checkpoint(path, weights=weights)
-    sampled = found.recipe.data
-    return LoadedTokenizer(
-        found.recipe.model,
-        found.params["tokenizer"],
-        step=found.step,
-        mesh=mesh,
-        fps=sampled.fps,
-        stride=sampled.stride,
-        router=None if router is None else load_router(router, weights=weights),
-    )
-
-
-def load_router(path: str | os.PathLike, *, weights: str = "ema") -> tuple[Router, dict]:
-    """The module of a trained router, without its weights, and these; arguments and errors as for `load_tokenizer`."""
-    found = load_checkpoint(path, weights=weights, kind="router")
-    module = nnx.eval_shape(lambda: Router(found.recipe.model, rngs=nnx.Rngs(0)))
-    return module, checked_params(module, found.params["router"], "router")
-
-
-def load_generator(
-    path: str | os.PathLike, *, weights: str = "ema", precision: str = "float32", mesh: Mesh | None = None
-) -> "LoadedGenerator":
-    """Loads a trained generator.
-
-    Args:
-      path: as for `load_tokenizer`.
-      weights: as for `load_tokenizer`.
-      precision: as for `LoadedGenerator`.
-      mesh: devices for the parameters and for splitting batches; the default device without.
-
-    Raises:
-      InputError: the checkpoint does not exist, cannot be read, or is not one of a generator.
-    """
-    found = load_checkpoint(path, weights=weights, kind="generator")
-    return LoadedGenerator.of(found, precision=precision, mesh=mesh)
-
-
-def load_checkpoint(
-    path: str | os.PathLike, *, weights: str = "ema", kind: str | None = "tokenizer"
-) -> checkpoint.Checkpoint:
-    """Loads a checkpoint with its recipe and all its parameters. Arguments and errors are those of `load_tokenizer`.
-
-    `kind` is the model that it must contain: `tokenizer`, `generator` or `router`, or None for any.
-    """
-    if weights not in ("ema", "raw"):
-        raise InputError(f"weights={weights!r} is not known; choose ema or raw")
-    distributed.check_devices()
-    path = files.readable(path, "checkpoint")
-    if checkpoint.newest(path) is not None or not (path / importing.WEIGHTS).exists():
-        found = checkpoint.load(path, weights=weights)
-    else:
-        recipe, params, known = importing.read_model(path)
-        found = checkpoint.Checkpoint.of(files.absolute(path), recipe, params, known)
-    if kind not in (None, found.recipe.stage, found.recipe.holds):
-        raise InputError(f"{path} holds a {found.recipe.stage}; give a {kind}")
-    return found
 
 
 def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
@@ -131,7 +48,7 @@ def blocks_of(config: TokenizerConfig, frames: int) -> int | None:
     return -(-frames // size)
 
 
-def _in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+def in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Parts [B, n, ...] of any n as parts of n = size; the last frame is repeated at the end."""
     waiting = None
     for part in parts:
@@ -451,7 +368,7 @@ class LoadedTokenizer:
         if config.ladder and assignment is None:
             raise InputError(f"budget {budget} depends on whole clips; give numbers of codes to encode block by block")
         past: tuple[Memory, ...] = ()
-        for number, block in enumerate(_in_blocks(frames, config.frames // config.blocks)):
+        for number, block in enumerate(in_blocks(frames, config.frames // config.blocks)):
             if assignment is None:
                 yield np.asarray(self.encode(block))
                 continue

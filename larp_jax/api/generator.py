@@ -1,4 +1,4 @@
-"""The Python interface of trained generators, which sample codes or latents; it is part of `larp_jax.api`."""
+"""Trained generators, which sample codes or latents."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ from larp_jax.weights.tensors import compare_shapes
 
 Budget = str | int | Sequence[int]  # see `LoadedGenerator.sample`
 PRECISIONS = ("float32", "bfloat16", "int8")  # of generators that sample
-NO_BLOCKS = (
-    "this generator samples whole clips, not blocks of frames; give one that was trained on codes of a tokenizer with"
-    " model.ladder, as configs/generator_adaptive.py"
+NO_FRAMES = (
+    "this generator samples clips without what was before them; give one that was trained with"
+    " model.condition='class+frames' or 'frames', or on codes of a tokenizer with model.ladder"
 )
 
 
@@ -62,6 +62,7 @@ class LoadedGenerator:
       class_counts: [classes] int, number of training clips of each class; None if unknown.
       class_names: names of the classes in the order of their labels; empty or too few if some are unknown.
       class_codes: mean number of codes of the training clips of each class, with a ladder; empty if unknown.
+      given_frames: how many frames it was given in training; 0 for none, or if unknown.
 
     Attributes:
       config: as given.
@@ -73,9 +74,10 @@ class LoadedGenerator:
       class_counts: as given.
       class_names: as given.
       class_codes: as given.
+      given_frames: as given.
     """
 
-    network: type[Generator] | type[Flow] = Generator
+    network: type[Any] = Generator
     config: GeneratorConfig
 
     @rng.pinned()
@@ -91,6 +93,7 @@ class LoadedGenerator:
         class_counts: np.ndarray | None = None,
         class_names: Sequence[str] = (),
         class_codes: Sequence[float | None] = (),
+        given_frames: int = 0,
     ):
         if precision not in PRECISIONS:
             raise InputError(f"precision={precision!r} is not known; choose {', '.join(PRECISIONS)}")
@@ -103,6 +106,7 @@ class LoadedGenerator:
         self.config, self.step, self.precision = config, step, precision
         self.tokenizer_fingerprint, self.class_counts = tokenizer_fingerprint, class_counts
         self.class_names, self.class_codes = tuple(class_names), tuple(class_codes)
+        self.given_frames = given_frames
         self._mesh, dtype = mesh, jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
         self.dtype, self.parameters = dtype, sum(x.size for x in jax.tree.leaves(params))
         module = nnx.eval_shape(lambda: self.network(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -141,6 +145,7 @@ class LoadedGenerator:
             class_counts=found.class_counts,
             class_names=found.class_names,
             class_codes=found.class_codes,
+            given_frames=found.recipe.given_frames,
         )
 
     @property
@@ -178,9 +183,9 @@ class LoadedGenerator:
           classes: [B] integers in [0, num_classes), or -1 for any class; if the generator is given classes.
           key: random key, `jax.random.key(seed)`.
           frames: what `LoadedTokenizer.encode_frames` returns for given frames: [B, N] integers in [0, K), if the
-            generator is given frames. Of a generator that is given both, either can be left out if training left it
-            out sometimes (`class_dropout`, `frames_dropout`). A generator with a ladder goes on from any first blocks:
-            their packed codes [B, N] and lengths [B, n].
+            generator is given frames. They can be left out if training left them out sometimes (`frames_dropout`), and
+            so can the classes of a generator that is given both (`class_dropout`), but not both. A generator with a
+            ladder goes on from any first blocks: their packed codes [B, N] and lengths [B, n].
           indices: [B] integers of at least 0, the number of the sample in each row; 0 to B - 1 by default. A sample
             depends only on `key`, its number and its condition, not on the rest of the batch or its size. (Except for
             rounding: if two codes are almost equally likely, another batch size may select the other one.) Required
@@ -198,8 +203,8 @@ class LoadedGenerator:
           ValueError: an argument is not as described; the message states the expected and the given value.
         """
         sampled = self.sample_counted(classes, key=key, frames=frames, indices=indices, budget=budget, **options)
-        first, *more = sampled.arrays.values()
-        return (first, *more) if more else first
+        codes, *lengths = sampled.arrays.values()
+        return (codes, lengths[0]) if lengths else codes
 
     def sample_counted(
         self,
@@ -225,34 +230,39 @@ class LoadedGenerator:
         classes: Sequence[int] | np.ndarray | None = None,
         *,
         key: jax.Array,
-        frames: tuple | None = None,
+        frames: jax.Array | np.ndarray | tuple | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
         budget: Budget = AUTO,
         **options: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Any, Any]:
         """Samples one block of frames, the one after given first blocks, with a program for all blocks.
 
         Block after block with one key, these are the codes that `sample` returns, except for rounding. The class may
-        be another one for each block.
+        be another one for each block. Without a ladder, the block of a generator that is given frames is a clip.
 
         Args:
           classes: as for `sample`.
           key: as for `sample`.
           frames: packed codes [B, N] and lengths [B, n] of the first n blocks, below the T of a clip; None for none.
+            Without a ladder, as for `sample`.
           indices: as for `sample`.
           budget: as for `sample`.
-          **options: as for `sample`, without `cfg_interval` and `window`.
+          **options: as for `sample`; with a ladder without `cfg_interval` and `window`.
 
         Returns:
-          Packed codes [B, N] and lengths [B, n + 1] int32, of the given blocks and this one.
+          Packed codes [B, N] and lengths [B, n + 1] int32, of the given blocks and this one. Without a ladder, what
+          `sample` returns, and N as the length of each row, [B, 1].
 
         Raises:
           ValueError: as for `sample`.
-          InputError: the generator has no ladder, or an option is for whole clips.
+          InputError: the generator has no ladder and is given no frames, or an option is for whole clips.
         """
         ladder, chosen = self.config.adaptive, SamplingOptions(**options)
         if ladder is None:
-            raise InputError(NO_BLOCKS)
+            if not self.config.has_frames:
+                raise InputError(NO_FRAMES)
+            tokens = self.sample(classes, key=key, frames=frames, indices=indices, budget=budget, **options)
+            return tokens, np.full((len(tokens), 1), self.config.num_tokens, np.int32)
         if chosen.cfg_interval >= 0:
             raise InputError(f"cfg_interval {chosen.cfg_interval} counts the codes of whole clips; leave it out")
         *arguments, known = self._arguments(classes, frames, indices, rng.as_key(key), chosen, budget)
@@ -264,7 +274,7 @@ class LoadedGenerator:
         if self._mesh is not None:
             lengths = jax.device_put(lengths, sharding.batch_sharding(self._mesh))
         with rng.pinned(), self._precisely():
-            first = First(lengths, np.int32(count))
+            first = First(jnp.asarray(lengths), jnp.int32(count))
             found = self._sample(*arguments, known, chosen.plan(self.config.symbols), first)
         return found.codes, found.lengths[:, : count + 1]
 
@@ -380,7 +390,7 @@ class LoadedGenerator:
         both = c.has_classes and c.has_frames
         for name, given, wanted, optional in (
             ("classes", classes, c.has_classes, both and c.has_null_class and frames is not None),
-            ("frames", frames, c.has_frames, both and c.has_null_frames and classes is not None),
+            ("frames", frames, c.has_frames, c.has_null_frames and not (both and classes is None)),
         ):
             if (given is not None) != wanted and not (given is None and optional):
                 raise ValueError(
@@ -437,14 +447,14 @@ class LoadedFlow(LoadedGenerator):
     """
 
     network = Flow
-    config: FlowConfig
+    config: FlowConfig  # type: ignore[assignment]
 
     def __init__(
         self, config: FlowConfig, params: Mapping, *, statistics: tuple[np.ndarray, np.ndarray] | None, **options: Any
     ):
         if statistics is None or any(np.shape(x) != (config.code_dim,) for x in statistics):
             raise InputError("the checkpoint has no statistics of the latents of this flow generator; use another step")
-        super().__init__(config, params, **options)
+        super().__init__(config, params, **options)  # type: ignore[arg-type]
         mean, std = self.statistics = tuple(np.asarray(x, np.float32) for x in statistics)
 
         def sample(params, condition, indices, key, scalars, known, plan):
@@ -457,10 +467,6 @@ class LoadedFlow(LoadedGenerator):
     def fingerprint(self) -> str:
         """Identifies the weights at this precision, 16 hexadecimal digits."""
         return digest(f"generator {self.precision}", {"params": self._params, "statistics": self.statistics})
-
-    def sample_block(self, *arguments: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-        """Raises `InputError`: a flow samples the latents of a whole clip at once."""
-        raise InputError(NO_BLOCKS)
 
     def logits(self, *arguments: Any, **options: Any) -> jax.Array:
         """Raises `InputError`: there are none, see `larp_jax.models.flow.Flow` for velocities."""
