@@ -1,13 +1,14 @@
 """A picture and an action become video, from few videos of people: clips of 16x48x48, in 4 blocks of 24 codes.
 
     larp-jax train --config configs/actions.py --workdir runs/actions
-    larp-jax tokenize --checkpoint runs/actions --input folder:people/train --output runs/actions_codes \
-        --windows 16 --flips --cond-frames 1
-    larp-jax train --config configs/actions.py:generator --workdir runs/actions_generator
+    larp-jax tokenize --checkpoint runs/actions --input folder:mixed --output runs/mixed_codes --windows 40 --flips \
+        --cond-frames 1
+    larp-jax tokenize --checkpoint runs/actions --input folder:seventh --output runs/actions_check --windows 4 \
+        --cond-frames 1
+    larp-jax train --config configs/actions.py:generator --workdir runs/mixed_generator
 
-Both train in minutes on two CPU cores. The videos are folder:people/train, with a folder for each action; for others
-give --config.data.train and --input. Every second frame is taken, so that a clip lasts as long as an action.
-docs/streaming.md shows what comes out.
+Both train in minutes on two CPU cores. docs/streaming.md says what is in the folders, and shows what comes out. Every
+second frame is taken, so that a clip lasts as long as an action.
 """
 
 from larp_jax.config import default_recipe
@@ -70,7 +71,7 @@ def _tokenizer():
 def _generator():
     config = default_recipe("generator")
     config.tokenizer = "runs/actions"
-    config.steps = 1500
+    config.steps = 1600
 
     model = config.model
     model.size = "custom"
@@ -85,9 +86,10 @@ def _generator():
     optim.warmup_steps = 100
     optim.ema_decay = 0.99
 
-    config.data.train = "tokens:runs/actions_codes"
+    config.data.train = "tokens:runs/mixed_codes"
+    config.data.eval = "tokens:runs/actions_check"
     config.data.batch_size = 16
     config.log_every = 20
-    config.eval_every = 250
-    config.save_every = 250
+    config.eval_every = 100
+    config.save_every = 100
     return config

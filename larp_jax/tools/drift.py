@@ -77,9 +77,9 @@ def drift(
     if not count:
         raise InputError(f"--frames {frames}: drift is measured in windows of {config.frames} frames; give more")
     output = files.check_folder(output)
-    network = None if probe is None else ClipProbe.load(probe, config.clip_shape, generator.config.num_classes)
     clip = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
     source = data.open_source(spec, clip, default_split="test")
+    network = None if probe is None else ClipProbe.load(probe, config.clip_shape, len(source.label_names))
     windows = choose_windows(source, clip, videos)
     given = {"frames": count * config.frames, "context": context, "budget": budget, **vars(options)}
     kept, model = pace(generator, tokenizer, context).kept, generator.config
