@@ -28,6 +28,7 @@ def get_config():
     model.init_std = model.width**-0.5
 
     optim = config.optim
+    optim.kind = "muon"
     optim.learning_rate = 3e-3
     optim.warmup_steps = 100
     optim.ema_decay = 0.99
