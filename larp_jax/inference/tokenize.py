@@ -51,10 +51,8 @@ def tokenize(
 ) -> dict[str, Any]:
     """Writes the codes of videos, or their latents if the tokenizer has these.
 
-    The manifest is written last: a folder without it is incomplete.
-
-    To train a generator on the codes, `windows`, `flips` and `cond_frames` give the windows, flips and conditions that
-    it would otherwise sample from the videos.
+    The manifest is written last: a folder without it is incomplete. To train a generator on the codes, `windows`,
+    `flips` and `cond_frames` give the windows, flips and conditions that it would otherwise sample from the videos.
 
     Args:
       tokenizer: the tokenizer.
@@ -167,7 +165,10 @@ def _write_shards(
     Returns:
       The rows of the manifest, the number of rows of each shard, and the number of codes of all clips.
     """
-    rows, pending, counts, used, tokens = [], [], [], 0, tokenizer.config.quantizer.tokens
+    config, rows, pending, counts, used = tokenizer.config, [], [], [], 0
+    tokens = config.quantizer.tokens
+    still = config.frames // config.blocks - 1 if cond_frames and config.adaptive else 0  # further frames of a picture
+    kinds = [(picture, flip) for picture in sorted({False, still > 0}) for flip in sorted({False, flips})]
 
     def flush():
         arrays = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
@@ -175,9 +176,6 @@ def _write_shards(
         write_shard(folder / str(len(counts)), arrays)
         counts.append(len(arrays[tokens]))
 
-    config = tokenizer.config
-    still = config.frames // config.blocks - 1 if cond_frames and config.adaptive else 0
-    kinds = [(picture, flip) for picture in sorted({False, still > 0}) for flip in sorted({False, flips})]
     with Progress(inputs.windows * len(kinds), description="tokenize", unit="clip") as progress:
         # reads the input once per kind of row, because detokenize joins consecutive windows
         for picture, flip, (found, clips) in ((*kind, batch) for kind in kinds for batch in inputs.batches(batch_size)):
