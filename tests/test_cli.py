@@ -377,6 +377,7 @@ def test_benchmark_and_doctor(trained, tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert "clips per second" in capsys.readouterr().out
     assert json.loads(output.read_text())["clip"] == [8, 32, 32, 3]
+    assert "'0' is not a positive number of seconds" in fails([*arguments, "--seconds=0"], capsys)
     assert cli.main(["doctor"]) == 0
     assert "Devices" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """Arguments that commands share, the types of their values, and checks of paths."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import NoReturn
@@ -59,6 +60,17 @@ def positive(text: str) -> int:
     value = count(text)
     if not value:
         raise argparse.ArgumentTypeError("it must be at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time of more than 0 seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 
 

@@ -16,6 +16,7 @@ from larp_jax.cli.arguments import (
     add_solver,
     add_window,
     positive,
+    seconds,
 )
 from larp_jax.cli.recipe import load_experiment, load_recipe
 from larp_jax.errors import InputError
@@ -108,7 +109,7 @@ def add_benchmark(commands) -> None:
     add_config(model, required=False)
     model.add_argument("--checkpoint", metavar="G", help=f"for benchmark sample, a trained generator: {CHECKPOINT}")
     sub.add_argument(
-        "--seconds", type=positive, default=10, metavar="S", help="length of the measurement in seconds (default: 10)"
+        "--seconds", type=seconds, default=10.0, metavar="S", help="length of the measurement in seconds (default: 10)"
     )
     models = sub.add_argument_group("benchmark encode, decode and sample")
     add_batch_size(models)
