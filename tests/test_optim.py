@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 from larp_jax.config import OptimConfig, default_recipe, parse_recipe
 from larp_jax.errors import InputError
 from larp_jax.runtime import sharding
 from larp_jax.training import optim
 from larp_jax.training.tokenizer import TokenizerStage
-from tests.test_sharding import mesh_of
 
 RATE = 1e-3
 CONFIG = {"learning_rate": RATE, "multipliers": {"prior": 0.5}}
@@ -47,7 +47,7 @@ def test_the_state_of_muon_is_split_like_its_parameters():
     config = default_recipe()
     config.optim.kind = "muon"
     state = jax.eval_shape(TokenizerStage(parse_recipe(config)).init, jax.random.key(0))
-    mesh = mesh_of(2, 4, 2)
+    mesh = AbstractMesh((1, 2, 4, 2), sharding.AXES)
     assert sharding.check_sharded(state, sharding.state_shardings(state, mesh), mesh) >= 0.98
     plain = jax.eval_shape(optax.scale_by_adam().init, state.params)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
