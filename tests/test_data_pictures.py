@@ -258,6 +258,7 @@ def test_prepare(folder, tmp_path):
     assert [item.source for item in list_videos([str(kinetics)], str(folder)).items] == ["walk/clip10", "run/a.mp4"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_trains_and_is_reconstructed(tmp_path, capsys):
     """On the command line: two classes of pictures, without any video file."""
     for number, name in enumerate(["run/clip2", "run/clip10", "walk/x"]):

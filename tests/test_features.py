@@ -158,6 +158,7 @@ def test_batches_are_a_function_of_seed_and_step(made):
             np.testing.assert_array_equal(found.row(rows[clip.tobytes()])["features"], values)
 
 
+@pytest.mark.slow
 def test_a_step_from_the_folder_is_that_from_clips(made):
     recipe = made[2]
     with open_features(recipe).batches(batch_size=8, seed=0) as endless:
@@ -180,6 +181,7 @@ def test_a_step_from_the_folder_is_that_from_clips(made):
         assert moved.max() > 0 and np.mean(np.abs(found - wanted) <= 0.05 * moved.max()) > 0.99
 
 
+@pytest.mark.slow
 def test_every_other_setting_works_with_features(made, tmp_path):
     """Parts of a batch with a discriminator and its trunk, by shapes; plan and FLOPs; a run whose teacher is absent."""
     recipe = made[2]

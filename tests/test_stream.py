@@ -191,6 +191,7 @@ def test_a_stopped_stream_goes_on_with_equal_frames(checkpoint, untrained, tmp_p
     assert "was started with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stream_in_a_bucket_becomes_longer(checkpoint, untrained, tmp_path, bucket, contents, monkeypatch):
     monkeypatch.setattr(stream, "PART_BLOCKS", 2)
     for folder in (tmp_path / "compiled", bucket):  # the second loads the programs that the first compiles

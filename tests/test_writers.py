@@ -283,6 +283,7 @@ def test_a_service_that_fails_is_reported_once_and_training_continues(tmp_path, 
     assert f"{tracker} misses a part of this run (ConnectionError: no network); training continues" in record.message
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_does_not_hold_up_a_run(tmp_path, service, caplog, monkeypatch):
     monkeypatch.setattr(trackers, "PATIENCE", 0.1)
     monkeypatch.setattr(trackers, "CALLS", 1)
