@@ -88,12 +88,17 @@ def test_greedy_gives_each_block_the_fewest_codes_that_reach_the_target(model):
 def test_rewards_are_z_scores_of_quality_and_length():
     quality = np.random.default_rng(0).normal(30.0, 4.0, (20, LADDER.count)).astype(np.float32)
     codes = np.array([sum(x) for x in LADDER.assignments])
-    found = rewards.rewards_of(quality, LADDER, Reward(metric="psnr", quality_weight=1.5, length_weight=0.5))
+    values = {"psnr": quality, "lpips": quality}
+    found = rewards.rewards_of(values, LADDER, Reward(metric="psnr", quality_weight=1.5, length_weight=0.5))
     expected = 1.5 * (quality - quality.mean()) / quality.std() - 0.5 * (codes - codes.mean()) / codes.std()
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    worse = rewards.rewards_of(quality, LADDER, Reward(metric="lpips", quality_weight=1.5, length_weight=0.5))
+    worse = rewards.rewards_of(values, LADDER, Reward(metric="lpips", quality_weight=1.5, length_weight=0.5))
     assert np.corrcoef(found.ravel(), worse.ravel())[0, 1] < 0
-    only = rewards.rewards_of(quality, LADDER, Reward(quality_weight=0.0))
+    mse = 10 ** (-quality / 10)
+    expected = -1.5 * (mse - mse.mean()) / mse.std() - 0.5 * (codes - codes.mean()) / codes.std()
+    found_of_mse = rewards.rewards_of(values, LADDER, Reward(metric="mse", quality_weight=1.5, length_weight=0.5))
+    np.testing.assert_allclose(found_of_mse, expected, atol=1e-4)
+    only = rewards.rewards_of(values, LADDER, Reward(quality_weight=0.0))
     assert (only.argmax(axis=1) == codes.argmin()).all()
     means = rewards.statistics({"psnr": quality}, found, LADDER)
     assert means["best"]["reward"] >= means["uniform"]["reward"] > 0
@@ -143,6 +148,10 @@ def test_allocate_writes_what_a_single_clip_gives_and_continues(allocated, untra
     call(*command, "--metric", "psnr", "--output", output, "--quality-weight", 0)  # nothing is measured again
     assert {name: (output / name).stat().st_mtime_ns for name in whole} == whole
     assert rewards.RewardSet(output).manifest["statistics"]["best"]["codes"] == 4.0
+    call(*command, "--metric", "mse", "--output", output)  # of the same arrays
+    of_mse = rewards.RewardSet(output)
+    assert of_mse.manifest["reward"]["metric"] == "mse" and of_mse.manifest["metrics"] == ["psnr"]
+    assert not np.array_equal(of_mse.rewards, found.rewards)
     call(*command, "--metric", "psnr", "--output", output)
     assert rewards.RewardSet(output).manifest == manifest
 

@@ -11,7 +11,8 @@ among those that were to be read. The clips themselves are not stored, but named
   clip: [T, H, W, C].
   data, sampling: the data set, and the `fps` or `stride` at which its videos were sampled.
   metrics: names of the arrays.
-  reward: the `metric`, `quality_weight` and `length_weight` of the rewards, see `rewards_of`.
+  reward: the `metric`, `quality_weight` and `length_weight` of the rewards, see `rewards_of`. The metric `mse`, the
+    squared error, has no array: it is computed from `psnr`.
   statistics: means over these clips, see `statistics`.
   shards: `file` and `rows` (their number) of each shard.
   rows: `video` (index in the data set), `source` (its name), `start` (first frame), `label` (-1: none), and the best
@@ -39,7 +40,7 @@ from larp_jax.errors import InputError
 FORMAT = "larp_jax.rewards"
 VERSION = 1
 # Whether more of a metric is better (1) or worse (-1).
-SIGNS = {"psnr": 1.0, "lpips": -1.0}
+SIGNS = {"psnr": 1.0, "mse": -1.0, "lpips": -1.0}
 AGAIN = "run larp-jax allocate again"
 
 
@@ -48,7 +49,7 @@ class Reward:
     """How the reward of an assignment is computed; the default weights are the published ones.
 
     Attributes:
-      metric: the quality, `psnr` or `lpips`.
+      metric: the quality, `psnr`, `mse` or `lpips`.
       quality_weight: w_q, how much quality counts.
       length_weight: w_l, how much each code costs.
     """
@@ -58,19 +59,27 @@ class Reward:
     length_weight: float = 0.8
 
 
-def rewards_of(quality: np.ndarray, ladder: Ladder, reward: Reward) -> np.ndarray:
+def measured(metric: str) -> str:
+    """The array of a shard that a metric is computed from."""
+    return "psnr" if metric == "mse" else metric
+
+
+def rewards_of(values: Mapping[str, np.ndarray], ladder: Ladder, reward: Reward) -> np.ndarray:
     """Rewards w_q Q - w_l L of assignments (EVATok, arXiv 2603.12267, section 3), [M, A] float32.
 
     Q is the quality and L the number of codes, each without its mean and divided by its standard deviation over all
-    clips and assignments. Q of LPIPS, of which less is better, has the other sign: the paper prints it without.
+    clips and assignments. Q of a metric of which less is better has the other sign: the paper prints LPIPS without.
 
     Args:
-      quality: [M, A] of the reward's metric.
+      values: [M, A] by array of a shard.
       ladder: names the assignments.
       reward: metric and weights.
     """
     codes = np.array([sum(lengths) for lengths in ladder.assignments], np.float64)
-    q = SIGNS[reward.metric] * _standardized(quality.astype(np.float64))
+    quality = values[measured(reward.metric)].astype(np.float64)
+    if reward.metric == "mse":
+        quality = 10.0 ** (-quality / 10.0)
+    q = SIGNS[reward.metric] * _standardized(quality)
     return (reward.quality_weight * q - reward.length_weight * _standardized(codes)).astype(np.float32)
 
 
@@ -157,7 +166,8 @@ def _check(manifest: dict) -> None:
     ladder_of(manifest).check()
     clip_of(manifest)
     reward, names = Reward(**manifest["reward"]), manifest["metrics"]
-    if not names or not set(names) <= SIGNS.keys() or reward.metric not in names:
+    known = {measured(metric) for metric in SIGNS}
+    if not names or not set(names) <= known or reward.metric not in SIGNS or measured(reward.metric) not in names:
         raise ValueError(f"the metrics {names} do not fit the reward of {reward.metric}")
     if not isinstance(manifest["data"], str) or not isinstance(manifest["fingerprint"], str):
         raise ValueError("data and fingerprint must be texts")
@@ -221,8 +231,7 @@ class RewardSet:
     @functools.cached_property
     def rewards(self) -> np.ndarray:
         """[M, A] float32, see `rewards_of`."""
-        reward = Reward(**self.manifest["reward"])
-        return rewards_of(self.values[reward.metric], self.ladder, reward)
+        return rewards_of(self.values, self.ladder, Reward(**self.manifest["reward"]))
 
     def names(self) -> list[str]:
         """A name of each clip, which with their order determines the order of training."""

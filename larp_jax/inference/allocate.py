@@ -51,7 +51,7 @@ def allocate(
       tokenizer: a tokenizer with a ladder, on the devices of this host.
       spec: data set; its consecutive windows of the split `train` by default.
       output: folder to write to, created if missing.
-      metric: the quality, `lpips` or `psnr`; by default LPIPS if its weights are found.
+      metric: the quality, `lpips`, `psnr` or `mse`; by default LPIPS if its weights are found.
       quality_weight: how much quality counts.
       length_weight: how much each code costs.
       lpips: weights for LPIPS; by default where `larp-jax doctor` looks.
@@ -117,9 +117,9 @@ def _measured(metric: str | None, resolution: int, lpips, output) -> tuple[str, 
         found = networks.locate("lpips", lpips)[0].is_file() and resolution >= SMALLEST
         metric = "lpips" if found else "psnr"
         logger.info("the quality is %s%s", metric, "" if found else ", because there are no weights of LPIPS")
-    metrics = ["psnr"] if metric == "psnr" else ["psnr", "lpips"]
+    metrics = ["psnr", "lpips"] if metric == "lpips" else ["psnr"]
     known = files.json_object(output / SETTINGS).get("metrics")
-    return metric, known if isinstance(known, list) and metric in known else metrics
+    return metric, known if isinstance(known, list) and rewards.measured(metric) in known else metrics
 
 
 class _Measure:
@@ -167,7 +167,7 @@ def _contents(
     read = np.concatenate([numbers for _, numbers in shards])
     if not len(read):
         raise InputError(f"{described['data']}: nothing in it can be read")
-    found = rewards.rewards_of(values[reward.metric], ladder, reward)
+    found = rewards.rewards_of(values, ladder, reward)
     rows = []
     for i, best in zip(read.tolist(), found.argmax(axis=1).tolist(), strict=True):
         video, start = windows[i]
