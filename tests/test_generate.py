@@ -333,6 +333,10 @@ def test_a_picture_and_a_class_become_video(trained, tokenizer, tmp_path, capsys
     loaded = load_generator(generator)
     expected = loaded.sample([2], frames=still, key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
     np.testing.assert_array_equal(all_codes(tmp_path / "out"), expected)
+    # frames that may be left out need not be given
+    assert run("sample", generator, trained, tmp_path / "sampled", "--classes=wave", "--num=1", *given[1:]) == 0
+    expected = loaded.sample([2], key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
+    np.testing.assert_array_equal(all_codes(tmp_path / "sampled"), expected)
     other = [f"--input={tmp_path / 'picture.png'}", "--classes=run,walk"]
     assert "predict takes one class" in fails(capsys, "predict", generator, trained, tmp_path / "other", *other)
     (tmp_path / "bad.png").write_bytes(b"no picture")

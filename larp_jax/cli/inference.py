@@ -292,9 +292,10 @@ def _sample(arguments):
 
     options = sampling_options(arguments)
     generator, tokenizer = _load_pair(arguments)
-    if generator.config.has_frames:
+    if generator.config.has_frames and not generator.config.has_null_frames:
         raise InputError(
-            f"{arguments.checkpoint} is a frame predictor; use larp-jax predict, or give a class-conditional generator"
+            f"{arguments.checkpoint} needs given frames; use larp-jax predict, or give a generator that was trained"
+            " without them, or with model.frames_dropout"
         )
     manifest = generate.sample(
         generator,

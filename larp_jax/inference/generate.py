@@ -80,8 +80,8 @@ class Sampler:
       seed: seed of the random numbers.
       options: sampling options.
       batch_size: samples per batch.
-      cond_frames: number of given frames; for frame prediction only. A generator with a ladder goes on from any first
-        blocks, or a picture.
+      cond_frames: number of given frames; for frame prediction only, where 0 leaves them out if the generator was
+        trained with `frames_dropout`. A generator with a ladder goes on from any first blocks, or a picture.
       budget: how many codes the samples get, for a generator with a ladder, see `LoadedGenerator.sample`.
 
     Attributes:
@@ -114,8 +114,9 @@ class Sampler:
         config, frames = generator.config, tokenizer.config.frames
         if config.ladder and cond_frames:
             blocks_of(tokenizer.config, cond_frames)
-        if config.has_frames and not 0 < cond_frames < frames:
-            raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
+        least = 0 if config.has_null_frames else 1
+        if config.has_frames and not least <= cond_frames < frames:
+            raise InputError(f"--cond-frames must be at least {least} and below the clip's {frames}, got {cond_frames}")
         for option, scale, null, missing in (
             ("--cfg-scale", options.cfg_scale, config.has_null_class, "a null class"),
             ("--frames-scale", options.frames_scale, config.has_null_frames, "frames_dropout"),
@@ -167,7 +168,7 @@ class Sampler:
         condition = {}
         if self._generator.config.has_classes:
             condition["classes"] = np.full(len(rows), -1) if classes is None else classes[rows]
-        if self._generator.config.has_frames:
+        if self._generator.config.has_frames and self.given_frames:
             condition["frames"] = self.tokenizer.encode(hold_last_frame(clips[rows], self.given_frames))
         elif self.given_frames:
             given, budget = clips[rows][:, : self.given_frames], None if self._budget == AUTO else self._budget
@@ -209,7 +210,7 @@ def sample(
     share of the batches.
 
     Args:
-      generator: a class-conditional generator.
+      generator: a generator that needs no given frames.
       tokenizer: the tokenizer that the generator was trained with.
       output: folder to write to, created if missing.
       counts: number of videos of each class, as from `split_in_proportion`. The classes alternate.
