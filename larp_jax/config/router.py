@@ -9,6 +9,8 @@ from larp_jax.config.ladder import Ladder
 from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, from_size
 from larp_jax.config.training import GeneratorOptimConfig, Recipe
 
+OBJECTIVES = ("best", "rewards")
+
 # EVATok names its router ViT-S, here with the width, depth and heads of Touvron et al. 2020 (arXiv 2012.12877). It has
 # 19.9 M parameters; how patches are made is not stated.
 ROUTER_SIZES = {"S": (384, 12, 6)}
@@ -83,6 +85,10 @@ class RouterRecipe(Recipe):
     `data.train` and `data.eval` are `rewards:DIR`, written by `larp-jax allocate`; they name the clips. The clips are
     not mirrored, and sampled as they were for their rewards. `tokenizer_fingerprint` is set when training starts; if
     given, it is checked.
+
+    `objective` is what the router learns: `best` is to name the assignment with the highest reward, as published;
+    `rewards` is to predict the rewards of all assignments, less their mean in each clip. The second learns from all
+    values of a clip, and so needs fewer clips.
     """
 
     stage: str = "router"
@@ -90,10 +96,12 @@ class RouterRecipe(Recipe):
     steps: int = 50_000
     model: RouterConfig = RouterConfig()
     optim: GeneratorOptimConfig = GeneratorOptimConfig()
+    objective: str = "best"
     best_metric: str = "reward_share"
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.objective in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective}")
         data = self.data
         for name, default in (("flip", False), ("fps", 0.0), ("stride", 1), ("shapes", "")):
             value = getattr(data, name)

@@ -11,7 +11,7 @@ from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 
 
 class Router(nnx.Module):
-    """Linear patch embedding, a transformer over [class token; patches], and one logit for each assignment.
+    """Linear patch embedding, a transformer over [class token; patches], and one output for each assignment.
 
     Args:
       config: complete.
@@ -33,7 +33,10 @@ class Router(nnx.Module):
         self.config = config
 
     def __call__(self, video: jax.Array) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> logits [B, assignments] float32, in the order of the ladder."""
+        """Video [B, T, H, W, C] in [0, 1] -> outputs [B, assignments] float32, in the order of the ladder.
+
+        They are logits, or rewards less their mean, see `RouterRecipe.objective`.
+        """
         grid = patch_grid(video.shape[1:], self.patch_embed.patch)
         patches = self.patch_embed(video - 0.5) + self.patch_positions(grid)
         first = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
@@ -41,5 +44,5 @@ class Router(nnx.Module):
         return self.head(self.norm(x[:, 0])).astype(jnp.float32)
 
     def lengths(self, video: jax.Array) -> jax.Array:
-        """Video [B, T, H, W, C] in [0, 1] -> the most likely numbers of codes by block, [B, blocks] int32."""
+        """Video [B, T, H, W, C] in [0, 1] -> the numbers of codes with the highest output, [B, blocks] int32."""
         return jnp.asarray(self.config.adaptive.assignments, jnp.int32)[self(video).argmax(axis=-1)]
