@@ -23,7 +23,7 @@ from larp_jax.models.pixels import to_uint8
 from larp_jax.weights import networks
 
 WINDOWS, BATCH, PROBE_STEPS = 4, 32, 150
-SAMPLING = {"cfg_scale": 4.0, "top_k": 40}
+SAMPLING = {"cfg_scale": 4.0, "top_k": 8}
 COMPARED = (5, 8, 11, 14)  # generated frames that are compared with given ones
 
 
