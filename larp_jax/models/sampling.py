@@ -17,8 +17,8 @@ from larp_jax.config.checks import one_of
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Cache, Generator, GeneratorBlock, lengthen
-from larp_jax.models.layers import Dtype
+from larp_jax.models.generator import Cache, Generator, GeneratorBlock, lengthen, without_batch
+from larp_jax.models.layers import FEW_ROWS, Dtype, block_kernels
 from larp_jax.models.paths import path_name
 from larp_jax.models.sequence import count_fitting, locate, split
 
@@ -228,6 +228,9 @@ def sample_codes(
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
     conditions = guided_conditions(condition, plan)
     guided, groups = plan.guided > 0, len(conditions)
+    if len(indices) * groups * plan.window <= FEW_ROWS:
+        for module in (generator.head, *blocks):
+            block_kernels(module)
 
     def draw(logits, number, guided, lengths):
         """Tokens [B, W] from `number` on, from logits [B, W, V], of G rows for each sample with guidance."""
@@ -269,7 +272,7 @@ def sample_codes(
     passes = jnp.int32(0)
     for start, stop in cache_parts(c.symbols, plan.guided):
         if guided and start >= plan.guided:
-            guided, caches = False, jax.tree.map(lambda x: x[0::groups], caches)
+            guided, caches = False, jax.tree.map(lambda x: without_batch(x[0::groups]), caches)
         # the last window begins with the last code of the part
         caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
         sequences, caches, used = decode(functools.partial(predict, guided=guided), sequences, caches, start, stop)
