@@ -83,8 +83,9 @@ def params_of(config):
 
 
 @pytest.mark.parametrize("options", [{"kv_heads": 2, "width": 64}, {"fixed_positions": True}], ids=str)
-def test_options_of_the_network(options):
+def test_options_of_the_network(monkeypatch, options):
     """Each code is the most likely one given the codes before it, by the network without cache; also of one sample."""
+    monkeypatch.setattr("larp_jax.models.layers.LARGE_KERNEL", 1)
     generator = make(**options)
     codes = np.asarray(generator.sample([0, 1, 2], key=KEY, top_k=1))
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
@@ -96,16 +97,19 @@ def test_options_of_the_network(options):
 
 def test_kernels_in_blocks():
     """Products of few rows, and of more than the blocks are for."""
-    layer, x = Linear(48, 128, rngs=nnx.Rngs(0)), np.random.default_rng(0).normal(size=(3, 3, 48)).astype(np.float32)
+    layer, x = Linear(256, 512, rngs=nnx.Rngs(0)), np.random.default_rng(0).normal(size=(3, 3, 256)).astype(np.float32)
     exact = layer(x)
-    block_kernels(layer)
-    assert layer.kernel.shape == (2, 48, 64)
+    block_kernels(9, layer)
+    assert layer.kernel.shape == (256, 512)
+    block_kernels(8, layer)
+    assert layer.kernel.shape == (8, 256, 64)
     for rows in (1, 3):
         np.testing.assert_allclose(layer(x[:rows]), exact[:rows], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(layer(x[:rows, 0]), exact[:rows, 0], rtol=1e-4, atol=1e-6)
-    odd = Linear(48, 100, rngs=nnx.Rngs(0))
-    block_kernels(odd)
-    assert odd.kernel.shape == (48, 100)
+    for shape in ((256, 544), (256, 256)):  # no whole blocks, and too small
+        other = Linear(*shape, rngs=nnx.Rngs(0))
+        block_kernels(8, other)
+        assert other.kernel.shape == shape
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator, eight):

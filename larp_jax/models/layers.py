@@ -81,20 +81,25 @@ def _matmul_int8(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _with_cpu_form(general, on_cpu)(x, kernel)
 
 
-FEW_ROWS = 8  # products of so few rows are faster with kernels in blocks on CPUs
+# On CPUs, products of so few rows with kernels of so many numbers, which hardly stay in a cache, are faster in blocks.
+FEW_ROWS = 8
+LARGE_KERNEL = 2**17
 BLOCK_COLUMNS = 64
 
 
-def block_kernels(module: nnx.Module) -> None:
-    """Puts float32 kernels of linear layers into blocks of 64 columns on CPUs, for products of at most `FEW_ROWS` rows.
+def block_kernels(rows: int, *modules: nnx.Module) -> None:
+    """Puts large float32 kernels of linear layers into blocks of columns on CPUs, for products of so many rows if few.
 
     XLA's CPU backend computes the product of one row with a kernel at half the speed at which a core reads memory, and
     packs the kernel anew for every product of a few rows. It reads blocks as they are, nearly at full speed.
     """
-    for _, layer in nnx.iter_graph(module):
-        if isinstance(layer, Linear) and layer.kernel.dtype == jnp.float32 and jax.default_backend() == "cpu":
-            if layer.kernel.shape[1] % BLOCK_COLUMNS == 0:
-                layer.kernel = nnx.Param(rearrange(layer.kernel[...], "i (b o) -> b i o", o=BLOCK_COLUMNS))
+    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+        return
+    layers = [layer for module in modules for _, layer in nnx.iter_graph(module) if isinstance(layer, Linear)]
+    for layer in layers:
+        large = layer.kernel.dtype == jnp.float32 and layer.kernel.size >= LARGE_KERNEL
+        if large and layer.kernel.shape[1] % BLOCK_COLUMNS == 0:
+            layer.kernel = nnx.Param(rearrange(layer.kernel[...], "i (b o) -> b i o", o=BLOCK_COLUMNS))
 
 
 def _matmul_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
