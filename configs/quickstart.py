@@ -61,7 +61,7 @@ def get_config(variant=""):
         # see docs/training.md for what it costs; the weights come from larp-jax import --kind lpips
         config.loss.perceptual = "lpips"
         config.loss.perceptual_frames = 1
-        config.loss.perceptual_weight = 0.02  # LPIPS is about thirty times as large as the squared error
+        config.loss.perceptual_weight = 0.02  # LPIPS is about forty times as large as the squared error
     if variant == "adversarial":
         config.loss.reconstruction = "l1"
         config.loss.prior_weight = 0.003
