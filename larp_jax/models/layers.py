@@ -138,7 +138,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, order: Callable = lambda y: y) -> jax.Array:
         """x [..., inputs] -> [..., outputs] in `dtype`; `order` reorders the last axis, of the weights."""
         if self.kernel.ndim == 3:
-            y = _matmul_blocks(x.astype(self.dtype), self.kernel[...])
+            y = order(_matmul_blocks(x.astype(self.dtype), self.kernel[...]))
         elif self.scale is None:
             y = _matmul(x.astype(self.dtype), order(self.kernel[...].astype(self.dtype)))
         else:
