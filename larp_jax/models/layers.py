@@ -39,17 +39,15 @@ def _matmul_fwd(x, kernel):
 
 
 def _matmul_bwd(residuals, dy):
-    x, kernel = residuals
+    flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
 
-    def general(dy, kernel):
-        return dy @ kernel.T
+    def general(x, kernel, dy):
+        return dy @ kernel.T, flat(x).T @ flat(dy)
 
-    def on_cpu(dy, kernel):
-        return dy @ jax.lax.optimization_barrier(kernel.T)
+    def on_cpu(x, kernel, dy):
+        return dy @ jax.lax.optimization_barrier(kernel.T), jax.lax.optimization_barrier(flat(x).T) @ flat(dy)
 
-    dx = _with_cpu_form(general, on_cpu)(dy, kernel)
-    x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
-    return dx, _with_cpu_form(lambda x, dy: x.T @ dy, lambda x, dy: jax.lax.optimization_barrier(x.T) @ dy)(x, dy)
+    return _with_cpu_form(general, on_cpu)(*residuals, dy)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
