@@ -1,7 +1,7 @@
 """A picture and an action become video, from few videos of people: clips of 16x48x48, in 4 blocks of 24 codes.
 
     larp-jax train --config configs/actions.py --workdir runs/actions
-    larp-jax tokenize --checkpoint runs/actions --input folder:mixed --output runs/mixed_codes --windows 40 --flips \
+    larp-jax tokenize --checkpoint runs/actions --input folder:mixed --output runs/mixed_codes --windows 6 --flips \
         --cond-frames 1
     larp-jax tokenize --checkpoint runs/actions --input folder:seventh --output runs/actions_check --windows 4 \
         --cond-frames 1

@@ -1,11 +1,12 @@
-"""A small LARP tokenizer that trains in minutes on two CPU cores: clips of 8x64x64 as 64 tokens of 9 bits.
+"""A small LARP tokenizer that trains in minutes on two CPU cores: clips of 8x32x32 as 64 tokens of 9 bits.
 
     larp-jax train --config configs/quickstart.py --workdir runs/quickstart
     larp-jax train --config configs/quickstart.py:adversarial --workdir runs/adversarial  # with a discriminator
     larp-jax train --config configs/quickstart.py:perceptual --workdir runs/perceptual  # with LPIPS
 
-For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH. The settings differ from the
-published recipe because a small model and few steps need another start: see "Small runs" in the README.
+For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH, and for frames of 64x64, with as
+many patches and codes, --config.model.resolution=64 --config.model.patch_size=8. The settings differ from the published
+recipe because a small model and few steps need another start: see "Small runs" in the README.
 """
 
 from larp_jax.config import default_recipe
@@ -20,7 +21,7 @@ def get_config(variant=""):
 
     model = config.model
     model.size = "custom"
-    model.frames, model.resolution = 8, 64
+    model.frames, model.resolution, model.patch_size = 8, 32, 4
     model.num_tokens = 64  # half as many as patches
     model.encoder.width, model.encoder.depth, model.encoder.heads = 96, 2, 4
     model.decoder.width, model.decoder.depth, model.decoder.heads = 128, 3, 4
@@ -60,12 +61,13 @@ def get_config(variant=""):
         # see docs/training.md for what it costs; the weights come from larp-jax import --kind lpips
         config.loss.perceptual = "lpips"
         config.loss.perceptual_frames = 1
-        config.loss.perceptual_weight = 0.02  # LPIPS is about thirty times as large as the squared error
+        config.loss.perceptual_weight = 0.02  # LPIPS is about forty times as large as the squared error
     if variant == "adversarial":
         config.loss.reconstruction = "l1"
         config.loss.prior_weight = 0.003
         config.loss.adversarial_weight = 0.03
         config.loss.adversarial_start = 1000  # once codes have replaced the latents
         config.discriminator.width, config.discriminator.depth, config.discriminator.heads = 128, 2, 2
+        config.discriminator.patch_size = model.patch_size
         config.optim.discriminator_learning_rate = 1e-4
     return config

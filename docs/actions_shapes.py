@@ -1,6 +1,6 @@
 """Writes moving shapes as long videos, beside few videos of people that a generator would memorize (docs/streaming.md).
 
-    python docs/actions_shapes.py mixed/without_people
+    python docs/actions_shapes.py mixed/without_people train 150 6
     python docs/actions_shapes.py seventh/without_people test 1 4
 
 Of so many clips each, 40 by default, of 16 frames of 48x48. Each frame comes twice, so that every second one is a clip.

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import pathlib
@@ -22,12 +23,15 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# JAX sets up MLIR for each program anew, a quarter of the time of a small one. Programs of a process share it here.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
 # Tracing makes many objects that stay, which the default thresholds look through again and again.
-gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
 
@@ -36,6 +40,11 @@ def pytest_xdist_auto_num_workers():
     """One process more than there are cores, because some tests wait; more than four would take too much memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores + 1, 4)
+
+
+def pytest_collection_finish():
+    """What is imported and collected by now stays: no need to look through it for garbage."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -217,8 +226,10 @@ def bucket(bucket_server, request):
     """An empty folder in a bucket, as `larp_jax.files.any_path` returns it."""
     from larp_jax import files
 
-    yield files.any_path(f"gs://larp/{request.node.name.replace('[', '-').replace(']', '')}")
+    name = request.node.name.replace("[", "-").replace("]", "")
+    yield files.any_path(f"gs://{bucket_server.root.name}/{name}")
     bucket_server.faults.reset()
+    shutil.rmtree(bucket_server.root / name, ignore_errors=True)  # the server looks through all files to list some
 
 
 @pytest.fixture

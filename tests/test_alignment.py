@@ -153,8 +153,8 @@ def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe)
     stage, _, frozen, _, state, _, _ = trained
     recipe = dataclasses.replace(recipe, precision="float32")
     stage, model = TokenizerStage(recipe), {name: state.params[name] for name in ("tokenizer", "projector")}
-    frozen = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), frozen)
-    video = jnp.asarray(VIDEO, jnp.float32) / 255
+    frozen = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), frozen))
+    video = jnp.asarray(VIDEO / np.float32(255))
     z_q = jax.random.normal(jax.random.key(1), (2, 8, 4))
 
     def loss(model, z_q):
@@ -163,14 +163,20 @@ def test_alignment_reaches_the_tokenizer_only_through_its_layer(trained, recipe)
         return stage._alignment_loss(model, frozen, {"video": video}, features), (reconstruction, features)
 
     (value, (reconstruction, features)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(model, z_q)
-    tokenizer = stage.module("tokenizer", model)
-    decoder = tokenizer.decoder
-    x, first, _ = decoder._inputs(tokenizer.quantizer.expand(z_q), None, decoder.grid)
-    states = [x := block(x) for block in unstack(decoder.transformer.blocks)]
-    np.testing.assert_allclose(features.reshape(2, -1, 16), states[LAYER - 1][:, first:], atol=1e-5)
-    np.testing.assert_allclose(reconstruction, decoder._video(states[-1][:, first:], decoder.grid), atol=1e-5)
+    @jax.jit
+    def one_by_one(model, z_q):
+        tokenizer = stage.module("tokenizer", model)
+        decoder = tokenizer.decoder
+        x, first, _ = decoder._inputs(tokenizer.quantizer.expand(z_q), None, decoder.grid)
+        states = [x := block(x) for block in unstack(decoder.transformer.blocks)]
+        return states[LAYER - 1][:, first:], decoder._video(states[-1][:, first:], decoder.grid)
 
-    target = np.asarray(stage.module("teacher", frozen)(video))  # [2, 2, 3, 3, 24], for patches of 2 x 4 x 4
+    expected, video_of_blocks = one_by_one(model, z_q)
+    np.testing.assert_allclose(features.reshape(2, -1, 16), expected, atol=1e-5)
+    np.testing.assert_allclose(reconstruction, video_of_blocks, atol=1e-5)
+
+    teach = jax.jit(lambda frozen, video: stage.module("teacher", frozen)(video))
+    target = np.asarray(teach(frozen, video))  # [2, 2, 3, 3, 24], for patches of 2 x 4 x 4
     share = np.array([[3, 0, 0], [1, 2, 0], [0, 2, 1], [0, 0, 3]]) / 3
     target = np.einsum("yh,xw,bthwc->btyxc", share, share, target)
     projected = np.asarray(stage.module("projector", model)(features))

@@ -21,7 +21,7 @@ def test_small(tmp_path, monkeypatch, capsys, small_ceilings):
     assert not [name for name, result in found.items() if "failed" in result]
     for name in (train, "encode, batch 8", "decode, batch 8"):
         assert found[name]["precision"] == "bfloat16" and 0 < found[name]["mfu"] < 1
-    full = found[train]  # the full objective
+    full = found[train]
     # a model this small spends most time outside matrix products
     assert 1.0 < full["compiler_flops_share"] < 2.0
     assert full["memory_over_parts"] < 1.0

@@ -399,7 +399,7 @@ def test_benchmark_of_the_tokenizer(what, tmp_path, capsys, small_ceilings):
 
 @pytest.mark.slow
 def test_benchmark_of_the_training_step(tmp_path, capsys, small_ceilings):
-    """The step without a discriminator; test_bench_gpu.py has the whole objective."""
+    """The step without a discriminator; test_bench_gpu.py has that with one."""
     output = tmp_path / "train.json"
     arguments = ["benchmark", "train", "--config", f"{CONFIG}:plain", "--seconds=0.1", f"--output={output}"]
     assert cli.main(arguments) == 0

@@ -24,8 +24,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.py"))
 
 
-def load(name):
-    return parse_recipe(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]())
+def load(name, *variant):
+    return parse_recipe(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](*variant))
 
 
 def shape(*sizes, dtype=jnp.int32):
@@ -63,8 +63,18 @@ def stage_and_batch(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_and_step(path):
-    recipe = load(path.stem)
     assert f"--config configs/{path.name}" in runpy.run_path(str(path))["__doc__"]
+    check_step(load(path.stem))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adversarial", "perceptual"])
+def test_step_of_the_variants_of_the_quickstart(variant):
+    check_step(load("quickstart", variant))
+
+
+def check_step(recipe):
+    """Its data can be named, and a step keeps the shapes of the state and logs scalars."""
     for spec in filter(None, (recipe.data.train, recipe.data.eval)):
         parse_spec(spec)
     (stage, batch), key = stage_and_batch(recipe), jax.random.key(0)

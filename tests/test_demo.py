@@ -32,9 +32,14 @@ def tokenizer(untrained):
     params["quantizer"]["out_linear"]["kernel"] *= 8
     params["decoder"]["transformer"]["blocks"]["attention"]["out"]["kernel"] *= 5
     clips = np.stack([moving_frames(8, 32, 32, seed=seed) for seed in range(4)]) / np.float32(255)
-    module = given.module(params)
-    latents = module.quantizer.project(module.encoder(clips, np.tile([[4, 4]], (4, 1))))[:, :8]
-    params["quantizer"]["in_linear"]["bias"] -= np.asarray(latents).mean(axis=(0, 1))
+
+    @jax.jit
+    def project(params, clips, lengths):
+        module = given.module(params)
+        return module.quantizer.project(module.encoder(clips, lengths))
+
+    latents = np.asarray(project(params, clips, np.tile([[4, 4]], (4, 1))))[:, :8]
+    params["quantizer"]["in_linear"]["bias"] -= latents.mean(axis=(0, 1))
     return LoadedTokenizer(given.config, params, step=6)
 
 

@@ -85,6 +85,11 @@ def one_process(tmp_path, monkeypatch):
 def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_path):
     workdir = tmp_path / "two"
     command = ["train", "--config", CONFIG, "--workdir", workdir]
+    evaluate = ["evaluate", "--checkpoint", str(workdir), "--data", "moving_shapes:test", "--max-clips", "12"]
+    generator = write_generator(tmp_path / "g", {"tokenizer_fingerprint": load_tokenizer(one_process).fingerprint})
+    pair = [f"--checkpoint={generator}", f"--tokenizer={one_process}"]
+    sample = ["sample", *pair, "--num=5", "--batch-size=2", "--seed=3"]
+    to = lambda by: ([*evaluate, f"--output={tmp_path / by}.json"], [*sample, f"--output={tmp_path / by}"])  # noqa: E731
     ((code, _, errors), (victim, _, _)), survived = together(command, dies_at=5)
     assert victim == -9 and code not in (0, None), errors
     assert survived < 60
@@ -92,7 +97,7 @@ def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_p
     assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {"2", "4"}
     alone = shutil.copytree(workdir, tmp_path / "alone")
 
-    ((code, printed, errors), (other, silent, _)), _ = together(command)
+    ((code, printed, errors), (other, silent, _)), _ = together(command, *to("by_two"))
     assert (code, other) == (0, 0), errors
     assert "continuing" in errors and "trained to step 6" in printed and not silent
     # the same number of devices in another number of processes
@@ -106,13 +111,6 @@ def test_two_processes_agree_with_one_end_together_and_resume(one_process, tmp_p
             for name in one:
                 assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
 
-    evaluate = ["evaluate", "--checkpoint", str(workdir), "--data", "moving_shapes:test", "--max-clips", "12"]
-    metadata = {"tokenizer_fingerprint": load_tokenizer(workdir).fingerprint}
-    generator = write_generator(tmp_path / "generator", metadata)
-    sample = ["sample", f"--checkpoint={generator}", f"--tokenizer={workdir}", "--num=5", "--batch-size=2", "--seed=3"]
-    to = lambda by: ([*evaluate, f"--output={tmp_path / by}.json"], [*sample, f"--output={tmp_path / by}"])  # noqa: E731
-    ((code, printed, errors), (other, silent, _)), _ = together(*to("by_two"))
-    assert (code, other, silent) == (0, 0, ""), errors
     assert [cli.main(command) for command in to("by_one")] == [0, 0]
     one, two = (json.loads((tmp_path / f"{by}.json").read_text()) for by in ("by_one", "by_two"))
     assert one["protocol"] == two["protocol"] and one["protocol"]["clips"] == 12

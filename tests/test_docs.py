@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from data_helpers import moving_frames
 from test_generate import write_generator
@@ -210,6 +211,24 @@ def test_links_are_valid(page):
 def test_files_that_are_named_exist(page):
     for name in re.findall(r"`((?:larp_jax|tests|configs|launch|docs)/[\w./]+)`", PAGES[page]):
         assert (ROOT / name).exists(), name
+
+
+def test_copies_in_other_colors_change_clothes_and_hardly_the_wall():
+    script = runpy.run_path(str(ROOT / "docs" / "actions_recolored.py"))
+    frames = np.full((6, 24, 32, 3), (160, 150, 140), np.uint8)
+    where = np.zeros(frames.shape[:3], bool)
+    for time in range(6):
+        where[time, 8:20, 12 + time : 17 + time] = True  # stands partly in the same place, as people do
+    frames[where] = (40, 30, 60)
+    assert np.array_equal(script["person_mask"](frames / 255)[..., 0], where)
+
+    copies = [script["recolored"](frames, np.random.default_rng(number)).astype(int) for number in range(20)]
+    clothes = np.stack([copy[where] for copy in copies])
+    assert np.all(clothes == clothes[:, :1])  # held over the whole video
+    assert np.all(np.ptp(clothes[:, 0], axis=0) > 40)
+    wall = np.stack([copy[~where] for copy in copies])
+    assert np.all(wall == wall[:, :1])
+    assert np.all(np.abs(wall / (160, 150, 140) - 1) < 0.09)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="no mkdocs: pip install -e '.[docs]'")

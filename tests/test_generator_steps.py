@@ -40,7 +40,7 @@ TOKENIZER = TokenizerConfig(
     decoder=TransformerConfig(width=16, depth=1, heads=2),
     quantizer=QuantizerConfig(codebook_size=32, code_dim=4),
 )
-STEPS = 10
+STEPS = 4
 
 RECIPE = GeneratorRecipe(
     steps=100,
@@ -101,7 +101,7 @@ def from_clips():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_losses_are_the_same_on_every_mesh(shape):
     expected, _ = from_clips()
     logs, state = run(RECIPE, shape, steps=STEPS)

@@ -15,7 +15,7 @@ from larp_jax.errors import InputError
 from larp_jax.models.condition import Condition
 from larp_jax.models.generator import Generator
 from larp_jax.models.int8 import quantize_kernels, quantize_layers
-from larp_jax.models.layers import Linear
+from larp_jax.models.layers import Linear, block_kernels
 from larp_jax.models.pixels import hold_last_frame
 from larp_jax.models.sampling import SamplingOptions, cache_parts, filter_logits
 from larp_jax.runtime.sharding import make_mesh
@@ -82,15 +82,34 @@ def params_of(config):
     return nnx.to_pure_dict(nnx.state(Generator(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
-@pytest.mark.parametrize("options", [{"kv_heads": 2}, {"fixed_positions": True}], ids=str)
-def test_options_of_the_network(options):
-    """Each code is the most likely one given the codes before it, by the network without cache."""
+@pytest.mark.parametrize("options", [{"kv_heads": 2, "width": 64}, {"fixed_positions": True}], ids=str)
+def test_options_of_the_network(monkeypatch, options):
+    """Each code is the most likely one given the codes before it, by the network without cache; also of one sample."""
+    monkeypatch.setattr("larp_jax.models.layers.LARGE_KERNEL", 1)
     generator = make(**options)
     codes = np.asarray(generator.sample([0, 1, 2], key=KEY, top_k=1))
     network = build(lambda: Generator(generator.config, rngs=nnx.Rngs(0)), generator._params)
     logits = network(Condition(np.arange(3)), codes[:, :-1])
     np.testing.assert_array_equal(codes, np.argmax(logits, axis=-1))
     assert len(np.unique(codes)) > 3
+    np.testing.assert_array_equal(generator.sample([1], key=KEY, top_k=1), codes[1:2])
+
+
+def test_kernels_in_blocks():
+    """Products of few rows, and of more than the blocks are for."""
+    layer, x = Linear(256, 512, rngs=nnx.Rngs(0)), np.random.default_rng(0).normal(size=(3, 3, 256)).astype(np.float32)
+    exact = layer(x)
+    block_kernels(9, layer)
+    assert layer.kernel.shape == (256, 512)
+    block_kernels(8, layer)
+    assert layer.kernel.shape == (8, 256, 64)
+    for rows in (1, 3):
+        np.testing.assert_allclose(layer(x[:rows]), exact[:rows], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(layer(x[:rows, 0]), exact[:rows, 0], rtol=1e-4, atol=1e-6)
+    for shape in ((256, 544), (256, 256)):  # no whole blocks, and too small
+        other = Linear(*shape, rngs=nnx.Rngs(0))
+        block_kernels(8, other)
+        assert other.kernel.shape == shape
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator, eight):
@@ -157,12 +176,12 @@ def test_sampling_is_one_program_on_the_device(generator, eight):
         fresh.sample([0, 1], key=KEY, top_k=k, top_p=p)
     assert fresh._sample._cache_size() == 2
 
-    text = loops(generator.compile(8, **GUIDED).as_text())
-    assert "dot(" in text or "fusion(" in text
-    assert not re.findall(r"\b(infeed|outfeed|send|recv)(?:-start|-done)?\(|callback", text)
-    cache = r"f32\[16,4,12,12\]"
-    assert re.search(cache, text)
-    assert not re.findall(rf"= {cache}\S* copy\(", text)
+    for rows, options, cache in ((8, GUIDED, r"f32\[16,4,12,12\]"), (1, {}, r"f32\[(?:1,)?4,12,12\]")):
+        text = loops(generator.compile(rows, **options).as_text())
+        assert "dot(" in text or "fusion(" in text
+        assert not re.findall(r"\b(infeed|outfeed|send|recv)(?:-start|-done)?\(|callback", text)
+        assert re.search(cache, text)
+        assert not re.findall(rf"= {cache}\S* copy\(", text)
 
 
 WINDOWS = [

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 # Settings with which configs/quickstart.py trains in seconds.
 SMALL = "steps=2 eval_every=2 start.continuous_steps=1 start.ramp_steps=1 start.kmeans_clips=8 data.batch_size=2"
-SMALL += " data.eval_clips=4 model.resolution=32 model.num_tokens=64 model.encoder.depth=1 model.decoder.depth=1"
+SMALL += " data.eval_clips=4 model.encoder.depth=1 model.decoder.depth=1"
 
 
 @pytest.fixture(scope="module")

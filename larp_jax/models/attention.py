@@ -65,10 +65,12 @@ def attention(
     """
     rate = 0.0 if key is None else dropout_rate
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    # every branch is traced on every platform, and tracing a fused kernel already needs its platform
+    # Every branch is traced and differentiated on every platform, so there is one only where it can be used. Tracing a
+    # fused kernel already needs its platform.
     gpu = half and blocks is None and jax.default_backend() == "gpu"
     cudnn = gpu and not rate and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     pallas = half and not rate and _for_tpu() and (blocks is None or q.dtype == jnp.bfloat16)
+    fused = {}
 
     def general(q, k, v, blocks, implementation="xla"):
         if rate:
@@ -76,11 +78,10 @@ def attention(
         mask = None if blocks is None else _visible(blocks.of)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
 
-    def on_gpu(q, k, v, blocks):
-        return general(q, k, v, blocks, "cudnn" if cudnn else "xla")
-
-    def on_tpu(q, k, v, blocks):
-        return _pallas_attention(q, k, v, causal, blocks) if pallas else general(q, k, v, blocks)
+    if cudnn:
+        fused["cuda"] = functools.partial(general, implementation="cudnn")
+    if pallas:
+        fused["tpu"] = lambda q, k, v, blocks: _pallas_attention(q, k, v, causal, blocks)
 
     def on_cpu(q, k, v, blocks):
         heads = q.shape[2]
@@ -90,7 +91,7 @@ def attention(
         return rearrange(y, "(b h) n d -> b n h d", h=heads)
 
     def attend(*operands):
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, cuda=on_gpu, tpu=on_tpu, default=general)
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=general, **fused)
 
     # dropped pairs are numbered over the whole batch
     split = pallas or (blocks is not None and not rate)

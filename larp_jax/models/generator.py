@@ -22,14 +22,20 @@ from larp_jax.models.sequence import count_fitting, locate, mask_logits
 
 # Of one block: keys [B, kv heads, d, positions] and values [B, kv heads, positions, d] of the positions so far. The
 # products of one query with them read along the last axis and add up rows: a third faster on CPUs than sums along it.
+# Those of a single sample have no axis B, see `without_batch`.
 Cache = tuple[jax.Array, jax.Array]
 
 
 def lengthen(cache: Cache, positions: int) -> Cache:
     """A cache with room for so many positions."""
     keys, values = cache
-    more = ((0, 0), (0, positions - values.shape[2]))
-    return jnp.pad(keys, ((0, 0), (0, 0), *more)), jnp.pad(values, ((0, 0), *more, (0, 0)))
+    more, axes = (0, positions - values.shape[-2]), [(0, 0)] * (keys.ndim - 2)
+    return jnp.pad(keys, (*axes, (0, 0), more)), jnp.pad(values, (*axes, more, (0, 0)))
+
+
+def without_batch(x: jax.Array) -> jax.Array:
+    """x [B, ...], without the axis B if that is 1: with it, XLA's CPU backend would copy a cache at every position."""
+    return x[0] if len(x) == 1 else x
 
 
 class GroupedAttention(nnx.Module):
@@ -54,7 +60,7 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """norm(x), [B, N, D] -> [B, N, D] and the cache. `key` turns on dropout of the attention probabilities."""
         q, k, v = rematerialized(lambda x: self.project(norm(x)))(x)
-        cache = rearrange(k, "b n h d -> b h d n"), rearrange(v, "b n h d -> b h n d")
+        cache = tuple(without_batch(rearrange(t, f"b n h d -> b h {to}")) for t, to in ((k, "d n"), (v, "n d")))
         k, v = (jnp.repeat(t, self.heads // self.kv_heads, axis=2) for t in (k, v))
         y = attention(q, k, v, causal=True, dropout_rate=self.dropout_rate, key=key)
         return self.out(rearrange(y, "b n h d -> b n (h d)")), cache
@@ -62,16 +68,18 @@ class GroupedAttention(nnx.Module):
     def decode_step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """W positions from `position` on: x [B, W, D] -> [B, W, D], and the cache with them written."""
         q, k, v = self.project(x)
+        k, v = without_batch(rearrange(k, "b w h d -> b h d w")), without_batch(rearrange(v, "b w h d -> b h w d"))
         keys, values = cache
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, rearrange(k, "b w h d -> b h d w"), position, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(values, rearrange(v, "b w h d -> b h w d"), position, axis=2)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=keys.ndim - 1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=values.ndim - 2)
         window = x.shape[1]
         q = rearrange(q, "b w (h group) d -> b h (group w) d", h=self.kv_heads) * q.shape[-1] ** -0.5
-        scores = jnp.einsum("bhqd,bhdn->bhqn", q, keys).astype(jnp.float32)
+        scores = jnp.einsum("...hqd,...hdn->...hqn", without_batch(q), keys).astype(jnp.float32)
         last = position + jnp.arange(q.shape[2]) % window  # the last position that each query reads
-        scores = jnp.where(jnp.arange(keys.shape[3]) <= last[:, None], scores, -jnp.inf)
-        y = jnp.einsum("bhqn,bhnd->bhqd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
-        return self.out(rearrange(y, "b h (group w) d -> b w (h group d)", w=window)), (keys, values)
+        scores = jnp.where(jnp.arange(keys.shape[-1]) <= last[:, None], scores, -jnp.inf)
+        y = jnp.einsum("...hqn,...hnd->...hqd", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+        y = rearrange(y.reshape(q.shape), "b h (group w) d -> b w (h group d)", w=window)
+        return self.out(y), (keys, values)
 
 
 class GeneratorBlock(nnx.Module):

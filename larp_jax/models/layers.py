@@ -39,17 +39,15 @@ def _matmul_fwd(x, kernel):
 
 
 def _matmul_bwd(residuals, dy):
-    x, kernel = residuals
+    flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
 
-    def general(dy, kernel):
-        return dy @ kernel.T
+    def general(x, kernel, dy):
+        return dy @ kernel.T, flat(x).T @ flat(dy)
 
-    def on_cpu(dy, kernel):
-        return dy @ jax.lax.optimization_barrier(kernel.T)
+    def on_cpu(x, kernel, dy):
+        return dy @ jax.lax.optimization_barrier(kernel.T), jax.lax.optimization_barrier(flat(x).T) @ flat(dy)
 
-    dx = _with_cpu_form(general, on_cpu)(dy, kernel)
-    x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))
-    return dx, _with_cpu_form(lambda x, dy: x.T @ dy, lambda x, dy: jax.lax.optimization_barrier(x.T) @ dy)(x, dy)
+    return _with_cpu_form(general, on_cpu)(*residuals, dy)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -81,10 +79,43 @@ def _matmul_int8(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _with_cpu_form(general, on_cpu)(x, kernel)
 
 
+# On CPUs, products of so few rows with kernels of so many numbers, which hardly stay in a cache, are faster in blocks.
+FEW_ROWS = 8
+LARGE_KERNEL = 2**17
+BLOCK_COLUMNS = 64
+
+
+def block_kernels(rows: int, *modules: nnx.Module) -> None:
+    """Puts large float32 kernels of linear layers into blocks of columns on CPUs, for products of so many rows if few.
+
+    XLA's CPU backend computes the product of one row with a kernel at half the speed at which a core reads memory, and
+    packs the kernel anew for every product of a few rows. It reads blocks as they are, nearly at full speed.
+    """
+    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+        return
+    layers = [layer for module in modules for _, layer in nnx.iter_graph(module) if isinstance(layer, Linear)]
+    for layer in layers:
+        large = layer.kernel.dtype == jnp.float32 and layer.kernel.size >= LARGE_KERNEL
+        if large and layer.kernel.shape[1] % BLOCK_COLUMNS == 0:
+            layer.kernel = nnx.Param(rearrange(layer.kernel[...], "i (b o) -> b i o", o=BLOCK_COLUMNS))
+
+
+def _matmul_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., inputs] times a kernel in blocks [outputs / 64, inputs, 64]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW_ROWS:
+        return x @ rearrange(kernel, "b i o -> i (b o)")
+    # two rows take no longer than one, for which there is a slower program
+    rows = jnp.broadcast_to(rows, (len(kernel), max(2, len(rows)), rows.shape[1]))
+    y = rearrange(jnp.einsum("bri,bio->bro", rows, kernel), "b r o -> r (b o)")
+    return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], -1)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel [inputs, outputs]; Xavier-uniform with zero bias by default (released code).
 
-    For inference only, the kernel can be int8 with one `scale` for each output, see `larp_jax.models.int8`.
+    For inference only, the kernel can be int8 with one `scale` for each output, see `larp_jax.models.int8`; or in
+    blocks, see `block_kernels`.
     """
 
     def __init__(
@@ -104,7 +135,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, order: Callable = lambda y: y) -> jax.Array:
         """x [..., inputs] -> [..., outputs] in `dtype`; `order` reorders the last axis, of the weights."""
-        if self.scale is None:
+        if self.kernel.ndim == 3:
+            y = order(_matmul_blocks(x.astype(self.dtype), self.kernel[...]))
+        elif self.scale is None:
             y = _matmul(x.astype(self.dtype), order(self.kernel[...].astype(self.dtype)))
         else:
             y = _matmul_int8(x.astype(self.dtype), order(self.kernel[...])) * order(self.scale[...].astype(self.dtype))

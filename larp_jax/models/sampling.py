@@ -17,8 +17,8 @@ from larp_jax.config.checks import one_of
 from larp_jax.errors import InputError
 from larp_jax.models.categorical import argmax, sample
 from larp_jax.models.condition import Condition
-from larp_jax.models.generator import Cache, Generator, GeneratorBlock, lengthen
-from larp_jax.models.layers import Dtype
+from larp_jax.models.generator import Cache, Generator, GeneratorBlock, lengthen, without_batch
+from larp_jax.models.layers import Dtype, block_kernels
 from larp_jax.models.paths import path_name
 from larp_jax.models.sequence import count_fitting, locate, split
 
@@ -228,6 +228,7 @@ def sample_codes(
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
     conditions = guided_conditions(condition, plan)
     guided, groups = plan.guided > 0, len(conditions)
+    block_kernels(len(indices) * groups * plan.window, generator.head, *blocks)
 
     def draw(logits, number, guided, lengths):
         """Tokens [B, W] from `number` on, from logits [B, W, V], of G rows for each sample with guidance."""
@@ -257,7 +258,7 @@ def sample_codes(
         read = functools.partial(_read, generator, blocks, whole, groups)
         steps = functools.partial(draw, guided=guided), functools.partial(predict, guided=guided)
         return _sample_block(c, first, known, read, *steps)
-    logits, caches = generator.prefill(blocks, whole)
+    (logits, caches), passes = generator.prefill(blocks, whole), jnp.int32(0)
     lengths = jnp.zeros((len(indices), c.blocks), jnp.int32) if c.ladder else None
     sequences = Sequences(jnp.zeros((len(indices), c.symbols + plan.window - 1), jnp.int32), lengths)
     sequences = sequences.with_tokens(c, draw(logits[:, None], 0, guided, lengths), 0)
@@ -266,10 +267,9 @@ def sample_codes(
         decode = functools.partial(_decode_to_the_end, config=c)
     elif plan.window > 1:
         decode = functools.partial(_decode_in_windows, window=plan.window)
-    passes = jnp.int32(0)
     for start, stop in cache_parts(c.symbols, plan.guided):
         if guided and start >= plan.guided:
-            guided, caches = False, jax.tree.map(lambda x: x[0::groups], caches)
+            guided, caches = False, jax.tree.map(lambda x: without_batch(x[0::groups]), caches)
         # the last window begins with the last code of the part
         caches = [lengthen(cache, c.condition_tokens + stop + plan.window - 2) for cache in caches]
         sequences, caches, used = decode(functools.partial(predict, guided=guided), sequences, caches, start, stop)
