@@ -80,7 +80,8 @@ def _matmul_int8(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 # On CPUs, products of so few rows with kernels of so many numbers, which hardly stay in a cache, are faster in blocks.
-FEW_ROWS = 8
+# XLA of jax 0.10 computes blocks on one core, so packing on all cores is faster for more rows.
+FEW_ROWS = 4
 LARGE_KERNEL = 2**17
 BLOCK_COLUMNS = 64
 
