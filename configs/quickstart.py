@@ -5,8 +5,9 @@
     larp-jax train --config configs/quickstart.py:perceptual --workdir runs/perceptual  # with LPIPS
 
 For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH, and for frames of 64x64, with as
-many patches and codes, --config.model.resolution=64 --config.model.patch_size=8. The settings differ from the published
-recipe because a small model and few steps need another start: see "Small runs" in the README.
+many patches and codes, --config.model.resolution=64 --config.model.patch_size=8; with a discriminator, its patch_size=8
+too. The settings differ from the published recipe because a small model and few steps need another start: see "Small
+runs" in the README.
 """
 
 from larp_jax.config import default_recipe

@@ -2,8 +2,8 @@
 
     python docs/actions_recolored.py six mixed 20
 
-Of each video so many copies, 12 by default. A copy has its own light on the wall, and its own colors of dark and of
-medium clothes, from its first frame to its last. Folders of classes stay.
+Writes 12 copies of each video by default. A copy has its own light, and its own colors of dark and of medium clothes,
+from its first frame to its last. Class folders are kept.
 """
 
 import pathlib
@@ -16,9 +16,9 @@ from larp_jax.data.pictures import open_video
 from larp_jax.data.video import write_video
 
 EDGE = 0.25  # share of the width on either side where there is wall, except for arms at times
-DIFFERENT = (0.08, 0.2)  # difference from the wall of the row at which a pixel is of the person a little, and wholly
+DIFFERENT = (0.08, 0.2)  # difference from the wall of the row from which a pixel may be, and is, of the person
 TONES = (0.1, 0.35)  # brightness of clothes that get a new color each; others get one between
-KEPT = (0.4, 0.6)  # brightness from which on they keep their colors a little, and wholly; skin is bright too
+KEPT = (0.4, 0.6)  # brightness from which they start to keep their colors, and fully do; skin is bright too
 
 
 def ramp(values: np.ndarray, begin: float, end: float) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Prints the tables of docs/streaming.md on pictures and actions, and draws samples.
 
-    python docs/actions_table.py people runs/actions runs/actions_generator runs/actions_probe.npz docs/actions.png
+    python docs/actions_table.py people runs/actions runs/mixed_generator runs/actions_probe.npz docs/actions.png
 
 `people` has the folders `train` and `test`, each with a folder of videos for each action, named by the person. The
 first frames are those of the test videos. A probe that does not exist is trained on real clips of `people/train`.
