@@ -2,12 +2,12 @@
 
 import contextlib
 import fcntl
-import functools
 import gc
 import os
 import pathlib
 import shutil
 import sys
+import threading
 import types
 
 # Set before jax is imported, so that the processes that tests start use the cache too.
@@ -23,13 +23,24 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# JAX sets up MLIR for each program anew, a quarter of the time of a small one. Programs of a process share it here.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+if sys.version_info < (3, 12):
+    # JAX 0.10 sets up MLIR for each program anew, a quarter of the time of a small one. Later versions share it between
+    # programs, as is done here; constants of programs stay in memory until then.
+    from jax._src.interpreters import mlir
+
+    make_context, contexts = mlir.make_ir_context, threading.local()
+
+    def shared_context():
+        contexts.uses = getattr(contexts, "uses", -1) + 1
+        if contexts.uses % 100 == 0:
+            contexts.last = make_context()
+        return contexts.last
+
+    mlir.make_ir_context = shared_context
 
 # Tracing makes many objects that stay, which the default thresholds look through again and again.
 gc.set_threshold(100_000, 50, 100)

@@ -333,10 +333,19 @@ def test_a_picture_and_a_class_become_video(trained, tokenizer, tmp_path, capsys
     loaded = load_generator(generator)
     expected = loaded.sample([2], frames=still, key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
     np.testing.assert_array_equal(all_codes(tmp_path / "out"), expected)
-    # frames that may be left out need not be given
+    # frames that may be left out need not be given, and a generator without classes is asked for none
     assert run("sample", generator, trained, tmp_path / "sampled", "--classes=wave", "--num=1", *given[1:]) == 0
     expected = loaded.sample([2], key=jax.random.key(0), cfg_scale=2.0, frames_scale=1.5)
     np.testing.assert_array_equal(all_codes(tmp_path / "sampled"), expected)
+    unnamed = write_generator(
+        tmp_path / "frames", {"tokenizer_fingerprint": tokenizer.fingerprint}, condition="frames", frames_dropout=0.1
+    )
+    assert run("sample", unnamed, trained, tmp_path / "any", "--num=2") == 0
+    manifest = codes_on_disk.read_manifest(tmp_path / "any")
+    assert [row["label"] for row in manifest["rows"]] == [-1, -1]
+    assert "is given no class" in fails(capsys, "sample", unnamed, trained, tmp_path / "none", "--classes=wave")
+    arguments = ["predict", unnamed, trained, tmp_path / "none", f"--input={tmp_path / 'picture.png'}"]
+    assert "at least 1 and below" in fails(capsys, *arguments, "--cond-frames=8")
     other = [f"--input={tmp_path / 'picture.png'}", "--classes=run,walk"]
     assert "predict takes one class" in fails(capsys, "predict", generator, trained, tmp_path / "other", *other)
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -93,7 +93,7 @@ def test_published_parameter_counts():
     {"learned_encoder_latent_query_embed": False, "use_encoder_patch_token_type_embed": True},
     {"use_encoder_latent_query_token_type_embed": True, "use_decoder_latent_token_type_embed": True},
 ])  # fmt: skip
-def test_any_size_reconstructs(change):
+def test_shapes_of_any_size(change):
     config = dataclasses.replace(SMALL, **change)
     video = jax.ShapeDtypeStruct((2, *config.clip_shape), jnp.float32)
     reconstruction, quantized = jax.eval_shape(lambda x: Tokenizer(config, rngs=nnx.Rngs(0))(x), video)

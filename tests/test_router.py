@@ -54,8 +54,8 @@ def test_a_router_learns_a_separable_rule(objective):
     """Bright clips need the most codes, dark ones the fewest, and clips that brighten something between."""
     model = {"width": 16, "depth": 1, "heads": 2, "patch_frames": 2, "patch_size": 4}
     clips = {"frames": 4, "resolution": 8, "num_tokens": 12, "blocks": 2, "ladder": (2, 4, 8)}
-    recipe = {"stage": "router", "steps": 60, "objective": objective}
-    recipe |= {"model": model | clips, "optim": {"learning_rate": 1e-2}}
+    recipe = {"stage": "router", "steps": 90, "objective": objective}
+    recipe |= {"model": model | clips, "optim": {"learning_rate": 3e-3, "warmup_steps": 5}}
     stage = RouterStage(parse_recipe(recipe))
     assignments = list(stage.recipe.model.adaptive.assignments)
     best = np.array([assignments.index(x) for x in ((2, 2), (8, 4), (2, 8))])
@@ -73,7 +73,7 @@ def test_a_router_learns_a_separable_rule(objective):
     state = jax.jit(stage.init)(rng.key(0))
     step = jax.jit(stage.train_step)
     first = None
-    for _ in range(60):
+    for _ in range(90):
         state, logs = step(state, batch(16), rng.key(0), {})
         first = first or logs
     if objective == "best":

@@ -272,7 +272,7 @@ def add_sample(commands) -> None:
         commands,
         "sample",
         _sample,
-        "sample videos by class",
+        "sample videos, by class if the generator has classes",
         "--checkpoint runs/generator --tokenizer runs/ucf101 --classes 0,3 --num 16 --cfg-scale 1.25 --output samples",
     )
     _add_generation(sub, "sample")
@@ -317,6 +317,8 @@ def _counts_of_classes(arguments, generator) -> dict[int, int]:
     from larp_jax.inference.generate import as_in_training, read_classes, split_in_proportion
 
     classes, number = generator.config.num_classes, arguments.num
+    if arguments.classes is not None and not generator.config.has_classes:
+        raise InputError(f"{arguments.checkpoint} is given no class; leave out --classes")
     wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
     if any(wanted.values()):
         if number is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from larp_jax.config.checks import require
+from larp_jax.config.checks import one_of, require
 from larp_jax.config.clips import Clips
 from larp_jax.config.ladder import Ladder
 from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, from_size
@@ -101,7 +101,7 @@ class RouterRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.objective in OBJECTIVES, f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective}")
+        one_of("objective", self.objective, OBJECTIVES)
         data = self.data
         for name, default in (("flip", False), ("fps", 0.0), ("stride", 1), ("shapes", "")):
             value = getattr(data, name)

@@ -114,9 +114,9 @@ class Sampler:
         config, frames = generator.config, tokenizer.config.frames
         if config.ladder and cond_frames:
             blocks_of(tokenizer.config, cond_frames)
-        least = 0 if config.has_null_frames else 1
-        if config.has_frames and not least <= cond_frames < frames:
-            raise InputError(f"--cond-frames must be at least {least} and below the clip's {frames}, got {cond_frames}")
+        left_out = config.has_null_frames and not cond_frames
+        if config.has_frames and not left_out and not 0 < cond_frames < frames:
+            raise InputError(f"--cond-frames must be at least 1 and below the clip's {frames}, got {cond_frames}")
         for option, scale, null, missing in (
             ("--cfg-scale", options.cfg_scale, config.has_null_class, "a null class"),
             ("--frames-scale", options.frames_scale, config.has_null_frames, "frames_dropout"),
@@ -332,10 +332,10 @@ def _no_class(name: str, generator: LoadedGenerator) -> str:
 
 
 def as_in_training(generator: LoadedGenerator, total: int) -> dict[int, int]:
-    """Splits a number by the class frequencies in training, or uniformly if they are unknown."""
+    """Splits a number by the class frequencies in training, or uniformly if they are unknown; {-1: total} without."""
     counts = generator.class_counts
-    if counts is not None and not counts.any():
-        return {-1: total}  # trained without any class
+    if not generator.config.has_classes or (counts is not None and not counts.any()):
+        return {-1: total}
     return split_in_proportion(total, [1] * generator.config.num_classes if counts is None else counts)
 
 
@@ -394,10 +394,10 @@ def predict(
     """
     if label is None and generator.config.has_classes and not generator.config.has_null_class:
         raise InputError("this generator was trained without a null class: give the class of the clips, --classes C")
-    config = tokenizer.config
-    sampler = Sampler(
-        generator, tokenizer, seed=seed, options=options, batch_size=batch_size, cond_frames=cond_frames, budget=budget
-    )
+    if cond_frames < 1:
+        raise InputError(f"--cond-frames must be at least 1, got {cond_frames}")
+    config, given = tokenizer.config, {"options": options, "cond_frames": cond_frames, "budget": budget}
+    sampler = Sampler(generator, tokenizer, seed=seed, batch_size=batch_size, **given)
     clip = ClipSpec.of(config.clip_shape, fps=tokenizer.fps, stride=tokenizer.stride)
     inputs = Inputs(source, clip, max_clips=max_clips)
     total = min(inputs.windows, max_clips) if max_clips else inputs.windows
@@ -424,8 +424,8 @@ def predict(
             clips = np.stack([window.frames for window in windows])
             classes = None if label is None else np.full(len(clips), label)
             codes = sampler.codes(run.rows(number)[: len(windows)], classes=classes, clips=clips)
-            videos = to_uint8(sampler.decode(codes))
-            for name, fps, original, prediction in zip(sources, rates, clips, videos, strict=True):
+            predicted = zip(sources, rates, clips, to_uint8(sampler.decode(codes)), strict=True)
+            for name, fps, original, prediction in predicted:
                 path = run.path / f"{name}.mp4"
                 files.make_folder(path.parent)
                 write_video(path, np.concatenate([original, prediction], axis=2), playable_fps(fps))

@@ -65,8 +65,8 @@ def attention(
     """
     rate = 0.0 if key is None else dropout_rate
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    # Every branch is traced and differentiated on every platform, so there is one only where it can be used. Tracing a
-    # fused kernel already needs its platform.
+    # Every branch is traced and differentiated on every platform, so fused kernels are branches only where they can be
+    # used. Tracing one already needs its platform.
     gpu = half and blocks is None and jax.default_backend() == "gpu"
     cudnn = gpu and not rate and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     pallas = half and not rate and _for_tpu() and (blocks is None or q.dtype == jnp.bfloat16)

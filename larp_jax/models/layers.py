@@ -87,7 +87,7 @@ BLOCK_COLUMNS = 64
 
 
 def block_kernels(rows: int, *modules: nnx.Module) -> None:
-    """Puts large float32 kernels of linear layers into blocks of columns on CPUs, for products of so many rows if few.
+    """Puts large kernels of float32 linear layers into blocks of columns, on CPUs and for at most `FEW_ROWS` rows.
 
     XLA's CPU backend computes the product of one row with a kernel at half the speed at which a core reads memory, and
     packs the kernel anew for every product of a few rows. It reads blocks as they are, nearly at full speed.
@@ -96,20 +96,21 @@ def block_kernels(rows: int, *modules: nnx.Module) -> None:
         return
     layers = [layer for module in modules for _, layer in nnx.iter_graph(module) if isinstance(layer, Linear)]
     for layer in layers:
-        large = layer.kernel.dtype == jnp.float32 and layer.kernel.size >= LARGE_KERNEL
-        if large and layer.kernel.shape[1] % BLOCK_COLUMNS == 0:
+        whole = layer.kernel.ndim == 2 and layer.kernel.shape[1] % BLOCK_COLUMNS == 0
+        if whole and layer.kernel.size >= LARGE_KERNEL and layer.dtype == layer.kernel.dtype == jnp.float32:
             layer.kernel = nnx.Param(rearrange(layer.kernel[...], "i (b o) -> b i o", o=BLOCK_COLUMNS))
 
 
 def _matmul_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., inputs] times a kernel in blocks [outputs / 64, inputs, 64]."""
+    """x [..., inputs] times a kernel in blocks [outputs / BLOCK_COLUMNS, inputs, BLOCK_COLUMNS]."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW_ROWS:
+    count = len(rows)
+    if count > FEW_ROWS:
         return x @ rearrange(kernel, "b i o -> i (b o)")
     # two rows take no longer than one, for which there is a slower program
-    rows = jnp.broadcast_to(rows, (len(kernel), max(2, len(rows)), rows.shape[1]))
+    rows = jnp.broadcast_to(rows, (len(kernel), max(2, count), rows.shape[1]))
     y = rearrange(jnp.einsum("bri,bio->bro", rows, kernel), "b r o -> r (b o)")
-    return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], -1)
+    return y[:count].reshape(*x.shape[:-1], -1)
 
 
 class Linear(nnx.Module):

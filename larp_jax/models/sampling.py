@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from larp_jax.config import Conditional, GeneratorConfig
 from larp_jax.config.checks import one_of
@@ -223,7 +224,7 @@ def sample_codes(
       known: of `larp_jax.models.sequence.known_symbols`, with a ladder.
       first: with a ladder, samples only the block after these, which are known; they are read in one pass.
     """
-    c = generator.config
+    c, generator = generator.config, nnx.clone(generator)  # kernels change below
     blocks = generator.unstacked()
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
     conditions = guided_conditions(condition, plan)

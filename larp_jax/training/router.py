@@ -23,7 +23,7 @@ from larp_jax.training import common, optim
 
 
 class RouterStage:
-    """A router, trained to name the best assignment of clips.
+    """A router, trained to choose the best assignment of clips.
 
     Args:
       recipe: its model is complete.
@@ -70,12 +70,12 @@ class RouterStage:
             best = rewards.argmax(axis=-1)
 
             def objective(params):
-                logits = self.module("router", params)(as_float_video(part["video"]))
+                outputs = self.module("router", params)(as_float_video(part["video"]))
                 if recipe.objective == "best":
-                    loss = optax.softmax_cross_entropy_with_integer_labels(logits, best).mean()
+                    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, best).mean()
                 else:  # less their mean, which is that of the clip and changes no choice
-                    loss = jnp.square(logits - rewards + rewards.mean(axis=-1, keepdims=True)).mean()
-                chosen = logits.argmax(axis=-1)
+                    loss = jnp.square(outputs - rewards + rewards.mean(axis=-1, keepdims=True)).mean()
+                chosen = outputs.argmax(axis=-1)
                 own = jnp.take_along_axis(rewards, chosen[:, None], axis=1).mean()
                 logs = {"loss": loss, "assignment_top1": jnp.mean(chosen == best)}
                 return loss, logs | {"reward": own, "reward_best": rewards.max(axis=-1).mean()}
