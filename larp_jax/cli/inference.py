@@ -317,8 +317,6 @@ def _counts_of_classes(arguments, generator) -> dict[int, int]:
     from larp_jax.inference.generate import as_in_training, read_classes, split_in_proportion
 
     classes, number = generator.config.num_classes, arguments.num
-    if arguments.classes is not None and not generator.config.has_classes:
-        raise InputError(f"{arguments.checkpoint} is given no class; leave out --classes")
     wanted = {} if arguments.classes is None else read_classes(arguments.classes, generator)
     if any(wanted.values()):
         if number is not None:
@@ -371,12 +369,10 @@ def _predict(arguments):
             " prediction"
         )
     label = None
-    if arguments.classes is not None and generator.config.has_classes:
+    if arguments.classes is not None:
         (label, number), *more = generate.read_classes(arguments.classes, generator).items()
         if more or number:
             raise InputError(f"--classes: predict takes one class, for all clips; got {arguments.classes!r}")
-    elif arguments.classes is not None:
-        raise InputError(f"{arguments.checkpoint} is given no class; leave out --classes")
     manifest = generate.predict(
         generator,
         tokenizer,

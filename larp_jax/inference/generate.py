@@ -283,8 +283,10 @@ def class_pairs(text: str, generator: LoadedGenerator, unit: str) -> list[tuple[
     """Labels and counts of what `read_classes` describes, in order; 0 for no count, which is one of `unit`.
 
     Raises:
-      InputError: the generator has no such class, or the text is no list.
+      InputError: the generator has no such class or none at all, or the text is no list.
     """
+    if not generator.config.has_classes:
+        raise InputError("--classes: this generator is given no class; leave it out")
     try:
         (parts,) = csv.reader([text], skipinitialspace=True)
     except csv.Error as error:

@@ -244,8 +244,6 @@ def read_schedule(text: str, generator: LoadedGenerator, size: int) -> list[tupl
     Raises:
       InputError: the generator has no such class, or the text is not of this form.
     """
-    if not generator.config.has_classes:
-        raise InputError("--classes: this generator is given no class; leave it out")
     pairs = class_pairs(text, generator, "frame")
     if len(pairs) > 1 and not all(count for _, count in pairs):
         raise InputError(f"--classes: {text!r} must be one class, or classes with frames, like 0:{size},3:{2 * size}")
