@@ -6,8 +6,9 @@
 
 For your own clips, add --config.data.train=folder:PATH --config.data.eval=folder:PATH. For 8 frames in place of 4, with
 twice as many patches and codes, add --config.model.frames=8 --config.model.num_tokens=64; for frames of 64x64, with as
-many patches, --config.model.resolution=64 --config.model.patch_size=8, and with a discriminator, its patch_size=8 too. The settings differ from the published recipe because a small model and few steps need another start: see "Small
-runs" in the README.
+many patches, --config.model.resolution=64 --config.model.patch_size=8, and with a discriminator, its patch_size=8 too.
+The settings differ from the published recipe because a small model and few steps need another start: see "Small runs"
+in the README.
 """
 
 from larp_jax.config import default_recipe
@@ -58,7 +59,7 @@ def get_config(variant=""):
     config.data.batch_size = 4
     config.data.eval_clips = 128
     config.log_every = 20
-    config.eval_every = 400
+    config.eval_every = 500
     config.save_every = 1000
 
     if variant == "perceptual":
