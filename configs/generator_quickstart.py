@@ -15,7 +15,7 @@ def get_config():
     """The recipe."""
     config = default_recipe("generator")
     config.tokenizer = "runs/quickstart"
-    config.steps = 2000
+    config.steps = 5000
 
     model = config.model
     model.size = "custom"
@@ -38,6 +38,6 @@ def get_config():
     config.data.batch_size = 16
     config.data.eval_clips = 128
     config.log_every = 20
-    config.eval_every = 250
-    config.save_every = 250
+    config.eval_every = 500
+    config.save_every = 500
     return config

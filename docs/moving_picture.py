@@ -19,7 +19,7 @@ from larp_jax.data import ClipSpec, open_source
 COLUMNS, SCALE, GAP, LEFT = 8, 4, 4, 104
 MILLISECONDS = 125
 CLIPS = range(0, 2 * COLUMNS, 2)  # classes alternate in the data set: two motions of each of the four shapes
-SAMPLING = {"cfg_scale": 2.0, "key": jax.random.key(0)}
+SAMPLING = {"cfg_scale": 2.0, "temperature": 0.7, "key": jax.random.key(0)}
 
 
 def main(tokenizer_path: str, generator_path: str, output: str) -> None:
