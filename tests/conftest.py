@@ -48,9 +48,9 @@ gc.set_threshold(100_000, 50, 100)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Two processes more than there are cores, because some tests wait; more than four would take too much memory."""
+    """One process more than there are cores, because some tests wait; more than four would take too much memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores + 2, 4)
+    return min(cores + 1, 4)
 
 
 def pytest_collection_finish():
