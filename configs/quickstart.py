@@ -19,7 +19,7 @@ def get_config(variant=""):
     if variant not in ("", "adversarial", "perceptual"):
         raise ValueError(f"variant {variant!r} is not known, only 'adversarial' and 'perceptual' are")
     config = default_recipe("tokenizer")
-    config.steps = 4000
+    config.steps = 3500
 
     model = config.model
     model.size = "custom"
@@ -37,7 +37,7 @@ def get_config(variant=""):
 
     # From the usual start, all codes say the same for a thousand steps.
     config.start.anchored = True
-    config.start.continuous_steps = 1300
+    config.start.continuous_steps = 1150
     config.start.ramp_steps = 200
 
     config.prior.size = "custom"
