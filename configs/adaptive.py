@@ -13,7 +13,7 @@ from larp_jax.config import default_recipe
 def get_config():
     """The recipe."""
     config = default_recipe("tokenizer")
-    config.steps = 3000
+    config.steps = 3600
 
     model = config.model
     model.size = "custom"
@@ -21,16 +21,18 @@ def get_config():
     model.blocks = 4  # of 4 frames, one row of patches in time each
     model.ladder = (4, 8, 16, 32)
     model.num_tokens = 64  # the most codes of a clip
-    for part in (model.encoder, model.decoder):
-        part.width, part.depth, part.heads = 64, 2, 4
+    model.encoder.width, model.encoder.depth, model.encoder.heads = 96, 2, 4
+    model.decoder.width, model.decoder.depth, model.decoder.heads = 128, 3, 4
     model.learned_encoder_patch_pe = True  # anchors are written into the position tables
     model.learned_decoder_latent_pe = True
     model.learned_decoder_patch_query_embed = True
-    model.quantizer.codebook_size = 512
 
-    # the start of configs/quickstart.py, which explains it
+    # quantizer, start and optimizer are those of configs/quickstart.py, which explains them
+    model.quantizer.codebook_size = 2048
+    model.quantizer.code_dim = 6
+    model.quantizer.temperature = 0.005
     config.start.anchored = True
-    config.start.continuous_steps = 1000
+    config.start.continuous_steps = 1200
     config.start.ramp_steps = 200
 
     config.prior.size = "custom"
@@ -41,6 +43,7 @@ def get_config():
     config.loss.adversarial_weight = 0.0
 
     optim = config.optim
+    optim.kind = "muon"
     optim.learning_rate = 2e-3
     optim.b1, optim.b2 = 0.9, 0.95
     optim.warmup_steps = 200
@@ -48,7 +51,7 @@ def get_config():
 
     config.data.train = "moving_shapes/busy:train"
     config.data.eval = "moving_shapes/busy:test"
-    config.data.batch_size = 8
+    config.data.batch_size = 4
     config.data.eval_clips = 128
     config.log_every = 20
     config.eval_every = 250

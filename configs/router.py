@@ -25,12 +25,12 @@ def get_config(variant=""):
     config.optim.warmup_steps = 2000
     config.precision = "bfloat16"
     if variant == "small":
-        config.steps = 2000
+        config.steps = 1200
         config.objective = "rewards"  # learns more from few clips than the best assignment alone
         model = config.model
         model.size = "custom"
         model.width, model.depth, model.heads = 64, 2, 4
-        model.patch_size = 8
+        model.input = "differences"  # pixels take more clips
         config.precision = "float32"
         config.optim.learning_rate = 1e-3
         config.optim.warmup_steps = 100

@@ -42,12 +42,19 @@ def main(checkpoint: str, router: str, directory: str, picture: str) -> None:
             print(f"| {total} | {total} | {quality:.3f} |")
         print(f"| auto | {codes.mean():.1f} | {own:.3f} |")
         totals, qualities = zip(*sorted(uniform, key=lambda pair: pair[1]), strict=True)
-        same = float(np.interp(own, qualities, totals))  # between two uniform assignments
-        print(f"\nuniform codes at the {name} of auto: {same:.1f}; auto has {1 - codes.mean() / same:.1%} fewer\n")
+        fixed = int(clips.rewards.mean(axis=0).argmax())  # the same for all clips
+        for what, count, quality in (
+            ("auto", codes.mean(), own),
+            (f"{','.join(map(str, assignments[fixed]))} for all", sum(assignments[fixed]), values[:, fixed].mean()),
+        ):
+            same = float(np.interp(quality, qualities, totals))  # between two uniform assignments
+            print(f"\nuniform codes at the {name} of {what}: {same:.1f}; it has {1 - count / same:.1%} fewer")
 
     motion = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(1, 2, 3, 4))
     correlation = f"{spearmanr(codes, motion).statistic:.3f}" if np.ptp(codes) else "all clips have the same codes"
-    print(f"rank correlation of codes and motion: {correlation}")
+    print(f"\nrank correlation of codes and motion: {correlation}")
+    quarters = np.array_split(codes[np.argsort(motion, kind="stable")], 4)
+    print("mean codes by quarter of motion:", *(f"{quarter.mean():.1f}" for quarter in quarters))
     for name, value in scores(clips, rows, chosen).items():
         print(f"{name}: {value:.4f}")
 

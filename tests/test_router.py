@@ -7,6 +7,7 @@ import shutil
 
 import chaos
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +17,7 @@ from larp_jax import api, cli
 from larp_jax.config import RouterConfig, default_recipe, parse_recipe
 from larp_jax.data import rewards
 from larp_jax.data.codes import read_manifest
-from larp_jax.models.router import Router
+from larp_jax.models.router import Router, log_differences
 from larp_jax.runtime import rng
 from larp_jax.tools import plan, report
 from larp_jax.training.router import RouterStage
@@ -49,10 +50,10 @@ def logged(workdir):
     return [chaos.without_times(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", ["best", "rewards"])
-def test_a_router_learns_a_separable_rule(objective):
-    """Bright clips need the most codes, dark ones the fewest, and clips that brighten something between."""
-    model = {"width": 16, "depth": 1, "heads": 2, "patch_frames": 2, "patch_size": 4}
+@pytest.mark.parametrize(("objective", "reads"), [("best", "pixels"), ("rewards", "pixels"), ("best", "differences")])
+def test_a_router_learns_a_separable_rule(objective, reads):
+    """Bright or noisy clips need the most codes, others the fewest, and clips that become so something between."""
+    model = {"width": 16, "depth": 1, "heads": 2, "patch_frames": 2, "patch_size": 4, "input": reads}
     clips = {"frames": 4, "resolution": 8, "num_tokens": 12, "blocks": 2, "ladder": (2, 4, 8)}
     recipe = {"stage": "router", "steps": 90, "objective": objective}
     recipe |= {"model": model | clips, "optim": {"learning_rate": 3e-3, "warmup_steps": 5}}
@@ -64,8 +65,9 @@ def test_a_router_learns_a_separable_rule(objective):
     def batch(size):
         kind = generator.integers(3, size=size)
         level = np.stack([kind == 1, (kind == 1) | (kind == 2)], axis=1)  # of each block
-        video = 40 + 150 * level.repeat(2, axis=1)[..., None, None, None]
-        video = video + generator.integers(0, 40, (size, 4, 8, 8, 3))
+        level = level.repeat(2, axis=1)[..., None, None, None]
+        light, noise = (150 * level, 40) if reads == "pixels" else (0, 40 + 150 * level)
+        video = 40 + light + generator.random((size, 4, 8, 8, 3)) * noise
         values = generator.normal(size=(size, len(assignments))).astype(np.float32)
         values[np.arange(size), best[kind]] = 5.0
         return {"video": video.astype(np.uint8), "rewards": values}
@@ -82,6 +84,18 @@ def test_a_router_learns_a_separable_rule(objective):
     lengths = stage.module("router", state.params).lengths(unseen["video"] / 255.0)
     assert np.mean(np.all(lengths == np.array(assignments)[unseen["rewards"].argmax(axis=1)], axis=1)) > 0.95
     assert logs["reward"] > 0.95 * logs["reward_best"] > first["reward"]
+
+
+def test_log_differences():
+    video = np.random.default_rng(0).random((2, 4, 8, 12, 3), np.float32)
+    video[1] = video[1, :1, :1, :1]  # nothing differs
+    found = np.asarray(log_differences(jnp.asarray(video), (2, 4, 4)))
+    assert found.shape == (2, 2 * 2 * 3, 3) and found.dtype == np.float32
+    step = np.diff(video[0], axis=0)[1:3, 4:, 8:]  # of the last patch; its first frame differs from the patch before
+    np.testing.assert_allclose(found[0, -1, 0], np.log(np.square(step).mean() + 1e-5) / 2 + 3, rtol=1e-5)
+    right = np.diff(video[0], axis=2)[:2, :4, 3:7]  # of the second patch
+    np.testing.assert_allclose(found[0, 1, 2], np.log(np.square(right).mean() + 1e-5) / 2 + 3, rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.log(1e-5) / 2 + 3, rtol=1e-5)
 
 
 def test_what_a_run_leaves_and_how_it_continues(folders, tmp_path, capsys):

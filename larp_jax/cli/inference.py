@@ -146,8 +146,8 @@ def add_allocate(commands) -> None:
         "--output", required=True, metavar="DIR", help="folder to write to; an interrupted call continues there"
     )
     sub.add_argument(
-        "--metric", choices=("lpips", "psnr", "mse"),
-        help="the quality of a reward; mse is the squared error (default: lpips if its weights are found)",
+        "--metric", choices=("lpips", "psnr", "mse", "rmse"),
+        help="the quality; mse is the squared error, rmse its root (default: lpips if its weights are found)",
     )  # fmt: skip
     sub.add_argument("--lpips", metavar="FILE", help="weights of LPIPS (default: where larp-jax doctor looks)")
     sub.add_argument(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from larp_jax.config.checks import one_of, require
 from larp_jax.config.clips import Clips
@@ -10,6 +11,7 @@ from larp_jax.config.models import NUMBERS, TokenizerConfig, TransformerConfig, 
 from larp_jax.config.training import GeneratorOptimConfig, Recipe
 
 OBJECTIVES = ("best", "rewards")
+INPUTS = ("pixels", "differences")
 
 # EVATok names its router ViT-S, here with the width, depth and heads of Touvron et al. 2020 (arXiv 2012.12877). It has
 # 19.9 M parameters; how patches are made is not stated.
@@ -21,7 +23,9 @@ class RouterConfig(Clips):
     """The router: a transformer over patches of a clip with a class token, and one output for each assignment.
 
     `size` selects width, depth and heads; each can be overridden. Patches are larger than those of a tokenizer: the
-    router tells still clips from busy ones, and should cost little. If `frames`, `resolution`, `num_tokens`, `blocks`
+    router tells still clips from busy ones, and should cost little. `input` is what it reads of a patch: `pixels`, as
+    published, or only how large the `differences` of neighboring pixels are along time, height and width, which teaches
+    it more with few clips. If `frames`, `resolution`, `num_tokens`, `blocks`
     and `ladder` are 0 or empty, training sets them, and `shape`, to those of the tokenizer, which the rewards name.
     """
 
@@ -31,6 +35,7 @@ class RouterConfig(Clips):
     heads: int = 0
     patch_frames: int = 4
     patch_size: int = 32
+    input: str = "pixels"
     frames: int = 0
     resolution: int = 0
     shape: tuple[int, ...] = ()
@@ -39,6 +44,7 @@ class RouterConfig(Clips):
     ladder: tuple[int, ...] = ()
 
     def __post_init__(self):
+        one_of("model.input", self.input, INPUTS)
         numbers = from_size("model.size", self.size, ROUTER_SIZES, self.width, self.depth, self.heads)
         for name, value in zip(NUMBERS, numbers, strict=True):
             object.__setattr__(self, name, value)
@@ -71,6 +77,11 @@ class RouterConfig(Clips):
     def patch(self) -> tuple[int, int, int]:
         """Patch (time, height, width)."""
         return self.patch_frames, self.patch_size, self.patch_size
+
+    @property
+    def patch_inputs(self) -> int:
+        """How many numbers of each patch the router reads."""
+        return math.prod(self.patch) * 3 if self.input == "pixels" else 3
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -11,8 +11,8 @@ among those that were to be read. The clips themselves are not stored, but named
   clip: [T, H, W, C].
   data, sampling: the data set, and the `fps` or `stride` at which its videos were sampled.
   metrics: names of the arrays.
-  reward: the `metric`, `quality_weight` and `length_weight` of the rewards, see `rewards_of`. The metric `mse`, the
-    squared error, has no array: it is computed from `psnr`.
+  reward: the `metric`, `quality_weight` and `length_weight` of the rewards, see `rewards_of`. The metrics
+    `mse`, the squared error, and `rmse`, its root, have no arrays: they are computed from `psnr`.
   statistics: means over these clips, see `statistics`.
   shards: `file` and `rows` (their number) of each shard.
   rows: `video` (index in the data set), `source` (its name), `start` (first frame), `label` (-1: none), and the best
@@ -40,7 +40,8 @@ from larp_jax.errors import InputError
 FORMAT = "larp_jax.rewards"
 VERSION = 1
 # Whether more of a metric is better (1) or worse (-1).
-SIGNS = {"psnr": 1.0, "mse": -1.0, "lpips": -1.0}
+SIGNS = {"psnr": 1.0, "mse": -1.0, "rmse": -1.0, "lpips": -1.0}
+POWERS = {"mse": 1.0, "rmse": 0.5}  # of the squared error, for the metrics that are computed from `psnr`
 AGAIN = "run larp-jax allocate again"
 
 
@@ -49,7 +50,7 @@ class Reward:
     """How the reward of an assignment is computed; the default weights are the published ones.
 
     Attributes:
-      metric: the quality, `psnr`, `mse` or `lpips`.
+      metric: the quality: `psnr`, `mse`, `rmse` or `lpips`.
       quality_weight: w_q, how much quality counts.
       length_weight: w_l, how much each code costs.
     """
@@ -61,7 +62,7 @@ class Reward:
 
 def measured(metric: str) -> str:
     """The array of a shard that a metric is computed from."""
-    return "psnr" if metric == "mse" else metric
+    return "psnr" if metric in POWERS else metric
 
 
 def rewards_of(values: Mapping[str, np.ndarray], ladder: Ladder, reward: Reward) -> np.ndarray:
@@ -77,8 +78,8 @@ def rewards_of(values: Mapping[str, np.ndarray], ladder: Ladder, reward: Reward)
     """
     codes = np.array([sum(lengths) for lengths in ladder.assignments], np.float64)
     quality = values[measured(reward.metric)].astype(np.float64)
-    if reward.metric == "mse":
-        quality = 10.0 ** (-quality / 10.0)
+    if power := POWERS.get(reward.metric):
+        quality = 10.0 ** (-quality / 10.0 * power)
     q = SIGNS[reward.metric] * _standardized(quality)
     return (reward.quality_weight * q - reward.length_weight * _standardized(codes)).astype(np.float32)
 

@@ -51,7 +51,7 @@ def allocate(
       tokenizer: a tokenizer with a ladder, on the devices of this host.
       spec: data set; its consecutive windows of the split `train` by default.
       output: folder to write to, created if missing.
-      metric: the quality, `lpips`, `psnr` or `mse`; by default LPIPS if its weights are found.
+      metric: the quality: `lpips`, `psnr`, `mse` or `rmse`; by default LPIPS if its weights are found.
       quality_weight: how much quality counts.
       length_weight: how much each code costs.
       lpips: weights for LPIPS; by default where `larp-jax doctor` looks.

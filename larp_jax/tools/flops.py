@@ -209,13 +209,13 @@ def router(config: RouterConfig) -> float:
     c = config
     size = TransformerConfig(width=c.width, depth=c.depth, heads=c.heads)
     patches = math.prod(c.grid)
-    return _linear(math.prod(c.clip_shape), c.width) + _stack(size, 1 + patches) + _linear(c.width, c.adaptive.count)
+    return _linear(patches * c.patch_inputs, c.width) + _stack(size, 1 + patches) + _linear(c.width, c.adaptive.count)
 
 
 def router_train_step(config: RouterConfig) -> dict[str, float]:
     """FLOPs per clip of a step that trains a router: `router`."""
-    pixels = _linear(math.prod(config.clip_shape), config.width)
-    return {"router": 3 * router(config) - pixels}  # no gradient with respect to pixels
+    inputs = _linear(math.prod(config.grid) * config.patch_inputs, config.width)
+    return {"router": 3 * router(config) - inputs}  # no gradient with respect to what it reads
 
 
 def vgg_features(size: tuple[int, int]) -> int:

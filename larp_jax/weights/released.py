@@ -286,7 +286,7 @@ def generator_tensors(config: GeneratorConfig) -> Iterator[Parameter | Table]:
 def router_tensors(config: RouterConfig) -> Iterator[Parameter | Table]:
     """A router; there is no released one, so the names are chosen here."""
     d = config.width
-    yield from _linear("patch_embed/proj", "patch_embed", math.prod(config.patch) * 3, d)
+    yield from _linear("patch_embed/proj", "patch_embed", config.patch_inputs, d)
     learned = {"time": "time", "height": "height", "columns": "columns"}
     yield from _positions_3d("patch_positions", "", learned, True, None, config.grid, d)
     yield Parameter("class_token", ("class_token",), (d,))
