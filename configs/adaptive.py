@@ -27,7 +27,7 @@ def get_config():
     model.learned_decoder_latent_pe = True
     model.learned_decoder_patch_query_embed = True
 
-    # quantizer, start and optimizer are those of configs/quickstart.py, which explains them
+    # as in configs/quickstart.py, which explains them, but with 1200 continuous steps
     model.quantizer.codebook_size = 2048
     model.quantizer.code_dim = 6
     model.quantizer.temperature = 0.005

@@ -3,7 +3,8 @@
     larp-jax allocate --checkpoint runs/evatok --data folder:videos --output runs/evatok_rewards
     larp-jax train --config configs/router.py --workdir runs/router --config.data.train=rewards:runs/evatok_rewards
 
-    larp-jax allocate --checkpoint runs/adaptive --data moving_shapes/busy:train --output runs/adaptive_rewards
+    larp-jax allocate --checkpoint runs/adaptive --data moving_shapes/busy:train --output runs/adaptive_rewards \
+        --metric rmse --quality-weight 1.8 --length-weight 0.2
     larp-jax train --config configs/router.py:small --workdir runs/adaptive_router  # for configs/adaptive.py, minutes
 
 Stated in the paper: a linear patch embedding, ViT-S (19.9 M parameters) with a class token, cross-entropy over all
@@ -15,7 +16,7 @@ from larp_jax.config import default_recipe
 
 
 def get_config(variant=""):
-    """The recipe; the variant `small` is for clips of 32x32, on two CPU cores."""
+    """The recipe; the variant `small` is for clips of 32x32 on two CPU cores."""
     if variant not in ("", "small"):
         raise ValueError(f"variant {variant!r} is not known, only 'small' is")
     config = default_recipe("router")
@@ -26,11 +27,11 @@ def get_config(variant=""):
     config.precision = "bfloat16"
     if variant == "small":
         config.steps = 1200
-        config.objective = "rewards"  # learns more from few clips than the best assignment alone
+        config.objective = "rewards"  # one row of numbers per clip instead of one name
         model = config.model
         model.size = "custom"
         model.width, model.depth, model.heads = 64, 2, 4
-        model.input = "differences"  # pixels take more clips
+        model.input = "differences"  # choices follow motion more closely than with pixels
         config.precision = "float32"
         config.optim.learning_rate = 1e-3
         config.optim.warmup_steps = 100

@@ -53,8 +53,8 @@ def main(checkpoint: str, router: str, directory: str, picture: str) -> None:
     motion = np.abs(np.diff(video.astype(np.float32), axis=1)).mean(axis=(1, 2, 3, 4))
     correlation = f"{spearmanr(codes, motion).statistic:.3f}" if np.ptp(codes) else "all clips have the same codes"
     print(f"\nrank correlation of codes and motion: {correlation}")
-    quarters = np.array_split(codes[np.argsort(motion, kind="stable")], 4)
-    print("mean codes by quarter of motion:", *(f"{quarter.mean():.1f}" for quarter in quarters))
+    labels = np.array([clips.manifest["rows"][row]["label"] for row in rows])
+    print("mean codes by label:", *(f"{label}: {codes[labels == label].mean():.1f}" for label in np.unique(labels)))
     for name, value in scores(clips, rows, chosen).items():
         print(f"{name}: {value:.4f}")
 

@@ -73,6 +73,10 @@ def test_step_of_the_variants_of_the_quickstart(variant):
     check_step(load("quickstart", variant))
 
 
+def test_step_of_the_small_router():
+    check_step(load("router", "small"))
+
+
 def check_step(recipe):
     """Its data can be named, and a step keeps the shapes of the state and logs scalars."""
     for spec in filter(None, (recipe.data.train, recipe.data.eval)):

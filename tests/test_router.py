@@ -1,5 +1,6 @@
 """Routers: training on rewards, choices under --budget auto and greedy, and tokenizers trained under them."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -50,7 +51,7 @@ def logged(workdir):
     return [chaos.without_times(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("objective", "reads"), [("best", "pixels"), ("rewards", "pixels"), ("best", "differences")])
+@pytest.mark.parametrize("objective, reads", [("best", "pixels"), ("rewards", "pixels"), ("rewards", "differences")])
 def test_a_router_learns_a_separable_rule(objective, reads):
     """Bright or noisy clips need the most codes, others the fewest, and clips that become so something between."""
     model = {"width": 16, "depth": 1, "heads": 2, "patch_frames": 2, "patch_size": 4, "input": reads}
@@ -95,6 +96,8 @@ def test_log_differences():
     np.testing.assert_allclose(found[0, -1, 0], np.log(np.square(step).mean() + 1e-5) / 2 + 3, rtol=1e-5)
     right = np.diff(video[0], axis=2)[:2, :4, 3:7]  # of the second patch
     np.testing.assert_allclose(found[0, 1, 2], np.log(np.square(right).mean() + 1e-5) / 2 + 3, rtol=1e-5)
+    down = np.diff(video[0], axis=1)[:2, 3:7, :4]  # of the first patch of the second row
+    np.testing.assert_allclose(found[0, 3, 1], np.log(np.square(down).mean() + 1e-5) / 2 + 3, rtol=1e-5)
     np.testing.assert_allclose(found[1], np.log(1e-5) / 2 + 3, rtol=1e-5)
 
 
@@ -184,6 +187,7 @@ def test_the_table_of_the_docs(folders, untrained, tmp_path, capsys):
     table["main"](str(untrained), str(folders / "run"), str(folders / "test"), str(tmp_path / "clips.png"))
     said, scores = capsys.readouterr().out, logged(folders / "run")[3]
     assert f"| auto | {scores['eval/codes']:.1f} |" in said and "rank correlation of codes and motion" in said
+    assert " for all: " in said and "mean codes by label: 0: " in said
     assert f"reward_share: {scores['eval/reward_share']:.4f}" in said
     assert (tmp_path / "clips.png").stat().st_size > 1000
 
@@ -215,6 +219,7 @@ def test_wrong_data_and_plans(folders, tmp_path, capsys):
         return capsys.readouterr().err
 
     data = data_of(folders)
+    assert "model.input" in refused(*data, "--config.model.input=edges")
     assert "a router trains on rewards" in refused("--config.data.train=moving_shapes")
     assert "model.num_tokens=16, but data.train=rewards:" in refused(*data, "--config.model.num_tokens=16")
     assert "manifest.json is missing" in refused(f"--config.data.train=rewards:{tmp_path}")
@@ -237,6 +242,8 @@ def test_wrong_data_and_plans(folders, tmp_path, capsys):
     recipe = parse_recipe(json.loads((folders / "run" / "config.json").read_text()))
     planned = plan.plan(recipe, gpus="H200:1")
     assert planned["fits"] and planned["flops_step"] > 0
+    of_pixels = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, input="pixels"))
+    assert plan.plan(of_pixels, gpus="H200:1")["flops_step"] > planned["flops_step"]
     call("plan", "--config", TINY, "--gpus", "H200:1", code=2)
     assert "model.frames must be given, because no rewards say it" in capsys.readouterr().err
 

@@ -147,7 +147,7 @@ def add_allocate(commands) -> None:
     )
     sub.add_argument(
         "--metric", choices=("lpips", "psnr", "mse", "rmse"),
-        help="the quality; mse is the squared error, rmse its root (default: lpips if its weights are found)",
+        help="quality in rewards: mse is the squared error, rmse its root (default: lpips if its weights are found)",
     )  # fmt: skip
     sub.add_argument("--lpips", metavar="FILE", help="weights of LPIPS (default: where larp-jax doctor looks)")
     sub.add_argument(

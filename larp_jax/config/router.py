@@ -24,9 +24,9 @@ class RouterConfig(Clips):
 
     `size` selects width, depth and heads; each can be overridden. Patches are larger than those of a tokenizer: the
     router tells still clips from busy ones, and should cost little. `input` is what it reads of a patch: `pixels`, as
-    published, or only how large the `differences` of neighboring pixels are along time, height and width, which teaches
-    it more with few clips. If `frames`, `resolution`, `num_tokens`, `blocks`
-    and `ladder` are 0 or empty, training sets them, and `shape`, to those of the tokenizer, which the rewards name.
+    published, or only how large the `differences` of neighboring pixels are along time, height and width, so that its
+    choices follow motion more closely. If `frames`, `resolution`, `num_tokens`, `blocks` and `ladder` are 0 or empty,
+    training sets them, and `shape`, to those of the tokenizer, which the rewards name.
     """
 
     size: str = "S"

@@ -10,25 +10,25 @@ from larp_jax.models.embeddings import Positions3d, patchify
 from larp_jax.models.grids import Grid, patch_grid
 from larp_jax.models.layers import Dtype, LayerNorm, Linear, Transformer
 
-SMALLEST_SQUARE = 1e-5  # about a level of 8-bit pixels, so that the logarithm is finite where nothing differs
+SMALLEST_SQUARE = 1e-5  # about that of one level of 8-bit pixels: the logarithm is finite where nothing differs
 
 
 def log_differences(video: jax.Array, patch: Grid) -> jax.Array:
     """How large the differences of neighboring pixels are in each patch, along time, height and width.
 
-    A linear layer cannot compute it from pixels, and learning it takes many clips.
+    A linear layer cannot compute it from pixels.
 
     Args:
       video: [B, T, H, W, C] in [0, 1].
       patch: (time, height, width).
 
     Returns:
-      Logarithms of the mean squared differences, [B, patches, 3] float32, scaled to -3 to 3.
+      Logarithms of the mean squared differences, [B, patches, 3] float32, scaled to about -3 to 3.
     """
     video, found = video.astype(jnp.float32), []
     row = patch[2] * video.shape[-1]  # values of a row of a patch
     for axis in (1, 2, 3):
-        first = jax.lax.slice_in_dim(video, 0, 1, axis=axis)  # differs from nothing before it
+        first = jax.lax.slice_in_dim(video, 0, 1, axis=axis)  # nothing is before it: the difference is 0
         squares = jnp.square(jnp.diff(video, axis=axis, prepend=first))
         # the mean of each row as a product: XLA's means of so many values are slow on CPUs
         rows = jnp.matmul(squares.reshape(*video.shape[:3], -1, row), jnp.full((row, 1), 1 / row), precision="highest")

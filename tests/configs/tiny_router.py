@@ -12,6 +12,7 @@ def get_config():
     config.save_every = 2
     model = config.model
     model.size = "custom"
+    model.input = "differences"
     model.width, model.depth, model.heads, model.patch_size = 16, 1, 2, 16
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.5
