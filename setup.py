@@ -58,7 +58,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",
-            "zstandard>=0.23",  # compresses the cache of compiled programs faster than zlib
             "ruff>=0.9",
             "mypy>=1.15,<3",
             "pre-commit>=4",

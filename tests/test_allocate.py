@@ -95,13 +95,10 @@ def test_rewards_are_z_scores_of_quality_and_length():
     worse = rewards.rewards_of(values, LADDER, Reward(metric="lpips", quality_weight=1.5, length_weight=0.5))
     assert np.corrcoef(found.ravel(), worse.ravel())[0, 1] < 0
     mse = 10 ** (-quality / 10)
-    expected = -1.5 * (mse - mse.mean()) / mse.std() - 0.5 * (codes - codes.mean()) / codes.std()
-    found_of_mse = rewards.rewards_of(values, LADDER, Reward(metric="mse", quality_weight=1.5, length_weight=0.5))
-    np.testing.assert_allclose(found_of_mse, expected, atol=1e-4)
-    rmse = np.sqrt(mse)
-    expected = -1.5 * (rmse - rmse.mean()) / rmse.std() - 0.5 * (codes - codes.mean()) / codes.std()
-    found_of_rmse = rewards.rewards_of(values, LADDER, Reward(metric="rmse", quality_weight=1.5, length_weight=0.5))
-    np.testing.assert_allclose(found_of_rmse, expected, atol=1e-4)
+    for metric, error in (("mse", mse), ("rmse", np.sqrt(mse))):
+        found_of_it = rewards.rewards_of(values, LADDER, Reward(metric=metric, quality_weight=1.5, length_weight=0.5))
+        expected = -1.5 * (error - error.mean()) / error.std() - 0.5 * (codes - codes.mean()) / codes.std()
+        np.testing.assert_allclose(found_of_it, expected, atol=1e-4)
     only = rewards.rewards_of(values, LADDER, Reward(quality_weight=0.0))
     assert (only.argmax(axis=1) == codes.argmin()).all()
     means = rewards.statistics({"psnr": quality}, found, LADDER)

@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monkeypatch, capsys):
-    """Steps 1 and 2 are continuous; a run resumed from either is the same as one never stopped."""
+    """Steps 1 and 2 are continuous; a run resumed from step 1, 2 or 3 is the same as one never stopped."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setattr(moving_shapes, "SPLITS", {"train": 32, "test": 16})
     start = ["--config.start.continuous_steps=2", "--config.start.ramp_steps=2", "--config.start.kmeans_clips=12"]
@@ -91,7 +91,7 @@ def test_a_continuous_start_gets_its_codebook_after_its_last_step(tmp_path, monk
     prior = [params["prior"]["head"]["kernel"] for params in found]
     np.testing.assert_array_equal(prior[0], prior[1])  # no loss of codes before there are codes
     assert np.any(prior[1] != prior[2])
-    for newest in (1, 2):
+    for newest in (1, 2, 3):
         workdir = as_if_killed(tmp_path / "run", tmp_path / f"from_{newest}", newest)
         assert train(workdir, *start) == 0
         assert chaos.rows(workdir) == chaos.rows(tmp_path / "run")
